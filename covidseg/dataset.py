@@ -1,0 +1,168 @@
+"""Data folders: which scans there are, which slices carry a lesion, and which patients belong together.
+
+One layout serves the phantom, the downloads and your own scans::
+
+    FOLDER/
+      im/ID.nii.gz          the CT volumes (or stacks of unrelated slices)
+      slice_labels.csv      volume,slice,has_lesion[,patient]   the weak labels
+      lung/ID.nii.gz        true lungs, optional, for measuring only
+      mask/ID.nii.gz        true lesions, optional, for measuring only
+
+``slice`` counts along axis 0 of the upright array, from the feet. ``patient`` is optional and defaults to the
+volume; volumes of one patient never end up on two sides of a split. Weak training opens ``im/`` and
+``slice_labels.csv`` and nothing else.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from covidseg.errors import DatasetError
+from covidseg.io import SUFFIXES, scan_id
+
+
+@dataclass(frozen=True)
+class Case:
+    """One volume or stack of a data folder.
+
+    Attributes:
+        id: its name in ``slice_labels.csv``.
+        image: the CT file.
+        labels: slice index -> 1 (has a lesion) or 0; slices without a label are absent.
+        patient: whose scan it is.
+        lung: true lung mask, if the folder has one.
+        mask: true lesion mask, if the folder has one.
+    """
+
+    id: str
+    image: Path
+    labels: dict[int, int]
+    patient: str
+    lung: Path | None = None
+    mask: Path | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data folder, read but not yet loaded: paths and labels only."""
+
+    root: Path
+    cases: tuple[Case, ...]
+
+    def subset(self, ids: list[str]) -> Dataset:
+        """The same folder reduced to some volumes, in the order given.
+
+        Raises:
+            DatasetError: a name is not in the folder.
+        """
+        by_id = {case.id: case for case in self.cases}
+        missing = [i for i in ids if i not in by_id]
+        if missing:
+            raise DatasetError(f"has no volume {', '.join(missing)}", path=self.root,
+                               remedy=f"It holds {', '.join(by_id)}")
+        return Dataset(self.root, tuple(by_id[i] for i in ids))
+
+    def labels(self) -> int:
+        """Number of labelled slices in all volumes."""
+        return sum(len(case.labels) for case in self.cases)
+
+
+def load_dataset(root: str | Path, *, need_labels: bool = True) -> Dataset:
+    """Reads the layout of a data folder and checks it against its label table.
+
+    Besides the layout above, a folder of stacks as MedSeg publishes them is understood:
+    ``NAME_im.nii.gz`` with ``NAME_mask.nii.gz`` and ``NAME_slices.csv`` (``position``, ``has_lesion``).
+
+    Args:
+        root: the folder.
+        need_labels: whether a missing label table is an error (it is for training, not for prediction).
+
+    Raises:
+        DatasetError: the folder, its images or its label table are missing or contradict each other.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DatasetError("no such data folder", path=root, remedy="Run `covidseg data list` to see what there is")
+    images = sorted(p for p in (root / "im").glob("*") if p.name.endswith(SUFFIXES))
+    if images:
+        return Dataset(root, _volume_cases(root, images, need_labels))
+    stacks = sorted(root.glob("*_im.nii.gz"))
+    if stacks:
+        return Dataset(root, _stack_cases(stacks, need_labels))
+    raise DatasetError("holds no scans", path=root,
+                       remedy="Expected im/*.nii.gz and slice_labels.csv, or NAME_im.nii.gz and NAME_slices.csv")
+
+
+def _volume_cases(root: Path, images: list[Path], need_labels: bool) -> tuple[Case, ...]:
+    table = root / "slice_labels.csv"
+    labels: dict[str, dict[int, int]] = {}
+    patients: dict[str, str] = {}
+    if need_labels or table.exists():
+        for number, row in _rows(table, ("volume", "slice", "has_lesion")):
+            volume = row["volume"]
+            index, label = _label(row, "slice", table, number)
+            if index in labels.setdefault(volume, {}):
+                raise DatasetError(f"line {number} labels slice {index} of volume {volume} a second time", path=table,
+                                   remedy="Keep one line for each slice")
+            labels[volume][index] = label
+            patients[volume] = row.get("patient") or volume
+        unknown = sorted(set(labels) - {scan_id(p) for p in images})
+        if unknown:
+            raise DatasetError(f"names volumes that im/ does not hold: {', '.join(unknown)}", path=table,
+                               remedy="Add the scans or remove their lines")
+    return tuple(
+        Case(i := scan_id(image), image, labels.get(i, {}), patients.get(i, i),
+             _optional(root / "lung" / image.name), _optional(root / "mask" / image.name))
+        for image in images)
+
+
+def _stack_cases(stacks: list[Path], need_labels: bool) -> tuple[Case, ...]:
+    cases = []
+    for image in stacks:
+        name = image.name.removesuffix("_im.nii.gz")
+        table = image.with_name(f"{name}_slices.csv")
+        labels: dict[int, int] = {}
+        if need_labels or table.exists():
+            for number, row in _rows(table, ("position", "has_lesion")):
+                index, label = _label(row, "position", table, number)
+                if index in labels:
+                    raise DatasetError(f"line {number} labels slice {index} a second time", path=table,
+                                       remedy="Keep one line for each slice")
+                labels[index] = label
+        cases.append(Case(name, image, labels, name, None, _optional(image.with_name(f"{name}_mask.nii.gz"))))
+    return tuple(cases)
+
+
+def _rows(table: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
+    """Lines of a label table with their line numbers; the header must name ``columns``."""
+    if not table.exists():
+        raise DatasetError("no such label table", path=table,
+                           remedy=f"Write a CSV with the columns {', '.join(columns)}")
+    try:
+        with table.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream)
+            missing = [c for c in columns if c not in (reader.fieldnames or [])]
+            rows = [(number, row) for number, row in enumerate(reader, start=2)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"is not a CSV table ({error})", path=table, remedy="Save it as UTF-8 CSV") from error
+    if missing:
+        raise DatasetError(f"lacks the column {', '.join(missing)}", path=table,
+                           remedy=f"The first line must name {', '.join(columns)}")
+    return rows
+
+
+def _label(row: dict[str, str], column: str, table: Path, number: int) -> tuple[int, int]:
+    try:
+        index, label = int(row[column]), int(row["has_lesion"])
+        if index < 0 or label not in (0, 1):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise DatasetError(f"line {number}: {column} must be a slice number and has_lesion 0 or 1", path=table,
+                           remedy="Correct the line") from None
+    return index, label
+
+
+def _optional(path: Path) -> Path | None:
+    return path if path.exists() else None
