@@ -1,0 +1,141 @@
+"""Stage 2: a classifier that says whether a slice shows a lesion. Its labels are the only supervision there is.
+
+A plain convolutional trunk of stride 8, so that the map that Grad-CAM reads is fine enough to show where. The
+evidence map is pooled inside the lung only; half mean, half log-sum-exp, so that a small lesion counts as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.functional.classification import binary_auroc
+
+from covidseg.prepare import Crops, WeakSet
+from covidseg.train import (
+    Average,
+    Log,
+    Progress,
+    augment,
+    balanced_batches,
+    learning_rate,
+    net_input,
+    seed_everything,
+)
+
+
+@dataclass(frozen=True)
+class ClassifierSettings:
+    """Settings of the classifier.
+
+    Attributes:
+        width: channels after the stem; doubles with each stride.
+        steps: optimiser steps.
+        batch: slices a step, half of them with a lesion.
+        rate: peak learning rate of AdamW.
+        temperature: of the log-sum-exp pooling; larger looks at fewer pixels.
+        flip_weight: weight of the loss that asks the evidence map to move along when the picture is flipped.
+        outside_weight: weight of the loss that keeps evidence inside the lung.
+    """
+
+    width: int = 24
+    steps: int = 240
+    batch: int = 16
+    rate: float = 3e-3
+    temperature: float = 4.0
+    flip_weight: float = 0.5
+    outside_weight: float = 0.1
+
+
+def _block(inputs: int, outputs: int, stride: int, dilation: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
+        nn.Conv2d(outputs, outputs, 3, 1, dilation, dilation, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Classifier(nn.Module):
+    """Slice classifier with an evidence map.
+
+    ``forward`` takes ``(B, 2, S, S)`` (see :func:`covidseg.train.net_input`) and returns logits ``(B, 1)``.
+    """
+
+    def __init__(self, settings: ClassifierSettings = ClassifierSettings()) -> None:
+        super().__init__()
+        w = settings.width
+        self.temperature = settings.temperature
+        self.fine = _block(2, w, 2)                       # (B, w, S/2, S/2)
+        self.middle = _block(w, 2 * w, 2)                 # (B, 2w, S/4, S/4)
+        self.coarse = nn.Sequential(_block(2 * w, 4 * w, 2), _block(4 * w, 4 * w, 1, 2))  # (B, 4w, S/8, S/8)
+        self.evidence = nn.Conv2d(4 * w, 1, 1)
+
+    def maps(self, inputs: Tensor) -> Tensor:
+        """Evidence ``(B, 1, S/8, S/8)`` in logits: positive where the slice looks ill."""
+        return self.evidence(self.coarse(self.middle(self.fine(inputs))))
+
+    def pool(self, evidence: Tensor, lungs: Tensor) -> Tensor:
+        """Slice logit ``(B, 1)`` from the evidence inside the lung: half mean, half log-sum-exp."""
+        inside = F.adaptive_max_pool2d(lungs, evidence.shape[-2:])
+        count = inside.sum((2, 3)).clamp(min=1)
+        mean = (evidence * inside).sum((2, 3)) / count
+        t = self.temperature
+        high = torch.where(inside > 0, t * evidence, torch.full_like(evidence, -1e4))
+        smooth_max = (torch.logsumexp(high.flatten(2), dim=2) - count.log()) / t
+        return 0.5 * mean + 0.5 * smooth_max
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.pool(self.maps(inputs), inputs[:, 1:2])
+
+
+def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSettings(), *, seed: int = 0,
+                     device: torch.device = torch.device("cpu"), log: Log = print) -> Classifier:
+    """Trains the classifier on slice labels and returns its averaged weights, in evaluation mode."""
+    generator = seed_everything(seed)
+    net = Classifier(settings).to(device)
+    average = Average(net).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
+    schedule = learning_rate(optimizer, settings.steps)
+    progress = Progress("classifier", settings.steps, 6, log)
+    images, lungs = torch.from_numpy(data.crops.images), torch.from_numpy(data.crops.lungs)
+    labels = torch.from_numpy(data.labels).float()
+    batches = balanced_batches(data.labels, data.patients, settings.batch, settings.steps, generator)
+    for step, index in enumerate(batches, start=1):
+        maps = torch.stack([images[index], lungs[index].float()], dim=1)          # (B, 2, S, S)
+        maps = augment(maps, generator).to(device)
+        inputs, target = net_input(maps[:, :1], maps[:, 1:]), labels[index].to(device)
+        evidence = net.maps(inputs)                                               # (B, 1, S/8, S/8)
+        loss_class = F.binary_cross_entropy_with_logits(net.pool(evidence, inputs[:, 1:])[:, 0], target)
+        # The flipped half of the batch has to give the flipped map (equivariance: Wang et al., CVPR 2020, SEAM).
+        half = len(inputs) // 2
+        flipped = net.maps(inputs[:half].flip(3)).flip(3)
+        loss_flip = (evidence[:half].sigmoid() - flipped.sigmoid()).abs().mean()
+        outside = 1 - F.adaptive_max_pool2d(inputs[:, 1:], evidence.shape[-2:])
+        loss_outside = (evidence.sigmoid() * outside).mean()
+        loss = loss_class + settings.flip_weight * loss_flip + settings.outside_weight * loss_outside
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        average.update(net)
+        progress.step(step, loss=loss_class.item(), flip=loss_flip.item())
+    return average.net.eval()  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def slice_probabilities(net: Classifier, crops: Crops, *, batch: int = 32) -> np.ndarray:
+    """Probability of a lesion for each slice, ``(N,)`` float32."""
+    device = next(net.parameters()).device
+    result = []
+    for start in range(0, len(crops), batch):
+        part = slice(start, start + batch)
+        image = torch.from_numpy(crops.images[part])[:, None].to(device)
+        lung = torch.from_numpy(crops.lungs[part])[:, None].float().to(device)
+        result.append(net(net_input(image, lung))[:, 0].sigmoid().cpu())
+    return torch.cat(result).numpy() if result else np.zeros(0, np.float32)
+
+
+def auc(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC curve; 0.5 is guessing."""
+    return float(binary_auroc(torch.from_numpy(probabilities), torch.from_numpy(labels)))

@@ -1,0 +1,170 @@
+"""From scans to training slices: crop to the lungs, resize, and bring every display window to one scale.
+
+CT sets differ in what their numbers mean: Hounsfield units here, 8-bit grey levels of some display window there.
+Two points that every slice contains fix the scale (:func:`normalise`): air in the lung becomes 0 and soft tissue 1.
+
+:class:`WeakSet` is all that weak training ever sees: pictures, lungs, one label a slice. It has no field for
+lesion masks, so no stage can look at one by accident; those live in :class:`covidseg.metrics.Truth`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from skimage.filters import threshold_otsu
+from skimage.transform import resize
+from tqdm import tqdm
+
+from covidseg.dataset import Dataset
+from covidseg.errors import DatasetError
+from covidseg.io import read_scan
+from covidseg.lungs import LungSettings, lung_masks
+
+CLIP = (-0.3, 1.5)
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """How slices are cut out.
+
+    Attributes:
+        size: side of the square crops in pixels; a multiple of 40, so that 5-pixel patches and stride-8 nets fit.
+        margin: width added around the lungs' bounding box, as a fraction of its longer side.
+        least_lung: slices with a smaller share of lung are left out of training.
+    """
+
+    size: int = 160
+    margin: float = 0.06
+    least_lung: float = 0.01
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Crops to the lungs of ``N`` slices, and where they came from.
+
+    Attributes:
+        images: ``(N, S, S)`` float32, 0 = air in the lung, 1 = soft tissue, clipped to [-0.3, 1.5].
+        lungs: ``(N, S, S)`` bool.
+        boxes: ``(N, 4)`` int, top row, left column and side lengths (rows, columns) in the full slice.
+    """
+
+    images: np.ndarray
+    lungs: np.ndarray
+    boxes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class WeakSet:
+    """Slices with one label each: the only supervision of the method.
+
+    Attributes:
+        crops: the pictures and threshold lungs.
+        labels: ``(N,)`` int, 1 = the slice shows a lesion.
+        patients: ``(N,)`` str, for balanced sampling.
+        names: ``(N,)`` str, ``volume:slice``.
+    """
+
+    crops: Crops
+    labels: np.ndarray
+    patients: np.ndarray
+    names: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def normalise(image: np.ndarray, lung: np.ndarray) -> np.ndarray:
+    """Scales a slice by two points measured in it, so that its unit and display window no longer matter.
+
+    Args:
+        image: ``(H, W)`` HU or display values.
+        lung: ``(H, W)`` bool, not empty.
+
+    Returns:
+        ``(H, W)`` float32: 0 at the lung's 10th percentile (air), 1 at the median of the bright tissue around it,
+        clipped to [-0.3, 1.5].
+    """
+    image = image.astype(np.float32)
+    air = np.percentile(image[lung], 10)
+    # Tissue close to the lungs only: the air around the patient and burnt-in text say nothing about the window.
+    rows, columns = np.flatnonzero(lung.any(axis=1)), np.flatnonzero(lung.any(axis=0))
+    near = image[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    bright = near[near > threshold_otsu(near)] if near.min() < near.max() else near
+    tissue = max(float(np.median(bright)), float(air) + 1e-3)
+    return np.clip((image - air) / (tissue - air), *CLIP).astype(np.float32)
+
+
+def lung_box(lung: np.ndarray, margin: float) -> tuple[int, int, int, int]:
+    """Square around a lung mask with a margin: top, left, height, width. May reach beyond the slice."""
+    rows, columns = np.flatnonzero(lung.any(axis=1)), np.flatnonzero(lung.any(axis=0))
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    side = int(np.ceil(max(height, width) * (1 + 2 * margin)))
+    return int(rows[0] + height // 2 - side // 2), int(columns[0] + width // 2 - side // 2), side, side
+
+
+def crop(image: np.ndarray, box: np.ndarray, size: int, fill: float) -> np.ndarray:
+    """Cuts ``box`` out of ``(H, W)``, fills what lies beyond the slice and resizes to ``(size, size)`` float32."""
+    top, left, height, width = (int(v) for v in box)
+    canvas = np.full((height, width), fill, dtype=np.float32)
+    y0, x0 = max(0, top), max(0, left)
+    y1, x1 = min(image.shape[0], top + height), min(image.shape[1], left + width)
+    canvas[y0 - top:y1 - top, x0 - left:x1 - left] = image[y0:y1, x0:x1]
+    return resize(canvas, (size, size), order=1, anti_aliasing=height > size, preserve_range=True).astype(np.float32)
+
+
+def uncrop(small: np.ndarray, box: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Puts a ``(S, S)`` map back into a full slice of ``shape``; 0 outside the box. Inverse of :func:`crop`."""
+    top, left, height, width = (int(v) for v in box)
+    large = resize(small.astype(np.float32), (height, width), order=1, preserve_range=True)
+    full = np.zeros(shape, dtype=np.float32)
+    y0, x0 = max(0, top), max(0, left)
+    y1, x1 = min(shape[0], top + height), min(shape[1], left + width)
+    full[y0:y1, x0:x1] = large[y0 - top:y1 - top, x0 - left:x1 - left]
+    return full
+
+
+def make_crops(pixels: np.ndarray, lungs: np.ndarray, settings: PrepareSettings) -> Crops:
+    """Normalises and crops slices that have a lung.
+
+    Args:
+        pixels: ``(N, H, W)`` HU or display values.
+        lungs: ``(N, H, W)`` bool, none of them empty.
+        settings: crop size and margin.
+    """
+    boxes = np.array([lung_box(lung, settings.margin) for lung in lungs]).reshape(-1, 4)
+    images = [crop(normalise(i, m), b, settings.size, 0.0) for i, m, b in zip(pixels, lungs, boxes, strict=True)]
+    inside = [crop(m, b, settings.size, 0.0) > 0.5 for m, b in zip(lungs, boxes, strict=True)]
+    shape = (len(boxes), settings.size, settings.size)
+    return Crops(np.array(images, np.float32).reshape(shape), np.array(inside, bool).reshape(shape), boxes)
+
+
+def weak_set(dataset: Dataset, settings: PrepareSettings = PrepareSettings(),
+             lung_settings: LungSettings = LungSettings(), *, progress: bool = False) -> WeakSet:
+    """Reads the labelled slices of a data folder; opens images and labels only, never a mask.
+
+    Raises:
+        DatasetError: a label names a slice that the volume does not have, or one of the two classes is missing.
+    """
+    crops, labels, patients, names = [], [], [], []
+    for case in tqdm(dataset.cases, desc="lung masks", unit="volume", disable=not progress):
+        scan = read_scan(case.image)
+        beyond = [k for k in case.labels if k >= len(scan.pixels)]
+        if beyond:
+            raise DatasetError(f"volume {case.id} has {len(scan.pixels)} slices, slice {beyond[0]} is labelled",
+                               path=dataset.root, remedy="Slices count from 0; correct the label table")
+        lungs = lung_masks(scan.pixels, lung_settings)
+        keep = [k for k in sorted(case.labels) if lungs[k].mean() >= settings.least_lung]
+        if keep:
+            crops.append(make_crops(scan.pixels[keep], lungs[keep], settings))
+            labels += [case.labels[k] for k in keep]
+            patients += [case.patient] * len(keep)
+            names += [f"{case.id}:{k}" for k in keep]
+    if set(labels) != {0, 1}:
+        raise DatasetError("training needs slices with and without a lesion, and lungs in both", path=dataset.root,
+                           remedy="Add volumes or correct has_lesion in the label table")
+    merged = Crops(*(np.concatenate([getattr(c, f) for c in crops]) for f in ("images", "lungs", "boxes")))
+    return WeakSet(merged, np.array(labels), np.array(patients), np.array(names))

@@ -1,0 +1,140 @@
+"""What the training loops of all stages share: seeds, balanced batches, augmentation, an averaged net.
+
+There is no trainer class. Each stage has its own short loop in its own module and takes these parts from here.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Log = Callable[[str], None]
+
+
+def seed_everything(seed: int) -> torch.Generator:
+    """Seeds Python, NumPy and torch, and returns a CPU generator for batches and augmentation."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  libraries underneath draw from the global state
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` takes a CUDA GPU if there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def balanced_batches(labels: np.ndarray, patients: np.ndarray, batch: int, steps: int,
+                     generator: torch.Generator) -> Iterator[Tensor]:
+    """Index batches in which neither class nor patient can be guessed from how often it comes.
+
+    Half of each batch is positive. Within a class every patient is equally likely, and so is every slice of a
+    patient, so that a net gains nothing by recognising the scanner or the window of a volume.
+
+    Yields:
+        ``(batch,)`` int64, ``steps`` times.
+    """
+    pools = {}
+    for label in (0, 1):
+        of_class = np.flatnonzero(labels == label)
+        pools[label] = [torch.as_tensor(of_class[patients[of_class] == p]) for p in np.unique(patients[of_class])]
+    for _ in range(steps):
+        picks = []
+        for k in range(batch):
+            pool = pools[k % 2]
+            slices = pool[int(torch.randint(len(pool), (1,), generator=generator))]
+            picks.append(slices[int(torch.randint(len(slices), (1,), generator=generator))])
+        yield torch.stack(picks)
+
+
+def augment(maps: Tensor, generator: torch.Generator) -> Tensor:
+    """Random flips and transpositions of whole batches, and gain, offset and noise on the picture.
+
+    Args:
+        maps: ``(B, C, S, S)`` float; channel 0 is the picture, the others (lung, labels, weights) only move along.
+    """
+    flip_rows, flip_columns, turn = (bool(torch.randint(2, (1,), generator=generator)) for _ in range(3))
+    if flip_rows:
+        maps = maps.flip(2)
+    if flip_columns:
+        maps = maps.flip(3)
+    if turn:
+        maps = maps.transpose(2, 3)
+    size = (len(maps), 1, 1, 1)
+    gain = 1 + 0.1 * torch.randn(size, generator=generator)
+    offset = 0.04 * torch.randn(size, generator=generator)
+    noise = 0.03 * torch.rand(size, generator=generator) * torch.randn(maps[:, :1].shape, generator=generator)
+    picture = maps[:, :1] * gain + offset + noise
+    return torch.cat([picture, maps[:, 1:]], dim=1)
+
+
+def net_input(pictures: Tensor, lungs: Tensor) -> Tensor:
+    """Two channels as DeCoVNet takes them: the picture with everything outside the lung set to air, and the lung.
+
+    Args:
+        pictures: ``(B, 1, S, S)`` normalised.
+        lungs: ``(B, 1, S, S)`` 0 or 1.
+
+    Returns:
+        ``(B, 2, S, S)``.
+    """
+    return torch.cat([pictures * lungs, lungs], dim=1)
+
+
+class Average(nn.Module):
+    """Exponential moving average of a net's weights: steadier than the net itself (Tarvainen and Valpola, 2017)."""
+
+    def __init__(self, net: nn.Module, decay: float = 0.98) -> None:
+        super().__init__()
+        self.net = copy.deepcopy(net).requires_grad_(False).eval()
+        self.decay = decay
+        self.steps = 0
+
+    @torch.no_grad()
+    def update(self, net: nn.Module) -> None:
+        """Moves towards ``net``; the first steps move faster, so that the random start is soon forgotten."""
+        self.steps += 1
+        decay = min(self.decay, self.steps / (self.steps + 9))
+        for mine, new in zip(self.net.state_dict().values(), net.state_dict().values(), strict=True):
+            if mine.dtype.is_floating_point:
+                mine.lerp_(new, 1 - decay)
+            else:
+                mine.copy_(new)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.net(*inputs)
+
+
+def learning_rate(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
+    """One warm-up and one decay over the whole training (Smith and Topin, 2018)."""
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.15)
+
+
+class Progress:
+    """Prints one line an epoch: a bar that redraws itself would leave hundreds of lines in a rendered page."""
+
+    def __init__(self, stage: str, steps: int, lines: int, log: Log = print) -> None:
+        self.stage, self.steps, self.every, self.log = stage, steps, max(1, steps // lines), log
+        self.start, self.sums, self.count, self.history = time.monotonic(), {}, 0, []  # type: ignore[var-annotated]
+
+    def step(self, number: int, **losses: float) -> None:
+        """Adds the losses of step ``number`` (from 1) and prints their mean once an epoch."""
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+        if number % self.every == 0 or number == self.steps:
+            means = {name: total / self.count for name, total in self.sums.items()}
+            self.history.append({"step": number, **means})
+            text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+            seconds = time.monotonic() - self.start
+            self.log(f"{self.stage} step {number:4d}/{self.steps}  {text}  {seconds:5.1f} s")
+            self.sums, self.count = {}, 0
