@@ -20,6 +20,7 @@ as the chest wall and drops out. The steps here keep it in:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy import ndimage as ndi
@@ -99,7 +100,7 @@ def is_volume(pixels: np.ndarray) -> bool:
     if len(pixels) < 2:
         return False
     small = np.stack([_to_grid(image, 32).ravel() for image in pixels])  # (S, about 1024)
-    likeness = [np.corrcoef(a, b)[0, 1] for a, b in zip(small[:-1], small[1:], strict=True)]
+    likeness = [np.corrcoef(a, b)[0, 1] for a, b in pairwise(small)]
     return bool(np.nanmedian(likeness) > 0.9)
 
 
