@@ -1,0 +1,221 @@
+"""The files that name requirements, versions and exit codes agree with each other."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import covidseg
+from covidseg import errors
+
+ROOT = Path(__file__).resolve().parents[1]
+# conda-forge's name for a requirement that comes from there.
+FROM_CONDA = {"torch": "pytorch", "torchvision": "torchvision"}
+CONDA_ONLY = ["python=3.12", "pip", "jupyterlab"]
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    return tomllib.loads(read("pyproject.toml"))["project"]
+
+
+# --- environment.yml ---------------------------------------------------------------------------------------------
+
+def environment_faults(project: dict, environment: dict) -> list[str]:
+    """Lines that environment.yml lacks or has in excess, compared with pyproject.toml's core and `book` parts."""
+    conda, pip = list(CONDA_ONLY), []
+    for line in [*project["dependencies"], *project["optional-dependencies"]["book"]]:
+        requirement = Requirement(line)
+        if requirement.name in FROM_CONDA:
+            conda.append(f"{FROM_CONDA[requirement.name]}{line.removeprefix(requirement.name)}")
+        else:
+            pip.append(line)
+    have_conda = [d for d in environment["dependencies"] if isinstance(d, str)]
+    have_pip = next((d["pip"] for d in environment["dependencies"] if isinstance(d, dict)), [])
+    faults = []
+    for section, wanted, have in (("dependencies", conda, have_conda), ("pip", [*pip, "-e ."], have_pip)):
+        faults += [f"{section} lacks {line}" for line in wanted if line not in have]
+        faults += [f"{section} has {line}, pyproject.toml has not" for line in have if line not in wanted]
+    return faults
+
+
+def test_environment_yml_agrees_with_pyproject(project: dict) -> None:
+    assert environment_faults(project, yaml.safe_load(read("environment.yml"))) == []
+
+
+def test_environment_check_fires(project: dict) -> None:
+    environment = yaml.safe_load(read("environment.yml"))
+    pip = environment["dependencies"][-1]["pip"]
+    pip.remove("jupyter-book>=1.0.4,<2")
+    pip.append("left-over>=1")
+    environment["dependencies"].remove("pytorch>=2.6")
+    assert environment_faults(project, environment) == [
+        "dependencies lacks pytorch>=2.6", "pip lacks jupyter-book>=1.0.4,<2",
+        "pip has left-over>=1, pyproject.toml has not"]
+
+
+# --- requirements.lock and requirements-bootstrap.txt ------------------------------------------------------------
+
+def pins(text: str) -> list[tuple[Requirement, int]]:
+    """Pinned requirements of a lock file with the number of their hashes."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    lines = [line for line in joined.splitlines() if line and not line.lstrip().startswith("#")]
+    return [(Requirement(line.split("--hash")[0].strip()), line.count("--hash=sha256:")) for line in lines]
+
+
+def lock_faults(project: dict, text: str) -> list[str]:
+    """Requirements of pyproject.toml that the lock does not meet on Python 3.11 or 3.12, and pins without hashes."""
+    locked = pins(text)
+    faults = [f"{requirement} has no hash" for requirement, hashes in locked if not hashes]
+    extras = (line for part in project["optional-dependencies"].values() for line in part)
+    wanted = [Requirement(line) for line in (*project["dependencies"], *extras)]
+    for python in ("3.11.9", "3.12.9"):
+        marker = {"python_full_version": python, "python_version": python[:4], "sys_platform": "linux",
+                  "implementation_name": "cpython", "platform_python_implementation": "CPython"}
+        have = {canonicalize_name(r.name): next(iter(r.specifier)).version for r, _ in locked
+                if r.marker is None or r.marker.evaluate(marker)}
+        for requirement in wanted:
+            name = canonicalize_name(requirement.name)
+            if name != project["name"] and not requirement.specifier.contains(have.get(name, "0")):
+                faults.append(f"Python {python[:4]}: {requirement} is not met by {have.get(name, 'any pin')}")
+    return faults
+
+
+def test_lock_meets_pyproject_with_hashes(project: dict) -> None:
+    assert lock_faults(project, read("requirements.lock")) == [], "run `make lock`"
+
+
+def test_lock_check_fires(project: dict) -> None:
+    lock = read("requirements.lock")
+    unpinned = re.sub(r"^nibabel==.*?(?=^\S)", "", lock, flags=re.MULTILINE | re.DOTALL)
+    assert "Python 3.11: nibabel>=5.3 is not met by any pin" in lock_faults(project, unpinned)
+    assert lock_faults(project, lock + "left-over==1.0\n") == ["left-over==1.0 has no hash"]
+
+
+def bootstrap_faults(bootstrap: str, lock: str, build_system: dict) -> list[str]:
+    """Pins without hashes or in conflict with the lock, and build requirements that are not pinned."""
+    locked = {canonicalize_name(r.name): [] for r, _ in pins(lock)}
+    for requirement, _ in pins(lock):
+        locked[canonicalize_name(requirement.name)].append(str(requirement.specifier))
+    first = pins(bootstrap)
+    faults = [f"{r} has no hash" for r, hashes in first if not hashes]
+    faults += [f"{r} differs from requirements.lock" for r, _ in first
+               if str(r.specifier) not in locked.get(canonicalize_name(r.name), [str(r.specifier)])]
+    names = {canonicalize_name(r.name) for r, _ in first}
+    needed = ["uv", *(Requirement(line).name for line in build_system["requires"])]
+    return faults + [f"{name} is missing" for name in needed if canonicalize_name(name) not in names]
+
+
+def test_bootstrap_fits_the_lock() -> None:
+    build_system = tomllib.loads(read("pyproject.toml"))["build-system"]
+    assert bootstrap_faults(read("requirements-bootstrap.txt"), read("requirements.lock"), build_system) == []
+
+
+def test_bootstrap_check_fires() -> None:
+    bad = "uv==1.0\npluggy==0.1 --hash=sha256:00\n"
+    assert bootstrap_faults(bad, read("requirements.lock"), {"requires": ["hatchling>=1.27"]}) == [
+        "uv==1.0 has no hash", "pluggy==0.1 differs from requirements.lock", "hatchling is missing"]
+
+
+# --- one version, one table of exit codes ------------------------------------------------------------------------
+
+def version_faults(version: str, files: dict[str, str]) -> list[str]:
+    """Names of the files whose text does not state the version in its usual form."""
+    number = re.escape(version)
+    forms = {"pyproject.toml": rf'^version = "{number}"', "CITATION.cff": rf"^version: {number}$",
+             "CHANGELOG.md": rf"^## {number}\b"}
+    return [name for name, text in files.items() if not re.search(forms[name], text, flags=re.MULTILINE)]
+
+
+def test_version_is_the_same_everywhere() -> None:
+    files = {name: read(name) for name in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md")}
+    assert version_faults(covidseg.__version__, files) == []
+    assert version_faults("99.9", files) == list(files)
+
+
+def exit_codes() -> dict[int, str]:
+    """Exit code -> name of the error class."""
+    classes = [errors.CovidsegError, *errors.CovidsegError.__subclasses__()]
+    return {cls.exit_code: cls.__name__ for cls in classes}
+
+
+def exit_code_faults(readme: str) -> list[str]:
+    """Exit codes that the table of the README lacks, invents or gives to another error."""
+    table = {int(code): name for code, name in re.findall(r"^\| (\d+) \|[^|]*\| `?(\w+)`? \|$", readme, re.MULTILINE)
+             if name in exit_codes().values()}
+    faults = [f"{code} should be {name}" for code, name in exit_codes().items() if table.get(code) != name]
+    return faults + [f"{code} is not in use" for code in table if code not in exit_codes()]
+
+
+def test_readme_lists_the_exit_codes() -> None:
+    assert exit_code_faults(read("README.md")) == []
+
+
+def test_exit_code_check_fires() -> None:
+    swapped = read("README.md").replace("| 4 |", "| 44 |")
+    assert exit_code_faults(swapped) == ["4 should be DatasetError", "44 is not in use"]
+
+
+# --- Makefile and picture ----------------------------------------------------------------------------------------
+
+def unexplained_targets(makefile: str, helped: str) -> list[str]:
+    """Targets of .PHONY that `make help` does not show."""
+    phony = re.search(r"^\.PHONY:(.*)$", makefile, flags=re.MULTILINE)
+    assert phony is not None
+    shown = re.findall(r"^  make (\w+)\s", helped, flags=re.MULTILINE)
+    return [target for target in phony.group(1).split() if target not in {"FORCE", *shown}]
+
+
+def run_make(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """make as a user calls it, also when `make test` runs these tests."""
+    clean = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}}
+    return subprocess.run(["make", *arguments], cwd=folder, env=clean, capture_output=True, text=True, check=False)
+
+
+def test_make_help_explains_every_target() -> None:
+    shown = run_make("help", folder=ROOT)
+    assert shown.returncode == 0
+    assert unexplained_targets(read("Makefile"), shown.stdout) == []
+    assert unexplained_targets(".PHONY: help mystery\n", shown.stdout) == ["mystery"]
+
+
+def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
+    for name in ("Makefile", "requirements.lock", "requirements-bootstrap.txt", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = run_make("venv", "PYTHON=no-such-python", folder=tmp_path)
+    assert done.returncode != 0
+    assert "no Python 3.11 or newer among: no-such-python" in done.stderr
+    assert not (tmp_path / ".venv" / ".ready").exists()
+
+
+def picture_faults(svg: str) -> list[str]:
+    """What a drawing lacks for readers who cannot see it or read it on a dark page."""
+    root = ElementTree.fromstring(svg)
+    space = "{http://www.w3.org/2000/svg}"
+    faults = [f"no <{tag}>" for tag in ("title", "desc") if not (root.findtext(f"{space}{tag}") or "").strip()]
+    first = root.find(f"{space}rect")
+    if first is None or first.get("width") != (root.get("viewBox") or "").split()[2]:
+        faults.append("no background of its own")
+    return faults
+
+
+def test_pipeline_picture_is_described() -> None:
+    assert picture_faults(read("docs/pipeline.svg")) == []
+
+
+def test_picture_check_fires() -> None:
+    bare = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><title>x</title></svg>'
+    assert picture_faults(bare) == ["no <desc>", "no background of its own"]

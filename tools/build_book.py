@@ -1,0 +1,274 @@
+"""Builds the book: runs every chapter of ``_toc.yml`` in order, then renders the pages with Jupyter Book.
+
+The chapters in git carry no outputs. This program copies the sources to ``_build/stage``, runs the copies with
+papermill (folder ``_build``, so that all chapters share ``_build/runs``), checks what came out and renders them::
+
+    _build/stage/        sources with executed chapters, kept for reading when a chapter fails
+    _build/status.json   seconds of every chapter, its slowest cell, package versions
+    _build/warnings.txt  only if the rendering warned
+    _build/html/         the book; index.html is the first page
+
+It ends with 1 if a chapter fails, an output names a folder of this machine, or the rendering warns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "_build"
+STAGE = BUILD / "stage"
+SOURCES = ("_config.yml", "_toc.yml", "chapters", "docs")
+SLOW_CELL_SECONDS = 60.0
+PACKAGES = ("covidseg", "torch", "torchvision", "numpy", "scipy", "scikit-image", "nibabel", "monai", "jupyter-book")
+
+
+@dataclass(frozen=True)
+class ChapterRun:
+    """How one chapter ran.
+
+    Attributes:
+        chapter: its entry in ``_toc.yml``, such as ``chapters/02_lungs``.
+        seconds: wall time of the whole notebook.
+        slowest_cell: id of the cell that took longest.
+        slowest_seconds: and how long it took.
+        stderr_cells: ids of the cells that wrote to standard error, which readers see as a warning.
+        error: last line of the exception that ended it, empty if it ran through.
+    """
+
+    chapter: str
+    seconds: float
+    slowest_cell: str = ""
+    slowest_seconds: float = 0.0
+    stderr_cells: tuple[str, ...] = ()
+    error: str = ""
+
+
+def toc_files(toc: Any) -> list[str]:
+    """Every page that a parsed ``_toc.yml`` lists, in reading order, as written there (without suffix)."""
+
+    def walk(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            for key in ("root", "file"):
+                if key in node:
+                    yield node[key]
+            for key in ("parts", "chapters", "sections", "entries", "subtrees"):
+                for child in node.get(key, []):
+                    yield from walk(child)
+
+    return list(walk(toc))
+
+
+def chapters_to_run(root: Path) -> list[str]:
+    """Pages of ``_toc.yml`` under ``root`` that are notebooks, in order."""
+    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
+    return [page for page in toc_files(toc) if (root / f"{page}.ipynb").exists()]
+
+
+def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A copy for rendering: the injected parameters cell hidden, papermill's metadata (with its paths) gone."""
+    notebook = copy.deepcopy(notebook)
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        tags = cell.metadata.get("tags", [])
+        if "injected-parameters" in tags and "remove-cell" not in tags:
+            cell.metadata["tags"] = [*tags, "remove-cell"]
+    return notebook
+
+
+def cell_seconds(notebook: nbformat.NotebookNode) -> dict[str, float]:
+    """Cell id -> seconds, as papermill measured them (before :func:`tidy`)."""
+    return {cell.id: float(cell.metadata.get("papermill", {}).get("duration") or 0.0)
+            for cell in notebook.cells if cell.cell_type == "code"}
+
+
+def stderr_cells(notebook: nbformat.NotebookNode) -> tuple[str, ...]:
+    """Ids of the cells with output on standard error."""
+    return tuple(cell.id for cell in notebook.cells if cell.cell_type == "code"
+                 and any(output.get("name") == "stderr" for output in cell.outputs))
+
+
+def machine_paths(notebook: nbformat.NotebookNode, folders: list[str]) -> list[str]:
+    """Ids of the code cells whose outputs name one of ``folders``: such a page would differ on every machine."""
+    return [cell.id for cell in notebook.cells if cell.cell_type == "code"
+            and any(folder in json.dumps(cell.outputs, ensure_ascii=False) for folder in folders)]
+
+
+def private_folders() -> list[str]:
+    """The folders that no page may name: the checkout and the home folder (unless that is ``/``)."""
+    home = Path.home()
+    return [str(ROOT), *([f"{home}/"] if len(home.parts) > 1 else [])]
+
+
+def stage(root: Path, target: Path, *, keep_executed: bool) -> None:
+    """Copies the book's sources; with ``keep_executed`` the notebooks that lie there stay as they are."""
+    def unwanted(folder: str, names: list[str]) -> set[str]:
+        ignored = {n for n in names if n in {".ipynb_checkpoints", "__pycache__", "runs"}}
+        if keep_executed:
+            here = target / Path(folder).relative_to(root)
+            ignored |= {n for n in names if n.endswith(".ipynb") and (here / n).exists()}
+        return ignored
+
+    if not keep_executed:
+        shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in SOURCES:
+        source = root / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=unwanted, dirs_exist_ok=True)
+        elif source.exists():
+            shutil.copy2(source, target / name)
+
+
+def prepare_environment(build: Path) -> None:
+    """Makes the run independent of the user's own Jupyter, IPython and Matplotlib settings.
+
+    The kernels inherit these variables. ``JUPYTER_PATH`` puts this environment's ``python3`` kernel before any of
+    the same name in the home folder.
+    """
+    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    for variable, folder in (("IPYTHONDIR", "ipython"), ("MPLCONFIGDIR", "matplotlib"),
+                             ("JUPYTER_RUNTIME_DIR", "jupyter"), ("JUPYTER_CONFIG_DIR", "jupyter-config")):
+        path = build / "settings" / folder
+        path.mkdir(parents=True, exist_ok=True)
+        os.environ[variable] = str(path)
+    # The kernel warns that its connection to this program on the same machine is not encrypted: nothing to act on.
+    profile = build / "settings" / "ipython" / "profile_default"
+    profile.mkdir(exist_ok=True)
+    (profile / "ipython_kernel_config.py").write_text("get_config().IPKernelApp.log_level = 'ERROR'\n")
+    # Relative to the kernels' folder, so that no chapter can print where the checkout lies.
+    os.environ.setdefault("COVIDSEG_RUNS", "runs")
+    # Matplotlib announces on standard error that it builds its font cache: have it done before a chapter runs.
+    subprocess.run([sys.executable, "-c", "import matplotlib.font_manager"], check=False, capture_output=True)
+
+
+def run_chapter(chapter: str, source: Path, target: Path, folder: Path, profile: str) -> ChapterRun:
+    """Runs one notebook from ``source`` to ``target`` in ``folder``; a failed one is written too, with its error."""
+    # Imported here: papermill takes a second, and the functions above are used by tests without it.
+    import papermill
+
+    start, error = time.perf_counter(), ""
+    try:
+        papermill.execute_notebook(str(source), str(target), parameters={"profile": profile}, kernel_name="python3",
+                                   cwd=str(folder), log_output=False, progress_bar=False)
+    except Exception as failure:  # papermill lets errors of kernels and of notebooks through as they are
+        error = next((line for line in reversed(str(failure).splitlines()) if line.strip()), type(failure).__name__)
+    seconds = time.perf_counter() - start
+    if not target.exists():
+        return ChapterRun(chapter, seconds, error=error or "papermill wrote no notebook")
+    executed = nbformat.read(target, as_version=4)
+    times = cell_seconds(executed)
+    slowest = max(times, key=lambda cell: times[cell], default="")
+    nbformat.write(tidy(executed), target)
+    return ChapterRun(chapter, round(seconds, 1), slowest, round(times.get(slowest, 0.0), 1),
+                      stderr_cells(executed), error)
+
+
+def without_thebe(page: str) -> str:
+    """A page without the scripts of Thebe: the book does not offer it, and they come twice, a script error."""
+    page = re.sub(r"<script>const THEBE_JS_URL.*?</script>", "", page, flags=re.DOTALL)
+    page = re.sub(r'<script[^>]*src="[^"]*sphinx-thebe\.js[^"]*"[^>]*></script>', "", page)
+    return re.sub(r'<script type="text/x-thebe-config">.*?</script>', "", page, flags=re.DOTALL)
+
+
+def render(stage_folder: Path, build: Path) -> int:
+    """Renders the staged sources with warnings as errors and moves the pages to ``build/html``.
+
+    Returns:
+        0, or 1 if Jupyter Book warned or failed; then the messages are in ``build/warnings.txt``.
+    """
+    out, report = build / "book", build / "warnings.txt"
+    shutil.rmtree(out, ignore_errors=True)
+    report.unlink(missing_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(stage_folder),
+         "-n", "-W", "--keep-going", "--all", "--path-output", str(out)],
+        check=False, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
+    text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
+    warnings = [line for line in text.splitlines() if re.search(r"\b(WARNING|ERROR|CRITICAL)\b", line)]
+    html = out / "_build" / "html"
+    if done.returncode or warnings or not (html / "index.html").exists():
+        report.write_text("\n".join(warnings or text.splitlines()[-40:]) + "\n", encoding="utf-8")
+        print(f"book: rendering failed, {len(warnings)} warnings, also in {report.relative_to(build.parent)}:")
+        print(report.read_text(encoding="utf-8"))
+        return 1
+    for page in html.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        if (clean := without_thebe(text)) != text:
+            page.write_text(clean, encoding="utf-8")
+    shutil.rmtree(build / "html", ignore_errors=True)
+    shutil.move(html, build / "html")
+    shutil.rmtree(out, ignore_errors=True)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of ``make book``; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Run the chapters and build the book into _build/html.")
+    parser.add_argument("--profile", choices=("quick", "full"), default="quick", help="settings of the runs")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", default=[],
+                        help="run only chapters whose name contains one of these; the others keep their last outputs")
+    parser.add_argument("--no-execute", action="store_true", help="render the chapters that were run last time")
+    parser.add_argument("--strict-time", action="store_true",
+                        help=f"fail if a cell takes longer than {SLOW_CELL_SECONDS:.0f} s")
+    options = parser.parse_args(arguments)
+
+    begin = time.perf_counter()
+    BUILD.mkdir(exist_ok=True)
+    stage(ROOT, STAGE, keep_executed=options.no_execute or bool(options.only))
+    failed = False
+    if not options.no_execute:
+        prepare_environment(BUILD)
+        runs: list[ChapterRun] = []
+        for chapter in chapters_to_run(ROOT):
+            if options.only and not any(text in chapter for text in options.only):
+                continue
+            target = STAGE / f"{chapter}.ipynb"
+            run = run_chapter(chapter, ROOT / f"{chapter}.ipynb", target, BUILD, options.profile)
+            runs.append(run)
+            print(f"book: {chapter}: {run.seconds:.1f} s, slowest cell {run.slowest_cell} {run.slowest_seconds:.1f} s"
+                  + (f", writes to stderr: {', '.join(run.stderr_cells)}" if run.stderr_cells else ""), flush=True)
+            if run.error:
+                failed = True
+                print(f"book: {chapter} FAILED: {run.error}\n      read {target.relative_to(ROOT)}", flush=True)
+            if run.slowest_seconds > SLOW_CELL_SECONDS:
+                failed = failed or options.strict_time
+                print(f"book: warning: cell {run.slowest_cell} of {chapter} takes longer than "
+                      f"{SLOW_CELL_SECONDS:.0f} s, too long for a class", flush=True)
+        status = {"profile": options.profile, "python": sys.version.split()[0],
+                  "versions": {name: version(name) for name in PACKAGES}, "chapters": [asdict(run) for run in runs]}
+        (BUILD / "status.json").write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
+    for chapter in chapters_to_run(STAGE):
+        notebook = nbformat.read(STAGE / f"{chapter}.ipynb", as_version=4)
+        if cells := machine_paths(notebook, private_folders()):
+            failed = True
+            print(f"book: {chapter}: outputs of {', '.join(cells)} name a folder of this machine: print file names")
+    if failed:
+        return 1
+    if render(STAGE, BUILD):
+        return 1
+    print(f"book: {(BUILD / 'html' / 'index.html').relative_to(ROOT)} is ready "
+          f"({time.perf_counter() - begin:.0f} s in all)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
