@@ -58,6 +58,8 @@ def grad_cam(net: Classifier, crops: Crops, settings: CamSettings = CamSettings(
             part = slice(start, start + settings.batch)
             lungs = torch.from_numpy(crops.lungs[part])[:, None].float()
             inputs = net_input(torch.from_numpy(crops.images[part])[:, None], lungs).to(device)
+            # The averaged net's weights are frozen, so the graph has to start at the picture.
+            inputs.requires_grad_(True)
             targets = [_score] * len(inputs)
             straight = cam(input_tensor=inputs, targets=targets)                    # (B, S, S)
             mirrored = cam(input_tensor=inputs.flip(3), targets=targets)[..., ::-1]

@@ -1,0 +1,305 @@
+"""A procedural chest CT: patients made of formulas and chance, with the truth known to the voxel.
+
+The phantom stands in for real scans where none may be shipped: in tests, in the first chapters and wherever a
+student wants to know the right answer. It is deterministic per seed, in Hounsfield units (HU), and made to be
+as hard as real CT in what matters for weak supervision: faint lesions, vessels and look-alikes that are as bright
+as lesions, patients who differ. It is not a medical device, and nothing measured on it says how a method
+does on patients.
+
+Order of making: frame and organs (:mod:`covidseg.phantom_anatomy`), lung tissue, look-alikes and lesions
+(:mod:`covidseg.phantom_lesions`), vessels and airways over them (:mod:`covidseg.phantom_vessels`), and at last
+the scanner: blur of the kernel and noise.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from covidseg.errors import DatasetError, OutputError, SettingsError
+from covidseg.io import Grid, write_like
+from covidseg.phantom_anatomy import Frame, apply_scanner, coverage, lung_tissue, make_chest, make_frame
+from covidseg.phantom_lesions import (
+    MIN_LESION_AREA_MM2,
+    Lesions,
+    add_lesions,
+    blur_motion,
+    dependent_density,
+    nodules,
+)
+from covidseg.phantom_vessels import draw_fissures, grow_branches
+
+Array = np.ndarray
+STREAM = 6  # a stream whose default set is neither easier nor harder than most
+VERSION = 1  # raise it whenever the same settings give other voxels
+LOOKALIKES = ("crowded_vessels", "dependent_density", "motion", "nodules")
+
+
+@dataclass(frozen=True)
+class PhantomSettings:
+    """What to make. From ``involved`` on, the settings say how hard the phantom is; ranges are (lowest, highest).
+
+    The defaults are set so that an intensity threshold (Otsu inside the true lungs) reaches a Dice of .4 to .5
+    on positive slices, as on real CT, and that the mean intensity of the lungs tells positive from lesion-free
+    slices with an area under the curve below .85; the tests hold both.
+
+    Attributes:
+        patients: number of patients, one volume each.
+        slices: slices in each volume, at least 8.
+        size: rows and columns of a slice, at least 64.
+        seed: any whole number from 0.
+        healthy_share: share of patients without any lesion, 0..1; they are spread evenly over the indices.
+        involved: share of an ill patient's slices among which lesions are strewn; the rest is lesion-free.
+        lesion_share: share of the lungs in those slices that lesions fill. Higher: easier.
+        ground_glass_hu: mean density of a ground-glass lesion, HU. Higher: easier, for thresholds above all.
+        faint_share: share of ground-glass lesions that are faint. Higher: thresholds and weak labels miss more.
+        faint_hu: mean density of those, HU.
+        crazy_paving_hu: mean density between the lines of crazy paving, HU.
+        consolidation_hu: mean density of consolidation, HU.
+        edge_mm: width of the soft edge of ground glass, mm. Wider: every method loses Dice.
+        reader_wobble: how far the true outline strays from half density (standard deviation of the level at which
+            it is drawn, 0..0.3). Higher: a lower ceiling, even for full supervision.
+        lookalike_rate: chance of each kind of look-alike in a patient, 0..1. Higher: more false alarms of
+            thresholds and class activation maps.
+        dependent_hu: density added at the back by the look-alike "dependent_density", HU.
+        vessel_targets: branches of each lung's vessel tree. More: more false alarms of thresholds.
+        noise_hu: standard deviation of the noise, HU. Higher: harder for small patches above all.
+        tissue_hu: mean density of healthy lung tissue from full inspiration to expiration, HU. Wider: mean
+            intensity tells less about the slice.
+        drift_hu: standard deviation of that density along one volume, HU. Higher: the same.
+    """
+
+    patients: int = 12
+    slices: int = 24
+    size: int = 256
+    seed: int = 0
+    healthy_share: float = 1 / 3
+    involved: tuple[float, float] = (0.4, 0.75)
+    lesion_share: tuple[float, float] = (0.07, 0.18)
+    ground_glass_hu: tuple[float, float] = (-690, -470)
+    faint_share: float = 0.3
+    faint_hu: tuple[float, float] = (-740, -700)
+    crazy_paving_hu: tuple[float, float] = (-650, -540)
+    consolidation_hu: tuple[float, float] = (-90, 40)
+    edge_mm: tuple[float, float] = (3.0, 8.0)
+    reader_wobble: float = 0.1
+    lookalike_rate: float = 0.65
+    dependent_hu: tuple[float, float] = (100, 200)
+    vessel_targets: int = 650
+    noise_hu: tuple[float, float] = (25, 45)
+    tissue_hu: tuple[float, float] = (-885, -765)
+    drift_hu: float = 40
+
+    def __post_init__(self) -> None:
+        if self.patients < 1 or self.slices < 8 or self.size < 64 or self.seed < 0 or self.vessel_targets < 1:
+            raise SettingsError(f"a phantom of {self.patients} patients, {self.slices} slices, size {self.size}, "
+                                f"seed {self.seed} and {self.vessel_targets} vessels cannot be made",
+                                remedy="Take at least 1 patient, 8 slices, size 64, seed 0 and 1 vessel")
+        for name in ("healthy_share", "faint_share", "lookalike_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}", remedy="It is a share: give 0 to 1")
+        for name, value in asdict(self).items():
+            if isinstance(value, tuple) and not (len(value) == 2 and value[0] <= value[1]):
+                raise SettingsError(f"{name} is {value}", remedy="Give the lowest value, then the highest")
+        for name in ("involved", "lesion_share"):
+            if not 0 < getattr(self, name)[0] <= getattr(self, name)[1] < 0.95:
+                raise SettingsError(f"{name} is {getattr(self, name)}", remedy="Give shares above 0 and below 0.95")
+
+
+@dataclass(frozen=True)
+class PhantomPatient:
+    """One patient: a volume and the whole truth about it. Arrays are upright, ``(slices, rows, columns)``.
+
+    Attributes:
+        id: name, as in ``slice_labels.csv``.
+        hu: ``int16``, HU.
+        lung: ``bool``, healthy and diseased lung; mediastinum and trachea are not part of it.
+        mask: ``bool``, lesions; part of ``lung``.
+        kind: ``uint8``, 0 none, 1 ground glass, 2 consolidation, 3 crazy paving.
+        spacing: mm between slices, rows, columns.
+        healthy: whether the patient has no lesion at all.
+        lookalikes: kinds of look-alike in the volume, of :data:`LOOKALIKES`.
+        lookalike_slices: for each of them, the slices in which it is most plainly seen.
+    """
+
+    id: str
+    hu: Array
+    lung: Array
+    mask: Array
+    kind: Array
+    spacing: tuple[float, float, float]
+    healthy: bool
+    lookalikes: tuple[str, ...]
+    lookalike_slices: dict[str, tuple[int, ...]]
+
+    def labels(self) -> Array:
+        """``(slices,)`` int: 1 where the lesion covers at least MIN_LESION_AREA_MM2, otherwise 0."""
+        area = self.mask.sum(axis=(1, 2)) * self.spacing[1] * self.spacing[2]
+        return (area >= MIN_LESION_AREA_MM2).astype(int)
+
+
+def is_healthy(settings: PhantomSettings, index: int) -> bool:
+    """Whether patient ``index`` is one of the healthy ones: they are spread evenly over the indices."""
+    share = settings.healthy_share + 1e-9
+    return int((index + 1) * share) > int(index * share)
+
+
+def make_patient(settings: PhantomSettings, index: int) -> PhantomPatient:
+    """Makes one patient; the result depends on ``settings`` and ``index`` alone.
+
+    Args:
+        settings: what to make.
+        index: 0 .. ``settings.patients - 1``.
+
+    Raises:
+        SettingsError: there is no patient of that index.
+    """
+    if not 0 <= index < settings.patients:
+        raise SettingsError(f"there is no phantom patient {index}", remedy=f"Give 0 to {settings.patients - 1}")
+    rng = np.random.default_rng([settings.seed, index, STREAM])
+    healthy = is_healthy(settings, index)
+    # Golden-ratio steps spread the breathing levels evenly over few patients, among the healthy and among the ill.
+    before = int(index * (settings.healthy_share + 1e-9))
+    rank = before if healthy else index - before
+    breath = (np.random.default_rng(settings.seed).random() + rank * 0.618034) % 1
+    f = make_frame(rng, settings.slices, settings.size, breath)
+    chest = make_chest(rng, f)
+    lung = chest.lung < 0
+    seen: dict[str, tuple[int, ...]] = {}
+    wanted = [kind for kind in LOOKALIKES if rng.random() < settings.lookalike_rate]
+    if healthy and not wanted and settings.lookalike_rate > 0:
+        wanted = ["dependent_density"]
+
+    tissue = lung_tissue(rng, f, settings.tissue_hu, settings.drift_hu)
+    if "dependent_density" in wanted:
+        added = dependent_density(rng, settings, f, lung)
+        tissue += added
+        seen["dependent_density"] = _slices_with(added > 60, f, 100)
+    plain = Lesions(tissue, np.zeros(f.shape, dtype=bool), np.zeros(f.shape, dtype=np.uint8))
+    lesions = plain if healthy else add_lesions(rng, settings, f, chest, tissue)
+
+    air = lesions.tissue
+    tubes = grow_branches(rng, f, chest, settings.vessel_targets, crowded="crowded_vessels" in wanted)
+    if tubes.crowded:
+        seen["crowded_vessels"] = tubes.crowded
+    air += tubes.vessels * (rng.uniform(0, 45) - air)
+    air += tubes.wall * (np.maximum(-350, air) - air)
+    air += draw_fissures(rng, f, chest) * 160 * (air < -600)
+    if "nodules" in wanted:
+        share, where = nodules(rng, f, chest)
+        air += share * (rng.uniform(-150, 30) - air)
+        seen["nodules"] = tuple(sorted(set(where)))
+    hu = chest.outside + coverage(chest.lung, f.spacing[1]) * (air - chest.outside)
+    hu += np.maximum(tubes.lumen, tubes.trunk) * (-960 - hu)
+    if "motion" in wanted:
+        count = max(1, settings.slices // 8)
+        moved = sorted(rng.choice(settings.slices * 2 // 3, size=count, replace=False).tolist())
+        for k in moved:
+            blur_motion(rng, f, hu, chest.heart, k)
+        seen["motion"] = tuple(moved)
+    apply_scanner(rng, f, hu, settings.noise_hu)
+    return PhantomPatient(f"phantom_{index:02d}", np.clip(np.rint(hu), -1024, 3071).astype(np.int16),
+                          lung & (tubes.trunk < 0.5) | lesions.mask, lesions.mask, lesions.kind, f.spacing, healthy,
+                          tuple(sorted(seen)), seen)
+
+
+def _slices_with(where: Array, f: Frame, area: float) -> tuple[int, ...]:
+    """Slices in which ``where`` covers at least ``area`` mm^2."""
+    covered = where.sum(axis=(1, 2)) * f.spacing[1] * f.spacing[2]
+    return tuple(np.flatnonzero(covered >= area).tolist())
+
+
+def write_phantom(folder: str | Path, settings: PhantomSettings | None = None, *, progress: bool = False) -> Path:
+    """Writes a phantom data set in the layout of :mod:`covidseg.dataset`, plus ``kind/`` and ``phantom.json``.
+
+    A finished folder of the same settings is left as it is. The set is built beside its target and moved there
+    when complete, so that a crash leaves no half folder.
+
+    Args:
+        folder: target; it must not exist, be empty, or hold a phantom of the same settings.
+        settings: what to make; the default settings if None.
+        progress: print a line for each patient.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DatasetError: the folder holds something else, or a phantom of other settings or with files missing.
+        OutputError: the folder cannot be written.
+    """
+    folder, settings = Path(folder), settings or PhantomSettings()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return _check_finished(folder, settings)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as workshop:
+            built = Path(workshop) / "phantom"
+            built.mkdir()
+            _write_patients(built, settings, progress)
+            if folder.exists():
+                folder.rmdir()
+            try:
+                os.replace(built, folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+                return _check_finished(folder, settings)  # somebody else was faster
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror or error})", path=folder,
+                          remedy="Check free space and permissions, or choose another folder") from error
+    return folder
+
+
+def _write_patients(folder: Path, settings: PhantomSettings, progress: bool) -> None:
+    files: dict[str, int] = {}
+    rows: list[list[object]] = []
+    for index in range(settings.patients):
+        patient = make_patient(settings, index)
+        depth, pixel, _ = patient.spacing
+        slices, height, width = patient.hu.shape
+        grid = Grid((width, height, slices), np.diag((-pixel, -pixel, depth, 1.0)))  # stored like most real files
+        parts = {"im": patient.hu, "lung": patient.lung, "mask": patient.mask, "kind": patient.kind}
+        for part, array in parts.items():
+            path = write_like(array, grid, folder / part / f"{patient.id}.nii.gz")
+            files[path.relative_to(folder).as_posix()] = path.stat().st_size
+        rows += [[patient.id, k, int(label), patient.id] for k, label in enumerate(patient.labels())]
+        if progress:
+            print(f"{patient.id}: {patient.labels().sum()} of {slices} slices with lesion; "
+                  f"look-alikes: {', '.join(patient.lookalikes) or 'none'}")
+    table = folder / "slice_labels.csv"
+    with table.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream, lineterminator="\n").writerows([["volume", "slice", "has_lesion", "patient"], *rows])
+    files[table.name] = table.stat().st_size
+    (folder / "phantom.json").write_text(json.dumps({**_passport(settings), "files": files}, indent=1) + "\n",
+                                         encoding="utf-8")
+
+
+def _passport(settings: PhantomSettings) -> dict[str, Any]:
+    """What identifies a phantom: two folders with the same passport hold the same scans."""
+    # Through JSON and back, so that tuples compare equal to the lists that a file gives.
+    return json.loads(json.dumps({"version": VERSION, "settings": asdict(settings)}))
+
+
+def _check_finished(folder: Path, settings: PhantomSettings) -> Path:
+    """The folder, if it holds the whole phantom of these settings."""
+    another = "Choose another folder, or delete this one to have it made again"
+    try:
+        stored = json.loads((folder / "phantom.json").read_text(encoding="utf-8"))
+        files = dict(stored.pop("files"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DatasetError("is not empty and holds no finished phantom", path=folder, remedy=another) from None
+    if stored != _passport(settings):
+        raise DatasetError("holds a phantom of other settings or of another version", path=folder, remedy=another)
+    broken = [name for name, size in files.items()
+              if not (folder / name).is_file() or (folder / name).stat().st_size != size]
+    if broken:
+        raise DatasetError(f"lacks or has changed {len(broken)} of its files, first {broken[0]}", path=folder,
+                           remedy=another)
+    return folder
