@@ -8,7 +8,6 @@ lungs the same prediction has another specificity.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -113,13 +112,3 @@ def read_truth(dataset: Dataset) -> list[Truth]:
         mask = read_mask(case.mask, like=scan)
         truths.append(Truth(scan, mask, np.arange(len(mask))))
     return truths
-
-
-def read_pair(prediction: Path, truth: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Two masks of the same scan, ``(S, H, W)`` bool each.
-
-    Raises:
-        InputFileError: one cannot be read, or their shapes or affines differ.
-    """
-    reference = read_scan(truth)
-    return read_mask(prediction, like=reference), read_mask(truth)

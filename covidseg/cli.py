@@ -1,0 +1,229 @@
+"""The command ``covidseg``. Every fault ends with one line and a documented exit code; ``--debug`` shows the trace."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from covidseg import DISCLAIMER, __version__
+from covidseg.cli_data import app as data_app
+from covidseg.errors import CovidsegError, InputFileError, NoLungError, SettingsError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help=f"COVID-19 lesions in chest CT from slice labels alone.\n\n{DISCLAIMER}")
+app.add_typer(data_app, name="data", help="Data sets: what there is, licences, download, check.")
+console, errors = Console(), Console(stderr=True)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
+Profile = Annotated[str, typer.Option(help="quick (minutes on a CPU) or full (for a GPU, or patience).")]
+Seed = Annotated[int, typer.Option(help="Seed of all stages.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+_state = {"debug": False}
+
+
+@app.callback()
+def _options(debug: Debug = False,
+             version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    _state["debug"] = debug
+    if version:
+        console.print(f"covidseg {__version__}")
+        raise typer.Exit
+
+
+def _target(out: Path, source: Path, many: bool) -> Path:
+    """``out`` itself if it is named like a file, else ``out/NAME.nii.gz``."""
+    from covidseg.io import SUFFIXES, scan_id
+
+    if out.name.lower().endswith(SUFFIXES):
+        if many:
+            raise SettingsError("several inputs cannot be written to one file", path=out,
+                                remedy="Name a folder after -o")
+        return out
+    return out / f"{scan_id(source)}.nii.gz"
+
+
+def _inputs(sources: list[Path]) -> list[Path]:
+    """Files as given; folders stand for the NIfTI files in them."""
+    from covidseg.io import SUFFIXES
+
+    files: list[Path] = []
+    for source in sources:
+        inside = [p for p in sorted(source.iterdir()) if p.name.lower().endswith(SUFFIXES)] if source.is_dir() else []
+        if source.is_dir() and not inside:
+            raise InputFileError("holds no NIfTI files", path=source, remedy="Name .nii or .nii.gz files")
+        files += inside or [source]
+    return files
+
+
+def _each(files: list[Path], work) -> None:  # type: ignore[no-untyped-def]
+    """Does ``work`` on each file; a bad file is reported and the rest go on, the exit code says so."""
+    failed: CovidsegError | None = None
+    for number, path in enumerate(files, start=1):
+        try:
+            console.print(f"[{number}/{len(files)}] {path.name}: {work(path)}", highlight=False)
+        except CovidsegError as error:
+            if len(files) == 1 or _state["debug"]:
+                raise
+            errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+            failed = error
+    if failed is not None:
+        raise typer.Exit(failed.exit_code)
+
+
+@app.command()
+def lungs(inputs: Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or folders of them.")],
+          out: Annotated[Path, typer.Option("-o", "--out", help="Folder, or a .nii.gz file for one scan.")],
+          volume: Annotated[bool | None, typer.Option(
+              "--volume/--stack", help="Slices of one body in order, or unrelated slices. Default: measured.")] = None,
+          ) -> None:
+    """Writes threshold lung masks; no training needed."""
+    from covidseg.io import read_scan, write_like
+    from covidseg.lungs import lung_masks
+
+    files = _inputs(inputs)
+
+    def work(path: Path) -> str:
+        scan = read_scan(path)
+        mask = lung_masks(scan.pixels, volume=volume)
+        if not mask.any():
+            raise NoLungError("no lung was found in any slice", path=path,
+                              remedy="covidseg expects chest CT with air in the lungs darker than tissue")
+        target = write_like(mask, scan.grid, _target(out, path, len(files) > 1))
+        share = mask.mean(axis=(1, 2))
+        return f"lung in {(share > 0).sum()} of {len(mask)} slices, wrote {target}"
+
+    _each(files, work)
+
+
+@app.command()
+def train(data: Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`.")],
+          out: Annotated[Path, typer.Option(help="Folder of the run; a run that was stopped goes on there.")],
+          profile: Profile = "quick", seed: Seed = 0, device: Device = "auto",
+          part: Annotated[str, typer.Option(help="all volumes, or one side of the set's split: train, test.")] = "all",
+          ) -> None:
+    """Trains all stages on slice labels."""
+    _train(data, out, profile, seed, device, None if part == "all" else part)
+
+
+def _train(data: str, out: Path, profile: str, seed: int, device: str, part: str | None):  # type: ignore[no-untyped-def]
+    from covidseg.pipeline import open_run
+    from covidseg.report import write_run
+
+    start = time.monotonic()
+    run = open_run(data, profile, seed, out, part, device, log=lambda line: console.print(line, highlight=False))
+    console.print(f"{DISCLAIMER}\ntraining on {run.data.labels()} labelled slices of {len(run.data.cases)} volumes, "
+                  f"profile {profile}, seed {seed}, {run.device}", highlight=False)
+    run.segmenter()
+    name = Path(data).name
+    write_run(run, f"covidseg train --data {name} --profile {profile} --seed {seed}", time.monotonic() - start)
+    console.print(f"run finished in {time.monotonic() - start:.0f} s, in {out}", highlight=False)
+    return run
+
+
+@app.command()
+def predict(inputs: Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or folders of them.")],
+            run: Annotated[Path, typer.Option(help="Folder written by `covidseg train`.")],
+            out: Annotated[Path, typer.Option("-o", "--out", help="Folder, or a .nii.gz file for one scan.")],
+            threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Lesion from this probability on.")] = 0.5,
+            probability: Annotated[bool, typer.Option(
+                "--probability", help="Also write NAME_probability.nii.gz.")] = False,
+            device: Device = "auto") -> None:
+    """Writes lesion masks that lie on their scans voxel by voxel."""
+    from covidseg.io import read_scan, scan_id, write_like
+    from covidseg.predict import load_predictor
+    from covidseg.train import pick_device
+
+    files = _inputs(inputs)
+    predictor = load_predictor(run, pick_device(device))
+
+    def work(path: Path) -> str:
+        scan = read_scan(path)
+        maps = predictor.probabilities(scan)
+        target = write_like(maps >= threshold, scan.grid, _target(out, path, len(files) > 1))
+        if probability:
+            write_like(maps, scan.grid, target.with_name(f"{scan_id(target)}_probability.nii.gz"))
+        return f"lesion in {(maps >= threshold).any(axis=(1, 2)).sum()} of {len(maps)} slices, wrote {target}"
+
+    console.print(DISCLAIMER)
+    _each(files, work)
+
+
+@app.command()
+def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NIfTI).")],
+             truth: Annotated[Path, typer.Argument(help="True mask of the same scan.")],
+             lungs: Annotated[Path | None, typer.Option(help="Count only pixels inside this lung mask.")] = None,
+             out: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+             ) -> None:
+    """Measures a mask: Dice, IoU, PPV, sensitivity, specificity."""
+    from covidseg.artifacts import write_text
+    from covidseg.io import read_mask, read_scan
+    from covidseg.metrics import confusion, macro, micro
+    from covidseg.report import scores_json, scores_table
+
+    reference = read_scan(truth)
+    true, predicted = read_mask(truth), read_mask(prediction, like=reference)
+    if lungs is not None:
+        inside = read_mask(lungs, like=reference)
+        keep = inside.any(axis=(1, 2))
+        # Pixels outside the lung leave the count altogether, also as true negatives.
+        counts = np.concatenate([confusion(predicted[k][inside[k]][None, None], true[k][inside[k]][None, None])
+                                 for k in np.flatnonzero(keep)]) if keep.any() else np.zeros((1, 4), np.int64)
+    else:
+        counts = confusion(predicted, true)
+    console.print(scores_table(f"{prediction.name} against {truth.name}, {len(counts)} slices",
+                               [("mask", micro(counts), macro(counts))]))
+    content = {"slices": len(counts), "micro": scores_json(micro(counts)), "macro": scores_json(macro(counts))}
+    if out is not None:
+        write_text(out, json.dumps(content, indent=2) + "\n")
+    else:
+        console.print_json(json.dumps(content))
+
+
+@app.command()
+def reproduce(data: Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`.")],
+              test: Annotated[str | None, typer.Option(
+                  help="Folder or name to measure on; default: the test side of the set's own split.")] = None,
+              profile: Profile = "quick", seed: Seed = 0, device: Device = "auto",
+              out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None) -> None:
+    """Trains all stages, measures each one and prints the table."""
+    from covidseg.artifacts import write_text
+    from covidseg.evaluate import evaluate_run
+    from covidseg.pipeline import open_data
+    from covidseg.report import environment, evaluation_json, evaluation_table
+
+    folder = out or Path("runs") / f"{Path(data).name}-{profile}-seed{seed}"
+    testing = open_data(data, "test") if test is None else open_data(test)
+    start = time.monotonic()
+    run = _train(data, folder, profile, seed, device, "train" if test is None else None)
+    result = evaluate_run(run, testing, progress=True)
+    tested = Path(test).name if test else f"{Path(data).name} (test side)"
+    console.print(evaluation_table(result, f"trained on {Path(data).name}, measured on {tested}: "
+                                           f"{result.slices} full slices, seed {seed}"))
+    command = f"covidseg reproduce --data {Path(data).name}" + (f" --test {Path(test).name}" if test else "")
+    content = {"note": DISCLAIMER, "command": f"{command} --profile {profile} --seed {seed}", "test": tested,
+               "seed": seed, "seconds": round(time.monotonic() - start, 1), "environment": environment(run.device),
+               "run": json.loads((folder / "run.json").read_text(encoding="utf-8")), **evaluation_json(result)}
+    write_text(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
+    console.print(f"classifier AUC {result.classifier_auc:.3f}; report in {folder / 'evaluation.json'}", highlight=False)
+
+
+def main() -> None:
+    """Entry point: turns covidseg's own errors into one line and their exit code."""
+    try:
+        app()
+    except CovidsegError as error:
+        if _state["debug"]:
+            raise
+        errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Every stage measured against lesion masks, as one table: the only module besides ``metrics`` that opens masks.
+
+All stages see the same slices, the same threshold lungs and the same metric code. Each has its threshold fixed in
+advance, by a rule that needs no mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from skimage.filters import threshold_otsu
+from tqdm import tqdm
+
+from covidseg.cam import grad_cam
+from covidseg.classify import auc, slice_probabilities
+from covidseg.dataset import Dataset
+from covidseg.fine import fuse
+from covidseg.io import read_mask, read_scan
+from covidseg.lungs import lung_masks
+from covidseg.metrics import Scores, confusion, macro, micro, read_truth
+from covidseg.mil import patch_probabilities
+from covidseg.pipeline import Run
+from covidseg.prepare import Crops, crop, make_crops, uncrop
+from covidseg.refine import lesion_probabilities
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One row of the table.
+
+    Attributes:
+        name: what made the masks.
+        supervision: what it was taught with.
+        threshold: fixed in advance; NaN where it is found in each slice.
+        counts: ``(N, 4)`` confusion counts of every measured slice.
+    """
+
+    name: str
+    supervision: str
+    threshold: float
+    counts: np.ndarray
+
+    def macro(self) -> Scores:
+        """Mean over slices with a lesion."""
+        return macro(self.counts)
+
+    def micro(self) -> Scores:
+        """Over pooled pixels of all slices."""
+        return micro(self.counts)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All rows, and how well the classifier tells slices apart (NaN if the test set has one class only)."""
+
+    stages: list[StageResult]
+    classifier_auc: float
+    slices: int
+
+
+def otsu_in_lung(images: np.ndarray, lungs: np.ndarray) -> np.ndarray:
+    """The floor that needs no learning: Otsu's threshold inside the lung of each slice.
+
+    Args:
+        images: ``(N, S, S)`` normalised crops.
+        lungs: ``(N, S, S)`` bool.
+
+    Returns:
+        ``(N, S, S)`` float32, 0 or 1.
+    """
+    result = np.zeros(images.shape, np.float32)
+    for out, image, lung in zip(result, images, lungs, strict=True):
+        values = image[lung]
+        if len(values) and values.min() < values.max():
+            out[:] = lung & (image > threshold_otsu(values))
+    return result
+
+
+def training_truth(run: Run) -> np.ndarray:
+    """True masks of the training crops, ``(N, S, S)`` bool, for the upper bound and for looking only.
+
+    Raises:
+        DatasetError: the training set has no masks.
+    """
+    truths = {case.id: truth.mask for case, truth in zip(run.data.cases, read_truth(run.data), strict=True)}
+    data = run.weak()
+    masks = []
+    for name, box in zip(data.names, data.crops.boxes, strict=True):
+        volume, number = name.rsplit(":", 1)
+        masks.append(crop(truths[volume][int(number)], box, run.profile.prepare.size, 0.0) > 0.5)
+    return np.array(masks)
+
+
+def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, progress: bool = False) -> Evaluation:
+    """Measures all stages on full slices of a test set.
+
+    Args:
+        run: trained stages; missing ones are trained first.
+        test: a folder with lesion masks. Slices in which no lung was found count with an empty prediction.
+        upper_bound: also train with true masks; default: if the training set has them.
+        progress: show a bar over the test volumes.
+    """
+    if upper_bound is None:
+        upper_bound = all(case.mask is not None for case in run.data.cases)
+    classifier, (patch_net, _), segmenter = run.classifier(), run.mil(), run.segmenter()
+    fine = run.profile.fine
+    positive = run.weak().labels == 1
+    # The map's own histogram on training slices sets its threshold: no mask is needed.
+    cam_threshold = float(threshold_otsu(run.cam()[positive][run.weak().crops.lungs[positive]]))
+
+    def fused(crops: Crops) -> np.ndarray:
+        return fuse(grad_cam(classifier, crops), patch_probabilities(patch_net, crops), fine) * crops.lungs
+
+    stages: list[tuple[str, str, float, Callable[[Crops], np.ndarray]]] = [
+        ("Otsu in the lung", "none", float("nan"), lambda c: otsu_in_lung(c.images, c.lungs)),
+        ("Grad-CAM", "slice labels", cam_threshold, lambda c: grad_cam(classifier, c, run.profile.cam)),
+        ("Patch MIL", "slice labels", 0.5, lambda c: patch_probabilities(patch_net, c)),
+        ("Fine label map", "slice labels", 0.5, fused),
+        ("Segmenter", "slice labels", 0.5, lambda c: lesion_probabilities(segmenter, c)),
+    ]
+    if upper_bound:
+        supervised = run.supervised(training_truth(run))
+        stages.append(("Segmenter, true masks", "pixel masks", 0.5, lambda c: lesion_probabilities(supervised, c)))
+
+    counts: list[list[np.ndarray]] = [[] for _ in stages]
+    probabilities, labels = [], []
+    for case in tqdm(test.cases, desc="measuring", unit="volume", disable=not progress):
+        truth = read_truth(Dataset(test.root, (case,)))[0]
+        pixels, mask = truth.scan.pixels, truth.mask
+        lungs = lung_masks(pixels, run.profile.lungs)
+        found = np.flatnonzero(lungs.any(axis=(1, 2)))
+        crops = make_crops(pixels[found], lungs[found], run.profile.prepare)
+        for (_, _, threshold, predict), rows in zip(stages, counts, strict=True):
+            predicted = np.zeros(mask.shape, bool)
+            if len(found):
+                for k, small, box in zip(found, predict(crops), crops.boxes, strict=True):
+                    level = 0.5 if np.isnan(threshold) else threshold
+                    predicted[k] = (uncrop(small, box, mask.shape[1:]) >= level) & lungs[k]
+            rows.append(confusion(predicted, mask))
+        if len(found):
+            probabilities.append(slice_probabilities(classifier, crops))
+            labels.append(mask[found].any(axis=(1, 2)).astype(int))
+    all_labels = np.concatenate(labels)
+    area = auc(np.concatenate(probabilities), all_labels) if 0 < all_labels.mean() < 1 else float("nan")
+    results = [StageResult(name, supervision, threshold, np.concatenate(rows))
+               for (name, supervision, threshold, _), rows in zip(stages, counts, strict=True)]
+    return Evaluation(results, area, len(results[0].counts))
+
+
+@dataclass(frozen=True)
+class LungResult:
+    """Threshold lungs against true lungs: Dice of each slice with lung, and the slice it belongs to."""
+
+    dice: np.ndarray
+    names: np.ndarray
+
+
+def evaluate_lungs(data: Dataset, *, least: float = 0.01) -> LungResult:
+    """Dice of the threshold lungs on every slice of which at least ``least`` is lung; skips volumes without truth."""
+    dice, names = [], []
+    for case in data.cases:
+        if case.lung is None:
+            continue
+        scan = read_scan(case.image)
+        truth, mask = read_mask(case.lung, like=scan), lung_masks(scan.pixels)
+        for k in np.flatnonzero(truth.mean(axis=(1, 2)) >= least):
+            dice.append(2 * (truth[k] & mask[k]).sum() / (truth[k].sum() + mask[k].sum()))
+            names.append(f"{case.id}:{k}")
+    return LungResult(np.array(dice), np.array(names))

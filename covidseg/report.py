@@ -1,0 +1,106 @@
+"""Run reports and tables: what was run, on what, with which versions, and what came out."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from covidseg import DISCLAIMER, __version__
+from covidseg.artifacts import file_hash, write_text
+from covidseg.evaluate import Evaluation
+from covidseg.metrics import NAMES, Scores
+from covidseg.pipeline import Run
+from covidseg.predict import REPORT, profile_json
+
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-image", "nibabel", "monai", "grad-cam")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and kind of machine; nothing that names it or its user."""
+    return {
+        "covidseg": __version__, "python": platform.python_version(), "system": platform.system(),
+        "packages": {name: version(name) for name in PACKAGES}, "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_run(run: Run, command: str, seconds: float) -> Path:
+    """Writes ``run.json``, which makes a folder of stages a run that ``covidseg predict`` can use.
+
+    Args:
+        command: what was asked for, without folder names of this machine.
+        seconds: wall time of the training.
+    """
+    path = run.folder / REPORT
+    content = {
+        "note": DISCLAIMER, "command": command, "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1), "seed": run.seed, "environment": environment(run.device),
+        "data": {case.id: file_hash(case.image) for case in run.data.cases},
+        "labelled_slices": run.data.labels(), "settings": profile_json(run.profile), "stages": run.store.used,
+    }
+    write_text(path, json.dumps(content, indent=2) + "\n")
+    return path
+
+
+def scores_json(scores: Scores) -> dict[str, float | None]:
+    """Figures with four digits; None where undefined, since JSON has no NaN."""
+    return {name: None if math.isnan(value) else round(value, 4) for name, value in scores.as_dict().items()}
+
+
+def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
+    """The whole table as plain JSON values."""
+    nothing = math.isnan(evaluation.classifier_auc)
+    return {
+        "slices": evaluation.slices,
+        "classifier_auc": None if nothing else round(evaluation.classifier_auc, 4),
+        "rows": [{"name": stage.name, "supervision": stage.supervision,
+                  "threshold": None if math.isnan(stage.threshold) else round(stage.threshold, 3),
+                  "macro": scores_json(stage.macro()), "micro": scores_json(stage.micro())}
+                 for stage in evaluation.stages],
+    }
+
+
+def scores_table(title: str, rows: list[tuple[str, Scores, Scores]]) -> Table:
+    """A terminal table: the five figures pooled over pixels (micro), and Dice and IoU averaged over slices (macro).
+
+    Args:
+        rows: name, micro, macro.
+    """
+    table = Table(title=title, caption=DISCLAIMER)
+    table.add_column("")
+    for name in NAMES:
+        table.add_column({"dice": "Dice", "iou": "IoU", "ppv": "PPV"}.get(name, name), justify="right")
+    table.add_column("macro Dice", justify="right")
+    table.add_column("macro IoU", justify="right")
+    for row, pooled, each in rows:
+        table.add_row(row, *(format_figure(v) for v in pooled.as_dict().values()),
+                      format_figure(each.dice), format_figure(each.iou))
+    return table
+
+
+def evaluation_table(evaluation: Evaluation, title: str) -> Table:
+    """The table of all stages for the terminal."""
+    return scores_table(title, [(stage.name, stage.micro(), stage.macro()) for stage in evaluation.stages])
+
+
+def evaluation_markdown(evaluation: Evaluation) -> str:
+    """The same table for a page of the book."""
+    head = "| | taught with | Dice | IoU | PPV | sensitivity | specificity | macro Dice |\n|---|---|" + "--:|" * 6
+    lines = [f"| {stage.name} | {stage.supervision} | "
+             + " | ".join(format_figure(v) for v in (*stage.micro().as_dict().values(), stage.macro().dice)) + " |"
+             for stage in evaluation.stages]
+    return "\n".join([head, *lines])
+
+
+def format_figure(value: float) -> str:
+    """Three digits, or a dash where the figure is undefined."""
+    return "–" if math.isnan(value) else f"{value:.3f}"
