@@ -211,7 +211,8 @@ def reproduce(data: Annotated[str, typer.Option(help="A data folder, or a name f
                "seed": seed, "seconds": round(time.monotonic() - start, 1), "environment": environment(run.device),
                "run": json.loads((folder / "run.json").read_text(encoding="utf-8")), **evaluation_json(result)}
     write_text(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
-    console.print(f"classifier AUC {result.classifier_auc:.3f}; report in {folder / 'evaluation.json'}", highlight=False)
+    console.print(f"classifier AUC {result.classifier_auc:.3f}; report in {folder / 'evaluation.json'}",
+                  highlight=False)
 
 
 def main() -> None:
