@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -23,7 +21,8 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from covidseg import __version__
-from covidseg.errors import ArtifactError, OutputError
+from covidseg.errors import ArtifactError
+from covidseg.files import write_whole
 
 Arrays = dict[str, np.ndarray]
 
@@ -40,6 +39,7 @@ def fingerprint(*parts: Any) -> str:
         else:
             plain = asdict(part) if is_dataclass(part) and not isinstance(part, type) else part
             digest.update(json.dumps(plain, sort_keys=True).encode())
+        digest.update(b"\0")  # so that (1, 23) and (12, 3) differ
     return digest.hexdigest()[:16]
 
 
@@ -55,7 +55,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save_arrays(path: Path, arrays: Arrays, notes: dict[str, Any] | None = None) -> None:
@@ -64,9 +64,9 @@ def save_arrays(path: Path, arrays: Arrays, notes: dict[str, Any] | None = None)
     Raises:
         OutputError: the file cannot be written.
     """
-    plain = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    plain = {name: np.asarray(value, order="C") for name, value in arrays.items()}
     metadata = {"notes": json.dumps(notes or {})}
-    _replace(path, lambda temporary: save_file(plain, temporary, metadata))
+    write_whole(path, lambda temporary: save_file(plain, temporary, metadata))
     write_text(path.with_name(path.name + ".sha256"), f"{file_hash(path)}  {path.name}\n")
 
 
@@ -79,7 +79,7 @@ def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
     check = path.with_name(path.name + ".sha256")
     if not path.exists() or not check.exists():
         raise ArtifactError("the file or its .sha256 is missing", path=path, remedy="Run the stage again")
-    expected = check.read_text(encoding="utf-8").split()
+    expected = check.read_text(encoding="utf-8", errors="replace").split()
     if not expected or expected[0] != file_hash(path):
         raise ArtifactError("does not have the checksum it was written with", path=path,
                             remedy="The file is damaged: delete it and run the stage again")
@@ -90,23 +90,6 @@ def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ArtifactError(f"is not a safetensors file ({error})", path=path,
                             remedy="Run the stage again") from error
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot be written ({error})", path=path,
-                          remedy="Check free space and permissions, or choose another folder") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 class Store:

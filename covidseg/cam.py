@@ -32,7 +32,7 @@ class CamSettings:
 
     batch: int = 32
     top: float = 99.0
-    lesion: float = 0.4
+    lesion: float = 0.3
     lung: float = 0.1
 
 

@@ -42,7 +42,7 @@ class ClassifierSettings:
     """
 
     width: int = 24
-    steps: int = 240
+    steps: int = 160
     batch: int = 16
     rate: float = 3e-3
     temperature: float = 4.0

@@ -11,6 +11,7 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from covidseg import DISCLAIMER, __version__
 from covidseg.cli_data import app as data_app
@@ -28,13 +29,17 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 _state = {"debug": False}
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"covidseg {__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def _options(debug: Debug = False,
-             version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+             version: Annotated[bool, typer.Option("--version", help="Print the version and stop.",
+                                                   callback=_version, is_eager=True)] = False) -> None:
     _state["debug"] = debug
-    if version:
-        console.print(f"covidseg {__version__}")
-        raise typer.Exit
 
 
 def _target(out: Path, source: Path, many: bool) -> Path:
@@ -67,11 +72,12 @@ def _each(files: list[Path], work) -> None:  # type: ignore[no-untyped-def]
     failed: CovidsegError | None = None
     for number, path in enumerate(files, start=1):
         try:
-            console.print(f"[{number}/{len(files)}] {path.name}: {work(path)}", highlight=False)
+            console.print(f"[{number}/{len(files)}] {path.name}: {work(path)}", highlight=False, markup=False,
+                          soft_wrap=True)
         except CovidsegError as error:
             if len(files) == 1 or _state["debug"]:
                 raise
-            errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+            errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
             failed = error
     if failed is not None:
         raise typer.Exit(failed.exit_code)
@@ -193,7 +199,7 @@ def reproduce(data: Annotated[str, typer.Option(help="A data folder, or a name f
               profile: Profile = "quick", seed: Seed = 0, device: Device = "auto",
               out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None) -> None:
     """Trains all stages, measures each one and prints the table."""
-    from covidseg.artifacts import write_text
+    from covidseg.artifacts import file_hash, write_text
     from covidseg.evaluate import evaluate_run
     from covidseg.pipeline import open_data
     from covidseg.report import environment, evaluation_json, evaluation_table
@@ -209,6 +215,8 @@ def reproduce(data: Annotated[str, typer.Option(help="A data folder, or a name f
     command = f"covidseg reproduce --data {Path(data).name}" + (f" --test {Path(test).name}" if test else "")
     content = {"note": DISCLAIMER, "command": f"{command} --profile {profile} --seed {seed}", "test": tested,
                "seed": seed, "seconds": round(time.monotonic() - start, 1), "environment": environment(run.device),
+               "test_data": {path.name: file_hash(path) for case in testing.cases
+                             for path in (case.image, case.mask) if path is not None},
                "run": json.loads((folder / "run.json").read_text(encoding="utf-8")), **evaluation_json(result)}
     write_text(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
     console.print(f"classifier AUC {result.classifier_auc:.3f}; report in {folder / 'evaluation.json'}",
@@ -222,7 +230,7 @@ def main() -> None:
     except CovidsegError as error:
         if _state["debug"]:
             raise
-        errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
 
 

@@ -85,7 +85,11 @@ def load_dataset(root: str | Path, *, need_labels: bool = True) -> Dataset:
     root = Path(root)
     if not root.is_dir():
         raise DatasetError("no such data folder", path=root, remedy="Run `covidseg data list` to see what there is")
-    images = sorted(p for p in (root / "im").glob("*") if p.name.endswith(SUFFIXES))
+    images = sorted(p for p in (root / "im").glob("*") if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
+    ids = [scan_id(p) for p in images]
+    twice = sorted({i for i in ids if ids.count(i) > 1})
+    if twice:
+        raise DatasetError(f"holds {twice[0]} both as .nii and as .nii.gz", path=root / "im", remedy="Keep one of them")
     if images:
         return Dataset(root, _volume_cases(root, images, need_labels))
     stacks = sorted(root.glob("*_im.nii.gz"))
@@ -107,7 +111,10 @@ def _volume_cases(root: Path, images: list[Path], need_labels: bool) -> tuple[Ca
                 raise DatasetError(f"line {number} labels slice {index} of volume {volume} a second time", path=table,
                                    remedy="Keep one line for each slice")
             labels[volume][index] = label
-            patients[volume] = row.get("patient") or volume
+            patient = row.get("patient") or volume
+            if patients.setdefault(volume, patient) != patient:
+                raise DatasetError(f"line {number} gives volume {volume} to another patient than the lines before",
+                                   path=table, remedy="One volume belongs to one patient; correct the table")
         unknown = sorted(set(labels) - {scan_id(p) for p in images})
         if unknown:
             raise DatasetError(f"names volumes that im/ does not hold: {', '.join(unknown)}", path=table,
@@ -141,7 +148,7 @@ def _rows(table: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, st
         raise DatasetError("no such label table", path=table,
                            remedy=f"Write a CSV with the columns {', '.join(columns)}")
     try:
-        with table.open(newline="", encoding="utf-8") as stream:
+        with table.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
             missing = [c for c in columns if c not in (reader.fieldnames or [])]
             rows = [(number, row) for number, row in enumerate(reader, start=2)]

@@ -111,7 +111,8 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
     cam_threshold = float(threshold_otsu(run.cam()[positive][run.weak().crops.lungs[positive]]))
 
     def fused(crops: Crops) -> np.ndarray:
-        return fuse(grad_cam(classifier, crops), patch_probabilities(patch_net, crops), fine) * crops.lungs
+        cam = grad_cam(classifier, crops, run.profile.cam)
+        return fuse(cam, patch_probabilities(patch_net, crops), fine) * crops.lungs
 
     stages: list[tuple[str, str, float, Callable[[Crops], np.ndarray]]] = [
         ("Otsu in the lung", "none", float("nan"), lambda c: otsu_in_lung(c.images, c.lungs)),

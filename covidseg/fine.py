@@ -31,10 +31,10 @@ class FineSettings:
         smallest: components of fewer pixels are dropped.
     """
 
-    cam_share: float = 0.35
-    cam_middle: float = 0.4
+    cam_share: float = 0.15
+    cam_middle: float = 0.25
     seed_lesion: float = 0.7
-    seed_lung: float = 0.25
+    seed_lung: float = 0.3
     beta: float = 130.0
     smallest: int = 12
 

@@ -13,8 +13,7 @@ them into numbers that a network can use is the job of :mod:`covidseg.lungs`.
 
 from __future__ import annotations
 
-import os
-import tempfile
+import gzip
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
 from covidseg.errors import InputFileError, OutputError
+from covidseg.files import write_whole
 
 SUFFIXES = (".nii", ".nii.gz")
 # Upright order: slices towards the head (S), rows towards the back (P), columns towards the left (L).
@@ -90,14 +90,19 @@ def _load(path: Path) -> tuple[np.ndarray, Grid]:
         raise InputFileError("is not a NIfTI file (.nii or .nii.gz)", path=path,
                              remedy="Convert DICOM series or pictures to NIfTI first, for instance with dcm2niix")
     try:
+        if path.name.lower().endswith(".gz"):
+            with gzip.open(path) as stream:  # nibabel stops before the checksum and misses a flipped byte
+                while stream.read(1 << 20):
+                    pass
         image: Any = nib.load(path)
         # `dataobj` keeps the stored type where no scaling is asked for; get_fdata() would make a float64 copy.
         array = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+    except (OSError, EOFError, ValueError, OverflowError, zlib.error, nib.filebasedimages.ImageFileError,
+            nib.spatialimages.HeaderDataError) as error:
         raise InputFileError(f"cannot be read as NIfTI ({error})", path=path,
                              remedy="The file is damaged or incomplete: copy or download it again") from error
-    if array.dtype.fields is not None or not np.issubdtype(array.dtype, np.number):
-        raise InputFileError("holds colour or structured voxels", path=path, remedy="Give a grey-value CT")
+    if array.dtype.kind not in "iuf":
+        raise InputFileError("holds colour or complex voxels", path=path, remedy="Give a grey-value CT")
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     two_dimensional = array.ndim == 2
@@ -112,7 +117,9 @@ def _load(path: Path) -> tuple[np.ndarray, Grid]:
                                  remedy="Export the scan again, or set those voxels to air (-1024 HU)")
         array = array.astype(np.float32, copy=False)
     affine = image.affine
-    if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    invented = not image.header["sform_code"] and not image.header["qform_code"]  # nibabel then makes one up
+    if invented or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9 \
+            or np.isnan(io_orientation(affine)).any():
         raise InputFileError("has no usable affine, so its orientation and spacing are unknown", path=path,
                              remedy="Export it again with orientation, or set the affine with nibabel")
     return array, Grid(array.shape, np.asarray(affine, dtype=np.float64), two_dimensional)
@@ -184,16 +191,6 @@ def write_like(array: np.ndarray, grid: Grid, path: str | Path) -> Path:
         raise OutputError(f"result of shape {stored.shape} does not fit the input's {grid.shape}", path=path)
     if grid.two_dimensional:
         stored = stored[..., 0]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".covidseg-", suffix=".nii.gz")
-        os.close(handle)
-        try:
-            nib.save(nib.Nifti1Image(stored, grid.affine), name)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror or error})", path=path,
-                          remedy="Check free space and permissions, or choose another -o folder") from error
+    suffix = ".nii" if path.name.lower().endswith(".nii") else ".nii.gz"
+    write_whole(path, lambda temporary: nib.save(nib.Nifti1Image(stored, grid.affine), temporary), suffix=suffix)
     return path

@@ -2,7 +2,8 @@
 
 The abstract begins with "threshold segmentation" of the lungs, so that what surrounds them does not interfere
 with the classifier. A plain threshold fails on exactly the patients that matter: consolidated lung is as bright
-as the chest wall and drops out. The steps here keep it in:
+as the chest wall and drops out. The steps here keep most diseased lung in; what stays out is solid consolidation
+that lies broadly against the chest wall without a hazy rim, which no threshold can tell from the wall:
 
 1. Otsu's threshold finds the *body* (largest bright component, holes filled), which leaves out air around the
    patient, the table and burnt-in text.

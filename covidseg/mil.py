@@ -49,13 +49,13 @@ class MilSettings:
     """
 
     width: int = 16
-    steps: int = 300
+    steps: int = 240
     batch: int = 12
     rate: float = 3e-3
     paces: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6)
     weights: tuple[float, ...] = (0.0, 0.5, 0.75, 1.0)
     trust: tuple[float, ...] = (1.0, 0.7, 0.5, 0.4)
-    prior: float = 0.4
+    prior: float = 0.3
     sharpness: float = 1.5
 
 

@@ -58,6 +58,9 @@ class PhantomSettings:
         healthy_share: share of patients without any lesion, 0..1; they are spread evenly over the indices.
         involved: share of an ill patient's slices among which lesions are strewn; the rest is lesion-free.
         lesion_share: share of the lungs in those slices that lesions fill. Higher: easier.
+        dense_share: share of lesions that are crazy paving or consolidation, 0..1, half of each; the rest is ground
+            glass. Higher: threshold lungs lose more, since consolidation at the pleura looks like chest wall.
+        core_share: share of larger ground-glass lesions with a consolidated core. Higher: the same.
         ground_glass_hu: mean density of a ground-glass lesion, HU. Higher: easier, for thresholds above all.
         faint_share: share of ground-glass lesions that are faint. Higher: thresholds and weak labels miss more.
         faint_hu: mean density of those, HU.
@@ -83,6 +86,8 @@ class PhantomSettings:
     healthy_share: float = 1 / 3
     involved: tuple[float, float] = (0.4, 0.75)
     lesion_share: tuple[float, float] = (0.07, 0.18)
+    dense_share: float = 0.3
+    core_share: float = 0.15
     ground_glass_hu: tuple[float, float] = (-690, -470)
     faint_share: float = 0.3
     faint_hu: tuple[float, float] = (-740, -700)
@@ -102,7 +107,7 @@ class PhantomSettings:
             raise SettingsError(f"a phantom of {self.patients} patients, {self.slices} slices, size {self.size}, "
                                 f"seed {self.seed} and {self.vessel_targets} vessels cannot be made",
                                 remedy="Take at least 1 patient, 8 slices, size 64, seed 0 and 1 vessel")
-        for name in ("healthy_share", "faint_share", "lookalike_rate"):
+        for name in ("healthy_share", "dense_share", "core_share", "faint_share", "lookalike_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}", remedy="It is a share: give 0 to 1")
         for name, value in asdict(self).items():

@@ -71,7 +71,7 @@ def add_lesions(rng: np.random.Generator, settings: PhantomSettings, f: Frame, c
     steps = np.cumsum(liking, dtype=np.float64)
 
     goal = rng.uniform(*settings.lesion_share) * (lung & involved[:, None, None]).sum()
-    crazy_share, solid_share = 0.36 * rng.dirichlet((1.3, 1.3))  # patients lean to one pattern
+    crazy_share, solid_share = settings.dense_share * rng.dirichlet((1.3, 1.3))  # patients lean to one pattern
     warp = smooth_noise(rng, f.shape, f.spacing, 6) + 0.5 * smooth_noise(rng, f.shape, f.spacing, 2.5)
     texture = smooth_noise(rng, f.shape, f.spacing, 3.5)
     net = _network(rng, f, lung)
@@ -91,7 +91,7 @@ def add_lesions(rng: np.random.Generator, settings: PhantomSettings, f: Frame, c
         looks = target + spread * texture[box] + (net[box] * rng.uniform(170, 260) if sort == CRAZY_PAVING else 0)
         _put(change, rank, box, inside, looks - tissue[box], sort)
         np.maximum(amount[box], inside, out=amount[box])
-        if sort == GROUND_GLASS and size > 9 and rng.random() < 0.3:  # a consolidated core
+        if sort == GROUND_GLASS and size > 9 and rng.random() < settings.core_share:  # a consolidated core
             core_box, core = _blob(rng, f, centre, 0.45 * size, 1.5, warp)
             solid = rng.uniform(*settings.consolidation_hu) + 25 * texture[core_box]
             _put(change, rank, core_box, core * amount[core_box], solid - tissue[core_box], CONSOLIDATION)

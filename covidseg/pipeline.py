@@ -6,6 +6,7 @@ again, from another chapter or after a break, reads what is stored.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -189,7 +190,9 @@ class Run:
             masks: ``(N, S, S)`` bool, from :func:`covidseg.evaluate.training_truth`.
         """
         settings = replace(self.profile.segmenter, robustness=0.1)  # masks are trusted, so plain cross entropy
-        key = fingerprint(self.key("weak"), settings, self.seed, "true masks", int(masks.sum()))
+        masks_hash = hashlib.sha256(np.packbits(masks).tobytes()).hexdigest()
+        key = fingerprint(self.key("weak"), settings, self.seed, masks_hash)
+
         def load() -> nn.Module:
             arrays, _ = self.store.get("supervised", key, lambda: (net_arrays(train_segmenter(
                 self.weak(), masks, np.ones(masks.shape, np.float32), settings, seed=self.seed, device=self.device,

@@ -88,7 +88,7 @@ def load_predictor(run: Path, device: torch.device = torch.device("cpu")) -> Pre
         content = json.loads(report.read_text(encoding="utf-8"))
         stage = content["stages"]["segmenter"]
         profile = profile_from(content["settings"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:  # also bytes that are no UTF-8
         raise ArtifactError(f"is damaged ({error})", path=report, remedy="Train again") from error
     arrays, _ = load_arrays(run / "stages" / stage)
     return Predictor(load_net(make_segmenter(profile.segmenter), arrays).to(device), profile)

@@ -44,10 +44,10 @@ class SegmenterSettings:
 
     channels: tuple[int, ...] = (16, 32, 64, 128)
     residual_units: int = 1
-    steps: int = 200
+    steps: int = 300
     batch: int = 12
     rate: float = 3e-3
-    robustness: float = 0.4
+    robustness: float = 0.7
     dice_weight: float = 0.5
 
 

@@ -1,0 +1,43 @@
+"""Writing a file in one piece: whoever looks sees the old file or the whole new one, never half of it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from covidseg.errors import OutputError
+
+
+def write_whole(path: Path, write: Callable[[Path], object], *, suffix: str = "") -> None:
+    """Calls ``write`` with a temporary name in the folder of ``path``, then renames the result to ``path``.
+
+    Args:
+        path: target; its folder is made if it is missing.
+        write: writes the file it is given.
+        suffix: ending of the temporary name, for libraries that go by it.
+
+    Raises:
+        OutputError: the file cannot be written; nothing is left behind, and an old file stays as it was.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=suffix)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        # mkstemp lets only the owner read; the result gets the permissions of an ordinary new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
+        raise OutputError(f"cannot be written ({getattr(error, 'strerror', None) or error})", path=path,
+                          remedy="Check free space and permissions, or choose another folder") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

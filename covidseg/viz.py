@@ -1,0 +1,386 @@
+"""Pictures: one look and one set of colours for every figure of the book.
+
+All functions return a new :class:`matplotlib.figure.Figure` (or draw on the axes that they are given) and change
+nothing else; only :func:`use_style` sets Matplotlib's defaults, when it is called. Slices are shown upright, as a
+radiologist looks at them: front of the patient on top, the patient's right on the left. The colours are those of
+Okabe and Ito, which people with colour-blindness can tell apart.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import AbstractPathEffect, withStroke
+from PIL import Image
+
+if TYPE_CHECKING:  # drawing a table must not load the training code
+    from covidseg.evaluate import Evaluation
+
+COLORS = {"lung": "#56B4E9", "coarse": "#CC79A7", "fine": "#009E73", "prediction": "#D55E00", "truth": "#F0E442"}
+# For lines and bars on white, in this order; the yellow of the truth is too pale there.
+CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+HEAT = "cividis"
+# Centre and width of display windows, HU.
+LUNG_WINDOW, TISSUE_WINDOW, BONE_WINDOW = (-600.0, 1500.0), (40.0, 400.0), (400.0, 1800.0)
+# The same lung window on the scale of normalised crops, where 0 is lung air and 1 soft tissue.
+NORMAL_RANGE = (-0.3, 1.3)
+
+
+def use_style() -> None:
+    """Sets Matplotlib's defaults to the book's look: sans serif, no frame on top and right, colour-blind-safe."""
+    mpl.rcParams.update({
+        "figure.dpi": 110, "savefig.dpi": 110, "figure.facecolor": "white", "axes.facecolor": "white",
+        "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 9, "legend.frameon": False,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": plt.cycler(color=CYCLE),
+        "axes.grid": False, "lines.linewidth": 1.8, "image.cmap": "gray", "figure.constrained_layout.use": True,
+    })
+
+
+def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (2.6, 2.6), *,
+               sharey: bool = False) -> tuple[Figure, np.ndarray]:
+    """A figure with a grid of axes, ``(rows, columns)``; ``size`` is the width and height of one panel in inches.
+
+    The figure is closed for pyplot, so that a notebook shows it once, where it is the value of a cell.
+    """
+    figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False,
+                                sharey=sharey, layout="constrained")
+    plt.close(figure)
+    return figure, axes
+
+
+def window(image: np.ndarray, centre: float = LUNG_WINDOW[0], width: float = LUNG_WINDOW[1]) -> np.ndarray:
+    """Display window: HU to grey levels in [0, 1]; black below ``centre - width / 2``, white above the other end."""
+    return np.clip((image.astype(np.float32) - (centre - width / 2)) / width, 0, 1)
+
+
+def crop_spacing(box: np.ndarray, size: int, spacing: tuple[float, float]) -> tuple[float, float]:
+    """Millimetres a pixel of a crop.
+
+    Args:
+        box: ``(4,)`` top, left, height, width in the full slice.
+        size: side of the crop in pixels.
+        spacing: millimetres between rows and columns of the full slice.
+    """
+    return float(box[2]) / size * spacing[0], float(box[3]) / size * spacing[1]
+
+
+def draw_slice(axes: Axes, image: np.ndarray, spacing: tuple[float, float] | None = None, *, title: str = "",
+               limits: tuple[float, float] | None = None, bar_mm: float = 50.0) -> None:
+    """Draws one upright slice.
+
+    Args:
+        axes: where.
+        image: ``(H, W)`` in HU (shown at the lung window) or normalised (shown at ``NORMAL_RANGE``); values below
+            -20 occur in HU only, which is how the two are told apart.
+        spacing: millimetres between rows and columns; with it comes a scale bar.
+        limits: lowest and highest value shown, instead.
+        bar_mm: length of the scale bar in millimetres.
+    """
+    if limits is None:
+        centre, width = LUNG_WINDOW
+        limits = (centre - width / 2, centre + width / 2) if image.min() < -20 else NORMAL_RANGE
+    aspect = spacing[0] / spacing[1] if spacing else 1.0
+    axes.imshow(image, cmap="gray", vmin=limits[0], vmax=limits[1], aspect=aspect, interpolation="nearest")
+    axes.set_title(title)
+    axes.set_axis_off()
+    if spacing:
+        rows, columns = image.shape
+        length = bar_mm / spacing[1]
+        x, y = 0.04 * columns, 0.95 * rows
+        axes.plot([x, x + length], [y, y], color="white", linewidth=3, solid_capstyle="butt")
+        axes.text(x + length / 2, y - 0.02 * rows, f"{bar_mm:.0f} mm", color="white", ha="center", va="bottom",
+                  fontsize=8)
+
+
+# A dark rim keeps outlines visible on light tissue and on hot places of a map.
+RIM: list[AbstractPathEffect] = [withStroke(linewidth=2.6, foreground="black", alpha=0.6)]
+
+
+def overlay(axes: Axes, masks: Mapping[str, np.ndarray], *, fill: float = 0.0) -> None:
+    """Draws outlines of masks over a slice, each in its fixed colour.
+
+    Args:
+        axes: with a slice on it.
+        masks: name -> ``(H, W)`` bool; names outside ``COLORS`` get colours of the cycle.
+        fill: opacity of the area inside, 0 for outlines alone.
+    """
+    for number, (name, mask) in enumerate(masks.items()):
+        color = COLORS.get(name, CYCLE[number % len(CYCLE)])
+        if not mask.any():
+            continue
+        if fill:
+            area = np.zeros((*mask.shape, 4))
+            area[mask] = (*to_rgb(color), fill)
+            axes.imshow(area, aspect=axes.get_aspect(), interpolation="nearest")
+        axes.contour(mask.astype(float), levels=[0.5], colors=[color], linewidths=1.3).set_path_effects(RIM)
+
+
+def draw_heat(axes: Axes, values: np.ndarray, lung: np.ndarray) -> Any:
+    """Lays a map in [0, 1] over a slice, inside the lung only; returns what a colour bar needs.
+
+    Low values are nearly transparent, so that the slice stays visible where the map has nothing to say.
+    """
+    opacity = np.where(lung, 0.2 + 0.6 * values, 0)
+    axes.imshow(values, cmap=HEAT, vmin=0, vmax=1, alpha=opacity, aspect=axes.get_aspect(), interpolation="nearest")
+    return ScalarMappable(Normalize(0, 1), HEAT)
+
+
+def legend(figure: Figure, names: Sequence[str]) -> None:
+    """One legend for the whole figure, below it, with the fixed colours of the named masks on dark ground."""
+    lines = [Line2D([], [], color=COLORS.get(name, CYCLE[k % len(CYCLE)]), linewidth=2.5)
+             for k, name in enumerate(names)]
+    box = figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=True, labelcolor="white")
+    box.get_frame().set(facecolor="#333333", edgecolor="none", alpha=1)
+
+
+def show_slices(images: Sequence[np.ndarray], titles: Sequence[str] = (),
+                masks: Sequence[Mapping[str, np.ndarray]] = (), *, spacing: Any = None, columns: int = 4,
+                fill: float = 0.0, size: float = 2.5) -> Figure:
+    """Slices side by side, with outlines and a scale bar.
+
+    Args:
+        images: ``(H, W)`` each.
+        titles: one for each slice, or none.
+        masks: one mapping for each slice (see :func:`overlay`), or none.
+        spacing: ``(row, column)`` millimetres for all, or a list with one such pair for each slice.
+        columns: panels a row.
+        fill: opacity of masks.
+        size: width and height of a panel in inches.
+    """
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure, axes = new_figure(rows, columns, (size, size + 0.2))
+    each = spacing if isinstance(spacing, list) else [spacing] * len(images)
+    for k, (panel, image) in enumerate(zip(axes.flat, images, strict=False)):
+        draw_slice(panel, image, each[k], title=titles[k] if k < len(titles) else "")
+        if k < len(masks):
+            overlay(panel, masks[k], fill=fill)
+    for panel in axes.flat[len(images):]:
+        panel.set_visible(False)
+    names = list(dict.fromkeys(name for one in masks for name in one))
+    if names:
+        legend(figure, names)
+    return figure
+
+
+def show_stages(image: np.ndarray, lung: np.ndarray, stages: Mapping[str, np.ndarray], truth: np.ndarray, *,
+                spacing: tuple[float, float] | None = None, columns: int = 4) -> Figure:
+    """What each stage makes of one slice: maps as heat, masks as outlines, and the truth on all of them.
+
+    Args:
+        image, lung, truth: ``(S, S)``, the last two bool.
+        stages: title -> ``(S, S)`` float map in [0, 1], or bool mask (drawn as ``prediction``).
+        spacing: millimetres between rows and columns.
+    """
+    columns = min(columns, len(stages) + 1)
+    rows = -(-(len(stages) + 1) // columns)
+    figure, axes = new_figure(rows, columns, (2.5, 2.7))
+    draw_slice(axes.flat[0], image, spacing, title="slice and truth")
+    overlay(axes.flat[0], {"lung": lung, "truth": truth})
+    heat = None
+    for panel, (title, stage) in zip(axes.flat[1:], stages.items(), strict=False):
+        draw_slice(panel, image, title=title)
+        if stage.dtype == bool:
+            overlay(panel, {"prediction": stage}, fill=0.3)
+        else:
+            heat = draw_heat(panel, stage, lung)
+        overlay(panel, {"truth": truth})
+    for panel in axes.flat[len(stages) + 1:]:
+        panel.set_visible(False)
+    if heat is not None:
+        figure.colorbar(heat, ax=axes, shrink=0.6, label="probability or map value")
+    masks = any(stage.dtype == bool for stage in stages.values())
+    legend(figure, ["lung", "truth", *(["prediction"] if masks else [])])
+    return figure
+
+
+def browser(images: np.ndarray, masks: Mapping[str, np.ndarray] | None = None, *,
+            titles: Sequence[str] = (), spacing: tuple[float, float] | None = None, name: str = "slice") -> Any:
+    """A slider over slices that needs no kernel: it works in the rendered page as well as in Jupyter and on Colab.
+
+    Args:
+        images: ``(S, H, W)`` HU or normalised.
+        masks: name -> ``(S, H, W)`` bool.
+        titles: text above each slice.
+        spacing: millimetres between rows and columns.
+        name: what is shown, for the description that screen readers read.
+
+    Returns:
+        An ``IPython.display.HTML``.
+    """
+    from IPython.display import HTML
+
+    masks, frames = masks or {}, []
+    for k, image in enumerate(images):
+        figure, axes = new_figure(1, 1, (4.4, 4.6))
+        draw_slice(axes[0, 0], image, spacing)
+        overlay(axes[0, 0], {key: mask[k] for key, mask in masks.items()})
+        if masks:
+            legend(figure, list(masks))
+        title = html.escape(titles[k] if k < len(titles) else f"slice {k}")
+        hidden = "" if k == len(images) // 2 else " hidden"
+        frames.append(f'<figure style="margin:0"{hidden}><img alt="{html.escape(name)}, {title}" '
+                      f'src="data:image/jpeg;base64,{_jpeg(figure)}" style="max-width:100%;height:auto">'
+                      f"<figcaption>{title}</figcaption></figure>")
+    # A handler on the slider itself: no script element, no ids that could clash with those of another browser.
+    switch = ("const all = this.parentNode.querySelectorAll('figure');"
+              "all.forEach((frame, k) => { frame.hidden = k != this.value; })")
+    return HTML(f'<div class="covidseg-browser" style="max-width:30rem">'
+                f'<input type="range" min="0" max="{len(images) - 1}" value="{len(images) // 2}" '
+                f'aria-label="slice to show" style="width:100%" oninput="{switch}">{"".join(frames)}</div>')
+
+
+def _jpeg(figure: Figure) -> str:
+    """A figure as base64 JPEG: a fifth of the size of PNG for noisy pictures."""
+    raw, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(raw, format="png", dpi=90)
+    Image.open(raw).convert("RGB").save(small, format="jpeg", quality=80)
+    return base64.b64encode(small.getvalue()).decode()
+
+
+def widget(images: np.ndarray, masks: Mapping[str, np.ndarray] | None = None, *,
+           spacing: tuple[float, float] | None = None) -> Any:
+    """Live browser for a running notebook: sliders for the slice and for the display window, switches for masks.
+
+    Args:
+        images: ``(S, H, W)`` HU.
+        masks: name -> ``(S, H, W)`` bool.
+        spacing: millimetres between rows and columns.
+
+    Returns:
+        An ipywidgets ``VBox`` (versions 7.7 and 8).
+    """
+    import ipywidgets as widgets
+
+    masks = masks or {}
+    number = widgets.IntSlider(len(images) // 2, 0, len(images) - 1, description="slice", continuous_update=False)
+    centre = widgets.IntSlider(int(LUNG_WINDOW[0]), -1000, 500, 50, description="centre, HU", continuous_update=False)
+    width = widgets.IntSlider(int(LUNG_WINDOW[1]), 100, 3000, 100, description="width, HU", continuous_update=False)
+    switches = [widgets.Checkbox(True, description=name) for name in masks]
+    picture = widgets.Image(format="png", width=420)
+
+    def draw(*_: Any) -> None:
+        figure, axes = new_figure(1, 1, (4.4, 4.6))
+        half = width.value / 2
+        draw_slice(axes[0, 0], images[number.value], spacing, limits=(centre.value - half, centre.value + half))
+        overlay(axes[0, 0], {s.description: masks[s.description][number.value] for s in switches if s.value})
+        raw = io.BytesIO()
+        figure.savefig(raw, format="png", dpi=95)
+        picture.value = raw.getvalue()
+
+    for control in (number, centre, width, *switches):
+        control.observe(draw, names="value")
+    draw()
+    return widgets.VBox([number, centre, width, widgets.HBox(switches), picture])
+
+
+class TrainingLog:
+    """Prints the lines of a training and keeps them in a file, so that a stage read from store still has its curve.
+
+    Args:
+        path: text file, appended to; its folder is made.
+    """
+
+    STEP = re.compile(r"(?P<stage>\w+) step +(?P<step>\d+)/\d+ +(?P<losses>.*?) +[\d.]+ s$")
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __call__(self, line: str) -> None:
+        """Receives one line, as ``log`` of a training function."""
+        print(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def losses(self, stage: str) -> dict[str, list[float]]:
+        """``step`` and each loss of the last training of a stage; empty if it was trained elsewhere."""
+        curve: dict[str, list[float]] = {}
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            found = self.STEP.match(line)
+            if not found or found["stage"] != stage:
+                continue
+            step = float(found["step"])
+            if curve and step <= curve["step"][-1]:
+                curve = {}  # a later training of the same stage
+            curve.setdefault("step", []).append(step)
+            words = found["losses"].split()
+            for name, value in zip(words[::2], words[1::2], strict=True):
+                curve.setdefault(name, []).append(float(value))
+        return curve
+
+
+def training_curve(losses: Mapping[str, Sequence[float]], title: str = "") -> Figure:
+    """Mean losses between two lines of the log, from :meth:`TrainingLog.losses`."""
+    figure, axes = new_figure(1, 1, (6.0, 3.0))
+    panel = axes[0, 0]
+    for name, values in losses.items():
+        if name != "step":
+            panel.plot(losses["step"], values, marker="o", markersize=4, label=name)
+    panel.set(xlabel="optimiser step", ylabel="mean loss", title=title, ylim=(0, None))
+    if losses:
+        panel.legend()
+    else:
+        panel.text(0.5, 0.5, "no training log kept", transform=panel.transAxes, ha="center")
+    return figure
+
+
+def curriculum_plot(paces: Sequence[float], admitted: Mapping[str, Sequence[int]],
+                    purity: Mapping[str, Sequence[float]]) -> Figure:
+    """How many patches each phase of the curriculum admits, and what share of them is right.
+
+    Args:
+        paces: share of the candidates that each phase asks for.
+        admitted: label -> number of patches in each phase.
+        purity: label -> share of right targets in [0, 1] for each phase; NaN where none was admitted.
+    """
+    figure, axes = new_figure(1, 2, (3.9, 3.1))
+    phases = np.arange(len(paces))
+    left, right = axes[0]
+    width = 0.8 / len(admitted)
+    for k, (name, counts) in enumerate(admitted.items()):
+        left.bar(phases + (k - (len(admitted) - 1) / 2) * width, counts, width, label=name)
+    left.set(ylabel="patches admitted", title="how many", yscale="log", ylim=(1, None))
+    for name, values in purity.items():
+        right.plot(phases, values, marker="o", label=name)
+    right.set(ylabel="share with the right target", title="how pure", ylim=(0, 1.03))
+    for panel in (left, right):
+        panel.set(xlabel="phase, and its pace", xticks=phases, xlim=(-0.6, len(paces) - 0.4),
+                  xticklabels=[f"{k + 1}\n{pace:.0%}" for k, pace in enumerate(paces)])
+    right.legend(loc="lower right")
+    return figure
+
+
+def score_bars(evaluation: Evaluation, *, average: str = "micro") -> Figure:
+    """Dice, PPV and sensitivity of every stage as bars.
+
+    Args:
+        evaluation: from :func:`covidseg.evaluate.evaluate_run`.
+        average: ``micro`` (pooled pixels) or ``macro`` (mean over slices with a lesion).
+    """
+    figures = ("dice", "ppv", "sensitivity")
+    figure, axes = new_figure(1, 1, (7.2, 0.55 * len(evaluation.stages) + 1.0))
+    panel, height = axes[0, 0], 0.26
+    places = np.arange(len(evaluation.stages))
+    for k, (name, label) in enumerate(zip(figures, ("Dice", "PPV", "sensitivity"), strict=True)):
+        values = [getattr(getattr(stage, average)(), name) for stage in evaluation.stages]
+        panel.barh(places + (k - 1) * height, values, height, label=label, color=CYCLE[k])
+    panel.set(yticks=places, yticklabels=[stage.name for stage in evaluation.stages], xlim=(0, 1),
+              xlabel=f"{average} average")
+    panel.invert_yaxis()
+    panel.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
+    return figure

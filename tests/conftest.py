@@ -1,0 +1,37 @@
+"""Shared fixtures: a small phantom, made once per run, and the folder of real scans where there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from covidseg.phantom import PhantomSettings, write_phantom
+
+# Array-building strategies are slow on a busy machine; a deadline would make tests flaky, not better. The examples
+# are the same in every run, so that a failure comes back when the test is run again.
+settings.register_profile("covidseg", deadline=None, max_examples=25, derandomize=True, database=None,
+                          suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("covidseg")
+
+TINY = PhantomSettings(patients=4, slices=10, size=128, seed=3, vessel_targets=150)
+
+
+@pytest.fixture(scope="session")
+def tiny_phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a phantom of 4 patients with 10 slices of 128 x 128. Shared by all tests: copy it to change it."""
+    return write_phantom(tmp_path_factory.mktemp("tiny") / "phantom", TINY)
+
+
+@pytest.fixture(scope="session")
+def realct() -> Path:
+    """Folder of real scans, from the environment variable COVIDSEG_REALCT; skips without it."""
+    name = os.environ.get("COVIDSEG_REALCT", "")
+    if not name:
+        pytest.skip("needs real scans: set COVIDSEG_REALCT to their folder")
+    folder = Path(name)
+    if not folder.is_dir():
+        pytest.fail(f"COVIDSEG_REALCT names {folder}, which is no folder")
+    return folder

@@ -1,0 +1,126 @@
+"""Grad-CAM against its own definition, and the coarse labels made of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import toy
+from torch import nn
+from torch.nn import functional as F
+
+from covidseg.cam import CamSettings, coarse_labels, grad_cam, scale_by_top
+from covidseg.classify import Classifier, ClassifierSettings
+from covidseg.prepare import Crops
+from covidseg.train import net_input
+
+SETTINGS = CamSettings()
+
+
+@pytest.fixture
+def net() -> Classifier:
+    torch.manual_seed(1)
+    net = Classifier(ClassifierSettings(width=4))
+    for module in net.modules():  # larger than at the start, so that evidence differs from place to place
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    return net.eval()
+
+
+@pytest.fixture
+def crops() -> Crops:
+    data, _ = toy(6, size=80, seed=2)
+    lungs = data.crops.lungs.copy()
+    lungs[:, :, 60:] = False  # lopsided, so that a missing flip shows
+    return replace(data.crops, lungs=lungs)
+
+
+def inputs_of(crops: Crops) -> torch.Tensor:
+    return net_input(torch.from_numpy(crops.images)[:, None], torch.from_numpy(crops.lungs)[:, None].float())
+
+
+def unit(maps: torch.Tensor) -> torch.Tensor:
+    """Each map from 0 to 1, as the library scales them."""
+    maps = maps - maps.amin((1, 2), keepdim=True)
+    return maps / (maps.amax((1, 2), keepdim=True) + 1e-7)
+
+
+def by_definition(net: Classifier, inputs: torch.Tensor) -> torch.Tensor:
+    """Equations 1 and 2 of Selvaraju et al. (ICCV 2017) with autograd, on the last block; ``(B, S, S)``."""
+    layer = net.coarse(net.middle(net.fine(inputs))).detach().requires_grad_(True)     # A_k
+    score = net.pool(net.evidence(layer), inputs[:, 1:2])                              # y, before the sigmoid
+    slopes, = torch.autograd.grad(score.sum(), layer)
+    alpha = slopes.mean((2, 3), keepdim=True)                                          # eq. 1
+    maps = F.relu((alpha * layer.detach()).sum(1))                                     # eq. 2
+    large = F.interpolate(unit(maps)[:, None], size=inputs.shape[-2:], mode="bilinear", align_corners=False)
+    return unit(large[:, 0])
+
+
+def test_equals_the_definition_averaged_over_the_mirror_image(net: Classifier, crops: Crops) -> None:
+    inputs = inputs_of(crops)
+    straight, mirrored = by_definition(net, inputs), by_definition(net, inputs.flip(3)).flip(2)
+    both = (0.5 * (straight + mirrored)).numpy() * crops.lungs
+    maps = grad_cam(net, crops)
+    np.testing.assert_allclose(maps, scale_by_top(both, crops.lungs, SETTINGS.top), atol=1e-4)
+    # The comparison has teeth: without the mirror image the maps differ visibly.
+    alone = scale_by_top(straight.numpy() * crops.lungs, crops.lungs, SETTINGS.top)
+    assert np.abs(maps - alone).max() > 0.05
+    assert (maps.max((1, 2)) == 1).any()
+
+
+def test_maps_lie_in_0_to_1_and_within_the_lung(net: Classifier, crops: Crops) -> None:
+    maps = grad_cam(net, crops)
+    assert maps.shape == crops.images.shape
+    assert maps.dtype == np.float32
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+    assert (maps[~crops.lungs] == 0).all()
+    assert (maps[crops.lungs] > 0).any()
+
+
+def test_mirrored_slices_give_mirrored_maps(net: Classifier, crops: Crops) -> None:
+    flipped = Crops(crops.images[..., ::-1].copy(), crops.lungs[..., ::-1].copy(), crops.boxes)
+    np.testing.assert_allclose(grad_cam(net, flipped)[..., ::-1], grad_cam(net, crops), atol=1e-5)
+
+
+def test_maps_do_not_depend_on_the_batch(net: Classifier, crops: Crops) -> None:
+    np.testing.assert_allclose(grad_cam(net, crops, replace(SETTINGS, batch=2)), grad_cam(net, crops), atol=1e-5)
+
+
+def test_works_on_frozen_weights_and_leaves_the_net_as_it_was(net: Classifier, crops: Crops) -> None:
+    expected = grad_cam(net, crops)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    np.testing.assert_allclose(grad_cam(net.requires_grad_(False), crops), expected, atol=1e-6)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert not net.coarse._forward_hooks
+    assert not net.training
+
+
+def test_a_slice_without_lung_has_an_empty_map(net: Classifier, crops: Crops) -> None:
+    crops.lungs[0] = False
+    maps = grad_cam(net, crops)
+    assert (maps[0] == 0).all()
+    assert np.isfinite(maps).all()
+
+
+def test_scaling_by_hand() -> None:
+    maps = np.zeros((3, 2, 5), np.float32)
+    maps[0] = np.arange(10).reshape(2, 5)
+    lungs = np.ones(maps.shape, bool)
+    lungs[0, 0] = False     # 5..9 are inside: the median is 7
+    lungs[2] = False
+    scaled = scale_by_top(maps, lungs, 50.0)
+    np.testing.assert_allclose(scaled[0, 1], [5 / 7, 6 / 7, 1, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose(scaled[0, 0], np.arange(5) / 7, rtol=1e-6)
+    assert (scaled[1:] == 0).all(), "a map of zeros, and one without lung, stay zero"
+
+
+def test_coarse_label_codes() -> None:
+    settings = CamSettings(lesion=0.6, lung=0.2)
+    maps = np.tile(np.array([0.0, 0.19, 0.2, 0.59, 0.6, 1.0], np.float32), (2, 1, 1))
+    coarse = coarse_labels(maps, np.array([1, 0]), settings)
+    assert coarse.dtype == np.uint8
+    assert coarse[0, 0].tolist() == [0, 0, 255, 255, 1, 1]
+    assert (coarse[1] == 0).all(), "a slice without a lesion is lung throughout"

@@ -1,0 +1,441 @@
+"""The command line end to end, every documented exit code that needs no network, and what it prints."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from tiny import STAGES, TINY, finished_run
+from typer.testing import CliRunner, Result
+
+from covidseg import DISCLAIMER, __version__
+from covidseg.cli import app, main
+from covidseg.errors import InputFileError
+from covidseg.io import read_scan, write_like
+from covidseg.lungs import lung_masks
+from covidseg.pipeline import PROFILES, Run
+
+SCAN = "phantom_01.nii.gz"
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finished_run(tiny_phantom, tmp_path_factory.getbasetemp() / "tiny-run")
+
+
+@pytest.fixture(autouse=True)
+def _tiny_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(PROFILES, "quick", TINY)
+    monkeypatch.chdir(tmp_path)  # nothing may land in the checkout
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def flat(text: str) -> str:
+    """Without white space, since a terminal's width breaks lines anywhere."""
+    return "".join(text.split())
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The exit code of the installed command."""
+    monkeypatch.setattr(sys, "argv", ["covidseg", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
+
+
+def strict(text: str) -> dict:
+    """JSON as the standard has it: NaN and Infinity are faults."""
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+    return json.loads(text, parse_constant=refuse)
+
+
+def save(array: np.ndarray, path: Path) -> Path:
+    nib.save(nib.Nifti1Image(array, np.eye(4)), path)
+    return path
+
+
+def stored(path: Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj)
+
+
+# One way to each exit code; a code is (arguments, what the message has to name).
+
+def missing_scan(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    return ["lungs", root / "nothing.nii.gz", "-o", root / "out"], "nothing.nii.gz"
+
+
+def broken_scan(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    (root / "broken.nii.gz").write_bytes((phantom / "im" / SCAN).read_bytes()[:5000])
+    return ["predict", "--run", run.folder, root / "broken.nii.gz", "-o", root / "out"], "broken.nii.gz"
+
+
+def no_run(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    return ["predict", "--run", root, phantom / "im" / SCAN, "-o", root / "out"], "run.json"
+
+
+def other_shape(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    mask = save(np.ones((4, 4, 4), np.uint8), root / "mask.nii.gz")
+    return ["evaluate", mask, phantom / "mask" / SCAN], "mask.nii.gz"
+
+
+def empty_folder(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    (root / "empty").mkdir()
+    return ["train", "--data", root / "empty", "--out", root / "run"], "holds no scans"
+
+
+def no_split(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    return ["train", "--data", phantom, "--out", root / "run", "--part", "train"], "no split"
+
+
+def damaged_weights(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    copy = Path(shutil.copytree(run.folder, root / "copy"))
+    path = copy / "stages" / run.store.used["segmenter"]
+    path.write_bytes(path.read_bytes()[:-8] + b"\xff" * 8)
+    return ["predict", "--run", copy, phantom / "im" / SCAN, "-o", root / "out"], path.name
+
+
+def no_lung(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    rng = np.random.default_rng(0)
+    empty = save(rng.normal(40, 5, (64, 64, 2)).astype(np.int16), root / "water.nii.gz")
+    return ["lungs", empty, "-o", root / "out"], "water.nii.gz"
+
+
+def no_lung_to_predict(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    _, name = no_lung(root, phantom, run)
+    return ["predict", "--run", run.folder, root / name, "-o", root / "out"], name
+
+
+def cannot_write(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    (root / "file").write_text("in the way")
+    return ["lungs", phantom / "im" / SCAN, "-o", root / "file" / "out"], "cannot be written"
+
+
+def cannot_store(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    (root / "file").write_text("in the way")
+    return ["train", "--data", phantom, "--out", root / "file"], "cannot be written"
+
+
+def no_such_profile(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    return ["train", "--data", phantom, "--out", root / "run", "--profile", "slow"], "'slow'"
+
+
+@pytest.mark.parametrize(("code", "case"), [
+    (3, missing_scan), (3, broken_scan), (3, no_run), (3, other_shape), (4, empty_folder), (4, no_split),
+    (6, damaged_weights), (7, no_lung), (7, no_lung_to_predict), (8, cannot_write), (8, cannot_store),
+    (9, no_such_profile)])
+def test_every_fault_ends_with_one_line_and_its_code(
+        code: int, case: object, tmp_path: Path, tiny_phantom: Path, tiny_run: Run,
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, named = case(tmp_path, tiny_phantom, tiny_run)  # type: ignore[operator]
+    assert run_main(monkeypatch, *arguments) == code
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert len(message.strip().splitlines()) == 1
+    assert named in message
+    assert "Traceback" not in message
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_several_scans_do_not_fit_into_one_file(tiny_phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    scans = [tiny_phantom / "im" / f"phantom_0{k}.nii.gz" for k in (0, 1)]
+    assert run_main(monkeypatch, "lungs", *scans, "-o", tmp_path / "one.nii.gz") == 9
+    assert "one.nii.gz" in capsys.readouterr().err
+    assert not (tmp_path / "one.nii.gz").exists()
+
+
+def test_wrong_usage_has_code_2_and_success_0(monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(monkeypatch, "lungs") == 2
+    assert run_main(monkeypatch, "predict", "--threshold", "1.5") == 2
+    assert run_main(monkeypatch, "--version") == 0
+    assert __version__ in capsys.readouterr().out
+
+
+def test_debug_shows_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["covidseg", "--debug", "lungs", str(tmp_path / "x.nii.gz"), "-o", str(tmp_path)])
+    with pytest.raises(InputFileError):
+        main()
+
+
+def test_debug_is_off_again_in_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["covidseg", "--debug", "lungs", str(tmp_path / "x.nii.gz"), "-o", str(tmp_path)])
+    with pytest.raises(InputFileError):
+        main()
+    assert run_main(monkeypatch, "lungs", tmp_path / "x.nii.gz", "-o", tmp_path) == 3
+
+
+@pytest.mark.parametrize("command", [[], ["lungs"], ["train"], ["predict"], ["evaluate"], ["reproduce"], ["data"]])
+def test_help_works_everywhere(command: list[str]) -> None:
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+    if not command:
+        assert flat(DISCLAIMER[:40]) in flat(result.output)
+
+
+def test_lungs_writes_a_mask_that_lies_on_the_scan(tiny_phantom: Path, tmp_path: Path) -> None:
+    result = invoke("lungs", tiny_phantom / "im" / SCAN, "-o", tmp_path / "out")
+    assert result.exit_code == 0
+    given, mask = nib.load(tiny_phantom / "im" / SCAN), nib.load(tmp_path / "out" / SCAN)
+    assert mask.shape == given.shape
+    np.testing.assert_allclose(mask.affine, given.affine)
+    assert set(np.unique(stored(tmp_path / "out" / SCAN))) == {0, 1}
+    scan = read_scan(tiny_phantom / "im" / SCAN)
+    expected = write_like(lung_masks(scan.pixels), scan.grid, tmp_path / "expected.nii.gz")
+    assert np.array_equal(stored(tmp_path / "out" / SCAN), stored(expected))
+    assert flat("lung in") in flat(result.output)
+
+
+def test_lungs_of_a_folder_and_as_a_named_file(tiny_phantom: Path, tmp_path: Path) -> None:
+    assert invoke("lungs", tiny_phantom / "im", "-o", tmp_path / "all").exit_code == 0
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [f"phantom_0{k}.nii.gz" for k in range(4)]
+    assert invoke("lungs", tiny_phantom / "im" / SCAN, "-o", tmp_path / "named.nii").exit_code == 0
+    assert np.array_equal(stored(tmp_path / "named.nii"), stored(tmp_path / "all" / SCAN))
+
+
+@pytest.mark.parametrize("command", ["lungs", "predict"])
+def test_a_bad_file_is_reported_and_the_others_go_on(command: str, tiny_phantom: Path, tmp_path: Path, tiny_run: Run,
+                                                     monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for name in ("a.nii.gz", "c.nii.gz"):
+        shutil.copy(tiny_phantom / "im" / SCAN, scans / name)
+    (scans / "b.nii.gz").write_bytes(b"not a scan")
+    extra = ["--run", tiny_run.folder] if command == "predict" else []
+    assert run_main(monkeypatch, command, scans, *extra, "-o", tmp_path / "out") == 3
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ")
+    assert "b.nii.gz" in output.err
+    assert "[1/3]" in output.out
+    assert "[3/3]" in output.out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+
+
+def test_names_with_brackets_are_printed_as_they_are(tiny_phantom: Path, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    """Square brackets are markup to the console; in file names they are just letters."""
+    shutil.copy(tiny_phantom / "im" / SCAN, tmp_path / "x[bold].nii.gz")
+    assert run_main(monkeypatch, "lungs", tmp_path / "x[bold].nii.gz", "-o", tmp_path / "out") == 0
+    assert "x[bold].nii.gz" in capsys.readouterr().out
+    assert run_main(monkeypatch, "lungs", tmp_path / "y[red].nii.gz", "-o", tmp_path / "out") == 3
+    assert "y[red].nii.gz" in capsys.readouterr().err
+
+
+def test_train_predict_evaluate_in_a_row(tiny_phantom: Path, tiny_run: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trained = invoke("train", "--data", tiny_phantom, "--out", run, "--device", "cpu", "--seed", "0")
+    assert trained.exit_code == 0
+    assert flat(DISCLAIMER) in flat(trained.output)
+    for word in ("classifier step", "patches phase", "segmenter step", "40 labelled slices of 4 volumes"):
+        assert flat(word) in flat(trained.output)
+    report = strict((run / "run.json").read_text(encoding="utf-8"))
+    assert report["command"] == f"covidseg train --data {tiny_phantom.name} --profile quick --seed 0"
+    assert report["stages"] == {s: tiny_run.store.used[s] for s in STAGES}, "the keys do not depend on the folder"
+
+    out = tmp_path / "out"
+    predicted = invoke("predict", "--run", run, tiny_phantom / "im" / SCAN, "-o", out, "--probability",
+                       "--threshold", "0.3")
+    assert predicted.exit_code == 0
+    assert flat(DISCLAIMER) in flat(predicted.output)
+    assert sorted(p.name for p in out.iterdir()) == [SCAN, "phantom_01_probability.nii.gz"]
+    given, mask = nib.load(tiny_phantom / "im" / SCAN), nib.load(out / SCAN)
+    maps = stored(out / "phantom_01_probability.nii.gz")
+    assert mask.shape == given.shape == maps.shape
+    np.testing.assert_allclose(mask.affine, given.affine)
+    assert mask.get_data_dtype() == np.uint8
+    assert maps.dtype == np.float32
+    assert 0 <= maps.min() < maps.max() <= 1
+    assert np.array_equal(stored(out / SCAN) == 1, maps >= np.float32(0.3))
+
+    measured = invoke("evaluate", out / SCAN, tiny_phantom / "mask" / SCAN, "--json", tmp_path / "scores.json")
+    assert measured.exit_code == 0
+    content = strict((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    a, b = stored(out / SCAN) > 0, stored(tiny_phantom / "mask" / SCAN) > 0
+    assert content["slices"] == 10
+    assert content["micro"]["dice"] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()), abs=1e-4)
+
+
+def test_a_second_training_in_the_same_folder_trains_nothing(tiny_phantom: Path, tiny_run: Run,
+                                                             tmp_path: Path) -> None:
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    result = invoke("train", "--data", tiny_phantom, "--out", run, "--device", "cpu")
+    assert result.exit_code == 0
+    assert "step" not in result.output
+    assert strict((run / "run.json").read_text())["stages"]["segmenter"] == tiny_run.store.used["segmenter"]
+
+
+def check_reproduction(folder: Path, slices: int) -> dict:
+    content = strict((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert content["note"] == DISCLAIMER
+    assert content["slices"] == slices
+    assert [row["name"] for row in content["rows"]] == [
+        "Otsu in the lung", "Grad-CAM", "Patch MIL", "Fine label map", "Segmenter", "Segmenter, true masks"]
+    for row in content["rows"]:
+        assert row["threshold"] is None or 0 < row["threshold"] < 1
+        assert 0 <= row["micro"]["dice"] <= 1
+    assert content["run"]["settings"]["prepare"]["size"] == TINY.prepare.size
+    assert content["seconds"] > 0
+    return content
+
+
+def test_reproduce_on_a_folder_of_its_own(tiny_phantom: Path, tiny_run: Run, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
+    test = Path(shutil.copytree(tiny_phantom, tmp_path / "measured"))
+    result = invoke("reproduce", "--data", tiny_phantom, "--test", test, "--out", folder, "--device", "cpu")
+    assert result.exit_code == 0
+    content = check_reproduction(folder, 40)
+    assert content["test"] == "measured"
+    assert content["seed"] == 0
+    assert str(tmp_path) not in json.dumps(content), "reports name no folder of this machine"
+    assert "classifier AUC" in " ".join(result.output.split())
+    for figure in ("Dice", "macro", "Otsu", f"{content['rows'][0]['micro']['dice']:.3f}"):
+        assert figure in result.output
+
+
+def test_reproduce_on_the_split_of_a_registered_set(tiny_phantom: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """The split names twelve volumes: the four of the tiny phantom stand in for them, three times over."""
+    cache = tmp_path / "cache" / "phantom"
+    lines = (tiny_phantom / "slice_labels.csv").read_text(encoding="utf-8").splitlines()
+    table = lines[:1]
+    for k in range(12):
+        old, new = f"phantom_{k % 4:02d}", f"phantom_{k:02d}"
+        for part in ("im", "mask"):
+            (cache / part).mkdir(parents=True, exist_ok=True)
+            shutil.copy(tiny_phantom / part / f"{old}.nii.gz", cache / part / f"{new}.nii.gz")
+        table += [line.replace(old, new) for line in lines if line.startswith(old)]
+    (cache / "slice_labels.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
+    monkeypatch.setenv("COVIDSEG_DATA", str(cache.parent))
+    result = invoke("reproduce", "--data", "phantom", "--device", "cpu", "--seed", "3")
+    assert result.exit_code == 0
+    content = check_reproduction(tmp_path / "runs" / "phantom-quick-seed3", 4 * 10)
+    assert content["test"] == "phantom (test side)"
+    trained = set(content["run"]["data"])
+    with (Path(__file__).parents[1] / "data" / "splits" / "phantom.csv").open(encoding="utf-8") as stream:
+        sides = {row["volume"]: row["split"] for row in csv.DictReader(stream)}
+    assert {sides[name] for name in trained} == {"train"}
+    assert len(trained) == list(sides.values()).count("train")
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Prediction, truth and lung of three slices of 10 x 10, made so that every figure is a simple fraction.
+
+    Stored as (columns, rows, slices) with unit affine. Slice 0: 20 predicted, 20 true, 10 shared. Slice 1: nothing
+    predicted, nothing true. Slice 2: 10 true, all missed. The lung holds the left half of slices 0 and 2.
+    """
+    prediction, truth, lung = (np.zeros((10, 10, 3), np.uint8) for _ in range(3))
+    prediction[0:2, :, 0] = 1
+    truth[1:3, :, 0] = 1
+    truth[9, :, 2] = 1
+    truth[0:5, 0, 2] = 1
+    truth[9, 5:, 2] = 0            # 5 + 5 pixels
+    lung[:5, :, [0, 2]] = 1
+    return (save(prediction, tmp_path / "p.nii.gz"), save(truth, tmp_path / "t.nii.gz"),
+            save(lung, tmp_path / "l.nii.gz"))
+
+
+def printed(output: str) -> dict:
+    """The JSON after the table."""
+    return strict(output[output.index("{"):])
+
+
+def test_evaluate_against_figures_by_hand(drawn: tuple[Path, Path, Path]) -> None:
+    result = invoke("evaluate", drawn[0], drawn[1])
+    assert result.exit_code == 0
+    content = printed(result.output)
+    # 10 hits, 10 false alarms, 10 + 10 missed, 70 + 100 + 90 rest.
+    assert content == {
+        "slices": 3,
+        "micro": {"dice": 0.4, "iou": 0.25, "ppv": 0.5, "sensitivity": 0.3333, "specificity": round(260 / 270, 4)},
+        "macro": {"dice": 0.25, "iou": 0.1667, "ppv": 0.25, "sensitivity": 0.25,
+                  "specificity": round((70 / 80 + 1 + 1) / 3, 4)}}
+    assert "0.400" in result.output
+    assert "not a medical device" in " ".join(result.output.split())
+
+
+def test_evaluate_inside_a_lung_mask_by_hand(drawn: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    result = invoke("evaluate", drawn[0], drawn[1], "--lungs", drawn[2], "--json", tmp_path / "deep" / "s.json")
+    assert result.exit_code == 0
+    content = strict((tmp_path / "deep" / "s.json").read_text())
+    # Slices 0 and 2, 50 pixels each: 10 hits, 10 false alarms, 10 + 5 missed, 20 + 45 rest.
+    assert content == {
+        "slices": 2,
+        "micro": {"dice": round(20 / 45, 4), "iou": round(10 / 35, 4), "ppv": 0.5, "sensitivity": 0.4,
+                  "specificity": round(65 / 75, 4)},
+        "macro": {"dice": 0.25, "iou": 0.1667, "ppv": 0.25, "sensitivity": 0.25,
+                  "specificity": round((2 / 3 + 1) / 2, 4)}}
+
+
+def test_undefined_figures_are_null_not_nan(tmp_path: Path) -> None:
+    nothing = save(np.zeros((6, 6, 2), np.uint8), tmp_path / "nothing.nii.gz")
+    content = printed(invoke("evaluate", nothing, nothing).output)
+    assert content["micro"]["dice"] is None
+    assert content["macro"]["ppv"] is None
+    assert content["micro"]["specificity"] == 1
+    inside = printed(invoke("evaluate", nothing, nothing, "--lungs", nothing).output)
+    assert set(inside["micro"].values()) == {None}
+
+
+def test_a_mask_of_another_affine_is_refused(drawn: tuple[Path, Path, Path], tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    nib.save(nib.Nifti1Image(stored(drawn[0]), np.diag([-1.0, 1.0, 1.0, 1.0])), tmp_path / "turned.nii.gz")
+    assert run_main(monkeypatch, "evaluate", tmp_path / "turned.nii.gz", drawn[1]) == 3
+
+
+@pytest.fixture
+def real_slices(realct: Path, tmp_path: Path) -> Path:
+    """A data folder with a few slices of two real volumes that carry both labels."""
+    folder = tmp_path / "real"
+    with (realct / "medseg9" / "slice_labels.csv").open(newline="", encoding="utf-8") as stream:
+        table = list(csv.DictReader(stream))
+    rows = [["volume", "slice", "has_lesion"]]
+    for volume in sorted({row["volume"] for row in table}):
+        labels = {int(r["slice"]): int(r["has_lesion"]) for r in table if r["volume"] == volume}
+        scan = read_scan(realct / "medseg9" / "im" / f"{volume}.nii.gz")
+        middle = sorted(labels, key=lambda k: abs(k - len(scan.pixels) / 2))
+        chosen = [[k for k in middle if labels[k] == label][:4] for label in (0, 1)]
+        if len(rows) > 1 + 8 or min(map(len, chosen)) < 4:
+            continue
+        kept = sorted(chosen[0] + chosen[1])
+        (folder / "im").mkdir(parents=True, exist_ok=True)
+        upright = np.transpose(scan.pixels[kept], (2, 1, 0))
+        nib.save(nib.Nifti1Image(upright, np.diag([-1.0, -1.0, 5.0, 1.0])), folder / "im" / f"{volume}.nii.gz")
+        rows += [[volume, str(k), str(labels[old])] for k, old in enumerate(kept)]
+    with (folder / "slice_labels.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows(rows)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.realct
+def test_real_scans_run_through(real_slices: Path, tmp_path: Path) -> None:
+    scans = sorted((real_slices / "im").iterdir())
+    assert len(scans) == 2
+    assert invoke("lungs", *scans, "-o", tmp_path / "lungs").exit_code == 0
+    for scan in scans:
+        share = (stored(tmp_path / "lungs" / scan.name) > 0).mean(axis=(0, 1))
+        assert (share > 0.02).mean() >= 0.5  # at the ends of a volume there is hardly any lung
+        assert share.max() < 0.6
+    assert invoke("train", "--data", real_slices, "--out", tmp_path / "run", "--device", "cpu").exit_code == 0
+    result = invoke("predict", "--run", tmp_path / "run", *scans, "-o", tmp_path / "out", "--probability")
+    assert result.exit_code == 0
+    for scan in scans:
+        lung = stored(tmp_path / "lungs" / scan.name) > 0
+        maps = stored(tmp_path / "out" / f"{scan.name.removesuffix('.nii.gz')}_probability.nii.gz")
+        assert stored(tmp_path / "out" / scan.name).shape == lung.shape
+        assert (maps[~lung] == 0).all()
+        assert (maps[lung] > 0).mean() > 0.9

@@ -1,0 +1,242 @@
+"""Measuring the stages: the rows, the counting path with an oracle, and figures computed a second way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from skimage.filters import threshold_otsu
+from tiny import TINY, finished_run, toy
+
+from covidseg import evaluate
+from covidseg.cam import CamSettings
+from covidseg.classify import Classifier
+from covidseg.dataset import Case, Dataset, load_dataset
+from covidseg.errors import DatasetError
+from covidseg.evaluate import Evaluation, evaluate_lungs, evaluate_run, otsu_in_lung, training_truth
+from covidseg.io import Grid, read_mask, read_scan, write_like
+from covidseg.lungs import lung_masks
+from covidseg.mil import PatchNet
+from covidseg.pipeline import Run
+from covidseg.prepare import Crops, PrepareSettings, make_crops, uncrop
+from covidseg.refine import make_segmenter
+
+ROWS = ["Otsu in the lung", "Grad-CAM", "Patch MIL", "Fine label map", "Segmenter"]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finished_run(tiny_phantom, tmp_path_factory.getbasetemp() / "tiny-run")
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_run: Run) -> Evaluation:
+    return evaluate_run(tiny_run, tiny_run.data.subset(["phantom_01", "phantom_02"]), upper_bound=False)
+
+
+def test_rows_come_in_the_order_of_the_stages(measured: Evaluation) -> None:
+    assert [stage.name for stage in measured.stages] == ROWS
+    assert [stage.supervision for stage in measured.stages] == ["none"] + 4 * ["slice labels"]
+
+
+def test_the_upper_bound_is_a_row_of_its_own_and_says_so(tiny_run: Run) -> None:
+    result = evaluate_run(tiny_run, tiny_run.data.subset(["phantom_01"]))
+    assert [stage.name for stage in result.stages] == [*ROWS, "Segmenter, true masks"]
+    assert result.stages[-1].supervision == "pixel masks"
+
+
+def test_every_full_slice_is_counted_in_every_row(measured: Evaluation, tiny_run: Run) -> None:
+    masks = [read_mask(case.mask) for case in tiny_run.data.subset(["phantom_01", "phantom_02"]).cases]
+    assert measured.slices == 20
+    for stage in measured.stages:
+        assert (stage.counts.sum(axis=1) == 128 * 128).all()
+        np.testing.assert_array_equal(stage.counts[:, 0] + stage.counts[:, 2], np.concatenate(masks).sum((1, 2)))
+
+
+def test_the_otsu_row_equals_a_direct_computation(measured: Evaluation, tiny_run: Run) -> None:
+    counts = []
+    for case in tiny_run.data.subset(["phantom_01", "phantom_02"]).cases:
+        pixels, mask = read_scan(case.image).pixels, read_mask(case.mask)
+        for image, lung, truth in zip(pixels, lung_masks(pixels), mask, strict=True):
+            found = np.zeros(truth.shape, bool)
+            if lung.any():
+                crop = make_crops(image[None], lung[None], TINY.prepare)
+                inside = crop.images[0][crop.lungs[0]]
+                small = crop.lungs[0] & (crop.images[0] > threshold_otsu(inside))
+                found = (uncrop(small, crop.boxes[0], truth.shape) >= 0.5) & lung
+            counts.append([(found & truth).sum(), (found & ~truth).sum(), (~found & truth).sum(),
+                           (~found & ~truth).sum()])
+    np.testing.assert_array_equal(measured.stages[0].counts, counts)
+    assert 0 < measured.stages[0].micro().dice < 1
+
+
+def test_micro_figures_pool_all_slices(measured: Evaluation) -> None:
+    for stage in measured.stages:
+        hit, false, miss, _ = stage.counts.sum(axis=0)
+        assert stage.micro().dice == pytest.approx(2 * hit / (2 * hit + false + miss))
+
+
+def test_thresholds_are_fixed_without_masks(measured: Evaluation, tiny_run: Run) -> None:
+    positive = tiny_run.weak().labels == 1
+    values = tiny_run.cam()[positive][tiny_run.weak().crops.lungs[positive]]
+    thresholds = [stage.threshold for stage in measured.stages]
+    assert np.isnan(thresholds[0])
+    assert thresholds[1] == pytest.approx(threshold_otsu(values))
+    assert thresholds[2:] == [0.5, 0.5, 0.5]
+
+
+def test_otsu_in_the_lung_by_hand() -> None:
+    images = np.zeros((3, 4, 4), np.float32)
+    images[:, :2], images[0, 0, :2] = 0.1, 0.9
+    lungs = np.zeros((3, 4, 4), bool)
+    lungs[0, :2] = True
+    lungs[1, :2] = True           # even brightness: nothing to separate
+    found = otsu_in_lung(images, lungs)
+    assert found[0, 0].tolist() == [1, 1, 0, 0]
+    assert found.sum() == 2
+
+
+@pytest.fixture
+def squares(tmp_path: Path) -> Dataset:
+    """Two volumes of 80 x 80 in which a voxel is a lesion where it is bright: an oracle can read the truth off."""
+    rng = np.random.default_rng(0)
+    cases = []
+    for name in ("one", "two"):
+        mask = rng.random((4, 80, 80)) < 0.2
+        mask[3] = False
+        pixels = np.where(mask, 0, -900).astype(np.int16)
+        grid = Grid((80, 80, 4), np.diag([-1.0, -1.0, 5.0, 1.0]))
+        image = write_like(pixels, grid, tmp_path / "im" / f"{name}.nii.gz")
+        drawn = write_like(mask, grid, tmp_path / "mask" / f"{name}.nii.gz")
+        cases.append(Case(name, image, {k: int(mask[k].any()) for k in range(4)}, name, None, drawn))
+    return Dataset(tmp_path, tuple(cases))
+
+
+@pytest.fixture
+def untrained(squares: Dataset) -> SimpleNamespace:
+    """What evaluate_run needs of a run, with nets that know nothing; crops are whole slices, pixel by pixel."""
+    torch.manual_seed(0)
+    data, _ = toy(4, size=80)
+    profile = SimpleNamespace(**{**vars(TINY), "prepare": PrepareSettings(size=80, margin=0.0)})
+    classifier, patch_net = Classifier(TINY.classifier).eval(), PatchNet(TINY.mil).eval()
+    return SimpleNamespace(
+        data=squares, profile=profile, classifier=lambda: classifier, mil=lambda: (patch_net, []),
+        segmenter=lambda: make_segmenter(TINY.segmenter).eval(), weak=lambda: data,
+        cam=lambda: np.random.default_rng(0).random(data.crops.images.shape))
+
+
+def oracle(net: object, crops: Crops) -> np.ndarray:
+    return (crops.images > 0.5).astype(np.float32)
+
+
+def test_an_oracle_scores_one(untrained: SimpleNamespace, squares: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "lung_masks", lambda pixels, settings: np.ones(pixels.shape, bool))
+    monkeypatch.setattr(evaluate, "lesion_probabilities", oracle)
+    result = evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
+    assert result.slices == 8
+    row = result.stages[-1]
+    assert row.micro().as_dict() == dict.fromkeys(("dice", "iou", "ppv", "sensitivity", "specificity"), 1.0)
+    assert row.macro().dice == 1
+    assert result.stages[-2].micro().dice < 1, "the other stages are no oracles"
+
+
+def test_slices_without_a_lung_count_as_missed(untrained: SimpleNamespace, squares: Dataset,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    def lungs(pixels: np.ndarray, settings: object) -> np.ndarray:
+        masks = np.ones(pixels.shape, bool)
+        masks[1] = False
+        return masks
+    monkeypatch.setattr(evaluate, "lung_masks", lungs)
+    monkeypatch.setattr(evaluate, "lesion_probabilities", oracle)
+    row = evaluate_run(untrained, squares, upper_bound=False).stages[-1]  # type: ignore[arg-type]
+    truth = np.concatenate([read_mask(case.mask) for case in squares.cases])
+    for k in range(8):
+        lesion = truth[k].sum()
+        expected = [0, 0, lesion, 6400 - lesion] if k % 4 == 1 else [lesion, 0, 0, 6400 - lesion]
+        assert row.counts[k].tolist() == expected
+    assert row.macro().dice == pytest.approx(2 / 3)  # of three slices with a lesion in each volume, one is missed
+
+
+def test_predictions_outside_the_lung_are_cut_off(untrained: SimpleNamespace, squares: Dataset,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    def lungs(pixels: np.ndarray, settings: object) -> np.ndarray:
+        masks = np.zeros(pixels.shape, bool)
+        masks[:, :, :40] = True
+        return masks
+    monkeypatch.setattr(evaluate, "lung_masks", lungs)
+    monkeypatch.setattr(evaluate, "lesion_probabilities", lambda net, crops: np.ones(crops.images.shape, np.float32))
+    row = evaluate_run(untrained, squares, upper_bound=False).stages[-1]  # type: ignore[arg-type]
+    assert (row.counts[:, 0] + row.counts[:, 1] == 80 * 40).all()
+
+
+def test_auc_of_one_class_is_undefined(untrained: SimpleNamespace, squares: Dataset,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    def lungs(pixels: np.ndarray, settings: object) -> np.ndarray:
+        masks = np.ones(pixels.shape, bool)
+        masks[3] = False
+        return masks
+    monkeypatch.setattr(evaluate, "lung_masks", lungs)
+    assert np.isnan(evaluate_run(untrained, squares, upper_bound=False).classifier_auc)  # type: ignore[arg-type]
+
+
+def test_classifier_auc_uses_the_masks_of_the_test_set(untrained: SimpleNamespace, squares: Dataset,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "lung_masks", lambda pixels, settings: np.ones(pixels.shape, bool))
+    monkeypatch.setattr(evaluate, "slice_probabilities",
+                        lambda net, crops: (crops.images > 0.5).mean((1, 2)).astype(np.float32))
+    assert evaluate_run(untrained, squares, upper_bound=False).classifier_auc == 1  # type: ignore[arg-type]
+
+
+def test_maps_are_made_with_the_settings_of_the_run(untrained: SimpleNamespace, squares: Dataset,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def record(net: object, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
+        used.append(settings)
+        return np.zeros(crops.images.shape, np.float32)
+    monkeypatch.setattr(evaluate, "lung_masks", lambda pixels, settings: np.ones(pixels.shape, bool))
+    monkeypatch.setattr(evaluate, "grad_cam", record)
+    untrained.profile.cam = CamSettings(top=77.0)
+    evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
+    assert len(used) == 2 * len(squares.cases), "for the map's own row, and for the fused one"
+    assert {settings.top for settings in used} == {77.0}
+
+
+def test_measuring_needs_masks(tiny_run: Run, squares: Dataset) -> None:
+    bare = Dataset(squares.root, tuple(Case(c.id, c.image, c.labels, c.patient) for c in squares.cases))
+    with pytest.raises(DatasetError, match="no lesion mask"):
+        evaluate_run(tiny_run, bare, upper_bound=False)
+
+
+def test_training_truth_lies_on_the_training_crops(tiny_run: Run) -> None:
+    masks, data = training_truth(tiny_run), tiny_run.weak()
+    assert masks.shape == data.crops.images.shape
+    truth = {case.id: read_mask(case.mask) for case in tiny_run.data.cases}
+    for name, box, small in zip(data.names, data.crops.boxes, masks, strict=True):
+        volume, number = name.rsplit(":", 1)
+        full = truth[volume][int(number)]
+        back = uncrop(small, box, full.shape) >= 0.5
+        if full.sum() > 100:
+            assert 2 * (back & full).sum() / (back.sum() + full.sum()) > 0.8
+        elif not full.any():
+            assert not back.any()
+
+
+def test_lung_dice_of_each_slice(tiny_phantom: Path) -> None:
+    data = load_dataset(tiny_phantom).subset(["phantom_00", "phantom_02"])
+    result = evaluate_lungs(data)
+    first = read_mask(data.cases[0].lung)
+    mine = lung_masks(read_scan(data.cases[0].image).pixels)
+    for name, value in zip(result.names, result.dice, strict=True):
+        volume, k = name.split(":")
+        if volume == "phantom_00":
+            a, b = first[int(k)], mine[int(k)]
+            assert value == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+    assert np.median(result.dice) > 0.8
+
+
+def test_volumes_without_true_lungs_are_skipped(squares: Dataset) -> None:
+    assert len(evaluate_lungs(squares).dice) == 0

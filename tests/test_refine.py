@@ -1,0 +1,137 @@
+"""The segmenter: its loss at the limits, what weights do, and that training lowers the error."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import quiet, same_weights, toy
+from torch.nn import functional as F
+
+from covidseg.prepare import Crops
+from covidseg.refine import SegmenterSettings, lesion_probabilities, make_segmenter, robust_loss, train_segmenter
+
+SMALL = SegmenterSettings(channels=(4, 8), steps=6, batch=4)
+ENTROPY_ONLY = SegmenterSettings(dice_weight=0.0)
+
+
+@pytest.fixture
+def case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, hard target and weights, in double precision so that the limit q -> 0 can be taken."""
+    source = torch.Generator().manual_seed(0)
+    shape = (2, 1, 12, 12)
+    logits = 2 * torch.randn(shape, generator=source, dtype=torch.float64)
+    return (logits, (torch.rand(shape, generator=source) < 0.3).double(),
+            torch.rand(shape, generator=source, dtype=torch.float64))
+
+
+def test_near_zero_the_loss_is_cross_entropy(case: tuple[torch.Tensor, ...]) -> None:
+    logits, target, weight = case
+    expected = F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum") / weight.sum()
+    found = robust_loss(logits, target, weight, replace(ENTROPY_ONLY, robustness=1e-6))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_at_one_the_loss_is_the_mean_absolute_error(case: tuple[torch.Tensor, ...]) -> None:
+    logits, target, weight = case
+    expected = (weight * (logits.sigmoid() - target).abs()).sum() / weight.sum()
+    found = robust_loss(logits, target, weight, replace(ENTROPY_ONLY, robustness=1.0))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_dice_part_by_hand() -> None:
+    logits = torch.tensor([20.0, 20.0, -20.0, -20.0]).reshape(1, 1, 2, 2)
+    target = torch.tensor([1.0, 0.0, 1.0, 0.0]).reshape(1, 1, 2, 2)
+    one = torch.ones_like(target)
+    with_dice, without = (robust_loss(logits, target, one, replace(ENTROPY_ONLY, dice_weight=w)) for w in (1.0, 0.0))
+    assert (with_dice - without).item() == pytest.approx(1 - (2 * 1 + 1) / (4 + 1), abs=1e-5)
+
+
+def test_pixels_of_weight_zero_have_no_gradient(case: tuple[torch.Tensor, ...]) -> None:
+    logits, target, weight = case
+    weight = torch.where(weight < 0.5, 0.0, weight)
+    logits.requires_grad_(True)
+    robust_loss(logits, target, weight, SegmenterSettings()).backward()
+    assert (logits.grad[weight == 0] == 0).all()
+    assert (logits.grad[weight > 0] != 0).all()
+    shifted = torch.where(weight == 0, logits + 5, logits)
+    assert robust_loss(shifted, target, weight, SegmenterSettings()).item() == pytest.approx(
+        robust_loss(logits, target, weight, SegmenterSettings()).item())
+
+
+def test_no_weight_at_all_gives_a_finite_loss(case: tuple[torch.Tensor, ...]) -> None:
+    logits, target, weight = case
+    assert torch.isfinite(robust_loss(logits, target, torch.zeros_like(weight), SegmenterSettings()))
+
+
+def test_a_robust_loss_pulls_less_on_a_label_that_is_plainly_wrong() -> None:
+    pulls = []
+    for q in (0.01, 0.5, 1.0):
+        logits = torch.tensor([[[[-4.0]]]], requires_grad=True)
+        one = torch.ones(1, 1, 1, 1)
+        robust_loss(logits, one, one, replace(ENTROPY_ONLY, robustness=q)).backward()
+        pulls.append(-logits.grad.item())
+    assert pulls[0] > 2 * pulls[1] > 2 * pulls[2] > 0
+
+
+def errors(net: torch.nn.Module) -> tuple[float, float]:
+    """Mean absolute error inside the lung, and Dice, on fresh slices."""
+    fresh, disks = toy(16, seed=9)
+    p = lesion_probabilities(net, fresh.crops)
+    found = p > 0.5
+    return (float(np.abs(p - disks)[fresh.crops.lungs].mean()),
+            float(2 * (found & disks).sum() / max(1, found.sum() + disks.sum())))
+
+
+def test_training_lowers_the_error() -> None:
+    data, disks = toy(24)
+    settings = SegmenterSettings(channels=(8, 16), steps=40, batch=8, rate=1e-2, robustness=0.4, dice_weight=0.5)
+    torch.manual_seed(1)
+    before, _ = errors(make_segmenter(settings).eval())
+    net = train_segmenter(data, disks, np.ones(disks.shape, np.float32), settings, seed=1, log=quiet)
+    after, dice = errors(net)
+    assert after < 0.5 * before
+    assert dice > 0.85
+    assert not net.training
+
+
+def test_pixels_of_weight_zero_teach_nothing() -> None:
+    data, disks = toy(12)
+    weights = np.ones(disks.shape, np.float32)
+    weights[:, :20] = 0
+    nonsense = disks.copy()
+    nonsense[:, :20] = ~nonsense[:, :20]
+    first = train_segmenter(data, disks, weights, SMALL, seed=2, log=quiet)
+    assert same_weights(first, train_segmenter(data, nonsense, weights, SMALL, seed=2, log=quiet))
+    # The same nonsense with weight leads elsewhere.
+    assert not same_weights(first, train_segmenter(data, nonsense, np.ones_like(weights), SMALL, seed=2, log=quiet))
+
+
+def test_labels_outside_the_lung_teach_nothing() -> None:
+    data, disks = toy(12)
+    weights = np.ones(disks.shape, np.float32)
+    first = train_segmenter(data, disks, weights, SMALL, seed=2, log=quiet)
+    assert same_weights(first, train_segmenter(data, disks | ~data.crops.lungs, weights, SMALL, seed=2, log=quiet))
+
+
+def test_probabilities_are_averaged_over_flips_and_stay_in_the_lung() -> None:
+    data, _ = toy(5)
+    torch.manual_seed(0)
+    net = make_segmenter(SMALL).eval()
+    p = lesion_probabilities(net, data.crops)
+    assert p.shape == data.crops.images.shape
+    assert p.dtype == np.float32
+    assert (p[~data.crops.lungs] == 0).all()
+    assert 0 < p[data.crops.lungs].min() <= p.max() < 1
+    np.testing.assert_allclose(lesion_probabilities(net, data.crops, batch=2), p, atol=1e-6)
+    for axis in (1, 2):
+        flipped = Crops(np.flip(data.crops.images, axis).copy(), np.flip(data.crops.lungs, axis).copy(),
+                        data.crops.boxes)
+        np.testing.assert_allclose(np.flip(lesion_probabilities(net, flipped), axis), p, atol=1e-5)
+
+
+def test_no_slices_no_probabilities() -> None:
+    empty = Crops(np.zeros((0, 40, 40), np.float32), np.zeros((0, 40, 40), bool), np.zeros((0, 4), int))
+    assert len(lesion_probabilities(make_segmenter(SMALL), empty)) == 0

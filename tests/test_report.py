@@ -1,0 +1,124 @@
+"""Reports and tables: complete, valid JSON, and free of what does not belong in them."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import math
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tiny import STAGES, TINY, finished_run
+
+from covidseg import DISCLAIMER
+from covidseg.evaluate import Evaluation, StageResult
+from covidseg.metrics import Scores
+from covidseg.pipeline import Run
+from covidseg.predict import profile_from
+from covidseg.report import (
+    PACKAGES,
+    environment,
+    evaluation_json,
+    evaluation_markdown,
+    evaluation_table,
+    format_figure,
+    scores_json,
+)
+
+NAN = float("nan")
+# Slices: half found; nothing there and nothing found; missed.
+COUNTS = np.array([[10, 10, 10, 70], [0, 0, 0, 100], [0, 0, 20, 80]])
+EVALUATION = Evaluation([StageResult("first", "none", NAN, COUNTS),
+                         StageResult("second", "slice labels", 0.4321, COUNTS[:1])], NAN, 3)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finished_run(tiny_phantom, tmp_path_factory.getbasetemp() / "tiny-run")
+
+
+def strict(text: str) -> dict:
+    """JSON as the standard has it: NaN and Infinity are faults."""
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_figures_have_four_digits_and_none_for_undefined() -> None:
+    assert scores_json(Scores(0.123456, 1.0, NAN, 0.0, 0.99999)) == {
+        "dice": 0.1235, "iou": 1.0, "ppv": None, "sensitivity": 0.0, "specificity": 1.0}
+
+
+def test_evaluation_as_json_by_hand() -> None:
+    content = strict(json.dumps(evaluation_json(EVALUATION), allow_nan=False))
+    assert content["slices"] == 3
+    assert content["classifier_auc"] is None
+    first, second = content["rows"]
+    assert (first["name"], first["supervision"], first["threshold"]) == ("first", "none", None)
+    assert second["threshold"] == 0.432
+    # micro: 10 hits, 10 false alarms, 30 missed, 250 rest.
+    assert first["micro"] == {"dice": 0.3333, "iou": 0.2, "ppv": 0.5, "sensitivity": 0.25, "specificity": 0.9615}
+    # macro: slices 0 and 2 carry a lesion, with Dice 0.5 and 0.
+    assert first["macro"]["dice"] == 0.25
+    assert first["macro"]["iou"] == 0.1667
+    assert evaluation_json(replace(EVALUATION, classifier_auc=0.98765))["classifier_auc"] == 0.9877
+
+
+def test_markdown_table_has_a_row_for_each_stage_and_a_cell_for_each_heading() -> None:
+    lines = evaluation_markdown(EVALUATION).splitlines()
+    assert len(lines) == 2 + 2
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2] == "| first | none | 0.333 | 0.200 | 0.500 | 0.250 | 0.962 | 0.250 |"
+
+
+def test_terminal_table_shows_names_figures_and_the_disclaimer() -> None:
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(evaluation_table(EVALUATION, "a title"))
+    text = console.export_text()
+    assert "a title" in text
+    assert text.index("first") < text.index("second")
+    for figure in ("0.333", "0.200", "0.962", "0.250"):
+        assert figure in text
+    assert "not a medical device" in text
+
+
+def test_format_figure() -> None:
+    assert format_figure(0.12345) == "0.123"
+    assert format_figure(NAN) == "–"
+
+
+def test_environment_names_versions_but_neither_machine_nor_user() -> None:
+    content = environment(torch.device("cpu"))
+    assert set(content["packages"]) == set(PACKAGES)
+    assert content["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert content["device"] == "cpu"
+    assert content["threads"] >= 1
+    text = json.dumps(content)
+    assert platform.node() not in text
+    assert str(Path.home()) not in text
+
+
+def test_run_report_is_complete(tiny_run: Run) -> None:
+    text = (tiny_run.folder / "run.json").read_text(encoding="utf-8")
+    content = strict(text)
+    assert content["note"] == DISCLAIMER
+    assert content["command"] == "a test"
+    assert content["seed"] == 0
+    assert content["seconds"] == 1.0
+    assert content["labelled_slices"] == 40
+    assert profile_from(content["settings"]) == TINY
+    assert set(content["stages"]) >= set(STAGES)
+    for name in content["stages"].values():
+        assert (tiny_run.folder / "stages" / name).is_file()
+    for case in tiny_run.data.cases:
+        assert content["data"][case.id] == hashlib.sha256(case.image.read_bytes()).hexdigest()
+    assert str(tiny_run.folder) not in text
+    assert str(tiny_run.data.root) not in text
+    assert f"/{getpass.getuser()}/" not in text
+    assert math.isfinite(content["seconds"])

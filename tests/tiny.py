@@ -1,0 +1,76 @@
+"""Small things that several test modules share: a profile that trains in a second, toy slices, one trained run."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from covidseg.classify import ClassifierSettings
+from covidseg.dataset import load_dataset
+from covidseg.mil import MilSettings
+from covidseg.pipeline import Profile, Run
+from covidseg.prepare import Crops, PrepareSettings, WeakSet
+from covidseg.refine import SegmenterSettings
+from covidseg.report import write_run
+
+TINY = Profile(
+    "quick", prepare=PrepareSettings(size=80), classifier=ClassifierSettings(width=4, steps=8, batch=4),
+    mil=MilSettings(width=4, steps=8, batch=4, paces=(0.0, 0.2, 0.4, 0.6), weights=(0.0, 0.5, 0.75, 1.0),
+                    trust=(1.0, 0.7, 0.5, 0.4)),
+    segmenter=SegmenterSettings(channels=(4, 8), steps=8, batch=4))
+STAGES = ("weak", "classifier", "cam", "mil", "fine", "segmenter")
+
+
+def quiet(line: str) -> None:
+    """A log that nobody reads."""
+
+
+def all_stages(run: Run) -> Run:
+    """Computes or reads every stage."""
+    for stage in STAGES:
+        getattr(run, stage)()
+    return run
+
+
+def weights(net: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: value.detach().numpy() for name, value in net.state_dict().items()}
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    """Bit for bit."""
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def toy(count: int, size: int = 40, seed: int = 0) -> tuple[WeakSet, np.ndarray]:
+    """Slices of noise in a square lung; every other one holds a bright disk somewhere in it.
+
+    Returns:
+        The weak set, patients 0..3 in turn, and the disks ``(N, S, S)`` bool.
+    """
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:size, :size]
+    images = rng.normal(0.15, 0.05, (count, size, size)).astype(np.float32)
+    lungs = np.zeros(images.shape, bool)
+    lungs[:, 5:-5, 5:-5] = True
+    disks = np.zeros(images.shape, bool)
+    labels = np.arange(count) % 2
+    for k in np.flatnonzero(labels):
+        y, x = rng.integers(11, size - 11, 2)
+        disks[k] = (rows - y) ** 2 + (columns - x) ** 2 <= 36
+    images[disks] += 0.5
+    images[~lungs] = 1.0
+    boxes = np.tile([0, 0, size, size], (count, 1))
+    patients = np.array([f"p{k // 2 % 4}" for k in range(count)])
+    return WeakSet(Crops(images, lungs, boxes), labels, patients, np.array([f"v:{k}" for k in range(count)])), disks
+
+
+@functools.cache
+def finished_run(data: Path, folder: Path) -> Run:
+    """All stages of the tiny profile, with ``run.json``; trained once, however many modules ask for it."""
+    run = Run(load_dataset(data), TINY, 0, folder, "cpu", quiet)
+    write_run(all_stages(run), "a test", 1.0)
+    return run
