@@ -42,16 +42,27 @@ def _options(debug: Debug = False,
     _state["debug"] = debug
 
 
-def _target(out: Path, source: Path, many: bool) -> Path:
-    """``out`` itself if it is named like a file, else ``out/NAME.nii.gz``."""
+def _targets(out: Path, sources: list[Path]) -> dict[Path, Path]:
+    """Where each result goes: ``out`` itself if it is named like a file, else ``out/NAME.nii.gz``.
+
+    Raises:
+        SettingsError: a result would replace a scan, or two results would have the same name.
+    """
     from covidseg.io import SUFFIXES, scan_id
 
-    if out.name.lower().endswith(SUFFIXES):
-        if many:
-            raise SettingsError("several inputs cannot be written to one file", path=out,
-                                remedy="Name a folder after -o")
-        return out
-    return out / f"{scan_id(source)}.nii.gz"
+    one_file = out.name.lower().endswith(SUFFIXES)
+    if one_file and len(sources) > 1:
+        raise SettingsError("several inputs cannot be written to one file", path=out, remedy="Name a folder after -o")
+    targets = {source: out if one_file else out / f"{scan_id(source)}.nii.gz" for source in sources}
+    scans = {source.resolve() for source in sources}
+    for source, target in targets.items():
+        if target.resolve() in scans:
+            raise SettingsError("the result would replace the scan itself", path=target,
+                                remedy="Name another folder after -o")
+        if sum(other == target for other in targets.values()) > 1:
+            raise SettingsError(f"several inputs are called {scan_id(source)}, their results would replace each other",
+                                path=target, remedy="Do them one by one, each with its own -o")
+    return targets
 
 
 def _inputs(sources: list[Path]) -> list[Path]:
@@ -94,6 +105,7 @@ def lungs(inputs: Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or
     from covidseg.lungs import lung_masks
 
     files = _inputs(inputs)
+    targets = _targets(out, files)
 
     def work(path: Path) -> str:
         scan = read_scan(path)
@@ -101,7 +113,7 @@ def lungs(inputs: Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or
         if not mask.any():
             raise NoLungError("no lung was found in any slice", path=path,
                               remedy="covidseg expects chest CT with air in the lungs darker than tissue")
-        target = write_like(mask, scan.grid, _target(out, path, len(files) > 1))
+        target = write_like(mask, scan.grid, targets[path])
         share = mask.mean(axis=(1, 2))
         return f"lung in {(share > 0).sum()} of {len(mask)} slices, wrote {target}"
 
@@ -119,7 +131,7 @@ def train(data: Annotated[str, typer.Option(help="A data folder, or a name from 
 
 
 def _train(data: str, out: Path, profile: str, seed: int, device: str, part: str | None):  # type: ignore[no-untyped-def]
-    from covidseg.pipeline import open_run
+    from covidseg.pipeline import STAGES, open_run
     from covidseg.report import write_run
 
     start = time.monotonic()
@@ -127,6 +139,7 @@ def _train(data: str, out: Path, profile: str, seed: int, device: str, part: str
     console.print(f"{DISCLAIMER}\ntraining on {run.data.labels()} labelled slices of {len(run.data.cases)} volumes, "
                   f"profile {profile}, seed {seed}, {run.device}", highlight=False)
     run.segmenter()
+    run.store.used = {stage: run.store.path(stage, run.key(stage)).name for stage in STAGES}
     name = Path(data).name
     write_run(run, f"covidseg train --data {name} --profile {profile} --seed {seed}", time.monotonic() - start)
     console.print(f"run finished in {time.monotonic() - start:.0f} s, in {out}", highlight=False)
@@ -137,7 +150,8 @@ def _train(data: str, out: Path, profile: str, seed: int, device: str, part: str
 def predict(inputs: Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or folders of them.")],
             run: Annotated[Path, typer.Option(help="Folder written by `covidseg train`.")],
             out: Annotated[Path, typer.Option("-o", "--out", help="Folder, or a .nii.gz file for one scan.")],
-            threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Lesion from this probability on.")] = 0.5,
+            threshold: Annotated[float, typer.Option(
+                min=0.001, max=1.0, help="Lesion from this probability on.")] = 0.5,
             probability: Annotated[bool, typer.Option(
                 "--probability", help="Also write NAME_probability.nii.gz.")] = False,
             device: Device = "auto") -> None:
@@ -147,12 +161,13 @@ def predict(inputs: Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) 
     from covidseg.train import pick_device
 
     files = _inputs(inputs)
+    targets = _targets(out, files)
     predictor = load_predictor(run, pick_device(device))
 
     def work(path: Path) -> str:
         scan = read_scan(path)
         maps = predictor.probabilities(scan)
-        target = write_like(maps >= threshold, scan.grid, _target(out, path, len(files) > 1))
+        target = write_like(maps >= threshold, scan.grid, targets[path])
         if probability:
             write_like(maps, scan.grid, target.with_name(f"{scan_id(target)}_probability.nii.gz"))
         return f"lesion in {(maps >= threshold).any(axis=(1, 2)).sum()} of {len(maps)} slices, wrote {target}"
@@ -165,7 +180,8 @@ def predict(inputs: Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) 
 def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NIfTI).")],
              truth: Annotated[Path, typer.Argument(help="True mask of the same scan.")],
              lungs: Annotated[Path | None, typer.Option(help="Count only pixels inside this lung mask.")] = None,
-             out: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+             out: Annotated[Path | None, typer.Option(
+                 "--json", help="Also write the figures to this file; - prints only them.")] = None,
              ) -> None:
     """Measures a mask: Dice, IoU, PPV, sensitivity, specificity."""
     from covidseg.artifacts import write_text
@@ -183,13 +199,15 @@ def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NI
                                  for k in np.flatnonzero(keep)]) if keep.any() else np.zeros((1, 4), np.int64)
     else:
         counts = confusion(predicted, true)
-    console.print(scores_table(f"{prediction.name} against {truth.name}, {len(counts)} slices",
-                               [("mask", micro(counts), macro(counts))]))
+    table = scores_table(f"{prediction.name} against {truth.name}, {len(counts)} slices",
+                               [("mask", micro(counts), macro(counts))])
     content = {"slices": len(counts), "micro": scores_json(micro(counts)), "macro": scores_json(macro(counts))}
+    if str(out) == "-":
+        print(json.dumps(content, indent=2))  # alone on standard output, for pipes
+        return
+    console.print(table)
     if out is not None:
         write_text(out, json.dumps(content, indent=2) + "\n")
-    else:
-        console.print_json(json.dumps(content))
 
 
 @app.command()

@@ -143,8 +143,8 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
         if len(found):
             probabilities.append(slice_probabilities(classifier, crops))
             labels.append(mask[found].any(axis=(1, 2)).astype(int))
-    all_labels = np.concatenate(labels)
-    area = auc(np.concatenate(probabilities), all_labels) if 0 < all_labels.mean() < 1 else float("nan")
+    all_labels = np.concatenate(labels) if labels else np.zeros(0, int)
+    area = auc(np.concatenate(probabilities), all_labels) if len(set(all_labels)) == 2 else float("nan")
     results = [StageResult(name, supervision, threshold, np.concatenate(rows))
                for (name, supervision, threshold, _), rows in zip(stages, counts, strict=True)]
     return Evaluation(results, area, len(results[0].counts))

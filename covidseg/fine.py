@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage as ndi
-from skimage.morphology import remove_small_objects
 from skimage.segmentation import random_walker
 
 from covidseg.prepare import WeakSet
@@ -91,7 +90,8 @@ def walk(image: np.ndarray, probability: np.ndarray, lung: np.ndarray, settings:
     with warnings.catch_warnings():  # the solver recommends an optional package that is not needed at this size
         warnings.simplefilter("ignore")
         decided = random_walker(image, seeds, beta=settings.beta, mode="cg_j", tol=1e-2) == 1
-    return remove_small_objects(decided & lung, max_size=settings.smallest - 1)
+    parts, _ = ndi.label(decided & lung)
+    return (np.bincount(parts.ravel()) >= settings.smallest)[parts] & (parts > 0)
 
 
 def fine_labels(data: WeakSet, cam: np.ndarray, patches: np.ndarray,

@@ -100,9 +100,10 @@ def is_volume(pixels: np.ndarray) -> bool:
     """Whether neighbouring slices of ``(S, H, W)`` look alike, as in a volume, or are unrelated pictures."""
     if len(pixels) < 2:
         return False
-    small = np.stack([_to_grid(image, 32).ravel() for image in pixels])  # (S, about 1024)
+    small = [_to_grid(image, 32).ravel() for image in pixels]  # about 1024 numbers each
+    small = [values for values in small if values.std() > 0]
     likeness = [np.corrcoef(a, b)[0, 1] for a, b in pairwise(small)]
-    return bool(np.nanmedian(likeness) > 0.9)
+    return bool(likeness) and bool(np.median(likeness) > 0.9)
 
 
 @dataclass(frozen=True)

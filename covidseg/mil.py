@@ -183,9 +183,8 @@ def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSetting
     on_patches = patch_mean(torch.from_numpy(cam)[:, None])[:, 0].numpy()          # (N, n, n)
     phases: list[Phase] = []
     batches = balanced_batches(data.labels, data.patients, settings.batch, settings.steps, generator)
-    length = -(-settings.steps // len(settings.paces))
     for step, index in enumerate(batches, start=1):
-        if (step - 1) % length == 0:
+        if (step - 1) * len(settings.paces) // settings.steps == len(phases):  # phases of equal length
             opinion = on_patches if not phases else patch_probabilities(average.net, data.crops, smooth=False)
             phases.append(plan_phase(on_patches, opinion, data, settings, len(phases)))
             log(f"patches phase {len(phases)}: pace {phases[-1].pace:.1f}, {phases[-1].admitted.sum()} admitted")

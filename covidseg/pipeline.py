@@ -50,6 +50,7 @@ class Profile:
     segmenter: SegmenterSettings = field(default_factory=SegmenterSettings)
 
 
+STAGES = ("weak", "classifier", "cam", "mil", "fine", "segmenter")
 PROFILES = {
     # A few minutes on two CPU cores, no step above one minute: for lessons and tests.
     "quick": Profile("quick"),

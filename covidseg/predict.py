@@ -13,7 +13,7 @@ from torch import nn
 from covidseg.artifacts import load_arrays, load_net
 from covidseg.cam import CamSettings
 from covidseg.classify import ClassifierSettings
-from covidseg.errors import ArtifactError, InputFileError, NoLungError
+from covidseg.errors import ArtifactError, InputFileError, NoLungError, SettingsError
 from covidseg.fine import FineSettings
 from covidseg.io import Scan
 from covidseg.lungs import LungSettings, lung_masks
@@ -63,7 +63,7 @@ def profile_from(plain: dict) -> Profile:
         parts = {name: kind(**{key: tuple(value) if isinstance(value, list) else value
                                for key, value in plain[name].items()}) for name, kind in kinds.items()}
         return Profile(plain["name"], **parts)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError, SettingsError) as error:
         raise ArtifactError(f"the run's settings cannot be read ({error})",
                             remedy="Train again with this version of covidseg") from error
 

@@ -17,7 +17,7 @@ from skimage.transform import resize
 from tqdm import tqdm
 
 from covidseg.dataset import Dataset
-from covidseg.errors import DatasetError
+from covidseg.errors import DatasetError, SettingsError
 from covidseg.io import read_scan
 from covidseg.lungs import LungSettings, lung_masks
 
@@ -37,6 +37,11 @@ class PrepareSettings:
     size: int = 160
     margin: float = 0.06
     least_lung: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.size <= 0 or self.size % 40:
+            raise SettingsError(f"crops of {self.size} pixels do not divide into 5-pixel patches and strides of 8",
+                                remedy="Take a multiple of 40")
 
 
 @dataclass(frozen=True)

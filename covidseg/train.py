@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from covidseg.errors import SettingsError
+
 Log = Callable[[str], None]
 
 
@@ -26,7 +28,15 @@ def seed_everything(seed: int) -> torch.Generator:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` takes a CUDA GPU if there is one, else the CPU."""
+    """``auto`` takes a CUDA GPU if there is one, else the CPU.
+
+    Raises:
+        SettingsError: there is no such device.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise SettingsError(f"there is no device {name!r}", remedy="Choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("torch finds no CUDA GPU here", remedy="Take --device cpu, or auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

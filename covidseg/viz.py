@@ -235,7 +235,7 @@ def browser(images: np.ndarray, masks: Mapping[str, np.ndarray] | None = None, *
         hidden = "" if k == len(images) // 2 else " hidden"
         frames.append(f'<figure style="margin:0"{hidden}><img alt="{html.escape(name)}, {title}" '
                       f'src="data:image/jpeg;base64,{_jpeg(figure)}" style="max-width:100%;height:auto">'
-                      f"<figcaption>{title}</figcaption></figure>")
+                      f'<figcaption style="color:inherit">{title}</figcaption></figure>')
     # A handler on the slider itself: no script element, no ids that could clash with those of another browser.
     switch = ("const all = this.parentNode.querySelectorAll('figure');"
               "all.forEach((frame, k) => { frame.hidden = k != this.value; })")

@@ -163,16 +163,16 @@ def test_wrong_usage_has_code_2_and_success_0(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_debug_shows_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["covidseg", "--debug", "lungs", str(tmp_path / "x.nii.gz"), "-o", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["covidseg", "--debug", "lungs", f"{tmp_path}/x.nii.gz", "-o", f"{tmp_path}/o"])
     with pytest.raises(InputFileError):
         main()
 
 
 def test_debug_is_off_again_in_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["covidseg", "--debug", "lungs", str(tmp_path / "x.nii.gz"), "-o", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["covidseg", "--debug", "lungs", f"{tmp_path}/x.nii.gz", "-o", f"{tmp_path}/o"])
     with pytest.raises(InputFileError):
         main()
-    assert run_main(monkeypatch, "lungs", tmp_path / "x.nii.gz", "-o", tmp_path) == 3
+    assert run_main(monkeypatch, "lungs", tmp_path / "x.nii.gz", "-o", tmp_path / "o") == 3
 
 
 @pytest.mark.parametrize("command", [[], ["lungs"], ["train"], ["predict"], ["evaluate"], ["reproduce"], ["data"]])
@@ -348,23 +348,19 @@ def drawn(tmp_path: Path) -> tuple[Path, Path, Path]:
             save(lung, tmp_path / "l.nii.gz"))
 
 
-def printed(output: str) -> dict:
-    """The JSON after the table."""
-    return strict(output[output.index("{"):])
-
-
 def test_evaluate_against_figures_by_hand(drawn: tuple[Path, Path, Path]) -> None:
-    result = invoke("evaluate", drawn[0], drawn[1])
-    assert result.exit_code == 0
-    content = printed(result.output)
+    table = invoke("evaluate", drawn[0], drawn[1])
+    assert table.exit_code == 0
+    assert "0.400" in table.output
+    assert "not a medical device" in " ".join(table.output.split())
+    result = invoke("evaluate", drawn[0], drawn[1], "--json", "-")
+    content = strict(result.output)
     # 10 hits, 10 false alarms, 10 + 10 missed, 70 + 100 + 90 rest.
     assert content == {
         "slices": 3,
         "micro": {"dice": 0.4, "iou": 0.25, "ppv": 0.5, "sensitivity": 0.3333, "specificity": round(260 / 270, 4)},
         "macro": {"dice": 0.25, "iou": 0.1667, "ppv": 0.25, "sensitivity": 0.25,
                   "specificity": round((70 / 80 + 1 + 1) / 3, 4)}}
-    assert "0.400" in result.output
-    assert "not a medical device" in " ".join(result.output.split())
 
 
 def test_evaluate_inside_a_lung_mask_by_hand(drawn: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -382,11 +378,11 @@ def test_evaluate_inside_a_lung_mask_by_hand(drawn: tuple[Path, Path, Path], tmp
 
 def test_undefined_figures_are_null_not_nan(tmp_path: Path) -> None:
     nothing = save(np.zeros((6, 6, 2), np.uint8), tmp_path / "nothing.nii.gz")
-    content = printed(invoke("evaluate", nothing, nothing).output)
+    content = strict(invoke("evaluate", nothing, nothing, "--json", "-").output)
     assert content["micro"]["dice"] is None
     assert content["macro"]["ppv"] is None
     assert content["micro"]["specificity"] == 1
-    inside = printed(invoke("evaluate", nothing, nothing, "--lungs", nothing).output)
+    inside = strict(invoke("evaluate", nothing, nothing, "--lungs", nothing, "--json", "-").output)
     assert set(inside["micro"].values()) == {None}
 
 
@@ -439,3 +435,27 @@ def test_real_scans_run_through(real_slices: Path, tmp_path: Path) -> None:
         assert stored(tmp_path / "out" / scan.name).shape == lung.shape
         assert (maps[~lung] == 0).all()
         assert (maps[lung] > 0).mean() > 0.9
+
+
+def test_a_result_never_replaces_a_scan(tiny_phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = Path(shutil.copy(tiny_phantom / "im" / SCAN, tmp_path / SCAN))
+    before = scan.read_bytes()
+    for out in (tmp_path, scan):
+        assert run_main(monkeypatch, "lungs", scan, "-o", out) == 9
+    assert scan.read_bytes() == before
+
+
+def test_results_of_the_same_name_are_refused(tiny_phantom: Path, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other").mkdir()
+    again = shutil.copy(tiny_phantom / "im" / SCAN, tmp_path / "other" / SCAN)
+    assert run_main(monkeypatch, "lungs", tiny_phantom / "im" / SCAN, again, "-o", tmp_path / "out") == 9
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_not_there_is_one_line(tiny_phantom: Path, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for device in ("cuda", "banana"):
+        code = run_main(monkeypatch, "train", "--data", tiny_phantom, "--out", tmp_path / "r", "--device", device)
+        assert code == 9

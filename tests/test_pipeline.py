@@ -57,8 +57,8 @@ def same_results(a: Run, b: Run) -> bool:
 
 
 def test_each_stage_is_stored_in_its_own_file(tiny_run: Run) -> None:
-    files = sorted(p.name.split("-")[0] for p in (tiny_run.folder / "stages").glob("*.safetensors"))
-    assert files == sorted(STAGES)
+    files = [p.name.split("-")[0] for p in (tiny_run.folder / "stages").glob("*.safetensors")]
+    assert sorted(f for f in files if f != "supervised") == sorted(STAGES)
 
 
 def test_a_second_run_reads_what_is_stored(tiny_run: Run, copied: Path) -> None:
@@ -205,6 +205,8 @@ def test_results_have_the_shapes_and_ranges_they_claim(tiny_run: Run) -> None:
 
 
 def test_the_upper_bound_learns_from_the_masks_it_is_given(tiny_run: Run, copied: Path) -> None:
+    for path in (copied / "stages").glob("supervised-*"):  # another test may have asked for it
+        path.unlink()
     run, lines = again(tiny_run, copied)
     masks = training_truth(run)
     net = run.supervised(masks)
