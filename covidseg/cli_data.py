@@ -21,7 +21,7 @@ from covidseg.arrange import arrange, arrange_mosmed, write_json
 from covidseg.datacheck import FolderReport, check_folder, check_mosmed, raise_faults
 from covidseg.download import DownloadSettings, Fetched, fetch
 from covidseg.errors import DownloadError
-from covidseg.registry import Entry, cache_root, entry, is_present, load_registry
+from covidseg.registry import Entry, cache_root, entry, home, is_present, load_registry
 
 app = typer.Typer(no_args_is_help=True, help="List, describe, fetch and check data sets.")
 
@@ -47,7 +47,7 @@ def list_sets() -> None:
 
 def state(item: Entry) -> str:
     """``present``, ``not present``, or what else is known about the data set in the cache."""
-    folder = cache_root() / item.name
+    folder = home(item.name)
     if is_present(folder):
         return "present"
     if any((folder / "downloads").glob("*.part")):
@@ -62,7 +62,7 @@ def info(name: Name) -> None:
     rows = [("name", item.name), ("title", item.title), ("DOI", f"https://doi.org/{item.doi}" if item.doi else ""),
             ("page", item.page), ("licence", item.licence),
             ("size", f"about {item.megabytes} MB" if item.megabytes else ""), ("cite as", item.citation),
-            ("note", item.note), ("state", f"{state(item)} in {cache_root() / item.name}")]
+            ("note", item.note), ("state", f"{state(item)} in {home(item.name)}")]
     for label, text in rows:
         if text:
             out.print(f"{label + ':':<9}{text}", markup=False)
@@ -77,7 +77,7 @@ def info(name: Name) -> None:
 def _checksum_state(item: Entry, name: str, checksum: str) -> str:
     if checksum:
         return f"{checksum} (published)"
-    record = cache_root() / item.name / "downloads" / f"{name}.sha256"
+    record = home(item.name) / "downloads" / f"{name}.sha256"
     if record.exists():
         return f"sha256:{record.read_text(encoding='utf-8').split()[0]} (no checksum is published; " \
                "this one was seen at the first download)"
@@ -93,7 +93,7 @@ def get(
 ) -> None:
     """Fetch a data set: show its licence, download, check, unpack and arrange it."""
     item = entry(name)
-    folder = to.expanduser() if to is not None else cache_root() / name
+    folder = to.expanduser() if to is not None else home(name)
     if is_present(folder) and not everything:
         print(f"{name} is present in {folder}")
         return
@@ -165,7 +165,7 @@ def _take_by_hand(item: Entry, folder: Path) -> bool:
     """Explains how to fetch the set, or arranges it once it has been; says whether it is ready."""
     print(f"{item.title}\n\nLicence: {item.licence}\n\n{item.licence_text()}\n\nPlease cite: {item.citation}\n")
     if not (folder / "studies").is_dir():
-        target = "" if folder == cache_root() / item.name else f" --to {shlex.quote(str(folder))}"
+        target = "" if folder == home(item.name) else f" --to {shlex.quote(str(folder))}"
         print(f"""covidseg cannot download this set for you (about {item.megabytes // 1000} GB). By hand:
 
 1. Open {item.page} and follow the publisher's steps for the set COVID19_1110.

@@ -14,6 +14,7 @@ the scanner: blur of the kernel and noise.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import tempfile
@@ -290,6 +291,12 @@ def _passport(settings: PhantomSettings) -> dict[str, Any]:
     """What identifies a phantom: two folders with the same passport hold the same scans."""
     # Through JSON and back, so that tuples compare equal to the lists that a file gives.
     return json.loads(json.dumps({"version": VERSION, "settings": asdict(settings)}))
+
+
+def mark(settings: PhantomSettings | None = None) -> str:
+    """Eight hex digits that stand for a version and settings of the phantom."""
+    passport = json.dumps(_passport(settings or PhantomSettings()), sort_keys=True)
+    return hashlib.sha256(passport.encode()).hexdigest()[:8]
 
 
 def _check_finished(folder: Path, settings: PhantomSettings) -> Path:

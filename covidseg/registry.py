@@ -105,6 +105,18 @@ def cache_root() -> Path:
     return Path(chosen).expanduser() if chosen else Path(pooch.os_cache("covidseg"))
 
 
+def home(name: str) -> Path:
+    """Where a registered data set lies in the cache.
+
+    The phantom's folder carries a mark of its settings: after an update that changes them, a new one is made.
+    """
+    if entry(name).kind != "generated":
+        return cache_root() / name
+    from covidseg.phantom import mark  # here, so that looking up a name does not load the generator
+
+    return cache_root() / f"{name}-{mark()}"
+
+
 def load_registry(path: str | Path | None = None) -> dict[str, Entry]:
     """Reads and checks the register.
 
@@ -214,12 +226,12 @@ def resolve(name_or_dir: str | Path) -> Path:
             return folder
         raise DatasetError("is neither a data folder nor the name of a data set", path=name_or_dir,
                            remedy=f"Known names are {', '.join(register)}")
-    folder = cache_root() / name
+    folder = home(name)
+    if register[name].kind == "generated":
+        from covidseg.phantom import write_phantom
+
+        return write_phantom(folder)  # makes it, or checks that the one that is there is whole
     if is_present(folder):
         return folder
-    if register[name].kind == "generated":
-        from covidseg.phantom import write_phantom  # here, so that looking up a name does not load the generator
-
-        return write_phantom(folder)
     raise DatasetError(f"the data set '{name}' has not been fetched yet", path=folder,
                        remedy=f"Run `covidseg data get {name}`")

@@ -166,16 +166,24 @@ def test_incomplete_data_is_not_present(cache: Path) -> None:
 def test_phantom_is_made_on_demand_and_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from covidseg import phantom
 
-    made: list[Path] = []
+    small = phantom.PhantomSettings(patients=1, slices=8, size=64, vessel_targets=20)
+    whole = phantom.write_phantom
+    monkeypatch.setattr(phantom, "write_phantom", lambda folder: whole(folder, small))
+    first = resolve("phantom")
+    assert first.parent == cache
+    assert first.name == f"phantom-{phantom.mark()}"
+    written = (first / "phantom.json").stat().st_mtime_ns
+    assert resolve("phantom") == first
+    assert (first / "phantom.json").stat().st_mtime_ns == written, "it is made once"
 
-    def small(folder: Path) -> Path:
-        made.append(folder)
-        write_volume(Path(folder))
-        return Path(folder)
 
-    monkeypatch.setattr(phantom, "write_phantom", small)
-    assert resolve("phantom") == resolve("phantom") == cache / "phantom"
-    assert made == [cache / "phantom"]
+def test_an_updated_phantom_is_not_mistaken_for_the_old_one(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from covidseg import phantom
+
+    before = registry.home("phantom")
+    monkeypatch.setattr(phantom, "VERSION", phantom.VERSION + 1)
+    assert registry.home("phantom") != before
+    assert registry.home("medseg1") == cache / "medseg1"
 
 
 def test_installed_package_finds_its_own_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
