@@ -28,12 +28,14 @@ class CamSettings:
         top: the map is divided by this percentile of itself inside the lung: no single pixel sets the scale.
         lesion: coarse label "lesion" from this value on.
         lung: coarse label "lung" below this value; in between nobody knows.
+        outline: where a single outline is wanted, for the table, it is drawn at this value.
     """
 
     batch: int = 32
     top: float = 99.0
     lesion: float = 0.3
     lung: float = 0.1
+    outline: float = 0.05
 
 
 def _score(output: Tensor) -> Tensor:

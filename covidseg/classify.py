@@ -42,8 +42,8 @@ class ClassifierSettings:
     """
 
     width: int = 24
-    steps: int = 160
-    batch: int = 16
+    steps: int = 240
+    batch: int = 12
     rate: float = 3e-3
     temperature: float = 4.0
     flip_weight: float = 0.5
@@ -107,10 +107,10 @@ def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSet
         inputs, target = net_input(maps[:, :1], maps[:, 1:]), labels[index].to(device)
         evidence = net.maps(inputs)                                               # (B, 1, S/8, S/8)
         loss_class = F.binary_cross_entropy_with_logits(net.pool(evidence, inputs[:, 1:])[:, 0], target)
-        # The flipped half of the batch has to give the flipped map (equivariance: Wang et al., CVPR 2020, SEAM).
-        half = len(inputs) // 2
-        flipped = net.maps(inputs[:half].flip(3)).flip(3)
-        loss_flip = (evidence[:half].sigmoid() - flipped.sigmoid()).abs().mean()
+        # Flipped, a part of the batch has to give the flipped map (equivariance: Wang et al., CVPR 2020, SEAM).
+        part = max(1, len(inputs) // 3)
+        flipped = net.maps(inputs[:part].flip(3)).flip(3)
+        loss_flip = (evidence[:part].sigmoid() - flipped.sigmoid()).abs().mean()
         outside = 1 - F.adaptive_max_pool2d(inputs[:, 1:], evidence.shape[-2:])
         loss_outside = (evidence.sigmoid() * outside).mean()
         loss = loss_class + settings.flip_weight * loss_flip + settings.outside_weight * loss_outside

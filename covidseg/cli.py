@@ -150,8 +150,8 @@ def _train(data: str, out: Path, profile: str, seed: int, device: str, part: str
 def predict(inputs: Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or folders of them.")],
             run: Annotated[Path, typer.Option(help="Folder written by `covidseg train`.")],
             out: Annotated[Path, typer.Option("-o", "--out", help="Folder, or a .nii.gz file for one scan.")],
-            threshold: Annotated[float, typer.Option(
-                min=0.001, max=1.0, help="Lesion from this probability on.")] = 0.5,
+            threshold: Annotated[float | None, typer.Option(
+                min=0.001, max=1.0, help="Lesion from this probability on. Default: as the run was made.")] = None,
             probability: Annotated[bool, typer.Option(
                 "--probability", help="Also write NAME_probability.nii.gz.")] = False,
             device: Device = "auto") -> None:
@@ -163,14 +163,15 @@ def predict(inputs: Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) 
     files = _inputs(inputs)
     targets = _targets(out, files)
     predictor = load_predictor(run, pick_device(device))
+    level = predictor.profile.segmenter.threshold if threshold is None else threshold
 
     def work(path: Path) -> str:
         scan = read_scan(path)
         maps = predictor.probabilities(scan)
-        target = write_like(maps >= threshold, scan.grid, targets[path])
+        target = write_like(maps >= level, scan.grid, targets[path])
         if probability:
             write_like(maps, scan.grid, target.with_name(f"{scan_id(target)}_probability.nii.gz"))
-        return f"lesion in {(maps >= threshold).any(axis=(1, 2)).sum()} of {len(maps)} slices, wrote {target}"
+        return f"lesion in {(maps >= level).any(axis=(1, 2)).sum()} of {len(maps)} slices, wrote {target}"
 
     console.print(DISCLAIMER)
     _each(files, work)

@@ -1,7 +1,7 @@
 """Every stage measured against lesion masks, as one table: the only module besides ``metrics`` that opens masks.
 
 All stages see the same slices, the same threshold lungs and the same metric code. Each has its threshold fixed in
-advance, by a rule that needs no mask.
+advance in the settings.
 """
 
 from __future__ import annotations
@@ -106,9 +106,6 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
         upper_bound = all(case.mask is not None for case in run.data.cases)
     classifier, (patch_net, _), segmenter = run.classifier(), run.mil(), run.segmenter()
     fine = run.profile.fine
-    positive = run.weak().labels == 1
-    # The map's own histogram on training slices sets its threshold: no mask is needed.
-    cam_threshold = float(threshold_otsu(run.cam()[positive][run.weak().crops.lungs[positive]]))
 
     def fused(crops: Crops) -> np.ndarray:
         cam = grad_cam(classifier, crops, run.profile.cam)
@@ -116,10 +113,10 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
 
     stages: list[tuple[str, str, float, Callable[[Crops], np.ndarray]]] = [
         ("Otsu in the lung", "none", float("nan"), lambda c: otsu_in_lung(c.images, c.lungs)),
-        ("Grad-CAM", "slice labels", cam_threshold, lambda c: grad_cam(classifier, c, run.profile.cam)),
+        ("Grad-CAM", "slice labels", run.profile.cam.outline, lambda c: grad_cam(classifier, c, run.profile.cam)),
         ("Patch MIL", "slice labels", 0.5, lambda c: patch_probabilities(patch_net, c)),
         ("Fine label map", "slice labels", 0.5, fused),
-        ("Segmenter", "slice labels", 0.5, lambda c: lesion_probabilities(segmenter, c)),
+        ("Segmenter", "slice labels", run.profile.segmenter.threshold, lambda c: lesion_probabilities(segmenter, c)),
     ]
     if upper_bound:
         supervised = run.supervised(training_truth(run))

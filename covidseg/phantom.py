@@ -39,7 +39,7 @@ from covidseg.phantom_vessels import draw_fissures, grow_branches
 
 Array = np.ndarray
 STREAM = 6  # a stream whose default set is neither easier nor harder than most
-VERSION = 1  # raise it whenever the same settings give other voxels
+VERSION = 2  # raise it whenever the same settings give other voxels
 LOOKALIKES = ("crowded_vessels", "dependent_density", "motion", "nodules")
 
 
@@ -86,20 +86,20 @@ class PhantomSettings:
     seed: int = 0
     healthy_share: float = 1 / 3
     involved: tuple[float, float] = (0.4, 0.75)
-    lesion_share: tuple[float, float] = (0.07, 0.18)
-    dense_share: float = 0.3
-    core_share: float = 0.15
-    ground_glass_hu: tuple[float, float] = (-690, -470)
-    faint_share: float = 0.3
+    lesion_share: tuple[float, float] = (0.1, 0.24)
+    dense_share: float = 0.15
+    core_share: float = 0.06
+    ground_glass_hu: tuple[float, float] = (-680, -460)
+    faint_share: float = 0.1
     faint_hu: tuple[float, float] = (-740, -700)
     crazy_paving_hu: tuple[float, float] = (-650, -540)
-    consolidation_hu: tuple[float, float] = (-90, 40)
-    edge_mm: tuple[float, float] = (3.0, 8.0)
-    reader_wobble: float = 0.1
-    lookalike_rate: float = 0.65
-    dependent_hu: tuple[float, float] = (100, 200)
+    consolidation_hu: tuple[float, float] = (-300, 0)
+    edge_mm: tuple[float, float] = (2.0, 6.0)
+    reader_wobble: float = 0.05
+    lookalike_rate: float = 0.7
+    dependent_hu: tuple[float, float] = (110, 210)
     vessel_targets: int = 650
-    noise_hu: tuple[float, float] = (25, 45)
+    noise_hu: tuple[float, float] = (23, 40)
     tissue_hu: tuple[float, float] = (-885, -765)
     drift_hu: float = 40
 

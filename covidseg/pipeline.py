@@ -25,6 +25,7 @@ from covidseg.errors import SettingsError
 from covidseg.fine import FineLabels, FineSettings, fine_labels
 from covidseg.lungs import LungSettings
 from covidseg.mil import MilSettings, PatchNet, Phase, patch_probabilities, train_mil
+from covidseg.paint import PaintSettings
 from covidseg.prepare import Crops, PrepareSettings, WeakSet, weak_set
 from covidseg.refine import SegmenterSettings, make_segmenter, train_segmenter
 from covidseg.registry import resolve
@@ -190,7 +191,8 @@ class Run:
         Args:
             masks: ``(N, S, S)`` bool, from :func:`covidseg.evaluate.training_truth`.
         """
-        settings = replace(self.profile.segmenter, robustness=0.1)  # masks are trusted, so plain cross entropy
+        # Masks are trusted: nearly plain cross entropy, and nothing painted.
+        settings = replace(self.profile.segmenter, robustness=0.1, paint=PaintSettings(share=0))
         masks_hash = hashlib.sha256(np.packbits(masks).tobytes()).hexdigest()
         key = fingerprint(self.key("weak"), settings, self.seed, masks_hash)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from covidseg.fine import FineSettings
 from covidseg.io import Scan
 from covidseg.lungs import LungSettings, lung_masks
 from covidseg.mil import MilSettings
+from covidseg.paint import PaintSettings
 from covidseg.pipeline import Profile
 from covidseg.prepare import PrepareSettings, make_crops, uncrop
 from covidseg.refine import SegmenterSettings, lesion_probabilities, make_segmenter
@@ -59,10 +61,14 @@ def profile_from(plain: dict) -> Profile:
     """
     kinds = {"lungs": LungSettings, "prepare": PrepareSettings, "classifier": ClassifierSettings, "cam": CamSettings,
              "mil": MilSettings, "fine": FineSettings, "segmenter": SegmenterSettings}
+    def read(kind: Any, values: dict) -> Any:
+        """One settings class from its JSON: lists become tuples, inner objects settings of their own."""
+        inner = {"paint": PaintSettings}
+        return kind(**{key: read(inner[key], value) if key in inner
+                       else tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
     try:
-        parts = {name: kind(**{key: tuple(value) if isinstance(value, list) else value
-                               for key, value in plain[name].items()}) for name, kind in kinds.items()}
-        return Profile(plain["name"], **parts)
+        return Profile(plain["name"], **{name: read(kind, plain[name]) for name, kind in kinds.items()})
     except (KeyError, TypeError, AttributeError, SettingsError) as error:
         raise ArtifactError(f"the run's settings cannot be read ({error})",
                             remedy="Train again with this version of covidseg") from error

@@ -1,19 +1,21 @@
 """Stage 6: a U-Net learns from the fine labels and refines them.
 
 Fine labels are wrong in places, and wrong at random more often than in one direction; a network with a smooth
-idea of a lesion averages such errors out. Doubtful pixels weigh less, slices without a lesion are exact, and the
-averaged net of the last steps makes the predictions. The same loop with radiologists' masks is the upper bound.
+idea of a lesion averages such errors out. Doubtful pixels weigh less, slices without a lesion are exact, most of
+them get lesions painted in (see :mod:`covidseg.paint`), and the averaged net of the last steps makes the
+predictions. The same loop with radiologists' masks, and nothing painted, is the upper bound.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from monai.networks.nets import UNet
 from torch import Tensor, nn
 
+from covidseg.paint import PaintSettings, paint_batch
 from covidseg.prepare import Crops, WeakSet
 from covidseg.train import (
     Average,
@@ -40,6 +42,8 @@ class SegmenterSettings:
         robustness: q of the generalised cross entropy (Zhang and Sabuncu, NeurIPS 2018, eq. 6): near 0 it is
             cross entropy, at 1 the mean absolute error, which forgives wrong labels.
         dice_weight: weight of the soft Dice loss.
+        threshold: lesion from this probability on; below one half, since fine labels leave out doubtful rims.
+        paint: lesions painted on lesion-free slices; a share of 0 leaves them out.
     """
 
     channels: tuple[int, ...] = (16, 32, 64, 128)
@@ -49,6 +53,8 @@ class SegmenterSettings:
     rate: float = 3e-3
     robustness: float = 0.7
     dice_weight: float = 0.5
+    threshold: float = 0.4
+    paint: PaintSettings = field(default_factory=PaintSettings)
 
 
 def make_segmenter(settings: SegmenterSettings) -> nn.Module:
@@ -98,6 +104,7 @@ def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
     for step, index in enumerate(balanced_batches(data.labels, data.patients, settings.batch, settings.steps,
                                                   generator), start=1):
         maps = torch.stack([part[index] for part in stacked], dim=1)              # (B, 4, S, S)
+        maps = paint_batch(maps, torch.from_numpy(data.labels)[index] == 0, settings.paint, generator)
         picture, lung, target, weight = augment(maps, generator).to(device).split(1, dim=1)
         logits = net(net_input(picture, lung))                                    # (B, 1, S, S)
         loss = robust_loss(logits, target, weight * lung, settings)
