@@ -16,7 +16,7 @@ from rich.table import Table
 from covidseg import DISCLAIMER, __version__
 from covidseg.artifacts import file_hash, write_text
 from covidseg.evaluate import Evaluation
-from covidseg.metrics import NAMES, Scores
+from covidseg.metrics import Scores
 from covidseg.pipeline import Run
 from covidseg.predict import REPORT, profile_json
 
@@ -76,11 +76,9 @@ def scores_table(title: str, rows: list[tuple[str, Scores, Scores]]) -> Table:
         rows: name, micro, macro.
     """
     table = Table(title=title, caption=DISCLAIMER)
-    table.add_column("")
-    for name in NAMES:
-        table.add_column({"dice": "Dice", "iou": "IoU", "ppv": "PPV"}.get(name, name), justify="right")
-    table.add_column("macro Dice", justify="right")
-    table.add_column("macro IoU", justify="right")
+    table.add_column("", no_wrap=True)
+    for head in ("Dice", "IoU", "PPV", "sens.", "spec.", "macro\nDice", "macro\nIoU"):
+        table.add_column(head, justify="right")
     for row, pooled, each in rows:
         table.add_row(row, *(format_figure(v) for v in pooled.as_dict().values()),
                       format_figure(each.dice), format_figure(each.iou))
