@@ -76,9 +76,9 @@ def scores_table(title: str, rows: list[tuple[str, Scores, Scores]]) -> Table:
         rows: name, micro, macro.
     """
     table = Table(title=title, caption=DISCLAIMER)
-    table.add_column("", no_wrap=True)
+    table.add_column("")  # the only one that may wrap in a narrow terminal
     for head in ("Dice", "IoU", "PPV", "sens.", "spec.", "macro\nDice", "macro\nIoU"):
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", min_width=5)
     for row, pooled, each in rows:
         table.add_row(row, *(format_figure(v) for v in pooled.as_dict().values()),
                       format_figure(each.dice), format_figure(each.iou))

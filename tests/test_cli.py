@@ -318,7 +318,7 @@ def test_reproduce_on_the_split_of_a_registered_set(tiny_phantom: Path, tmp_path
             shutil.copy(tiny_phantom / part / f"{old}.nii.gz", cache / part / f"{new}.nii.gz")
         table += [line.replace(old, new) for line in lines if line.startswith(old)]
     (cache / "slice_labels.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
-    monkeypatch.setenv("COVIDSEG_DATA", str(cache.parent))
+    monkeypatch.setattr("covidseg.pipeline.resolve", lambda name: cache)
     result = invoke("reproduce", "--data", "phantom", "--device", "cpu", "--seed", "3")
     assert result.exit_code == 0
     content = check_reproduction(tmp_path / "runs" / "phantom-quick-seed3", 4 * 10)

@@ -41,9 +41,11 @@ def test_vessels_keep_their_brightness() -> None:
 
 
 def test_consolidation_is_brighter_than_ground_glass() -> None:
-    haze = [p[m].mean() for p, m in (painted(s, solid_share=0.0, count=(1, 1)) for s in range(6))]
-    solid = [p[m].mean() for p, m in (painted(s, solid_share=1.0, count=(1, 1)) for s in range(6))]
-    assert max(haze) < 0.5 < min(solid)
+    # One blob each: where blobs overlap they add up.
+    haze = [np.percentile(p[m], 80) for p, m in (painted(s, solid_share=0.0, count=(1, 1)) for s in range(6))]
+    solid = [np.percentile(p[m], 80) for p, m in (painted(s, solid_share=1.0, count=(1, 1)) for s in range(6))]
+    assert max(haze) < 0.6
+    assert np.mean(haze) + 0.2 < np.mean(solid)
 
 
 def test_lesions_prefer_the_pleura() -> None:
