@@ -49,7 +49,7 @@ class MilSettings:
     """
 
     width: int = 16
-    steps: int = 240
+    steps: int = 200
     batch: int = 12
     rate: float = 3e-3
     paces: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6)
@@ -181,11 +181,14 @@ def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSetting
     images, lungs = torch.from_numpy(data.crops.images), torch.from_numpy(data.crops.lungs).float()
     labels = torch.from_numpy(data.labels).float()
     on_patches = patch_mean(torch.from_numpy(cam)[:, None])[:, 0].numpy()          # (N, n, n)
+    ill = np.flatnonzero(data.labels == 1)  # only their patches can be admitted
     phases: list[Phase] = []
     batches = balanced_batches(data.labels, data.patients, settings.batch, settings.steps, generator)
     for step, index in enumerate(batches, start=1):
         if (step - 1) * len(settings.paces) // settings.steps == len(phases):  # phases of equal length
-            opinion = on_patches if not phases else patch_probabilities(average.net, data.crops, smooth=False)
+            opinion = on_patches.copy()
+            if phases:
+                opinion[ill] = patch_probabilities(average.net, data.crops.take(ill), smooth=False, mirror=False)
             phases.append(plan_phase(on_patches, opinion, data, settings, len(phases)))
             log(f"patches phase {len(phases)}: pace {phases[-1].pace:.1f}, {phases[-1].admitted.sum()} admitted")
         phase, weight = phases[-1], settings.weights[len(phases) - 1]
@@ -218,8 +221,9 @@ def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSetting
 
 
 @torch.no_grad()
-def patch_probabilities(net: nn.Module, crops: Crops, *, smooth: bool = True, batch: int = 32) -> np.ndarray:
-    """Probability of a lesion, averaged over the slice and its mirror image.
+def patch_probabilities(net: nn.Module, crops: Crops, *, smooth: bool = True, mirror: bool = True,
+                        batch: int = 32) -> np.ndarray:
+    """Probability of a lesion of every patch, averaged over the slice and, if ``mirror``, its mirror image.
 
     Returns:
         float32 in [0, 1]: ``(N, S, S)`` on pixels, 0 outside the lung, or ``(N, n, n)`` patches if not ``smooth``.
@@ -232,7 +236,9 @@ def patch_probabilities(net: nn.Module, crops: Crops, *, smooth: bool = True, ba
         part = slice(start, start + batch)
         lung = torch.from_numpy(crops.lungs[part])[:, None].float().to(device)
         inputs = net_input(torch.from_numpy(crops.images[part])[:, None].to(device), lung)
-        patches = 0.5 * (net(inputs)[0].sigmoid() + net(inputs.flip(3))[0].sigmoid().flip(3))
+        patches = net(inputs)[0].sigmoid()
+        if mirror:
+            patches = 0.5 * (patches + net(inputs.flip(3))[0].sigmoid().flip(3))
         if smooth:
             patches = to_pixels(patches, inputs.shape[-1]) * lung
         result.append(patches[:, 0].cpu())

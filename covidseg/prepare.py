@@ -61,6 +61,10 @@ class Crops:
     def __len__(self) -> int:
         return len(self.images)
 
+    def take(self, index: np.ndarray) -> Crops:
+        """Some of the slices: ``index`` holds their numbers."""
+        return Crops(self.images[index], self.lungs[index], self.boxes[index])
+
 
 @dataclass(frozen=True)
 class WeakSet:

@@ -16,7 +16,10 @@ from covidseg.lungs import LungSettings, is_volume, lung_masks
 from covidseg.metrics import read_truth
 from covidseg.phantom import PhantomPatient, PhantomSettings, make_patient
 
-CHEST = PhantomSettings(patients=3, slices=10, size=256, seed=1, vessel_targets=150)
+# Denser and fainter lesions than the course's phantom has, whatever its settings are tuned to.
+CHEST = PhantomSettings(patients=3, slices=10, size=256, seed=1, vessel_targets=150, dense_share=0.36, core_share=0.3,
+                        ground_glass_hu=(-690, -470), faint_share=0.3, consolidation_hu=(-90, 40), edge_mm=(3.0, 8.0),
+                        lesion_share=(0.07, 0.18), noise_hu=(25, 45), reader_wobble=0.1)
 WINDOWS = [(-1000, 200), (-1200, 600), (-1350, 150)]
 MIDDLE = 4  # a slice through the middle of the chest
 

@@ -287,3 +287,12 @@ def test_a_label_beyond_the_last_slice(tiny_phantom, tmp_path):
     relabel(root, extra="phantom_02,10,1,phantom_02")
     with pytest.raises(DatasetError, match="phantom_02 has 10 slices, slice 10 is labelled"):
         weak_set(load_dataset(root), SMALL)
+
+
+def test_take_keeps_pictures_lungs_and_boxes_together(tiny_phantom):
+    crops = weak_set(load_dataset(tiny_phantom), SMALL).crops
+    few = crops.take(np.array([5, 0]))
+    assert len(few) == 2
+    for part in ("images", "lungs", "boxes"):
+        assert np.array_equal(getattr(few, part)[0], getattr(crops, part)[5])
+        assert np.array_equal(getattr(few, part)[1], getattr(crops, part)[0])
