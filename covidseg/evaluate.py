@@ -105,22 +105,19 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
     if upper_bound is None:
         upper_bound = all(case.mask is not None for case in run.data.cases)
     classifier, (patch_net, _), segmenter = run.classifier(), run.mil(), run.segmenter()
-    fine = run.profile.fine
-
-    def fused(crops: Crops) -> np.ndarray:
-        cam = grad_cam(classifier, crops, run.profile.cam)
-        return fuse(cam, patch_probabilities(patch_net, crops), fine) * crops.lungs
-
-    stages: list[tuple[str, str, float, Callable[[Crops], np.ndarray]]] = [
-        ("Otsu in the lung", "none", float("nan"), lambda c: otsu_in_lung(c.images, c.lungs)),
-        ("Grad-CAM", "slice labels", run.profile.cam.outline, lambda c: grad_cam(classifier, c, run.profile.cam)),
-        ("Patch MIL", "slice labels", 0.5, lambda c: patch_probabilities(patch_net, c)),
-        ("Fine label map", "slice labels", 0.5, fused),
-        ("Segmenter", "slice labels", run.profile.segmenter.threshold, lambda c: lesion_probabilities(segmenter, c)),
+    p = run.profile
+    # A row's maps are made from the crops and from the maps of the rows above it, which the fusion reuses.
+    stages: list[tuple[str, str, float, Callable[[Crops, dict[str, np.ndarray]], np.ndarray]]] = [
+        ("Otsu in the lung", "none", float("nan"), lambda c, _: otsu_in_lung(c.images, c.lungs)),
+        ("Grad-CAM", "slice labels", p.cam.outline, lambda c, _: grad_cam(classifier, c, p.cam)),
+        ("Patch MIL", "slice labels", 0.5, lambda c, _: patch_probabilities(patch_net, c)),
+        ("Fine label map", "slice labels", 0.5,
+         lambda c, above: fuse(above["Grad-CAM"], above["Patch MIL"], p.fine) * c.lungs),
+        ("Segmenter", "slice labels", p.segmenter.threshold, lambda c, _: lesion_probabilities(segmenter, c)),
     ]
     if upper_bound:
         supervised = run.supervised(training_truth(run))
-        stages.append(("Segmenter, true masks", "pixel masks", 0.5, lambda c: lesion_probabilities(supervised, c)))
+        stages.append(("Segmenter, true masks", "pixel masks", 0.5, lambda c, _: lesion_probabilities(supervised, c)))
 
     counts: list[list[np.ndarray]] = [[] for _ in stages]
     probabilities, labels = [], []
@@ -130,10 +127,12 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
         lungs = lung_masks(pixels, run.profile.lungs)
         found = np.flatnonzero(lungs.any(axis=(1, 2)))
         crops = make_crops(pixels[found], lungs[found], run.profile.prepare)
-        for (_, _, threshold, predict), rows in zip(stages, counts, strict=True):
+        maps: dict[str, np.ndarray] = {}
+        for (name, _, threshold, predict), rows in zip(stages, counts, strict=True):
             predicted = np.zeros(mask.shape, bool)
             if len(found):
-                for k, small, box in zip(found, predict(crops), crops.boxes, strict=True):
+                maps[name] = predict(crops, maps)
+                for k, small, box in zip(found, maps[name], crops.boxes, strict=True):
                     level = 0.5 if np.isnan(threshold) else threshold
                     predicted[k] = (uncrop(small, box, mask.shape[1:]) >= level) & lungs[k]
             rows.append(confusion(predicted, mask))
