@@ -1,8 +1,9 @@
-"""Stage 3: Grad-CAM turns the classifier into coarse labels.
+"""Stage 3: class activation maps turn the classifier into coarse labels.
 
 Grad-CAM (Selvaraju et al., ICCV 2017, eqs. 1-2) weighs each channel ``k`` of a layer by the mean gradient of the
 class score, ``alpha_k = mean_ij d y / d A_k(i, j)``, and keeps what speaks for the class:
-``M = ReLU(sum_k alpha_k A_k)``. The library pytorch-grad-cam does the arithmetic.
+``M = ReLU(sum_k alpha_k A_k)``. LayerCAM (Jiang et al., IEEE TIP 2021, eqs. 4-5) gives every position a weight of its
+own, its positive gradient, and so can read earlier, finer layers. The library pytorch-grad-cam does the arithmetic.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam import GradCAM, LayerCAM
 from torch import Tensor
+from torch.nn import functional as F
 
 from covidseg.classify import Classifier
 from covidseg.prepare import Crops
@@ -25,6 +27,8 @@ class CamSettings:
 
     Attributes:
         batch: slices a pass.
+        scales: the map is averaged over the slice enlarged by these factors, each with its mirror image.
+        layer_share: share of LayerCAM of two earlier blocks in the map; Grad-CAM of the last block has the rest.
         top: the map is divided by this percentile of itself inside the lung: no single pixel sets the scale.
         lesion: coarse label "lesion" from this value on.
         lung: coarse label "lung" below this value; in between nobody knows.
@@ -32,6 +36,8 @@ class CamSettings:
     """
 
     batch: int = 32
+    scales: tuple[float, ...] = (1.0,)
+    layer_share: float = 0.5
     top: float = 99.0
     lesion: float = 0.3
     lung: float = 0.1
@@ -42,8 +48,35 @@ def _score(output: Tensor) -> Tensor:
     return output[0]  # the one logit of a slice
 
 
+def _averaged(method: type, layers: list[torch.nn.Module], net: Classifier, crops: Crops,
+              settings: CamSettings) -> np.ndarray:
+    """One method over all scales and both mirror images, ``(N, S, S)`` in [0, 1], 0 outside the lung."""
+    device = next(net.parameters()).device
+    maps = np.zeros(crops.images.shape, np.float32)
+    side = crops.images.shape[-1]
+    net.eval()
+    with method(model=net, target_layers=layers) as cam:
+        for start in range(0, len(crops), settings.batch):
+            part = slice(start, start + settings.batch)
+            lungs = torch.from_numpy(crops.lungs[part])[:, None].float()
+            whole = net_input(torch.from_numpy(crops.images[part])[:, None], lungs)
+            for scale in settings.scales:
+                size = round(side * scale / 8) * 8  # the trunk's stride
+                scaled = F.interpolate(whole, size=(size, size), mode="bilinear", align_corners=False).to(device)
+                # The averaged net's weights are frozen, so the graph has to start at the picture.
+                scaled.requires_grad_(True)
+                targets = [_score] * len(scaled)
+                both = (cam(input_tensor=scaled, targets=targets)
+                        + cam(input_tensor=scaled.flip(3), targets=targets)[..., ::-1])      # (B, size, size)
+                back = F.interpolate(torch.from_numpy(both.copy())[:, None], size=(side, side), mode="bilinear",
+                                     align_corners=False)[:, 0].numpy()
+                maps[part] += back / (2 * len(settings.scales))
+    maps *= crops.lungs
+    return scale_by_top(maps, crops.lungs, settings.top)
+
+
 def grad_cam(net: Classifier, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
-    """Grad-CAM of the last block for every slice, averaged over the slice and its mirror image.
+    """Grad-CAM of the last block for every slice.
 
     Args:
         net: trained classifier.
@@ -52,22 +85,23 @@ def grad_cam(net: Classifier, crops: Crops, settings: CamSettings = CamSettings(
     Returns:
         ``(N, S, S)`` float32 in [0, 1], 0 outside the lung.
     """
-    device = next(net.parameters()).device
+    return _averaged(GradCAM, [net.coarse], net, crops, settings)
+
+
+def layer_cam(net: Classifier, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
+    """LayerCAM of the two blocks before the last, ``(N, S, S)`` float32 in [0, 1]."""
+    return _averaged(LayerCAM, [net.middle, net.coarse[0]], net, crops, settings)
+
+
+def activation_maps(net: Classifier, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
+    """The map that the later stages use: Grad-CAM and LayerCAM mixed, ``(N, S, S)`` float32 in [0, 1]."""
+    share = settings.layer_share
     maps = np.zeros(crops.images.shape, np.float32)
-    net.eval()
-    with GradCAM(model=net, target_layers=[net.coarse]) as cam:
-        for start in range(0, len(crops), settings.batch):
-            part = slice(start, start + settings.batch)
-            lungs = torch.from_numpy(crops.lungs[part])[:, None].float()
-            inputs = net_input(torch.from_numpy(crops.images[part])[:, None], lungs).to(device)
-            # The averaged net's weights are frozen, so the graph has to start at the picture.
-            inputs.requires_grad_(True)
-            targets = [_score] * len(inputs)
-            straight = cam(input_tensor=inputs, targets=targets)                    # (B, S, S)
-            mirrored = cam(input_tensor=inputs.flip(3), targets=targets)[..., ::-1]
-            maps[part] = 0.5 * (straight + mirrored)
-    maps *= crops.lungs
-    return scale_by_top(maps, crops.lungs, settings.top)
+    if share < 1:
+        maps += (1 - share) * grad_cam(net, crops, settings)
+    if share > 0:
+        maps += share * layer_cam(net, crops, settings)
+    return scale_by_top(maps, crops.lungs, settings.top) if 0 < share < 1 else maps
 
 
 def scale_by_top(maps: np.ndarray, lungs: np.ndarray, top: float) -> np.ndarray:

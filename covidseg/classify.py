@@ -6,7 +6,7 @@ evidence map is pooled inside the lung only; half mean, half log-sum-exp, so tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
+from covidseg.mutual import Lesson
+from covidseg.paint import Painter, PaintSettings
 from covidseg.prepare import Crops, WeakSet
 from covidseg.train import (
     Average,
@@ -39,6 +41,8 @@ class ClassifierSettings:
         temperature: of the log-sum-exp pooling; larger looks at fewer pixels.
         flip_weight: weight of the loss that asks the evidence map to move along when the picture is flipped.
         outside_weight: weight of the loss that keeps evidence inside the lung.
+        paint: vessels painted on lesion-free slices, which mostly come from the ends of the lungs: without them the
+            net learns that thick vessels mean a lesion. No lesion is painted for the classifier.
     """
 
     width: int = 24
@@ -48,6 +52,7 @@ class ClassifierSettings:
     temperature: float = 4.0
     flip_weight: float = 0.5
     outside_weight: float = 0.1
+    paint: PaintSettings = field(default_factory=lambda: PaintSettings(share=0.0))
 
 
 def _block(inputs: int, outputs: int, stride: int, dilation: int = 1) -> nn.Sequential:
@@ -89,22 +94,34 @@ class Classifier(nn.Module):
         return self.pool(self.maps(inputs), inputs[:, 1:2])
 
 
-def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSettings(), *, seed: int = 0,
+def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSettings(), *,
+                     start: Classifier | None = None, lesson: Lesson | None = None, seed: int = 0,
                      device: torch.device = torch.device("cpu"), log: Log = print) -> Classifier:
-    """Trains the classifier on slice labels and returns its averaged weights, in evaluation mode."""
+    """Trains the classifier on slice labels and returns its averaged weights, in evaluation mode.
+
+    Args:
+        start: a classifier of an earlier round to go on from.
+        lesson: what the patch net teaches about places, see :mod:`covidseg.mutual`.
+    """
     generator = seed_everything(seed)
-    net = Classifier(settings).to(device)
+    net = Classifier(settings)
+    if start is not None:
+        net.load_state_dict(start.state_dict())
+    net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = Average(net).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
     schedule = learning_rate(optimizer, settings.steps)
     progress = Progress("classifier", settings.steps, 6, log)
-    images, lungs = torch.from_numpy(data.crops.images), torch.from_numpy(data.crops.lungs)
+    parts = [data.crops.images, data.crops.lungs] + ([] if lesson is None else [lesson.teacher, lesson.taught])
+    stacked = [torch.from_numpy(np.asarray(part, np.float32)) for part in parts]
     labels = torch.from_numpy(data.labels).float()
+    painter = Painter(data.crops, settings.paint)
     batches = balanced_batches(data.labels, data.patients, settings.batch, settings.steps, generator)
     for step, index in enumerate(batches, start=1):
-        maps = torch.stack([images[index], lungs[index].float()], dim=1)          # (B, 2, S, S)
+        maps = torch.stack([part[index] for part in stacked], dim=1)              # (B, 2 or 4, S, S)
+        maps = painter(maps, index, labels[index] == 0, generator)
         maps = augment(maps, generator).to(device)
-        inputs, target = net_input(maps[:, :1], maps[:, 1:]), labels[index].to(device)
+        inputs, target = net_input(maps[:, :1], maps[:, 1:2]), labels[index].to(device)
         evidence = net.maps(inputs)                                               # (B, 1, S/8, S/8)
         loss_class = F.binary_cross_entropy_with_logits(net.pool(evidence, inputs[:, 1:])[:, 0], target)
         # Flipped, a part of the batch has to give the flipped map (equivariance: Wang et al., CVPR 2020, SEAM).
@@ -114,12 +131,19 @@ def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSet
         outside = 1 - F.adaptive_max_pool2d(inputs[:, 1:], evidence.shape[-2:])
         loss_outside = (evidence.sigmoid() * outside).mean()
         loss = loss_class + settings.flip_weight * loss_flip + settings.outside_weight * loss_outside
+        losses = {"loss": loss_class.item(), "flip": loss_flip.item()}
+        if lesson is not None:
+            # The lesson in the grid of the evidence: means over the taught pixels of each cell.
+            share = F.adaptive_avg_pool2d(maps[:, 3:4], evidence.shape[-2:])
+            wanted = F.adaptive_avg_pool2d(maps[:, 2:3] * maps[:, 3:4], evidence.shape[-2:]) / share.clamp(min=1e-6)
+            loss_lesson = (share * (evidence.sigmoid() - wanted).abs()).sum() / share.sum().clamp(min=1e-6)
+            loss, losses["lesson"] = loss + lesson.weight * loss_lesson, loss_lesson.item()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         average.update(net)
-        progress.step(step, loss=loss_class.item(), flip=loss_flip.item())
+        progress.step(step, **losses)
     return average.net.eval()  # type: ignore[return-value]
 
 

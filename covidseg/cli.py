@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -17,6 +17,10 @@ from covidseg import DISCLAIMER, __version__
 from covidseg.cli_data import app as data_app
 from covidseg.errors import CovidsegError, InputFileError, NoLungError, SettingsError
 
+if TYPE_CHECKING:
+    from covidseg.dataset import Dataset
+    from covidseg.pipeline import Run
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help=f"COVID-19 lesions in chest CT from slice labels alone.\n\n{DISCLAIMER}")
 app.add_typer(data_app, name="data", help="Data sets: what there is, licences, download, check.")
@@ -24,6 +28,8 @@ console, errors = Console(), Console(stderr=True)
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
 Profile = Annotated[str, typer.Option(help="quick (minutes on a CPU) or full (for a GPU, or patience).")]
+Method = Annotated[str, typer.Option(help="extended (lesions painted on lesion-free slices as well) or faithful "
+                                          "(as the abstract describes).")]
 Seed = Annotated[int, typer.Option(help="Seed of all stages.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 _state = {"debug": False}
@@ -123,25 +129,27 @@ def lungs(inputs: Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or
 @app.command()
 def train(data: Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`.")],
           out: Annotated[Path, typer.Option(help="Folder of the run; a run that was stopped goes on there.")],
-          profile: Profile = "quick", seed: Seed = 0, device: Device = "auto",
+          profile: Profile = "quick", method: Method = "extended", seed: Seed = 0, device: Device = "auto",
           part: Annotated[str, typer.Option(help="all volumes, or one side of the set's split: train, test.")] = "all",
           ) -> None:
     """Trains all stages on slice labels."""
-    _train(data, out, profile, seed, device, None if part == "all" else part)
+    _train(data, out, profile, method, seed, device, None if part == "all" else part)
 
 
-def _train(data: str, out: Path, profile: str, seed: int, device: str, part: str | None):  # type: ignore[no-untyped-def]
-    from covidseg.pipeline import STAGES, open_run
+def _train(data: str, out: Path, profile: str, method: str, seed: int, device: str, part: str | None) -> Run:
+    from covidseg.pipeline import open_run
     from covidseg.report import write_run
 
     start = time.monotonic()
-    run = open_run(data, profile, seed, out, part, device, log=lambda line: console.print(line, highlight=False))
+    run = open_run(data, profile, seed, out, part, device, method=method,
+                   log=lambda line: console.print(line, highlight=False))
     console.print(f"{DISCLAIMER}\ntraining on {run.data.labels()} labelled slices of {len(run.data.cases)} volumes, "
-                  f"profile {profile}, seed {seed}, {run.device}", highlight=False)
+                  f"profile {profile}, {method}, seed {seed}, {run.device}", highlight=False)
     run.segmenter()
-    run.store.used = {stage: run.store.path(stage, run.key(stage)).name for stage in STAGES}
+    run.store.used = {stage: run.store.path(stage, run.key(stage)).name for stage in run.stages()}
     name = Path(data).name
-    write_run(run, f"covidseg train --data {name} --profile {profile} --seed {seed}", time.monotonic() - start)
+    write_run(run, f"covidseg train --data {name} --profile {profile} --method {method} --seed {seed}",
+              time.monotonic() - start)
     console.print(f"run finished in {time.monotonic() - start:.0f} s, in {out}", highlight=False)
     return run
 
@@ -215,31 +223,79 @@ def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NI
 def reproduce(data: Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`.")],
               test: Annotated[str | None, typer.Option(
                   help="Folder or name to measure on; default: the test side of the set's own split.")] = None,
-              profile: Profile = "quick", seed: Seed = 0, device: Device = "auto",
+              profile: Profile = "quick", method: Method = "extended", seed: Seed = 0, device: Device = "auto",
               out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None) -> None:
     """Trains all stages, measures each one and prints the table."""
-    from covidseg.artifacts import file_hash, write_text
+    from covidseg.artifacts import write_text
     from covidseg.evaluate import evaluate_run
     from covidseg.pipeline import open_data
-    from covidseg.report import environment, evaluation_json, evaluation_table
+    from covidseg.report import evaluation_json, evaluation_table
 
-    folder = out or Path("runs") / f"{Path(data).name}-{profile}-seed{seed}"
+    folder = out or Path("runs") / f"{Path(data).name}-{profile}-{method}-seed{seed}"
     testing = open_data(data, "test") if test is None else open_data(test)
     start = time.monotonic()
-    run = _train(data, folder, profile, seed, device, "train" if test is None else None)
+    run = _train(data, folder, profile, method, seed, device, "train" if test is None else None)
     result = evaluate_run(run, testing, progress=True)
     tested = Path(test).name if test else f"{Path(data).name} (test side)"
     console.print(evaluation_table(result, f"trained on {Path(data).name}, measured on {tested}: "
-                                           f"{result.slices} full slices, seed {seed}"))
+                                           f"{result.slices} full slices, {method}, seed {seed}"))
     command = f"covidseg reproduce --data {Path(data).name}" + (f" --test {Path(test).name}" if test else "")
-    content = {"note": DISCLAIMER, "command": f"{command} --profile {profile} --seed {seed}", "test": tested,
-               "seed": seed, "seconds": round(time.monotonic() - start, 1), "environment": environment(run.device),
-               "test_data": {path.name: file_hash(path) for case in testing.cases
-                             for path in (case.image, case.mask) if path is not None},
+    command += f" --profile {profile} --method {method} --seed {seed}"
+    content = {**_recorded(command, testing, tested, run, start),
                "run": json.loads((folder / "run.json").read_text(encoding="utf-8")), **evaluation_json(result)}
     write_text(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
     console.print(f"classifier AUC {result.classifier_auc:.3f}; report in {folder / 'evaluation.json'}",
                   highlight=False)
+
+
+def _recorded(command: str, testing: Dataset, tested: str, run: Run, start: float) -> dict[str, Any]:
+    """What every recorded result says about how it was made."""
+    from covidseg.artifacts import file_hash
+    from covidseg.report import environment
+
+    return {"note": DISCLAIMER, "command": command, "test": tested, "seed": run.seed,
+            "seconds": round(time.monotonic() - start, 1), "environment": environment(run.device),
+            "test_data": {path.name: file_hash(path) for case in testing.cases
+                          for path in (case.image, case.mask) if path is not None}}
+
+
+@app.command("ablate")
+def ablate_command(
+        data: Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`.")],
+        test: Annotated[str | None, typer.Option(
+            help="Folder or name to measure on; default: the test side of the set's own split.")] = None,
+        only: Annotated[str | None, typer.Option(help="Names of variants, with commas; default: all of them.")] = None,
+        profile: Profile = "quick", method: Method = "extended", seed: Seed = 0, device: Device = "auto",
+        out: Annotated[Path | None, typer.Option(help="Folder of the run; goes on there if it was stopped.")] = None,
+        ) -> None:
+    """Trains variants of the method with one thing changed at a time, and prints what each part adds."""
+    from covidseg.ablate import ablate, ablation_rows, chosen
+    from covidseg.artifacts import file_hash, write_text
+    from covidseg.pipeline import open_data, open_run
+    from covidseg.predict import profile_json
+    from covidseg.report import scores_from, scores_table
+
+    names = chosen(only.split(",") if only else None)
+    folder = out or Path("runs") / f"{Path(data).name}-{profile}-{method}-seed{seed}"
+    testing = open_data(data, "test") if test is None else open_data(test)
+    tested = Path(test).name if test else f"{Path(data).name} (test side)"
+    start = time.monotonic()
+    run = open_run(data, profile, seed, folder, "train" if test is None else None, device, method=method,
+                   log=lambda line: console.print(line, highlight=False))
+    console.print(DISCLAIMER)
+    results = []
+    for number, (name, result) in enumerate(ablate(run, testing, names, log=run.log), start=1):
+        console.print(f"[{number}/{len(names)}] {name} done after {time.monotonic() - start:.0f} s",
+                      highlight=False, markup=False)
+        results.append(result)
+    rows = [(title, scores_from(row["micro"]), scores_from(row["macro"])) for title, row in ablation_rows(results)]
+    console.print(scores_table(f"trained on {Path(data).name}, measured on {tested}, {method}, seed {seed}", rows))
+    command = f"covidseg ablate --data {Path(data).name}" + (f" --test {Path(test).name}" if test else "")
+    command += (f" --only {only}" if only else "") + f" --profile {profile} --method {method} --seed {seed}"
+    content = {**_recorded(command, testing, tested, run, start), "settings": profile_json(run.profile),
+               "data": {case.id: file_hash(case.image) for case in run.data.cases}, "variants": results}
+    write_text(folder / "ablation.json", json.dumps(content, indent=2) + "\n")
+    console.print(f"report in {folder / 'ablation.json'}", highlight=False)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Every stage measured against lesion masks, as one table: the only module besides ``metrics`` that opens masks.
 
-All stages see the same slices, the same threshold lungs and the same metric code. Each has its threshold fixed in
+All stages see the same slices, the same lungs and the same metric code. Each has its threshold fixed in
 advance in the settings.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from skimage.filters import threshold_otsu
 from tqdm import tqdm
 
-from covidseg.cam import grad_cam
+from covidseg.cam import activation_maps
 from covidseg.classify import auc, slice_probabilities
 from covidseg.dataset import Dataset
 from covidseg.fine import fuse
@@ -22,7 +22,7 @@ from covidseg.lungs import lung_masks
 from covidseg.metrics import Scores, confusion, macro, micro, read_truth
 from covidseg.mil import patch_probabilities
 from covidseg.pipeline import Run
-from covidseg.prepare import Crops, crop, make_crops, uncrop
+from covidseg.prepare import Crops, crop, uncrop
 from covidseg.refine import lesion_probabilities
 
 
@@ -104,13 +104,15 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
     """
     if upper_bound is None:
         upper_bound = all(case.mask is not None for case in run.data.cases)
-    classifier, (patch_net, _), segmenter = run.classifier(), run.mil(), run.segmenter()
+    last = len(run.rounds())
+    classifier, (patch_net, _), segmenter = run.classifier(last), run.mil(last), run.segmenter()
     p = run.profile
     # A row's maps are made from the crops and from the maps of the rows above it, which the fusion reuses.
     stages: list[tuple[str, str, float, Callable[[Crops, dict[str, np.ndarray]], np.ndarray]]] = [
         ("Otsu in the lung", "none", float("nan"), lambda c, _: otsu_in_lung(c.images, c.lungs)),
-        ("Grad-CAM", "slice labels", p.cam.outline, lambda c, _: grad_cam(classifier, c, p.cam)),
-        ("Patch MIL", "slice labels", 0.5, lambda c, _: patch_probabilities(patch_net, c)),
+        ("Grad-CAM", "slice labels", p.cam.outline, lambda c, _: activation_maps(classifier, c, p.cam)),
+        ("Patch MIL", "slice labels", p.mil.threshold, lambda c, above: patch_probabilities(patch_net, c,
+                                                                                           above["Grad-CAM"])),
         ("Fine label map", "slice labels", 0.5,
          lambda c, above: fuse(above["Grad-CAM"], above["Patch MIL"], p.fine) * c.lungs),
         ("Segmenter", "slice labels", p.segmenter.threshold, lambda c, _: lesion_probabilities(segmenter, c)),
@@ -124,9 +126,7 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
     for case in tqdm(test.cases, desc="measuring", unit="volume", disable=not progress):
         truth = read_truth(Dataset(test.root, (case,)))[0]
         pixels, mask = truth.scan.pixels, truth.mask
-        lungs = lung_masks(pixels, run.profile.lungs)
-        found = np.flatnonzero(lungs.any(axis=(1, 2)))
-        crops = make_crops(pixels[found], lungs[found], run.profile.prepare)
+        found, crops = run.crops(pixels)
         maps: dict[str, np.ndarray] = {}
         for (name, _, threshold, predict), rows in zip(stages, counts, strict=True):
             predicted = np.zeros(mask.shape, bool)
@@ -134,7 +134,7 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
                 maps[name] = predict(crops, maps)
                 for k, small, box in zip(found, maps[name], crops.boxes, strict=True):
                     level = 0.5 if np.isnan(threshold) else threshold
-                    predicted[k] = (uncrop(small, box, mask.shape[1:]) >= level) & lungs[k]
+                    predicted[k] = uncrop(small, box, mask.shape[1:]) >= level
             rows.append(confusion(predicted, mask))
         if len(found):
             probabilities.append(slice_probabilities(classifier, crops))
@@ -146,23 +146,43 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
     return Evaluation(results, area, len(results[0].counts))
 
 
+Finder = Callable[[np.ndarray], np.ndarray]
+
+
 @dataclass(frozen=True)
 class LungResult:
-    """Threshold lungs against true lungs: Dice of each slice with lung, and the slice it belongs to."""
+    """Found lungs against true lungs: Dice of each slice with lung, and the slice it belongs to."""
 
     dice: np.ndarray
     names: np.ndarray
 
 
-def evaluate_lungs(data: Dataset, *, least: float = 0.01) -> LungResult:
-    """Dice of the threshold lungs on every slice of which at least ``least`` is lung; skips volumes without truth."""
+def evaluate_lungs(data: Dataset, find: Finder = lung_masks, *, least: float = 0.01) -> LungResult:
+    """Dice of lung masks on every slice of which at least ``least`` is lung; skips volumes without truth.
+
+    Args:
+        find: makes lung masks ``(S, H, W)`` from pixels of that shape; default the threshold, or ``run.lungs``.
+    """
     dice, names = [], []
     for case in data.cases:
         if case.lung is None:
             continue
         scan = read_scan(case.image)
-        truth, mask = read_mask(case.lung, like=scan), lung_masks(scan.pixels)
+        truth, mask = read_mask(case.lung, like=scan), find(scan.pixels)
         for k in np.flatnonzero(truth.mean(axis=(1, 2)) >= least):
             dice.append(2 * (truth[k] & mask[k]).sum() / (truth[k].sum() + mask[k].sum()))
             names.append(f"{case.id}:{k}")
     return LungResult(np.array(dice), np.array(names))
+
+
+def lesion_coverage(data: Dataset, find: Finder = lung_masks) -> tuple[float, float]:
+    """How much of all lesions lies inside the lung masks, and how much of the slices they take up: two shares.
+
+    A lesion outside the mask is lost for good, and a mask of everything loses none: the two belong together.
+    """
+    inside = lesion = masked = total = 0
+    for truth in read_truth(data):
+        mask = find(truth.scan.pixels)
+        inside, lesion = inside + int((mask & truth.mask).sum()), lesion + int(truth.mask.sum())
+        masked, total = masked + int(mask.sum()), total + mask.size
+    return inside / lesion if lesion else float("nan"), masked / total

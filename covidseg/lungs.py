@@ -151,6 +151,16 @@ def _regions(image: np.ndarray, settings: LungSettings) -> _Regions:
     return _Regions(body, aerated, diseased)
 
 
+def levels(image: np.ndarray) -> tuple[float, float]:
+    """Brightness of air and of soft tissue in a whole slice ``(H, W)``, in its own unit; they differ by 1 at least."""
+    values = np.clip(image, -1100, None)
+    if values.min() == values.max():
+        return float(values.min()), float(values.min()) + 1.0
+    otsu = threshold_otsu(values)
+    air, tissue = float(np.percentile(values[values <= otsu], 10)), float(np.median(values[values > otsu]))
+    return air, max(tissue, air + 1.0)
+
+
 def _largest_in_3d(aerated: np.ndarray, settings: LungSettings) -> np.ndarray:
     labels, count = ndi.label(aerated)
     if count == 0:

@@ -1,24 +1,27 @@
-"""Stage 4: multiple-instance learning on 5 x 5 patches, from easy to difficult, gives fine labels.
+"""Stage 4: multiple-instance learning on 5 x 5 patches, from easy to difficult.
 
 A slice is a *bag* of patches, its *instances*. A bag with a lesion holds at least one ill patch, nobody says which;
-in a bag without, every patch is healthy. Attention (Ilse et al., ICML 2018, eq. 8-9) pools the patch scores to a
-slice score that the slice label can teach.
+in a bag without, every patch is healthy. Attention (Ilse et al., ICML 2018, eqs. 8-9) pools the patch scores to a
+slice score that the slice label can teach. Each component of the coarse label is a smaller bag of its own.
 
-The bag alone leaves much open, so the coarse label joins in, a little at a time (curriculum: Bengio et al., ICML
-2009). Each phase builds a target for every patch from the class activation map and from the net's own averaged
-opinion, calls a patch difficult where the two disagree or the target is undecided, and admits only the easiest.
+The bags alone leave much open, so the class activation map joins in, a little at a time: see
+:mod:`covidseg.curriculum`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from scipy import ndimage as ndi
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from covidseg.patches import PATCH, admit_easiest, patch_lung, patch_mean, patch_values, to_pixels
+from covidseg.curriculum import CurriculumSettings, Phase, plan_phase
+from covidseg.errors import SettingsError
+from covidseg.paint import Painter, PaintSettings
+from covidseg.patches import PATCH, grid_ids, instances, patch_values, pool, spread, square_ids
 from covidseg.prepare import Crops, WeakSet
 from covidseg.train import (
     Average,
@@ -31,49 +34,48 @@ from covidseg.train import (
     seed_everything,
 )
 
+COMPONENTS = 4  # bags of a slice besides the slice itself
+
 
 @dataclass(frozen=True)
 class MilSettings:
     """Settings of the patch task.
 
     Attributes:
+        reading: ``pixels``: patches are squares of ``patch`` pixels; ``grid``: 5 x 5 cells over each coarse component.
+        patch: side of the squares in pixels.
+        pooling: ``attention`` or ``mean``, how a bag's score comes from its patches.
         width: channels of the finest level.
         steps: optimiser steps in all phases together.
         batch: slices a step, half of them with a lesion.
         rate: peak learning rate of AdamW.
-        paces: share of the patches of positive slices that each phase admits, per class.
-        weights: weight of the admitted patches' loss in each phase.
-        trust: how much the target of each phase follows the activation map rather than the patch net.
-        prior: patches above this value of the activation map are lesion candidates in the target.
-        sharpness: exponent that moves targets away from one half.
+        component: activation from which on coarse components are bags of their own ...
+        component_weight: ... and the weight of their loss; 0 leaves these bags out.
+        zeros: weight of the loss that holds every patch of a lesion-free slice at 0.
+        curriculum: targets, order and pace.
+        threshold: lesion from this probability on, where a single outline is wanted.
+        paint: lesions and vessels painted on lesion-free slices.
     """
 
+    reading: str = "pixels"
+    patch: int = PATCH
+    pooling: str = "attention"
     width: int = 16
     steps: int = 200
     batch: int = 12
     rate: float = 3e-3
-    paces: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6)
-    weights: tuple[float, ...] = (0.0, 0.5, 0.75, 1.0)
-    trust: tuple[float, ...] = (1.0, 0.7, 0.5, 0.4)
-    prior: float = 0.3
-    sharpness: float = 1.5
+    component: float = 0.3
+    component_weight: float = 0.3
+    zeros: float = 1.0
+    threshold: float = 0.5
+    curriculum: CurriculumSettings = field(default_factory=CurriculumSettings)
+    paint: PaintSettings = field(default_factory=PaintSettings)
 
-
-@dataclass(frozen=True)
-class Phase:
-    """One phase of the curriculum, arrays of ``(N, n, n)`` patches.
-
-    Attributes:
-        pace: share of the patches of positive slices admitted, per class.
-        target: probability of a lesion that the phase teaches.
-        difficulty: what the order is made by; small is easy.
-        admitted: bool, the patches that are taught.
-    """
-
-    pace: float
-    target: np.ndarray
-    difficulty: np.ndarray
-    admitted: np.ndarray
+    def __post_init__(self) -> None:
+        if self.reading not in ("pixels", "grid"):
+            raise SettingsError(f"patches cannot be read as {self.reading!r}", remedy="Choose pixels or grid")
+        if self.pooling not in ("attention", "mean"):
+            raise SettingsError(f"there is no pooling {self.pooling!r}", remedy="Choose attention or mean")
 
 
 def _level(inputs: int, outputs: int) -> nn.Sequential:
@@ -85,162 +87,210 @@ def _level(inputs: int, outputs: int) -> nn.Sequential:
 class PatchNet(nn.Module):
     """Scores all patches of a slice in one pass, no loop over patches.
 
-    A patch is described by its 25 raw values and by features of two levels of context around it, averaged on the
-    patch. ``forward`` takes ``(B, 2, S, S)`` and returns scores and attention logits, ``(B, 1, n, n)`` each.
+    A patch is described by features of three levels of context, averaged over its pixels; the finest reads the
+    25 values around each pixel. ``forward`` takes ``(B, 2, S, S)`` and patch numbers ``(B, S, S)``, and returns
+    scores and attention logits, ``(B, P + 1)`` each; entry 0 belongs to no patch.
     """
 
     def __init__(self, settings: MilSettings = MilSettings()) -> None:
         super().__init__()
+        self.settings = settings
         w = settings.width
-        self.near = _level(2, w)                                                   # (B, w, S, S), sees 5 px
-        self.middle = nn.Sequential(nn.MaxPool2d(2), _level(w, 2 * w))             # (B, 2w, S/2, S/2), 14 px
+        self.near = nn.Sequential(nn.Conv2d(2, w, 5, padding=2, bias=False), nn.BatchNorm2d(w), nn.ReLU())  # 5 px
+        self.middle = nn.Sequential(nn.MaxPool2d(2), _level(w, 2 * w))                                    # 14 px
         self.far = nn.Sequential(nn.MaxPool2d(2), _level(2 * w, 4 * w),
-                                 nn.Conv2d(4 * w, 4 * w, 3, padding=3, dilation=3), nn.ReLU())  # S/4, 60 px
-        features = 2 * PATCH**2 + 7 * w
-        self.embed = nn.Sequential(nn.Conv2d(features, 4 * w, 1), nn.ReLU(), nn.Dropout2d(0.1))
-        self.score = nn.Conv2d(4 * w, 1, 1)
+                                 nn.Conv2d(4 * w, 4 * w, 3, padding=3, dilation=3), nn.ReLU())              # 54 px
+        self.embed = nn.Sequential(nn.Linear(7 * w, 4 * w), nn.ReLU(), nn.Dropout(0.1))
+        self.score = nn.Linear(4 * w, 1)
         # Gated attention: w' (tanh(V h) * sigmoid(U h)), eq. 9 of Ilse et al.
-        self.attend_v, self.attend_u = nn.Conv2d(4 * w, 2 * w, 1), nn.Conv2d(4 * w, 2 * w, 1)
-        self.attend_w = nn.Conv2d(2 * w, 1, 1)
+        self.attend_v, self.attend_u = nn.Linear(4 * w, 2 * w), nn.Linear(4 * w, 2 * w)
+        self.attend_w = nn.Linear(2 * w, 1)
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        side = inputs.shape[-1] // PATCH
+    def features(self, inputs: Tensor) -> list[Tensor]:
+        """Feature maps of the slice, whatever the patches: ``(B, w, S, S)`` and ``(B, 6w, S/2, S/2)``."""
         near = self.near(inputs)
         middle = self.middle(near)
-        far = self.far(middle)
-        on_patches = [patch_values(inputs), patch_mean(near)]
-        # Half- and quarter-resolution features have no whole number of pixels a patch: sample them at its centre.
-        on_patches += [F.interpolate(f, size=(side, side), mode="bilinear", align_corners=False)
-                       for f in (middle, far)]
-        h = self.embed(torch.cat(on_patches, dim=1))                               # (B, 4w, n, n)
+        far = F.interpolate(self.far(middle), size=middle.shape[2:], mode="bilinear", align_corners=False)
+        return [near, torch.cat([middle, far], dim=1)]
+
+    def judge(self, features: list[Tensor], ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Scores and attention logits ``(B, count + 1)`` of the patches ``ids`` from :meth:`features`."""
+        h = self.embed(torch.cat([pool(f, ids, count) for f in features], dim=2))      # (B, P + 1, 4w)
         attention = self.attend_w(self.attend_v(h).tanh() * self.attend_u(h).sigmoid())
-        return self.score(h), attention
+        return self.score(h)[..., 0], attention[..., 0]
+
+    def forward(self, inputs: Tensor, ids: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+        return self.judge(self.features(inputs), ids, int(ids.max()) if count is None else count)
 
 
-def bag_probability(scores: Tensor, attention: Tensor, instances: Tensor) -> Tensor:
-    """Slice probability from its patches: half attention pooling, half a power mean that follows the worst patch.
+def bag_probability(scores: Tensor, attention: Tensor, members: Tensor, pooling: str = "attention") -> Tensor:
+    """Probability of a bag from its patches: half pooled scores, half a power mean that follows the worst patch.
 
     Args:
-        scores: ``(B, 1, n, n)`` patch logits.
-        attention: ``(B, 1, n, n)`` attention logits.
-        instances: ``(B, 1, n, n)`` bool, patches that lie in the lung.
+        scores: ``(B, P)`` patch logits.
+        attention: ``(B, P)`` attention logits.
+        members: ``(B, P)`` bool, the patches of the bag.
+        pooling: ``attention`` weighs the scores, ``mean`` does not.
 
     Returns:
         ``(B,)`` in (0, 1).
     """
-    inside = instances.flatten(1)
-    weights = attention.flatten(1).masked_fill(~inside, -1e4).softmax(dim=1)
-    pooled = (weights * scores.flatten(1)).sum(dim=1).sigmoid()
-    powers = (scores.flatten(1).sigmoid() ** 4 * inside).sum(dim=1) / inside.sum(dim=1).clamp(min=1)
+    weights = (attention if pooling == "attention" else torch.zeros_like(attention))
+    weights = weights.masked_fill(~members, -1e4).softmax(dim=1)
+    pooled = (weights * scores).sum(dim=1).sigmoid()
+    powers = (scores.sigmoid() ** 4 * members).sum(dim=1) / members.sum(dim=1).clamp(min=1)
     return 0.5 * pooled + 0.5 * (powers + 1e-8) ** 0.25
 
 
-def plan_phase(maps: np.ndarray, opinion: np.ndarray, data: WeakSet, settings: MilSettings, phase: int) -> Phase:
-    """Targets, difficulty and admitted patches of one phase of the curriculum.
+def component_bags(cam: np.ndarray, ids: np.ndarray, labels: np.ndarray, settings: MilSettings) -> np.ndarray:
+    """Which patches belong to which coarse component: ``(N, P + 1)`` int, 0 none, 1.. the largest components.
 
-    Args:
-        maps: ``(N, n, n)`` activation map on the patches.
-        opinion: ``(N, n, n)`` probability of the averaged patch net.
-        data: for the slice labels and lungs.
-        settings: paces, trust and sharpness of the phases.
-        phase: index of the phase.
+    Components are dilated a little first: a bag should hold the lesion's rim as well.
     """
-    trust = settings.trust[phase]
-    # The map's own threshold becomes one half before the two opinions are averaged as log odds.
-    prior = torch.from_numpy(maps).clamp(0.02, 0.98)
-    prior_odds = prior.logit() - float(np.log(settings.prior / (1 - settings.prior)))
-    own_odds = torch.from_numpy(opinion).clamp(0.02, 0.98).logit()
-    target = (settings.sharpness * (trust * prior_odds + (1 - trust) * own_odds)).sigmoid()
-    disagreement = (prior_odds.sigmoid() - own_odds.sigmoid()).abs()
-    difficulty = 0.6 * (1 - (2 * target - 1).abs()) + 0.4 * disagreement * (phase > 0)
-    positive = torch.from_numpy(data.labels == 1)[:, None, None]
-    instances = patch_lung(torch.from_numpy(data.crops.lungs)[:, None])[:, 0] & positive
-    pace = settings.paces[phase]
-    admitted = (admit_easiest(difficulty, instances & (target >= 0.5), pace)
-                | admit_easiest(difficulty, instances & (target < 0.5), pace))
-    return Phase(pace, target.numpy(), difficulty.numpy(), admitted.numpy())
+    number = np.zeros((len(ids), int(ids.max()) + 1), np.int64)
+    for k in np.flatnonzero(labels == 1):
+        parts, _ = ndi.label(ndi.binary_dilation(cam[k] >= settings.component, iterations=2))
+        sizes = np.bincount(parts.ravel())
+        sizes[0] = 0
+        for rank, part in enumerate(np.argsort(sizes)[::-1][:COMPONENTS], start=1):
+            if sizes[part] > 0:
+                share = patch_values((parts == part)[None], ids[k:k + 1], number.shape[1] - 1)[0]
+                number[k][(share > 0.5) & (np.arange(len(share)) > 0)] = rank
+    return number
 
 
-def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSettings(), *, seed: int = 0,
-              device: torch.device = torch.device("cpu"), log: Log = print) -> tuple[PatchNet, list[Phase]]:
-    """Trains the patch net on slice labels and coarse labels, from easy to difficult patches.
+def patch_ids(crops: Crops, cam: np.ndarray | None, settings: MilSettings) -> np.ndarray:
+    """Patch numbers ``(N, S, S)`` in the reading of the settings; the grid is laid over the activation map's parts."""
+    if settings.reading == "pixels":
+        return square_ids(crops.lungs, settings.patch)
+    if cam is None:
+        raise SettingsError("a grid over coarse components needs the activation map", remedy="Pass cam")
+    return grid_ids(crops.lungs, (cam >= settings.component) & crops.lungs, patch=settings.patch)
+
+
+def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSettings(), *, start: PatchNet | None = None,
+              seed: int = 0, device: torch.device = torch.device("cpu"),
+              log: Log = print) -> tuple[PatchNet, list[Phase]]:
+    """Trains the patch net on slice labels and activation maps, from easy to difficult patches.
 
     Args:
         data: slices and their labels.
-        cam: ``(N, S, S)`` activation maps from :func:`covidseg.cam.grad_cam`.
+        cam: ``(N, S, S)`` activation maps from :func:`covidseg.cam.activation_maps`.
+        start: a net of an earlier round to go on from.
 
     Returns:
         The averaged net in evaluation mode, and what each phase admitted.
     """
     generator = seed_everything(seed)
-    net = PatchNet(settings).to(device)
+    net = PatchNet(settings)
+    if start is not None:
+        net.load_state_dict(start.state_dict())
+    net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = Average(net).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
     schedule = learning_rate(optimizer, settings.steps)
     progress = Progress("patches", settings.steps, 8, log)
-    images, lungs = torch.from_numpy(data.crops.images), torch.from_numpy(data.crops.lungs).float()
+    painter = Painter(data.crops, settings.paint)
+    ids = patch_ids(data.crops, cam, settings)                                         # (N, S, S)
+    count = int(ids.max())
+    prior, members = patch_values(cam, ids), instances(ids)                            # (N, P + 1)
+    bags = torch.from_numpy(component_bags(cam, ids, data.labels, settings))
+    images, lungs, numbers = (torch.from_numpy(part.astype(np.float32))
+                              for part in (data.crops.images, data.crops.lungs, ids))
     labels = torch.from_numpy(data.labels).float()
-    on_patches = patch_mean(torch.from_numpy(cam)[:, None])[:, 0].numpy()          # (N, n, n)
     ill = np.flatnonzero(data.labels == 1)  # only their patches can be admitted
+    candidates = members & (data.labels == 1)[:, None]
+    paces = len(settings.curriculum.paces)
     phases: list[Phase] = []
     batches = balanced_batches(data.labels, data.patients, settings.batch, settings.steps, generator)
     for step, index in enumerate(batches, start=1):
-        if (step - 1) * len(settings.paces) // settings.steps == len(phases):  # phases of equal length
-            opinion = on_patches.copy()
-            if phases:
-                opinion[ill] = patch_probabilities(average.net, data.crops.take(ill), smooth=False, mirror=False)
-            phases.append(plan_phase(on_patches, opinion, data, settings, len(phases)))
+        if (step - 1) * paces // settings.steps == len(phases):                        # phases of equal length
+            opinion = prior.copy()
+            if phases or start is not None:
+                opinion[ill] = patch_scores(average.net, data.crops.take(ill), ids[ill], count)
+            phases.append(plan_phase(prior, opinion, candidates, settings.curriculum, len(phases), seed=seed))
             log(f"patches phase {len(phases)}: pace {phases[-1].pace:.1f}, {phases[-1].admitted.sum()} admitted")
-        phase, weight = phases[-1], settings.weights[len(phases) - 1]
-        # Targets travel with the picture through the same flips; on pixels, then averaged on the patches again.
-        extra = torch.stack([torch.from_numpy(phase.target)[index],
-                             torch.from_numpy(phase.admitted)[index].float()], dim=1)
-        maps = torch.cat([images[index][:, None], lungs[index][:, None],
-                          to_pixels(extra, images.shape[-1], smooth=False)], dim=1)
-        maps = augment(maps, generator).to(device)                                 # (B, 4, S, S)
-        target, admitted = patch_mean(maps[:, 2:3]), patch_mean(maps[:, 3:4])
-        instances = patch_lung(maps[:, 1:2])
-        scores, attention = net(net_input(maps[:, :1], maps[:, 1:2]))
-        y = labels[index].to(device)
-        bag = F.binary_cross_entropy(bag_probability(scores, attention, instances), y)
-        each = F.binary_cross_entropy_with_logits(scores, torch.zeros_like(scores), reduction="none")
-        zero = instances & (y == 0)[:, None, None, None]      # a slice without a lesion labels all its patches
-        free = (each * zero).sum() / zero.sum().clamp(min=1)
+        phase, weight = phases[-1], settings.curriculum.weights[len(phases) - 1]
+        maps = torch.stack([images[index], lungs[index], torch.zeros_like(images[index]), numbers[index]], dim=1)
+        maps = painter(maps, index, labels[index] == 0, generator)                     # (B, 4, S, S)
+        picture, lung, painted, number = augment(maps, generator).to(device).split(1, dim=1)
+        own = number[:, 0].long()                                                      # patch numbers move along
+        scores, attention = net(net_input(picture, lung), own, count)                  # (B, P + 1)
+        inside, free = torch.from_numpy(members)[index].to(device), (labels[index] == 0).to(device)
+        y = torch.maximum(labels[index].to(device), painted.amax(dim=(1, 2, 3)))       # a painted slice is ill
+        bag = F.binary_cross_entropy(bag_probability(scores, attention, inside, settings.pooling), y)
+        # A slice without a lesion labels all its patches, and so does one whose lesions were painted.
+        exact = F.binary_cross_entropy_with_logits(scores, pool(painted, own, count)[..., 0], reduction="none")
+        known = inside & free[:, None]
+        zero = (exact * known).sum() / known.sum().clamp(min=1)
+        target, admitted = (torch.from_numpy(a)[index].to(device) for a in (phase.target, phase.admitted))
         soft = F.binary_cross_entropy_with_logits(scores, target, reduction="none")
         # Both classes weigh the same, however few lesion patches were admitted.
         taught = torch.stack([(soft * part).sum() / part.sum().clamp(min=1)
-                              for part in (admitted * (target >= 0.5), admitted * (target < 0.5))]).mean()
-        loss = bag + free + weight * taught
+                              for part in (admitted & (target >= 0.5), admitted & (target < 0.5))]).mean()
+        loss = bag + settings.zeros * zero + weight * taught
+        if settings.component_weight:
+            loss = loss + settings.component_weight * _component_loss(scores, attention, bags[index].to(device),
+                                                                      settings.pooling)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         average.update(net)
-        progress.step(step, bag=bag.item(), free=free.item(), taught=taught.item())
+        progress.step(step, bag=bag.item(), free=zero.item(), taught=taught.item())
     return average.net.eval(), phases  # type: ignore[return-value]
 
 
-@torch.no_grad()
-def patch_probabilities(net: nn.Module, crops: Crops, *, smooth: bool = True, mirror: bool = True,
-                        batch: int = 32) -> np.ndarray:
-    """Probability of a lesion of every patch, averaged over the slice and, if ``mirror``, its mirror image.
+def _component_loss(scores: Tensor, attention: Tensor, bags: Tensor, pooling: str) -> Tensor:
+    """Cross entropy of all coarse components against "holds a lesion", mean over the components of the batch."""
+    losses = []
+    for rank in range(1, COMPONENTS + 1):
+        members = bags == rank
+        there = members.any(dim=1)
+        if bool(there.any()):
+            p = bag_probability(scores[there], attention[there], members[there], pooling)
+            losses.append(-p.clamp(min=1e-6).log())
+    return torch.cat(losses).mean() if losses else scores.sum() * 0
 
-    Returns:
-        float32 in [0, 1]: ``(N, S, S)`` on pixels, 0 outside the lung, or ``(N, n, n)`` patches if not ``smooth``.
+
+@torch.no_grad()
+def patch_scores(net: nn.Module, crops: Crops, ids: np.ndarray, count: int | None = None, *,
+                 batch: int = 32) -> np.ndarray:
+    """Probability of a lesion of every patch, ``(N, P + 1)`` float32; entry 0 belongs to no patch.
+
+    Args:
+        ids: ``(N, S, S)`` patch numbers; ``count`` is the largest number if these slices do not reach it.
     """
-    device = next(net.parameters()).device
-    was_training = net.training
+    count = int(ids.max(initial=0)) if count is None else count
+    device, was_training = next(net.parameters()).device, net.training
     net.eval()
-    result = []
+    result = [np.zeros((0, count + 1), np.float32)]
     for start in range(0, len(crops), batch):
         part = slice(start, start + batch)
-        lung = torch.from_numpy(crops.lungs[part])[:, None].float().to(device)
-        inputs = net_input(torch.from_numpy(crops.images[part])[:, None].to(device), lung)
-        patches = net(inputs)[0].sigmoid()
-        if mirror:
-            patches = 0.5 * (patches + net(inputs.flip(3))[0].sigmoid().flip(3))
-        if smooth:
-            patches = to_pixels(patches, inputs.shape[-1]) * lung
-        result.append(patches[:, 0].cpu())
+        inputs = net_input(torch.from_numpy(crops.images[part])[:, None].to(device),
+                           torch.from_numpy(crops.lungs[part])[:, None].float().to(device))
+        result.append(net(inputs, torch.from_numpy(ids[part].astype(np.int64)).to(device), count)[0].sigmoid().cpu()
+                      .numpy())
     net.train(was_training)
-    return torch.cat(result).numpy()
+    return np.concatenate(result)
+
+
+def patch_probabilities(net: PatchNet, crops: Crops, cam: np.ndarray | None = None, *, shifts: int = 2) -> np.ndarray:
+    """Probability of a lesion on pixels, ``(N, S, S)`` float32 in [0, 1], 0 outside the lung.
+
+    Averaged over the slice and its mirror image and, for squares, over ``shifts * shifts`` positions of the grid,
+    which refines the blocks. The grid over coarse components needs their activation map ``cam``.
+    """
+    settings = net.settings
+    flipped = Crops(crops.images[..., ::-1].copy(), crops.lungs[..., ::-1].copy(), crops.boxes)
+    if settings.reading == "grid":
+        maps = [patch_ids(crops, cam, settings)]
+    else:
+        places = [k * settings.patch // shifts for k in range(shifts)]
+        maps = [square_ids(crops.lungs, settings.patch, offset=(a, b)) for a in places for b in places]
+    result = np.zeros(crops.images.shape, np.float32)
+    for ids in maps:
+        mirrored = ids[..., ::-1].copy()
+        result += spread(patch_scores(net, crops, ids), ids) * (ids > 0) / (2 * len(maps))
+        result += (spread(patch_scores(net, flipped, mirrored), mirrored) * (mirrored > 0))[..., ::-1] / (2 * len(maps))
+    return result * crops.lungs

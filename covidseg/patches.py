@@ -1,64 +1,109 @@
-"""Patches of 5 x 5 pixels: the instances of the multiple-instance task.
+"""Patches: the instances of the multiple-instance task, in both readings of the abstract's "5*5".
 
-A slice is cut into a grid of squares. Every per-pixel quantity can be averaged on the squares, and every
-per-patch quantity spread back onto the pixels.
+A map of patch numbers says which patch each pixel belongs to: squares of 5 x 5 pixels (:func:`square_ids`), or a grid
+of 5 x 5 cells over every component of the coarse label (:func:`grid_ids`). Everything after it is the same for both:
+quantities are averaged over patches (:func:`pool`) and spread back onto pixels (:func:`spread`), for all patches of all
+slices at once.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy import ndimage as ndi
 from torch import Tensor
-from torch.nn import functional as F
 
 PATCH = 5
 
 
-def patch_mean(maps: Tensor, patch: int = PATCH) -> Tensor:
-    """Mean of ``(B, C, S, S)`` on each patch, ``(B, C, S/patch, S/patch)``.
-
-    Raises:
-        ValueError: the side is no multiple of the patch.
-    """
-    if maps.shape[-1] % patch or maps.shape[-2] % patch:
-        raise ValueError(f"side {tuple(maps.shape[-2:])} is no multiple of the patch size {patch}")
-    return F.avg_pool2d(maps, patch)
-
-
-def patch_values(maps: Tensor, patch: int = PATCH) -> Tensor:
-    """The raw pixels of each patch as channels: ``(B, C, S, S)`` to ``(B, C * patch**2, S/patch, S/patch)``."""
-    return F.pixel_unshuffle(maps, patch)
-
-
-def patch_lung(lungs: Tensor, patch: int = PATCH, share: float = 0.3) -> Tensor:
-    """Which patches count as instances: those with at least ``share`` of lung. ``(B, 1, n, n)`` bool."""
-    return patch_mean(lungs.float(), patch) >= share
-
-
-def to_pixels(values: Tensor, size: int, *, smooth: bool = True) -> Tensor:
-    """Spreads patch values ``(B, C, n, n)`` over the pixels, ``(B, C, size, size)``.
+def square_ids(lungs: np.ndarray, patch: int = PATCH, share: float = 0.3,
+               offset: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """Numbers of the squares of ``patch`` pixels that cover the lung.
 
     Args:
-        smooth: bilinear between patch centres; otherwise constant on each patch.
-    """
-    if smooth:
-        return F.interpolate(values, size=(size, size), mode="bilinear", align_corners=False)
-    return F.interpolate(values, size=(size, size), mode="nearest")
-
-
-def admit_easiest(difficulty: Tensor, candidates: Tensor, pace: float) -> Tensor:
-    """The easiest share ``pace`` of the candidate patches (self-paced learning: Kumar et al., NeurIPS 2010).
-
-    Args:
-        difficulty: any shape, small is easy.
-        candidates: bool, same shape.
-        pace: share in [0, 1].
+        lungs: ``(N, S, S)`` bool.
+        share: a square with less lung is no instance.
+        offset: rows and columns by which the grid is shifted.
 
     Returns:
-        bool, same shape: candidates whose difficulty lies at or below the ``pace`` quantile.
+        ``(N, S, S)`` int32: 0 outside, patches of each slice from 1 on.
     """
-    if pace <= 0 or not bool(candidates.any()):
-        return torch.zeros_like(candidates)
-    scores = difficulty[candidates]
-    k = max(1, round(pace * len(scores)))
-    limit = scores.kthvalue(k).values
-    return candidates & (difficulty <= limit)
+    rows, columns = ((np.arange(n) + shift) // patch for n, shift in zip(lungs.shape[1:], offset, strict=True))
+    cells = rows[:, None] * (columns[-1] + 1) + columns
+    return np.stack([_number(cells, lung, share) for lung in lungs]) if len(lungs) else lungs.astype(np.int32)
+
+
+def grid_ids(lungs: np.ndarray, coarse: np.ndarray, grid: int = 5, patch: int = PATCH,
+             share: float = 0.3) -> np.ndarray:
+    """Numbers of ``grid * grid`` cells over the box of each coarse component, and of squares in the rest of the lung.
+
+    Args:
+        lungs: ``(N, S, S)`` bool.
+        coarse: ``(N, S, S)`` bool, the coarse label "lesion".
+        grid: cells a side; components too small for cells of 2 pixels keep their squares.
+        patch, share: as of :func:`square_ids`.
+
+    Returns:
+        ``(N, S, S)`` int32: 0 outside, patches of each slice from 1 on.
+    """
+    result = square_ids(lungs, patch, share)
+    for ids, lung, label in zip(result, lungs, coarse, strict=True):
+        cells = ids.astype(np.int64)
+        following = cells.max() + 1
+        for box in ndi.find_objects(ndi.label(label)[0]):
+            height, width = (part.stop - part.start for part in box)
+            if min(height, width) >= 2 * grid:
+                rows, columns = np.arange(height) * grid // height, np.arange(width) * grid // width
+                cells[box] = following + rows[:, None] * grid + columns
+                following += grid * grid
+        ids[:] = _number(cells, lung, share)
+    return result
+
+
+def _number(cells: np.ndarray, lung: np.ndarray, share: float) -> np.ndarray:
+    """Keeps cells with enough lung and numbers them from 1 on."""
+    pixels = np.bincount(cells.ravel())
+    inside = np.bincount(cells.ravel(), weights=lung.ravel())
+    keep = (inside > 0) & (inside >= share * pixels)
+    return np.where(keep, np.cumsum(keep), 0)[cells].astype(np.int32)
+
+
+def pool(maps: Tensor, ids: Tensor, count: int) -> Tensor:
+    """Mean of maps over each patch.
+
+    Args:
+        maps: ``(B, C, H, W)``.
+        ids: ``(B, S, S)`` int64 patch numbers; if ``H < S``, every ``S / H``-th pixel is read.
+        count: largest patch number.
+
+    Returns:
+        ``(B, count + 1, C)``; entry 0 is what belongs to no patch, patches without a pixel are 0.
+    """
+    batch, channels, height = maps.shape[:3]
+    step = ids.shape[-1] // height
+    flat = ids[:, ::step, ::step] + (count + 1) * torch.arange(batch, device=ids.device)[:, None, None]
+    flat = flat.reshape(-1)
+    values = maps.permute(0, 2, 3, 1).reshape(-1, channels)
+    sums = torch.zeros(batch * (count + 1), channels, device=maps.device, dtype=maps.dtype).index_add(0, flat, values)
+    sizes = torch.bincount(flat, minlength=len(sums)).clamp(min=1).to(maps.dtype)
+    return (sums / sizes[:, None]).reshape(batch, count + 1, channels)
+
+
+def spread(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Patch values ``(N, P + 1)`` on the pixels of ``(N, S, S)`` patch numbers."""
+    return np.take_along_axis(values, ids.reshape(len(ids), -1), axis=1).reshape(ids.shape)
+
+
+def patch_values(maps: np.ndarray, ids: np.ndarray, count: int | None = None, batch: int = 64) -> np.ndarray:
+    """Mean of ``(N, S, S)`` maps over each patch, ``(N, P + 1)`` float32. See :func:`pool`."""
+    count = int(ids.max()) if count is None else count
+    parts = [pool(torch.from_numpy(maps[k:k + batch].astype(np.float32))[:, None],
+                  torch.from_numpy(ids[k:k + batch].astype(np.int64)), count)[..., 0]
+             for k in range(0, len(ids), batch)]
+    return torch.cat(parts).numpy() if parts else np.zeros((0, count + 1), np.float32)
+
+
+def instances(ids: np.ndarray) -> np.ndarray:
+    """Which of the numbers 0..P are patches of each slice, ``(N, P + 1)`` bool; 0 never is."""
+    numbers = np.arange(int(ids.max(initial=0)) + 1)
+    return (numbers > 0) & (numbers <= ids.max(axis=(1, 2))[:, None])

@@ -18,15 +18,18 @@ import torch
 from torch import nn
 
 from covidseg.artifacts import Store, fingerprint, load_net, net_arrays
-from covidseg.cam import CamSettings, coarse_labels, grad_cam
+from covidseg.cam import CamSettings, activation_maps, coarse_labels
 from covidseg.classify import Classifier, ClassifierSettings, train_classifier
+from covidseg.curriculum import Phase
 from covidseg.dataset import Dataset, load_dataset
 from covidseg.errors import SettingsError
 from covidseg.fine import FineLabels, FineSettings, fine_labels
-from covidseg.lungs import LungSettings
-from covidseg.mil import MilSettings, PatchNet, Phase, patch_probabilities, train_mil
-from covidseg.paint import PaintSettings
-from covidseg.prepare import Crops, PrepareSettings, WeakSet, weak_set
+from covidseg.lungnet import LungNetSettings, make_lung_net, robust_lungs, train_lung_net
+from covidseg.lungs import LungSettings, lung_masks
+from covidseg.mil import MilSettings, PatchNet, patch_probabilities, train_mil
+from covidseg.mutual import Lesson, MutualSettings, Round, agreement, make_lesson, settled
+from covidseg.paint import NO_PAINT
+from covidseg.prepare import Crops, PrepareSettings, WeakSet, make_crops, uncrop, weak_set
 from covidseg.refine import SegmenterSettings, make_segmenter, train_segmenter
 from covidseg.registry import resolve
 from covidseg.splits import apply_split, read_split
@@ -39,38 +42,62 @@ class Profile:
 
     Attributes:
         name: ``quick`` or ``full``.
+        method: ``extended`` or ``faithful``, see :func:`profile_named`.
     """
 
     name: str
+    method: str = "extended"
     lungs: LungSettings = field(default_factory=LungSettings)
     prepare: PrepareSettings = field(default_factory=PrepareSettings)
+    lung_net: LungNetSettings = field(default_factory=LungNetSettings)
     classifier: ClassifierSettings = field(default_factory=ClassifierSettings)
     cam: CamSettings = field(default_factory=CamSettings)
     mil: MilSettings = field(default_factory=MilSettings)
+    mutual: MutualSettings = field(default_factory=MutualSettings)
     fine: FineSettings = field(default_factory=FineSettings)
     segmenter: SegmenterSettings = field(default_factory=SegmenterSettings)
 
 
-STAGES = ("weak", "classifier", "cam", "mil", "fine", "segmenter")
+METHODS = ("extended", "faithful")
 PROFILES = {
     # A few minutes on two CPU cores, no step above one minute: for lessons and tests.
-    "quick": Profile("quick"),
-    # Finer crops, wider nets, longer training: for real scans, on a GPU if there is one.
+    "quick": Profile("quick", lung_net=LungNetSettings(steps=160), mutual=MutualSettings(again=0.4)),
+    # Longer training of wider nets: for real scans, on a GPU if there is one. See results/ for what it takes.
     "full": Profile(
-        "full", prepare=PrepareSettings(size=240), classifier=ClassifierSettings(width=32, steps=600),
-        mil=MilSettings(width=16, steps=900), segmenter=SegmenterSettings(channels=(24, 48, 96, 192), steps=800)),
+        "full", classifier=ClassifierSettings(width=32, steps=500), cam=CamSettings(scales=(0.75, 1.0, 1.25, 1.5)),
+        mil=MilSettings(width=24, steps=600),
+        segmenter=SegmenterSettings(channels=(16, 32, 64, 128, 128), steps=1200)),
 }
 
 
-def profile_named(name: str) -> Profile:
-    """The profile ``quick`` or ``full``.
+def profile_named(name: str, method: str = "extended") -> Profile:
+    """The profile ``quick`` or ``full`` of one of the two methods.
+
+    ``faithful`` does what the abstract describes: no lesion is painted. ``extended`` paints lesions on lesion-free
+    slices (:mod:`covidseg.paint`), for the patches and the segmenter alike. Both paint vessels there, which stay
+    *no lesion*: more of the healthy lung that slice labels are exact about.
 
     Raises:
-        SettingsError: there is no such profile.
+        SettingsError: there is no such profile or method.
     """
-    if name not in PROFILES:
-        raise SettingsError(f"there is no profile {name!r}", remedy=f"Choose one of {', '.join(PROFILES)}")
-    return PROFILES[name]
+    for value, known, what in ((name, tuple(PROFILES), "profile"), (method, METHODS, "method")):
+        if value not in known:
+            raise SettingsError(f"there is no {what} {value!r}", remedy=f"Choose one of {', '.join(known)}")
+    profile = PROFILES[name]
+    if method == "extended":
+        return profile
+    mil, segmenter = profile.mil, profile.segmenter
+    return replace(profile, method=method, mil=replace(mil, paint=replace(mil.paint, share=0.0)),
+                   segmenter=replace(segmenter, paint=replace(segmenter.paint, share=0.0)))
+
+
+def find_lungs(pixels: np.ndarray, net: nn.Module | None, profile: Profile,
+               volume: bool | None = None) -> tuple[np.ndarray, Crops]:
+    """See :meth:`Run.crops`; ``net`` is the lung net, or None."""
+    lungs = lung_masks(pixels, profile.lungs, volume)
+    found = np.flatnonzero(lungs.any(axis=(1, 2)))
+    crops = make_crops(pixels[found], lungs[found], profile.prepare)
+    return found, crops if net is None else robust_lungs(net, crops, profile.lung_net)
 
 
 class Run:
@@ -101,16 +128,32 @@ class Run:
     def key(self, stage: str) -> str:
         """Hash of everything the result of a stage depends on; each stage builds on the one before."""
         p = self.profile
-        if stage == "weak":
+        if stage == "threshold":
             return self._once("key", lambda: fingerprint(
                 p.lungs, p.prepare, *(part for case in self.data.cases for part in (
                     case.image, case.patient, sorted(case.labels.items())))))
-        before, settings = {"classifier": ("weak", p.classifier), "cam": ("classifier", p.cam), "mil": ("cam", p.mil),
-                            "fine": ("mil", p.fine), "segmenter": ("fine", p.segmenter)}[stage]
-        return fingerprint(self.key(before), settings, self.seed)
+        if stage == "rounds":
+            return fingerprint(self.key("mil1"), p.mutual)
+        if stage == "fine":
+            return fingerprint(self.key("rounds"), p.fine)
+        name, number = stage.rstrip("0123456789"), int(stage.lstrip("abcdefghijklmnopqrstuvwxyz_") or 1)
+        before, settings = {
+            "lung_net": ("threshold", p.lung_net), "weak": ("lung_net", p.lung_net),
+            "classifier": ("weak" if number == 1 else f"mil{number - 1}", p.classifier),
+            "cam": (f"classifier{number}", p.cam), "mil": (f"cam{number}", p.mil), "segmenter": ("fine", p.segmenter),
+        }[name]
+        # Round 1 is the same for every exchange, but for patches that get no prior at all.
+        exchange = (p.mutual, number) if number > 1 else (p.mutual.exchange == "none",) if name == "mil" else ()
+        return fingerprint(self.key(before), settings, self.seed, *exchange)
 
-    def weak(self) -> WeakSet:
-        """Stage 1: lungs, crops and slice labels."""
+    def stages(self) -> list[str]:
+        """Names of all stored stages, in order; trains the rounds if need be, since they decide how many there are."""
+        rounds = [f"{name}{k}" for k in range(1, len(self.rounds()) + 1) for name in ("classifier", "cam", "mil")]
+        net = ["lung_net"] if self.profile.lung_net.steps else []
+        return ["threshold", *net, "weak", *rounds, "rounds", "fine", "segmenter"]
+
+    def threshold(self) -> WeakSet:
+        """Stage 1: crops to the threshold lungs, and the slice labels."""
         def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             data = weak_set(self.data, self.profile.prepare, self.profile.lungs)
             return ({"images": data.crops.images.astype(np.float16), "lungs": data.crops.lungs,
@@ -118,11 +161,53 @@ class Run:
                     {"patients": data.patients.tolist(), "names": data.names.tolist()})
 
         def load() -> WeakSet:
-            arrays, notes = self.store.get("weak", self.key("weak"), make)
+            arrays, notes = self.store.get("threshold", self.key("threshold"), make)
             # Stored and used in half precision's steps, so that a stored set trains to the same weights.
             crops = Crops(arrays["images"].astype(np.float32), arrays["lungs"], arrays["boxes"])
             return WeakSet(crops, arrays["labels"], np.array(notes["patients"]), np.array(notes["names"]))
+        return self._once("threshold", load)
+
+    def lung_net(self) -> nn.Module | None:
+        """Stage 1: the net that completes diseased lungs; None if the profile does without."""
+        settings = self.profile.lung_net
+        if not settings.steps:
+            return None
+        return self._net("lung_net", lambda: make_lung_net(settings),
+                         lambda: train_lung_net(self.threshold(), settings, seed=self.seed, device=self.device,
+                                                log=self.log))
+
+    def weak(self) -> WeakSet:
+        """Stage 1: crops with completed lungs, and the slice labels. All that the later stages see."""
+        def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+            crops, net = self.threshold().crops, self.lung_net()
+            return {"lungs": crops.lungs if net is None else
+                    robust_lungs(net, crops, self.profile.lung_net).lungs}, {}
+
+        def load() -> WeakSet:
+            before = self.threshold()
+            lungs = self.store.get("weak", self.key("weak"), make)[0]["lungs"]
+            return replace(before, crops=replace(before.crops, lungs=lungs))
         return self._once("weak", load)
+
+    def crops(self, pixels: np.ndarray, volume: bool | None = None) -> tuple[np.ndarray, Crops]:
+        """Finds and crops the lungs of new slices just as those of the training slices.
+
+        Args:
+            pixels: ``(S, H, W)`` HU or display values.
+            volume: as of :func:`covidseg.lungs.lung_masks`.
+
+        Returns:
+            Numbers of the slices that have lung, and their crops.
+        """
+        return find_lungs(pixels, self.lung_net(), self.profile, volume)
+
+    def lungs(self, pixels: np.ndarray, volume: bool | None = None) -> np.ndarray:
+        """Completed lung masks of whole slices, ``(S, H, W)`` bool; arguments as of :meth:`crops`."""
+        found, crops = self.crops(pixels, volume)
+        masks = np.zeros(pixels.shape, bool)
+        for k, lung, box in zip(found, crops.lungs, crops.boxes, strict=True):
+            masks[k] = uncrop(lung, box, pixels.shape[1:]) > 0.5
+        return masks
 
     def _net(self, stage: str, empty: Callable[[], nn.Module], train: Callable[[], nn.Module]) -> nn.Module:
         """A trained net: stored weights put into an empty net, or the result of training."""
@@ -131,50 +216,94 @@ class Run:
             return load_net(empty(), arrays).to(self.device)
         return self._once(stage, load)
 
-    def classifier(self) -> Classifier:
-        """Stage 2: the slice classifier."""
-        settings = self.profile.classifier
-        return self._net("classifier", lambda: Classifier(settings),  # type: ignore[return-value]
-                         lambda: train_classifier(self.weak(), settings, seed=self.seed, device=self.device,
-                                                  log=self.log))
+    def classifier(self, number: int = 1) -> Classifier:
+        """Stage 2: the slice classifier, after round ``number`` of the exchange; round 1 saw slice labels only."""
+        settings, stage = self.profile.classifier, f"classifier{number}"
 
-    def cam(self) -> np.ndarray:
-        """Stage 3: Grad-CAM of all training slices, ``(N, S, S)`` in [0, 1]."""
+        def train() -> Classifier:
+            if number == 1:
+                return train_classifier(self.weak(), settings, seed=self.seed, device=self.device, log=self.log)
+            return train_classifier(
+                self.weak(), self._later(settings), start=self.classifier(number - 1), lesson=self._lesson(number),
+                seed=self.seed + number - 1, device=self.device, log=self.log)
+        return self._net(stage, lambda: Classifier(settings), train)  # type: ignore[return-value]
+
+    def _lesson(self, number: int) -> Lesson:
+        """What the patches of the round before teach the classifier in round ``number``."""
+        before = number - 1
+        return make_lesson(self.weak(), self.cam(before), self.patches(before), self.profile.mutual, number)
+
+    def _later(self, settings: Any) -> Any:
+        """The settings of a task in later rounds: fewer steps."""
+        return replace(settings, steps=max(1, round(self.profile.mutual.again * settings.steps)))
+
+    def cam(self, number: int = 1) -> np.ndarray:
+        """Stage 3: activation maps of all training slices, ``(N, S, S)`` in [0, 1], of the classifier of a round."""
+        stage = f"cam{number}"
+
         def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            return {"cam": grad_cam(self.classifier(), self.weak().crops, self.profile.cam)}, {}
-        return self._once("cam", lambda: self.store.get("cam", self.key("cam"), make)[0]["cam"])
+            maps = activation_maps(self.classifier(number), self.weak().crops, self.profile.cam)
+            return {"cam": maps.astype(np.float16)}, {}
+        return self._once(stage, lambda: self.store.get(stage, self.key(stage), make)[0]["cam"].astype(np.float32))
 
     def coarse(self) -> np.ndarray:
         """Stage 3: coarse labels, ``(N, S, S)`` uint8: 1 lesion, 0 lung, 255 unknown."""
         return coarse_labels(self.cam(), self.weak().labels, self.profile.cam)
 
-    def mil(self) -> tuple[PatchNet, list[Phase]]:
-        """Stage 4: the patch net, and what each phase of its curriculum admitted."""
+    def mil(self, number: int = 1) -> tuple[PatchNet, list[Phase]]:
+        """Stage 4: the patch net after a round, and what each phase of its curriculum admitted."""
+        stage, settings = f"mil{number}", self.profile.mil
+
         def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            net, phases = train_mil(self.weak(), self.cam(), self.profile.mil, seed=self.seed, device=self.device,
-                                    log=self.log)
+            prior = self.cam(number)
+            if self.profile.mutual.exchange == "none":  # every patch is as likely as any other
+                prior = np.full_like(prior, settings.curriculum.prior)
+            net, phases = train_mil(
+                self.weak(), prior, settings if number == 1 else self._later(settings),
+                start=None if number == 1 else self.mil(number - 1)[0], seed=self.seed + number - 1,
+                device=self.device, log=self.log)
             arrays = {f"net.{name}": value for name, value in net_arrays(net).items()}
             for k, phase in enumerate(phases):
                 arrays |= {f"phase{k}.{part}": getattr(phase, part) for part in ("target", "difficulty", "admitted")}
             return arrays, {"paces": [phase.pace for phase in phases]}
 
         def load() -> tuple[PatchNet, list[Phase]]:
-            arrays, notes = self.store.get("mil", self.key("mil"), make)
+            arrays, notes = self.store.get(stage, self.key(stage), make)
             weights = {name.removeprefix("net."): value for name, value in arrays.items() if name.startswith("net.")}
-            net = load_net(PatchNet(self.profile.mil), weights).to(self.device)
+            net = load_net(PatchNet(settings), weights).to(self.device)
             phases = [Phase(pace, *(arrays[f"phase{k}.{part}"] for part in ("target", "difficulty", "admitted")))
                       for k, pace in enumerate(notes["paces"])]
             return net, phases  # type: ignore[return-value]
-        return self._once("mil", load)
+        return self._once(stage, load)
 
-    def patches(self) -> np.ndarray:
-        """Stage 4: patch probabilities of all training slices on pixels, ``(N, S, S)``."""
-        return self._once("patches", lambda: patch_probabilities(self.mil()[0], self.weak().crops))
+    def patches(self, number: int = 1) -> np.ndarray:
+        """Stage 4: patch probabilities of all training slices on pixels after a round, ``(N, S, S)``."""
+        return self._once(f"patches{number}", lambda: patch_probabilities(
+            self.mil(number)[0], self.weak().crops, self.cam(number)))
+
+    def rounds(self) -> list[Round]:
+        """The exchange between stages 2 and 4: all rounds, trained until the two maps agree no better."""
+        def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+            data, rounds = self.weak(), list[Round]()
+            while not rounds or not settled(rounds, self.profile.mutual):
+                number = len(rounds) + 1
+                common = agreement(data, self.cam(number), self.patches(number))
+                taught = 0.0
+                if number > 1:
+                    ill = data.labels == 1
+                    taught = float(self._lesson(number).taught[ill].sum() / data.crops.lungs[ill].sum())
+                rounds.append(Round(common, common - rounds[-1].agreement if rounds else float("nan"), taught))
+                self.log(f"round {number}: the two maps agree to {common:.3f}")
+            return {"rounds": np.array([[r.agreement, r.gain, r.taught] for r in rounds])}, {}
+        return self._once("rounds", lambda: [Round(*row) for row in self.store.get(
+            "rounds", self.key("rounds"), make)[0]["rounds"].tolist()])
 
     def fine(self) -> FineLabels:
-        """Stage 5: fine labels of all training slices."""
+        """Stage 5: fine labels of all training slices, from the maps of the last round."""
+        last = len(self.rounds())
+
         def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            fine = fine_labels(self.weak(), self.cam(), self.patches(), self.profile.fine)
+            fine = fine_labels(self.weak(), self.cam(last), self.patches(last), self.profile.fine)
             return {"labels": fine.labels, "weights": fine.weights, "probabilities": fine.probabilities}, {}
         return self._once("fine", lambda: FineLabels(**self.store.get("fine", self.key("fine"), make)[0]))
 
@@ -192,7 +321,7 @@ class Run:
             masks: ``(N, S, S)`` bool, from :func:`covidseg.evaluate.training_truth`.
         """
         # Masks are trusted: nearly plain cross entropy, and nothing painted.
-        settings = replace(self.profile.segmenter, robustness=0.1, paint=PaintSettings(share=0))
+        settings = replace(self.profile.segmenter, robustness=0.1, fine_weight=1.0, refresh=(), paint=NO_PAINT)
         masks_hash = hashlib.sha256(np.packbits(masks).tobytes()).hexdigest()
         key = fingerprint(self.key("weak"), settings, self.seed, masks_hash)
 
@@ -219,17 +348,18 @@ def open_data(name: str, part: str | None = None) -> Dataset:
 
 
 def open_run(data: str = "phantom", profile: str = "quick", seed: int = 0, folder: Path | str | None = None,
-             part: str | None = "train", device: str = "auto", log: Log = print) -> Run:
+             part: str | None = "train", device: str = "auto", log: Log = print, method: str = "extended") -> Run:
     """The run of a data set, profile and seed; made if it does not exist.
 
     Args:
         data: a folder, or a name from ``covidseg data list``.
         profile: ``quick`` or ``full``.
-        folder: where to store it; default ``$COVIDSEG_RUNS`` (or ``runs``) ``/DATA-PROFILE-seedN``.
+        folder: where to store it; default ``$COVIDSEG_RUNS`` (or ``runs``) ``/DATA-PROFILE-METHOD-seedN``.
         part: the side of the set's split to train on; None takes all volumes.
         device: ``auto``, ``cpu`` or ``cuda``.
+        method: ``extended`` or ``faithful``.
     """
     if folder is None:
-        folder = Path(os.environ.get("COVIDSEG_RUNS", "runs")) / f"{Path(data).name}-{profile}-seed{seed}"
+        folder = Path(os.environ.get("COVIDSEG_RUNS", "runs")) / f"{Path(data).name}-{profile}-{method}-seed{seed}"
     torch.set_float32_matmul_precision("high")
-    return Run(open_data(data, part), profile_named(profile), seed, Path(folder), device, log)
+    return Run(open_data(data, part), profile_named(profile, method), seed, Path(folder), device, log)

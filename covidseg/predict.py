@@ -14,14 +14,17 @@ from torch import nn
 from covidseg.artifacts import load_arrays, load_net
 from covidseg.cam import CamSettings
 from covidseg.classify import ClassifierSettings
+from covidseg.curriculum import CurriculumSettings
 from covidseg.errors import ArtifactError, InputFileError, NoLungError, SettingsError
 from covidseg.fine import FineSettings
 from covidseg.io import Scan
-from covidseg.lungs import LungSettings, lung_masks
+from covidseg.lungnet import LungNetSettings, make_lung_net
+from covidseg.lungs import LungSettings
 from covidseg.mil import MilSettings
+from covidseg.mutual import MutualSettings
 from covidseg.paint import PaintSettings
-from covidseg.pipeline import Profile
-from covidseg.prepare import PrepareSettings, make_crops, uncrop
+from covidseg.pipeline import Profile, find_lungs
+from covidseg.prepare import PrepareSettings, uncrop
 from covidseg.refine import SegmenterSettings, lesion_probabilities, make_segmenter
 
 REPORT = "run.json"
@@ -29,27 +32,26 @@ REPORT = "run.json"
 
 @dataclass(frozen=True)
 class Predictor:
-    """A trained segmenter with the settings it was trained with."""
+    """Trained nets with the settings they were trained with; ``lung_net`` is None where the run has none."""
 
     segmenter: nn.Module
+    lung_net: nn.Module | None
     profile: Profile
 
     def probabilities(self, scan: Scan) -> np.ndarray:
-        """Lesion probability of every voxel, ``(slices, rows, columns)`` float32, 0 outside the lung.
+        """Lesion probability of every voxel, ``(slices, rows, columns)`` float32, 0 outside the lung but for
+        the pixels at its edge.
 
         Raises:
             NoLungError: there is no lung in any slice.
         """
-        lungs = lung_masks(scan.pixels, self.profile.lungs)
-        found = np.flatnonzero(lungs.any(axis=(1, 2)))
+        found, crops = find_lungs(scan.pixels, self.lung_net, self.profile)
         if not len(found):
             raise NoLungError("no lung was found in any slice", path=scan.path,
                               remedy="covidseg expects chest CT with air in the lungs darker than tissue")
         result = np.zeros(scan.pixels.shape, np.float32)
-        for part in np.array_split(found, -(-len(found) // 16)):  # a few slices at a time: memory stays flat
-            crops = make_crops(scan.pixels[part], lungs[part], self.profile.prepare)
-            for k, small, box in zip(part, lesion_probabilities(self.segmenter, crops), crops.boxes, strict=True):
-                result[k] = uncrop(small, box, scan.pixels.shape[1:]) * lungs[k]
+        for k, small, box in zip(found, lesion_probabilities(self.segmenter, crops), crops.boxes, strict=True):
+            result[k] = uncrop(small, box, scan.pixels.shape[1:])
         return result
 
 
@@ -59,16 +61,19 @@ def profile_from(plain: dict) -> Profile:
     Raises:
         ArtifactError: the report names settings that this version does not know.
     """
-    kinds = {"lungs": LungSettings, "prepare": PrepareSettings, "classifier": ClassifierSettings, "cam": CamSettings,
-             "mil": MilSettings, "fine": FineSettings, "segmenter": SegmenterSettings}
+    kinds = {"lungs": LungSettings, "prepare": PrepareSettings, "lung_net": LungNetSettings,
+             "classifier": ClassifierSettings, "cam": CamSettings,
+             "mil": MilSettings, "mutual": MutualSettings,
+             "fine": FineSettings, "segmenter": SegmenterSettings}
     def read(kind: Any, values: dict) -> Any:
         """One settings class from its JSON: lists become tuples, inner objects settings of their own."""
-        inner = {"paint": PaintSettings}
+        inner = {"paint": PaintSettings, "curriculum": CurriculumSettings}
         return kind(**{key: read(inner[key], value) if key in inner
                        else tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
     try:
-        return Profile(plain["name"], **{name: read(kind, plain[name]) for name, kind in kinds.items()})
+        return Profile(plain["name"], plain["method"],
+                       **{name: read(kind, plain[name]) for name, kind in kinds.items()})
     except (KeyError, TypeError, AttributeError, SettingsError) as error:
         raise ArtifactError(f"the run's settings cannot be read ({error})",
                             remedy="Train again with this version of covidseg") from error
@@ -92,9 +97,12 @@ def load_predictor(run: Path, device: torch.device = torch.device("cpu")) -> Pre
                              remedy="Name a folder written by `covidseg train --out`")
     try:
         content = json.loads(report.read_text(encoding="utf-8"))
-        stage = content["stages"]["segmenter"]
+        stages = content["stages"]
         profile = profile_from(content["settings"])
+        segmenter, lung_net = stages["segmenter"], stages["lung_net"] if profile.lung_net.steps else None
     except (ValueError, KeyError, TypeError) as error:  # also bytes that are no UTF-8
         raise ArtifactError(f"is damaged ({error})", path=report, remedy="Train again") from error
-    arrays, _ = load_arrays(run / "stages" / stage)
-    return Predictor(load_net(make_segmenter(profile.segmenter), arrays).to(device), profile)
+    def read(stage: str, empty: nn.Module) -> nn.Module:
+        return load_net(empty, load_arrays(run / "stages" / stage)[0]).to(device)
+    return Predictor(read(segmenter, make_segmenter(profile.segmenter)),
+                     read(lung_net, make_lung_net(profile.lung_net)) if lung_net else None, profile)

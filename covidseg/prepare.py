@@ -35,7 +35,7 @@ class PrepareSettings:
     """
 
     size: int = 160
-    margin: float = 0.06
+    margin: float = 0.1
     least_lung: float = 0.01
 
     def __post_init__(self) -> None:

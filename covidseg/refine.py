@@ -1,9 +1,10 @@
 """Stage 6: a U-Net learns from the fine labels and refines them.
 
 Fine labels are wrong in places, and wrong at random more often than in one direction; a network with a smooth
-idea of a lesion averages such errors out. Doubtful pixels weigh less, slices without a lesion are exact, most of
-them get lesions painted in (see :mod:`covidseg.paint`), and the averaged net of the last steps makes the
-predictions. The same loop with radiologists' masks, and nothing painted, is the upper bound.
+idea of a lesion averages such errors out. Doubtful pixels weigh less, and the loss forgives. Slices without a lesion
+are exact, also after lesions were painted in (see :mod:`covidseg.paint`), and have a plain loss. Twice in the training
+the averaged net's own opinion is mixed into the fine labels (mean teacher: Tarvainen and Valpola, NeurIPS 2017). The
+same loop with radiologists' masks, and nothing painted, is the upper bound.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from monai.networks.nets import UNet
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from covidseg.paint import PaintSettings, paint_batch
+from covidseg.paint import Painter, PaintSettings
 from covidseg.prepare import Crops, WeakSet
 from covidseg.train import (
     Average,
@@ -27,6 +28,7 @@ from covidseg.train import (
     net_input,
     seed_everything,
 )
+from covidseg.unet import make_unet
 
 
 @dataclass(frozen=True)
@@ -35,32 +37,35 @@ class SegmenterSettings:
 
     Attributes:
         channels: channels of the U-Net's levels.
-        residual_units: convolution pairs a level.
         steps: optimiser steps.
         batch: slices a step, half of them with a lesion.
         rate: peak learning rate of AdamW.
         robustness: q of the generalised cross entropy (Zhang and Sabuncu, NeurIPS 2018, eq. 6): near 0 it is
             cross entropy, at 1 the mean absolute error, which forgives wrong labels.
         dice_weight: weight of the soft Dice loss.
+        fine_weight: weight of the fine labels against the exact slices.
+        refresh: after these shares of the steps the fine labels are mixed with the averaged net's opinion.
+        keep: share of the old labels in that mixture.
         threshold: lesion from this probability on; below one half, since fine labels leave out doubtful rims.
         paint: lesions painted on lesion-free slices; a share of 0 leaves them out.
     """
 
     channels: tuple[int, ...] = (16, 32, 64, 128)
-    residual_units: int = 1
     steps: int = 300
     batch: int = 12
     rate: float = 3e-3
     robustness: float = 0.7
     dice_weight: float = 0.5
-    threshold: float = 0.4
+    fine_weight: float = 0.5
+    refresh: tuple[float, ...] = (0.4, 0.7)
+    keep: float = 0.5
+    threshold: float = 0.3
     paint: PaintSettings = field(default_factory=PaintSettings)
 
 
 def make_segmenter(settings: SegmenterSettings) -> nn.Module:
-    """MONAI's U-Net: ``(B, 2, S, S)`` picture in the lung and lung, to ``(B, 1, S, S)`` logits."""
-    return UNet(spatial_dims=2, in_channels=2, out_channels=1, channels=settings.channels,
-                strides=(2,) * (len(settings.channels) - 1), num_res_units=settings.residual_units, norm="batch")
+    """A U-Net: ``(B, 2, S, S)`` picture in the lung and lung, to ``(B, 1, S, S)`` logits."""
+    return make_unet(2, settings.channels)
 
 
 def robust_loss(logits: Tensor, target: Tensor, weight: Tensor, settings: SegmenterSettings) -> Tensor:
@@ -80,13 +85,20 @@ def robust_loss(logits: Tensor, target: Tensor, weight: Tensor, settings: Segmen
     return entropy + settings.dice_weight * dice
 
 
+def exact_loss(logits: Tensor, target: Tensor, inside: Tensor, settings: SegmenterSettings) -> Tensor:
+    """Cross entropy plus soft Dice where labels are exact; arguments as of :func:`robust_loss`, ``inside`` 0 or 1."""
+    entropy = F.binary_cross_entropy_with_logits(logits, target, inside, reduction="sum") / inside.sum().clamp(min=1)
+    p, target = logits.sigmoid() * inside, target * inside
+    return entropy + settings.dice_weight * (1 - (2 * (p * target).sum() + 1) / ((p + target).sum() + 1))
+
+
 def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
                     settings: SegmenterSettings = SegmenterSettings(), *, seed: int = 0,
                     device: torch.device = torch.device("cpu"), log: Log = print) -> nn.Module:
     """Trains the segmenter on pixel targets.
 
     Args:
-        data: slices; their labels balance the batches.
+        data: slices; their labels balance the batches and say which slices are exact.
         targets: ``(N, S, S)`` bool or float in [0, 1].
         weights: ``(N, S, S)`` float32 in [0, 1].
 
@@ -94,26 +106,36 @@ def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
         The averaged net in evaluation mode.
     """
     generator = seed_everything(seed)
-    net = make_segmenter(settings).to(device)
+    net = make_segmenter(settings).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = Average(net).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
     schedule = learning_rate(optimizer, settings.steps)
+    painter = Painter(data.crops, settings.paint)
     progress = Progress("segmenter", settings.steps, 6, log)
-    stacked = [torch.from_numpy(np.asarray(part, np.float32))
+    stacked = [torch.from_numpy(np.array(part, np.float32))
                for part in (data.crops.images, data.crops.lungs, targets, weights)]
+    ill = np.flatnonzero(data.labels == 1)
+    refresh = {round(share * settings.steps) + 1 for share in settings.refresh}
     for step, index in enumerate(balanced_batches(data.labels, data.patients, settings.batch, settings.steps,
                                                   generator), start=1):
+        if step in refresh:
+            opinion = torch.from_numpy(lesion_probabilities(average.net, data.crops.take(ill)))
+            stacked[2][ill] = settings.keep * stacked[2][ill] + (1 - settings.keep) * opinion
+            stacked[3][ill] = (2 * stacked[2][ill] - 1).abs()
+            log(f"segmenter step {step - 1}: fine labels refreshed")
         maps = torch.stack([part[index] for part in stacked], dim=1)              # (B, 4, S, S)
-        maps = paint_batch(maps, torch.from_numpy(data.labels)[index] == 0, settings.paint, generator)
+        exact = torch.from_numpy(data.labels)[index] == 0
+        maps = painter(maps, index, exact, generator)
         picture, lung, target, weight = augment(maps, generator).to(device).split(1, dim=1)
         logits = net(net_input(picture, lung))                                    # (B, 1, S, S)
-        loss = robust_loss(logits, target, weight * lung, settings)
+        loss = exact_loss(logits[exact], target[exact], lung[exact], settings)
+        loss_fine = robust_loss(logits[~exact], target[~exact], (weight * lung)[~exact], settings)
         optimizer.zero_grad()
-        loss.backward()
+        (loss + settings.fine_weight * loss_fine).backward()
         optimizer.step()
         schedule.step()
         average.update(net)
-        progress.step(step, loss=loss.item())
+        progress.step(step, exact=loss.item(), fine=loss_fine.item())
     return average.net.eval()
 
 

@@ -85,6 +85,11 @@ def scores_table(title: str, rows: list[tuple[str, Scores, Scores]]) -> Table:
     return table
 
 
+def scores_from(plain: dict[str, float | None]) -> Scores:
+    """Inverse of :func:`scores_json`."""
+    return Scores(**{name: float("nan") if value is None else value for name, value in plain.items()})
+
+
 def evaluation_table(evaluation: Evaluation, title: str) -> Table:
     """The table of all stages for the terminal."""
     return scores_table(title, [(stage.name, stage.micro(), stage.macro()) for stage in evaluation.stages])

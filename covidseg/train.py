@@ -66,7 +66,7 @@ def balanced_batches(labels: np.ndarray, patients: np.ndarray, batch: int, steps
 
 
 def augment(maps: Tensor, generator: torch.Generator) -> Tensor:
-    """Random flips and transpositions of whole batches, and gain, offset and noise on the picture.
+    """Random flips and transpositions of whole batches, and :func:`jitter`.
 
     Args:
         maps: ``(B, C, S, S)`` float; channel 0 is the picture, the others (lung, labels, weights) only move along.
@@ -78,12 +78,16 @@ def augment(maps: Tensor, generator: torch.Generator) -> Tensor:
         maps = maps.flip(3)
     if turn:
         maps = maps.transpose(2, 3)
+    return jitter(maps, generator)
+
+
+def jitter(maps: Tensor, generator: torch.Generator) -> Tensor:
+    """Random gain, offset and noise on the pictures, channel 0 of ``(B, C, S, S)``."""
     size = (len(maps), 1, 1, 1)
     gain = 1 + 0.1 * torch.randn(size, generator=generator)
     offset = 0.04 * torch.randn(size, generator=generator)
     noise = 0.03 * torch.rand(size, generator=generator) * torch.randn(maps[:, :1].shape, generator=generator)
-    picture = maps[:, :1] * gain + offset + noise
-    return torch.cat([picture, maps[:, 1:]], dim=1)
+    return torch.cat([maps[:, :1] * gain + offset + noise, maps[:, 1:]], dim=1)
 
 
 def net_input(pictures: Tensor, lungs: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Grad-CAM against its own definition, and the coarse labels made of it."""
+"""Grad-CAM and LayerCAM against their own definitions, their mixture, and the coarse labels made of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +12,13 @@ from tiny import toy
 from torch import nn
 from torch.nn import functional as F
 
-from covidseg.cam import CamSettings, coarse_labels, grad_cam, scale_by_top
+from covidseg.cam import CamSettings, activation_maps, coarse_labels, grad_cam, layer_cam, scale_by_top
 from covidseg.classify import Classifier, ClassifierSettings
 from covidseg.prepare import Crops
 from covidseg.train import net_input
 
 SETTINGS = CamSettings()
+Method = Callable[..., np.ndarray]
 
 
 @pytest.fixture
@@ -70,8 +72,58 @@ def test_equals_the_definition_averaged_over_the_mirror_image(net: Classifier, c
     assert (maps.max((1, 2)) == 1).any()
 
 
-def test_maps_lie_in_0_to_1_and_within_the_lung(net: Classifier, crops: Crops) -> None:
-    maps = grad_cam(net, crops)
+def layer_by_definition(net: Classifier, inputs: torch.Tensor) -> torch.Tensor:
+    """Equations 4 and 5 of Jiang et al. (IEEE TIP 2021) with autograd, mean of two blocks; ``(B, S, S)``."""
+    middle = net.middle(net.fine(inputs))
+    last = net.coarse[0](middle)
+    score = net.pool(net.evidence(net.coarse[1](last)), inputs[:, 1:2])
+    maps = []
+    for layer, slopes in zip((middle, last), torch.autograd.grad(score.sum(), (middle, last)), strict=True):
+        found = F.relu((F.relu(slopes) * layer).sum(1))                                # a weight for every position
+        maps.append(F.interpolate(unit(found)[:, None], size=inputs.shape[-2:], mode="bilinear",
+                                  align_corners=False)[:, 0])
+    return unit(torch.stack(maps).mean(0)).detach()
+
+
+def test_layer_cam_equals_its_definition_averaged_over_the_mirror_image(net: Classifier, crops: Crops) -> None:
+    inputs = inputs_of(crops)
+    straight, mirrored = layer_by_definition(net, inputs), layer_by_definition(net, inputs.flip(3)).flip(2)
+    both = (0.5 * (straight + mirrored)).numpy() * crops.lungs
+    maps = layer_cam(net, crops)
+    np.testing.assert_allclose(maps, scale_by_top(both, crops.lungs, SETTINGS.top), atol=1e-4)
+    assert np.abs(maps - grad_cam(net, crops)).max() > 0.1, "it is another method"
+
+
+def test_the_mixture_ends_at_the_two_methods(net: Classifier, crops: Crops) -> None:
+    first, second = grad_cam(net, crops), layer_cam(net, crops)
+    assert np.array_equal(activation_maps(net, crops, replace(SETTINGS, layer_share=0.0)), first)
+    assert np.array_equal(activation_maps(net, crops, replace(SETTINGS, layer_share=1.0)), second)
+    mixed = activation_maps(net, crops, replace(SETTINGS, layer_share=0.3))
+    np.testing.assert_allclose(mixed, scale_by_top(0.7 * first + 0.3 * second, crops.lungs, SETTINGS.top), atol=1e-6)
+    assert np.abs(mixed - first).max() > 0.01
+
+
+@pytest.mark.parametrize("scales", [(1.5,), (0.75, 1.0, 1.25)])
+@pytest.mark.parametrize("method", [grad_cam, layer_cam, activation_maps])
+def test_other_scales_give_another_map_of_the_same_kind(method: Method, scales: tuple[float, ...], net: Classifier,
+                                                        crops: Crops) -> None:
+    settings = replace(SETTINGS, scales=scales)
+    maps, plain = method(net, crops, settings), method(net, crops)
+    assert np.abs(maps - plain).max() > 0.05
+    assert maps.shape == plain.shape
+    assert maps.dtype == np.float32
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+    assert (maps[~crops.lungs] == 0).all()
+    assert np.corrcoef(maps[crops.lungs], plain[crops.lungs])[0, 1] > 0.3, "enlarged maps come back to their place"
+    np.testing.assert_allclose(method(net, crops, replace(settings, scales=scales[::-1])), maps, atol=1e-5)
+    flipped = Crops(crops.images[..., ::-1].copy(), crops.lungs[..., ::-1].copy(), crops.boxes)
+    np.testing.assert_allclose(method(net, flipped, settings)[..., ::-1], maps, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [grad_cam, layer_cam, activation_maps])
+def test_maps_lie_in_0_to_1_and_within_the_lung(method: Method, net: Classifier, crops: Crops) -> None:
+    maps = method(net, crops)
     assert maps.shape == crops.images.shape
     assert maps.dtype == np.float32
     assert maps.min() >= 0

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from tiny import quiet, same_weights, toy
+from tiny import quiet, same_weights, toy, weights
+from torch.nn import functional as F
 
 from covidseg.classify import Classifier, ClassifierSettings, auc, slice_probabilities, train_classifier
+from covidseg.mutual import Lesson
+from covidseg.paint import NO_PAINT
 from covidseg.prepare import Crops
+from covidseg.train import net_input
 
 SMALL = ClassifierSettings(width=4, steps=6, batch=4, temperature=4.0)
 ENOUGH = ClassifierSettings(width=6, steps=30, batch=8, rate=3e-3, temperature=4.0, flip_weight=0.5, outside_weight=0.1)
@@ -99,6 +105,93 @@ def test_training_repeats_bit_for_bit_with_the_seed() -> None:
     first = train_classifier(data, SMALL, seed=3, log=quiet)
     assert same_weights(first, train_classifier(data, SMALL, seed=3, log=quiet))
     assert not same_weights(first, train_classifier(data, SMALL, seed=4, log=quiet))
+
+
+def test_training_goes_on_from_given_weights() -> None:
+    data, _ = toy(12)
+    first = train_classifier(data, SMALL, seed=1, log=quiet)
+    before = {name: value.copy() for name, value in weights(first).items()}
+    still = replace(SMALL, rate=1e-12)
+    names = [name for name, _ in first.named_parameters()]
+
+    def as_before(net: Classifier) -> bool:
+        return all(np.allclose(weights(net)[name], before[name], atol=1e-6) for name in names)
+
+    assert as_before(train_classifier(data, still, start=first, seed=2, log=quiet))
+    assert not as_before(train_classifier(data, still, seed=2, log=quiet))
+    assert not as_before(train_classifier(data, SMALL, start=first, seed=2, log=quiet))
+    assert all(np.array_equal(weights(first)[name], before[name]) for name in before), "the start itself stays"
+
+
+def test_vessels_are_painted_on_lesion_free_slices_and_lesions_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    from covidseg import paint
+
+    data, _ = toy(8)
+    painted: list[np.ndarray] = []
+
+    def spy(image: np.ndarray, *rest: object, real: object = paint.paint_vessels) -> np.ndarray:
+        painted.append(image)
+        return real(image, *rest)  # type: ignore[operator]
+
+    def refuse(*arguments: object) -> None:
+        pytest.fail("a lesion was painted on a slice labelled free of one")
+    monkeypatch.setattr(paint, "paint_vessels", spy)
+    monkeypatch.setattr(paint, "paint_lesions", refuse)
+    plain = train_classifier(data, replace(SMALL, paint=NO_PAINT), log=quiet)
+    assert not painted
+    assert not same_weights(plain, train_classifier(data, SMALL, log=quiet))
+    assert painted
+    free = data.crops.images[data.labels == 0]
+    assert all((free == image).all((1, 2)).any() for image in painted)
+
+
+def evidence_of(net: Classifier) -> tuple[float, float, float]:
+    """Mean evidence of fresh slices in the disks, in the lung around them and in the lung without."""
+    fresh, disks = toy(24, 80, seed=9)
+    lungs = torch.from_numpy(fresh.crops.lungs)[:, None].float()
+    with torch.no_grad():
+        maps = net.maps(net_input(torch.from_numpy(fresh.crops.images)[:, None], lungs)).sigmoid()
+    large = F.interpolate(maps, size=(80, 80), mode="nearest")[:, 0].numpy()
+    ill = (fresh.labels == 1)[:, None, None]
+    return (float(large[disks].mean()), float(large[fresh.crops.lungs & ill & ~disks].mean()),
+            float(large[fresh.crops.lungs & ~ill].mean()))
+
+
+def test_a_lesson_raises_evidence_where_it_says_lesion_and_lowers_it_where_it_says_lung() -> None:
+    data, disks = toy(32, 80, seed=1)
+    lungs = data.crops.lungs
+    lines: list[str] = []
+    net = train_classifier(data, ENOUGH, lesson=Lesson(disks.astype(np.float32), lungs, 2.0), seed=1, log=lines.append)
+    assert all("lesson" in line for line in lines)
+    plain = evidence_of(train_classifier(data, ENOUGH, seed=1, log=quiet))
+    taught = evidence_of(net)
+    assert taught[0] > plain[0] + 0.1
+    assert taught[1] < plain[1] - 0.03
+    assert taught[0] - taught[1] > 0.3, "the lesson moves along when the picture is flipped"
+    ill = lungs & (data.labels == 1)[:, None, None]
+    wrong = evidence_of(train_classifier(data, ENOUGH, lesson=Lesson((ill & ~disks).astype(np.float32), ill, 2.0),
+                                         seed=1, log=quiet))
+    assert wrong[0] - wrong[1] < taught[0] - taught[1] - 0.2
+    everywhere = [evidence_of(train_classifier(data, ENOUGH, lesson=Lesson(np.full(lungs.shape, value, np.float32),
+                                                                           lungs, 2.0), seed=1, log=quiet))
+                  for value in (0.0, 1.0)]
+    assert everywhere[0][2] < everywhere[1][2] - 0.1
+
+
+def test_only_taught_pixels_and_a_weight_above_0_make_a_difference() -> None:
+    data, disks = toy(12)
+    some = data.crops.lungs & (np.arange(40) < 20)
+    teacher = disks.astype(np.float32)
+
+    def trained(lesson: Lesson | None) -> Classifier:
+        return train_classifier(data, SMALL, lesson=lesson, seed=3, log=quiet)
+
+    plain, taught = trained(None), trained(Lesson(teacher, some, 1.0))
+    assert not same_weights(plain, taught)
+    assert same_weights(taught, trained(Lesson(np.where(some, teacher, 0.7).astype(np.float32), some, 1.0)))
+    # Nothing taught is as good as no lesson, bit for bit: a lesson draws no random numbers.
+    assert same_weights(plain, trained(Lesson(teacher, some, 0.0)))
+    assert same_weights(plain, trained(Lesson(teacher, np.zeros_like(some), 1.0)))
 
 
 def test_probabilities_do_not_depend_on_the_batch(net: Classifier) -> None:

@@ -19,7 +19,9 @@ from covidseg.cli import app, main
 from covidseg.errors import InputFileError
 from covidseg.io import read_scan, write_like
 from covidseg.lungs import lung_masks
-from covidseg.pipeline import PROFILES, Run
+from covidseg.pipeline import PROFILES, Run, find_lungs
+from covidseg.predict import load_predictor
+from covidseg.prepare import uncrop
 
 SCAN = "phantom_01.nii.gz"
 
@@ -129,10 +131,18 @@ def no_such_profile(root: Path, phantom: Path, run: Run) -> tuple[list[object], 
     return ["train", "--data", phantom, "--out", root / "run", "--profile", "slow"], "'slow'"
 
 
+def no_such_method(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    return ["train", "--data", phantom, "--out", root / "run", "--method", "newest"], "'newest'"
+
+
+def no_such_method_to_reproduce(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    return ["reproduce", "--data", phantom, "--test", phantom, "--out", root / "run", "--method", "no"], "'no'"
+
+
 @pytest.mark.parametrize(("code", "case"), [
     (3, missing_scan), (3, broken_scan), (3, no_run), (3, other_shape), (4, empty_folder), (4, no_split),
     (6, damaged_weights), (7, no_lung), (7, no_lung_to_predict), (8, cannot_write), (8, cannot_store),
-    (9, no_such_profile)])
+    (9, no_such_profile), (9, no_such_method), (9, no_such_method_to_reproduce)])
 def test_every_fault_ends_with_one_line_and_its_code(
         code: int, case: object, tmp_path: Path, tiny_phantom: Path, tiny_run: Run,
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,10 +249,12 @@ def test_train_predict_evaluate_in_a_row(tiny_phantom: Path, tiny_run: Run, tmp_
     trained = invoke("train", "--data", tiny_phantom, "--out", run, "--device", "cpu", "--seed", "0")
     assert trained.exit_code == 0
     assert flat(DISCLAIMER) in flat(trained.output)
-    for word in ("classifier step", "patches phase", "segmenter step", "40 labelled slices of 4 volumes"):
+    for word in ("lungs step", "classifier step", "patches phase", "round 2: the two maps agree", "segmenter step",
+                 "40 labelled slices of 4 volumes"):
         assert flat(word) in flat(trained.output)
     report = strict((run / "run.json").read_text(encoding="utf-8"))
-    assert report["command"] == f"covidseg train --data {tiny_phantom.name} --profile quick --seed 0"
+    assert report["command"] == \
+        f"covidseg train --data {tiny_phantom.name} --profile quick --method extended --seed 0"
     assert report["stages"] == {s: tiny_run.store.used[s] for s in STAGES}, "the keys do not depend on the folder"
 
     out = tmp_path / "out"
@@ -275,6 +287,26 @@ def test_a_second_training_in_the_same_folder_trains_nothing(tiny_phantom: Path,
     assert result.exit_code == 0
     assert "step" not in result.output
     assert strict((run / "run.json").read_text())["stages"]["segmenter"] == tiny_run.store.used["segmenter"]
+
+
+def test_the_method_reaches_the_settings(tiny_phantom: Path, tiny_run: Run, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
+    extended = strict((folder / "run.json").read_text(encoding="utf-8"))
+    result = invoke("train", "--data", tiny_phantom, "--out", folder, "--device", "cpu", "--method", "faithful")
+    assert result.exit_code == 0
+    assert flat("profile quick, faithful") in flat(result.output)
+    faithful = strict((folder / "run.json").read_text(encoding="utf-8"))
+    assert "--method faithful" in faithful["command"]
+    assert (extended["settings"]["method"], faithful["settings"]["method"]) == ("extended", "faithful")
+    for stage in ("mil", "segmenter"):
+        assert extended["settings"][stage]["paint"]["share"] > 0
+        assert faithful["settings"][stage]["paint"]["share"] == 0, "no lesion is painted"
+        assert faithful["settings"][stage]["paint"] | {"share": 0.85} == extended["settings"][stage]["paint"]
+    # What comes before the first painted slice is read from the folder, the rest is trained again.
+    assert "lungs step" not in result.output
+    same = {stage for stage in STAGES if extended["stages"][stage] == faithful["stages"][stage]}
+    assert same == {"threshold", "lung_net", "weak", "classifier1", "cam1"}
+    assert invoke("predict", "--run", folder, tiny_phantom / "im" / SCAN, "-o", tmp_path / "out").exit_code == 0
 
 
 def check_reproduction(folder: Path, slices: int) -> dict:
@@ -320,10 +352,13 @@ def test_reproduce_on_the_split_of_a_registered_set(tiny_phantom: Path, tmp_path
         table += [line.replace(old, new) for line in lines if line.startswith(old)]
     (cache / "slice_labels.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
     monkeypatch.setattr("covidseg.pipeline.resolve", lambda name: cache)
-    result = invoke("reproduce", "--data", "phantom", "--device", "cpu", "--seed", "3")
+    result = invoke("reproduce", "--data", "phantom", "--device", "cpu", "--seed", "3", "--method",
+                    "faithful")
     assert result.exit_code == 0
-    content = check_reproduction(tmp_path / "runs" / "phantom-quick-seed3", 4 * 10)
+    content = check_reproduction(tmp_path / "runs" / "phantom-quick-faithful-seed3", 4 * 10)
     assert content["test"] == "phantom (test side)"
+    assert content["command"] == "covidseg reproduce --data phantom --profile quick --method faithful --seed 3"
+    assert content["run"]["settings"]["method"] == "faithful"
     trained = set(content["run"]["data"])
     with (Path(__file__).parents[1] / "data" / "splits" / "phantom.csv").open(encoding="utf-8") as stream:
         sides = {row["volume"]: row["split"] for row in csv.DictReader(stream)}
@@ -430,10 +465,16 @@ def test_real_scans_run_through(real_slices: Path, tmp_path: Path) -> None:
     assert invoke("train", "--data", real_slices, "--out", tmp_path / "run", "--device", "cpu").exit_code == 0
     result = invoke("predict", "--run", tmp_path / "run", *scans, "-o", tmp_path / "out", "--probability")
     assert result.exit_code == 0
+    predictor = load_predictor(tmp_path / "run")
     for scan in scans:
-        lung = stored(tmp_path / "lungs" / scan.name) > 0
+        pixels = read_scan(scan).pixels
+        found, crops = find_lungs(pixels, predictor.lung_net, predictor.profile)
+        masks = np.zeros(pixels.shape, bool)  # the lung net's, which complete those of the threshold
+        for k, mask, box in zip(found, crops.lungs, crops.boxes, strict=True):
+            masks[k] = uncrop(mask, box, pixels.shape[1:]) > 0
+        lung = np.transpose(masks, (2, 1, 0))
         maps = stored(tmp_path / "out" / f"{scan.name.removesuffix('.nii.gz')}_probability.nii.gz")
-        assert stored(tmp_path / "out" / scan.name).shape == lung.shape
+        assert stored(tmp_path / "out" / scan.name).shape == maps.shape == lung.shape
         assert (maps[~lung] == 0).all()
         assert (maps[lung] > 0).mean() > 0.9
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +18,20 @@ from covidseg.cam import CamSettings
 from covidseg.classify import Classifier
 from covidseg.dataset import Case, Dataset, load_dataset
 from covidseg.errors import DatasetError
-from covidseg.evaluate import Evaluation, evaluate_lungs, evaluate_run, otsu_in_lung, training_truth
+from covidseg.evaluate import (
+    Evaluation,
+    Finder,
+    evaluate_lungs,
+    evaluate_run,
+    lesion_coverage,
+    otsu_in_lung,
+    training_truth,
+)
 from covidseg.io import Grid, read_mask, read_scan, write_like
+from covidseg.lungnet import robust_lungs
 from covidseg.lungs import lung_masks
 from covidseg.mil import PatchNet
+from covidseg.mutual import Round
 from covidseg.pipeline import Run
 from covidseg.prepare import Crops, PrepareSettings, make_crops, uncrop
 from covidseg.refine import make_segmenter
@@ -63,10 +75,11 @@ def test_the_otsu_row_equals_a_direct_computation(measured: Evaluation, tiny_run
         for image, lung, truth in zip(pixels, lung_masks(pixels), mask, strict=True):
             found = np.zeros(truth.shape, bool)
             if lung.any():
-                crop = make_crops(image[None], lung[None], TINY.prepare)
+                crop = robust_lungs(tiny_run.lung_net(), make_crops(image[None], lung[None], TINY.prepare),
+                                    TINY.lung_net)
                 inside = crop.images[0][crop.lungs[0]]
                 small = crop.lungs[0] & (crop.images[0] > threshold_otsu(inside))
-                found = (uncrop(small, crop.boxes[0], truth.shape) >= 0.5) & lung
+                found = uncrop(small, crop.boxes[0], truth.shape) >= 0.5
             counts.append([(found & truth).sum(), (found & ~truth).sum(), (~found & truth).sum(),
                            (~found & ~truth).sum()])
     np.testing.assert_array_equal(measured.stages[0].counts, counts)
@@ -82,7 +95,8 @@ def test_micro_figures_pool_all_slices(measured: Evaluation) -> None:
 def test_thresholds_are_fixed_without_masks(measured: Evaluation, tiny_run: Run) -> None:
     thresholds = [stage.threshold for stage in measured.stages]
     assert np.isnan(thresholds[0]), "Otsu's is found in each slice"
-    assert thresholds[1:] == [tiny_run.profile.cam.outline, 0.5, 0.5, tiny_run.profile.segmenter.threshold]
+    assert thresholds[1:] == [tiny_run.profile.cam.outline, tiny_run.profile.mil.threshold, 0.5,
+                              tiny_run.profile.segmenter.threshold]
 
 
 def test_otsu_in_the_lung_by_hand() -> None:
@@ -120,9 +134,37 @@ def untrained(squares: Dataset) -> SimpleNamespace:
     profile = SimpleNamespace(**{**vars(TINY), "prepare": PrepareSettings(size=80, margin=0.0)})
     classifier, patch_net = Classifier(TINY.classifier).eval(), PatchNet(TINY.mil).eval()
     return SimpleNamespace(
-        data=squares, profile=profile, classifier=lambda: classifier, mil=lambda: (patch_net, []),
-        segmenter=lambda: make_segmenter(TINY.segmenter).eval(), weak=lambda: data,
-        cam=lambda: np.random.default_rng(0).random(data.crops.images.shape))
+        data=squares, profile=profile, rounds=lambda: [Round(0.5, float("nan"), 0.0)],
+        classifier=lambda number: classifier, mil=lambda number: (patch_net, []),
+        segmenter=lambda: make_segmenter(TINY.segmenter).eval(), weak=lambda: data, crops=in_lungs(everywhere))
+
+
+def everywhere(pixels: np.ndarray) -> np.ndarray:
+    return np.ones(pixels.shape, bool)
+
+
+def left_half(pixels: np.ndarray) -> np.ndarray:
+    masks = np.zeros(pixels.shape, bool)
+    masks[:, :, :40] = True
+    return masks
+
+
+def all_but(number: int) -> Finder:
+    """Lung everywhere except in one slice of each volume."""
+    def find(pixels: np.ndarray) -> np.ndarray:
+        masks = everywhere(pixels)
+        masks[number] = False
+        return masks
+    return find
+
+
+def in_lungs(find: Finder) -> Callable[[np.ndarray], tuple[np.ndarray, Crops]]:
+    """The crops that a run would make whose lungs are found by ``find``."""
+    def crops(pixels: np.ndarray) -> tuple[np.ndarray, Crops]:
+        lungs = find(pixels)
+        found = np.flatnonzero(lungs.any(axis=(1, 2)))
+        return found, make_crops(pixels[found], lungs[found], PrepareSettings(size=80, margin=0.0))
+    return crops
 
 
 def oracle(net: object, crops: Crops) -> np.ndarray:
@@ -130,7 +172,6 @@ def oracle(net: object, crops: Crops) -> np.ndarray:
 
 
 def test_an_oracle_scores_one(untrained: SimpleNamespace, squares: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "lung_masks", lambda pixels, settings: np.ones(pixels.shape, bool))
     monkeypatch.setattr(evaluate, "lesion_probabilities", oracle)
     result = evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
     assert result.slices == 8
@@ -142,11 +183,7 @@ def test_an_oracle_scores_one(untrained: SimpleNamespace, squares: Dataset, monk
 
 def test_slices_without_a_lung_count_as_missed(untrained: SimpleNamespace, squares: Dataset,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    def lungs(pixels: np.ndarray, settings: object) -> np.ndarray:
-        masks = np.ones(pixels.shape, bool)
-        masks[1] = False
-        return masks
-    monkeypatch.setattr(evaluate, "lung_masks", lungs)
+    untrained.crops = in_lungs(all_but(1))
     monkeypatch.setattr(evaluate, "lesion_probabilities", oracle)
     row = evaluate_run(untrained, squares, upper_bound=False).stages[-1]  # type: ignore[arg-type]
     truth = np.concatenate([read_mask(case.mask) for case in squares.cases])
@@ -159,29 +196,31 @@ def test_slices_without_a_lung_count_as_missed(untrained: SimpleNamespace, squar
 
 def test_predictions_outside_the_lung_are_cut_off(untrained: SimpleNamespace, squares: Dataset,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    def lungs(pixels: np.ndarray, settings: object) -> np.ndarray:
-        masks = np.zeros(pixels.shape, bool)
-        masks[:, :, :40] = True
-        return masks
-    monkeypatch.setattr(evaluate, "lung_masks", lungs)
-    monkeypatch.setattr(evaluate, "lesion_probabilities", lambda net, crops: np.ones(crops.images.shape, np.float32))
+    untrained.crops = in_lungs(left_half)
+    placed: list[np.ndarray] = []
+    monkeypatch.setattr(evaluate, "uncrop", lambda small, box, shape: placed.append(small) or uncrop(small, box, shape))
+    evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
+    assert len(placed) == 8 * len(ROWS), "each row of each slice"
+    lung = in_lungs(left_half)(np.zeros((1, 80, 80)))[1].lungs[0]
+    assert lung.sum() == 80 * 40
+    for small in placed:
+        assert (small[~lung] == 0).all()
+    assert sum((small[lung] > 0).any() for small in placed) > len(placed) / 2, "inside the lung they do predict"
+    # A stage that marks all of the lung marks just that half of the slice.
+    monkeypatch.setattr(evaluate, "lesion_probabilities", lambda net, crops: crops.lungs.astype(np.float32))
     row = evaluate_run(untrained, squares, upper_bound=False).stages[-1]  # type: ignore[arg-type]
     assert (row.counts[:, 0] + row.counts[:, 1] == 80 * 40).all()
+    truth = np.concatenate([read_mask(case.mask) for case in squares.cases])
+    assert row.counts[:, 0].tolist() == truth[:, :, :40].sum(axis=(1, 2)).tolist()
 
 
-def test_auc_of_one_class_is_undefined(untrained: SimpleNamespace, squares: Dataset,
-                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    def lungs(pixels: np.ndarray, settings: object) -> np.ndarray:
-        masks = np.ones(pixels.shape, bool)
-        masks[3] = False
-        return masks
-    monkeypatch.setattr(evaluate, "lung_masks", lungs)
+def test_auc_of_one_class_is_undefined(untrained: SimpleNamespace, squares: Dataset) -> None:
+    untrained.crops = in_lungs(all_but(3))
     assert np.isnan(evaluate_run(untrained, squares, upper_bound=False).classifier_auc)  # type: ignore[arg-type]
 
 
 def test_classifier_auc_uses_the_masks_of_the_test_set(untrained: SimpleNamespace, squares: Dataset,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "lung_masks", lambda pixels, settings: np.ones(pixels.shape, bool))
     monkeypatch.setattr(evaluate, "slice_probabilities",
                         lambda net, crops: (crops.images > 0.5).mean((1, 2)).astype(np.float32))
     assert evaluate_run(untrained, squares, upper_bound=False).classifier_auc == 1  # type: ignore[arg-type]
@@ -194,12 +233,21 @@ def test_maps_are_made_with_the_settings_of_the_run(untrained: SimpleNamespace, 
     def record(net: object, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
         used.append(settings)
         return np.zeros(crops.images.shape, np.float32)
-    monkeypatch.setattr(evaluate, "lung_masks", lambda pixels, settings: np.ones(pixels.shape, bool))
-    monkeypatch.setattr(evaluate, "grad_cam", record)
+    monkeypatch.setattr(evaluate, "activation_maps", record)
     untrained.profile.cam = CamSettings(top=77.0)
     evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
     assert len(used) == len(squares.cases), "once a volume: the fused row reuses the map of its own row"
     assert {settings.top for settings in used} == {77.0}
+
+
+def test_the_nets_of_the_last_round_are_measured(untrained: SimpleNamespace, squares: Dataset) -> None:
+    asked: list[tuple[str, int]] = []
+    classifier, patch_net = untrained.classifier(1), untrained.mil(1)
+    untrained.rounds = lambda: [Round(0.5, 0.0, 0.0)] * 3
+    untrained.classifier = lambda number: asked.append(("classifier", number)) or classifier
+    untrained.mil = lambda number: asked.append(("mil", number)) or patch_net
+    evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
+    assert asked == [("classifier", 3), ("mil", 3)]
 
 
 def test_measuring_needs_masks(tiny_run: Run, squares: Dataset) -> None:
@@ -233,6 +281,74 @@ def test_lung_dice_of_each_slice(tiny_phantom: Path) -> None:
             a, b = first[int(k)], mine[int(k)]
             assert value == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
     assert np.median(result.dice) > 0.8
+
+
+def test_lung_dice_of_a_finder(tiny_phantom: Path, tiny_run: Run) -> None:
+    data = load_dataset(tiny_phantom).subset(["phantom_00"])
+    truth = read_mask(data.cases[0].lung)
+    pixels = read_scan(data.cases[0].image).pixels
+    perfect = evaluate_lungs(data, lambda given: truth if np.array_equal(given, pixels) else ~truth)
+    assert len(perfect.dice) > 5
+    assert (perfect.dice == 1).all()
+    assert (evaluate_lungs(data, lambda given: ~truth).dice == 0).all()
+    everything = evaluate_lungs(data, everywhere)
+    for name, value in zip(everything.names, everything.dice, strict=True):
+        share = truth[int(name.split(":")[1])].mean()
+        assert value == pytest.approx(2 * share / (1 + share))
+    mine = tiny_run.lungs(pixels)
+    result = evaluate_lungs(data, tiny_run.lungs)
+    for name, value in zip(result.names, result.dice, strict=True):
+        a, b = truth[int(name.split(":")[1])], mine[int(name.split(":")[1])]
+        assert value == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+def test_slices_with_hardly_any_lung_are_not_judged(tiny_phantom: Path) -> None:
+    data = load_dataset(tiny_phantom).subset(["phantom_00"])
+    shares = read_mask(data.cases[0].lung).mean(axis=(1, 2))
+    middle = float(np.median(shares))
+    expected = [f"phantom_00:{k}" for k in np.flatnonzero(shares >= middle)]
+    assert 0 < len(expected) < len(shares)
+    assert evaluate_lungs(data, everywhere, least=middle).names.tolist() == expected
+
+
+# --- how much of the lesions a lung mask holds --------------------------------------------------------------------
+
+def test_coverage_by_hand(squares: Dataset) -> None:
+    truth = np.concatenate([read_mask(case.mask) for case in squares.cases])
+    inside, masked = lesion_coverage(squares, left_half)
+    assert masked == 0.5
+    assert inside == pytest.approx(truth[:, :, :40].sum() / truth.sum())
+    assert inside != 0.5
+    assert lesion_coverage(squares, everywhere) == (1, 1)
+    assert lesion_coverage(squares, lambda pixels: ~everywhere(pixels)) == (0, 0)
+
+
+def test_coverage_pools_voxels_over_volumes(squares: Dataset) -> None:
+    def of_the_first(pixels: np.ndarray) -> np.ndarray:
+        return np.full(pixels.shape, np.array_equal(pixels, first))
+    first = read_scan(squares.cases[0].image).pixels
+    lesions = [read_mask(case.mask).sum() for case in squares.cases]
+    assert lesion_coverage(squares, of_the_first) == (pytest.approx(lesions[0] / sum(lesions)), 0.5)
+
+
+def test_coverage_without_a_lesion_is_undefined(squares: Dataset) -> None:
+    write_like(np.zeros((4, 80, 80), bool), Grid((80, 80, 4), np.diag([-1.0, -1.0, 5.0, 1.0])), squares.cases[0].mask)
+    inside, masked = lesion_coverage(Dataset(squares.root, squares.cases[:1]), left_half)
+    assert np.isnan(inside)
+    assert masked == 0.5
+
+
+def test_coverage_of_the_threshold_by_default(tiny_phantom: Path) -> None:
+    data = load_dataset(tiny_phantom)
+    assert lesion_coverage(data) == lesion_coverage(data, lung_masks)
+    inside, masked = lesion_coverage(data)
+    assert inside > 2 * masked > 0, "lesions lie in lungs"
+
+
+def test_coverage_needs_masks(squares: Dataset) -> None:
+    bare = Dataset(squares.root, tuple(replace(case, mask=None) for case in squares.cases))
+    with pytest.raises(DatasetError, match="no lesion mask"):
+        lesion_coverage(bare, everywhere)
 
 
 def test_volumes_without_true_lungs_are_skipped(squares: Dataset) -> None:

@@ -1,130 +1,222 @@
-"""Patches of 5 x 5 pixels: what runs densely equals a loop over patches."""
+"""Maps of patch numbers, and that what runs on all patches at once equals a loop over patches."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from hypothesis import given
+from hypothesis import strategies as st
 
-from covidseg.patches import PATCH, admit_easiest, patch_lung, patch_mean, patch_values, to_pixels
+from covidseg.patches import PATCH, grid_ids, instances, patch_values, pool, spread, square_ids
 
-SIDE = 8
-SIZE = SIDE * PATCH
-
-
-def cut(maps: torch.Tensor, row: int, column: int) -> torch.Tensor:
-    """One patch of ``(B, C, S, S)``, cut out with plain slicing."""
-    return maps[:, :, row * PATCH:(row + 1) * PATCH, column * PATCH:(column + 1) * PATCH]
+SIDE = 40
 
 
-@pytest.fixture
-def maps() -> torch.Tensor:
-    return torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+def random_lungs(count: int = 3, seed: int = 0, side: int = SIDE) -> np.ndarray:
+    """Blobs and single pixels, so that there are full, partly filled and empty squares."""
+    rng = np.random.default_rng(seed)
+    lungs = rng.random((count, side, side)) < 0.1
+    for lung in lungs:
+        for y, x in rng.integers(0, side - 8, (4, 2)):
+            lung[y:y + rng.integers(4, 14), x:x + rng.integers(4, 14)] = True
+    return lungs
 
 
-def test_patches_partition_the_slice() -> None:
-    numbers = to_pixels(torch.arange(SIDE**2).float().reshape(1, 1, SIDE, SIDE), SIZE, smooth=False)
-    values, counts = numbers.unique(return_counts=True)
-    assert values.tolist() == list(range(SIDE**2))
-    assert counts.tolist() == [PATCH**2] * SIDE**2
-    for number in range(SIDE**2):
-        assert (cut(numbers, *divmod(number, SIDE)) == number).all()
+def cells_of(ids: np.ndarray) -> list[set[int]]:
+    """The patches of one slice as sets of pixels."""
+    return [set(np.flatnonzero(ids == number)) for number in range(1, ids.max() + 1)]
 
 
-def test_mean_equals_a_loop_over_patches(maps: torch.Tensor) -> None:
-    dense = patch_mean(maps)
-    assert dense.shape == (2, 3, SIDE, SIDE)
-    for r in range(SIDE):
-        for c in range(SIDE):
-            torch.testing.assert_close(dense[:, :, r, c], cut(maps, r, c).mean((2, 3)))
+def squares_by_hand(lung: np.ndarray, patch: int, share: float, offset: tuple[int, int]) -> list[set[int]]:
+    """All squares with enough lung, found one by one with plain slicing."""
+    number = np.arange(lung.size).reshape(lung.shape)
+    result = []
+    for top in range(-offset[0], len(lung), patch):
+        for left in range(-offset[1], len(lung), patch):
+            window = slice(max(top, 0), top + patch), slice(max(left, 0), left + patch)
+            inside = lung[window]
+            if inside.any() and inside.sum() >= share * inside.size:
+                result.append(set(number[window].ravel()))
+    return result
 
 
-def test_values_equal_a_loop_over_patches(maps: torch.Tensor) -> None:
-    dense = patch_values(maps)
-    assert dense.shape == (2, 3 * PATCH**2, SIDE, SIDE)
-    for r in range(SIDE):
-        for c in range(SIDE):
-            assert torch.equal(dense[:, :, r, c], cut(maps, r, c).flatten(1))
+@pytest.mark.parametrize(("patch", "share", "offset"), [
+    (PATCH, 0.3, (0, 0)), (PATCH, 0.3, (2, 0)), (PATCH, 0.3, (0, 3)), (PATCH, 0.9, (2, 2)), (PATCH, 0.0, (1, 4)),
+    (8, 0.3, (0, 0)), (7, 0.5, (3, 5))])
+def test_squares_are_those_with_enough_lung(patch: int, share: float, offset: tuple[int, int]) -> None:
+    lungs = random_lungs()
+    ids = square_ids(lungs, patch, share, offset)
+    assert ids.shape == lungs.shape
+    assert ids.dtype == np.int32
+    for one, lung in zip(ids, lungs, strict=True):
+        assert cells_of(one) == squares_by_hand(lung, patch, share, offset)
+    assert len({one.max() for one in ids}) > 1, "each slice has a number of its own"
 
 
-def test_a_classifier_on_all_patches_at_once_equals_one_patch_at_a_time(maps: torch.Tensor) -> None:
-    torch.manual_seed(0)
-    layer = nn.Conv2d(3 * PATCH**2, 4, 1)
-    dense = layer(patch_values(maps))
-    alone = nn.Linear(3 * PATCH**2, 4)
-    alone.load_state_dict({"weight": layer.weight[:, :, 0, 0], "bias": layer.bias})
-    loop = torch.stack([torch.stack([alone(cut(maps, r, c).flatten(1)) for c in range(SIDE)], -1)
-                        for r in range(SIDE)], -2)
-    torch.testing.assert_close(dense, loop)
+def test_a_square_with_exactly_the_share_is_a_patch() -> None:
+    lungs = np.zeros((1, 10, 10), bool)
+    lungs[0, 0, :5] = True
+    lungs[0, 5:7, 5:] = True  # 5 and 10 of 25 pixels
+    assert len(cells_of(square_ids(lungs, share=0.4)[0])) == 1
+    assert len(cells_of(square_ids(lungs, share=0.2)[0])) == 2
+    assert not square_ids(lungs, share=0.41).any()
 
 
-def test_a_side_that_is_no_multiple_of_the_patch_is_refused() -> None:
-    with pytest.raises(ValueError, match="no multiple"):
-        patch_mean(torch.zeros(1, 1, SIZE, SIZE + 1))
-    with pytest.raises(ValueError, match="no multiple"):
-        patch_mean(torch.zeros(1, 1, SIZE + 1, SIZE))
+@given(st.integers(0, 10**6), st.booleans())
+def test_numbers_run_from_1_without_gaps(seed: int, grid: bool) -> None:
+    lungs = random_lungs(2, seed)
+    coarse = random_lungs(2, seed + 1) & lungs
+    ids = grid_ids(lungs, coarse) if grid else square_ids(lungs)
+    for one, lung in zip(ids, lungs, strict=True):
+        assert np.array_equal(np.unique(one[one > 0]), np.arange(1, one.max() + 1))
+        for number in range(1, one.max() + 1):
+            assert lung[one == number].mean() >= 0.3
 
 
-def test_lung_patches_equal_a_loop() -> None:
-    lungs = torch.rand(2, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) < 0.3
-    found = patch_lung(lungs, share=0.3)
-    assert found.dtype == torch.bool
-    assert found.any()
-    assert not found.all()
-    for r in range(SIDE):
-        for c in range(SIDE):
-            assert torch.equal(found[:, 0, r, c], cut(lungs, r, c).sum((1, 2, 3)) >= 0.3 * PATCH**2)
+def test_no_lung_no_patches() -> None:
+    lungs = random_lungs(2)
+    lungs[1] = False
+    assert not square_ids(lungs)[1].any()
+    assert not grid_ids(lungs, lungs)[1].any()
+    for ids in (square_ids(lungs[:0]), grid_ids(lungs[:0], lungs[:0])):
+        assert ids.shape == (0, SIDE, SIDE)
 
 
-def test_spreading_and_averaging_again_changes_nothing(maps: torch.Tensor) -> None:
-    torch.testing.assert_close(patch_mean(to_pixels(patch_mean(maps), SIZE, smooth=False)), patch_mean(maps))
+def boxed(*boxes: tuple[int, int, int, int]) -> np.ndarray:
+    """One slice with filled boxes ``(top, left, height, width)``."""
+    result = np.zeros((1, SIDE, SIDE), bool)
+    for top, left, height, width in boxes:
+        result[0, top:top + height, left:left + width] = True
+    return result
 
 
-def test_smooth_spreading_stays_in_range_and_has_small_steps(maps: torch.Tensor) -> None:
-    values = patch_mean(maps)
-    smooth, hard = to_pixels(values, SIZE), to_pixels(values, SIZE, smooth=False)
-    assert smooth.shape == hard.shape == maps.shape
-    assert smooth.min() >= values.min()
-    assert smooth.max() <= values.max()
-    assert smooth.diff(dim=3).abs().max() < 0.5 * hard.diff(dim=3).abs().max()
-    torch.testing.assert_close(to_pixels(torch.full((1, 1, SIDE, SIDE), 0.3), SIZE), torch.full((1, 1, SIZE, SIZE), .3))
-    # The centre pixel of a patch has the patch's own value.
-    torch.testing.assert_close(smooth[..., 2::PATCH, 2::PATCH], values)
+@pytest.mark.parametrize(("height", "width"), [(10, 10), (20, 15), (13, 17)])
+def test_a_grid_of_5_by_5_cells_lies_over_the_component(height: int, width: int) -> None:
+    lungs, coarse = np.ones((1, SIDE, SIDE), bool), boxed((7, 11, height, width))
+    ids = grid_ids(lungs, coarse)[0]
+    inside = ids[7:7 + height, 11:11 + width]
+    numbers, counts = np.unique(inside, return_counts=True)
+    assert len(numbers) == 25
+    assert counts.sum() == height * width
+    assert (np.diff(np.unique(inside[:, 0], return_index=True)[1]) >= height // 5).all()
+    for number in numbers:  # each cell is a full rectangle of about a fifth of the box, and lies inside it
+        rows, columns = np.nonzero(ids == number)
+        tall, wide = np.ptp(rows) + 1, np.ptp(columns) + 1
+        assert len(rows) == tall * wide
+        assert abs(tall - height / 5) < 1
+        assert abs(wide - width / 5) < 1
+        assert not (coarse[0][ids == number] == 0).any()
 
 
-DIFFICULTY = torch.tensor([[0.9, 0.1, 0.5], [0.3, 0.0, 0.7]])
-CANDIDATES = torch.tensor([[True, True, True], [True, False, False]])
+def test_the_rest_of_the_lung_keeps_its_squares() -> None:
+    lungs, coarse = np.ones((1, SIDE, SIDE), bool), boxed((10, 10, 20, 20))
+    grid, squares = grid_ids(lungs, coarse)[0], square_ids(lungs)[0]
+    assert grid.max() == 64 - 16 + 25
+    away = ~coarse[0]
+    assert [cell for cell in cells_of(grid) if away.ravel()[list(cell)].all()] == \
+        [cell for cell in cells_of(squares) if away.ravel()[list(cell)].all()]
 
 
-def test_the_easiest_half_is_admitted() -> None:
-    assert admit_easiest(DIFFICULTY, CANDIDATES, 0.5).tolist() == [[False, True, False], [True, False, False]]
+def test_every_component_has_its_own_grid_and_tiny_ones_keep_squares() -> None:
+    lungs = np.ones((1, SIDE, SIDE), bool)
+    two = grid_ids(lungs, boxed((0, 0, 15, 15), (20, 20, 15, 15)))[0]
+    assert len(np.unique(two[:15, :15])) == len(np.unique(two[20:35, 20:35])) == 25
+    assert not set(np.unique(two[:15, :15])) & set(np.unique(two[20:35, 20:35]))
+    for tiny in (boxed((3, 3, 9, 20)), boxed((3, 3, 20, 9)), boxed((8, 8, 1, 1)), boxed()):
+        assert np.array_equal(grid_ids(lungs, tiny), square_ids(lungs))
+    assert not np.array_equal(grid_ids(lungs, boxed((3, 3, 10, 20))), square_ids(lungs))
+    coarser = grid_ids(lungs, boxed((0, 0, 20, 20)), grid=2)[0]
+    assert len(np.unique(coarser[:20, :20])) == 4
 
 
-def test_pace_0_admits_nothing_and_pace_1_all_candidates() -> None:
-    assert not admit_easiest(DIFFICULTY, CANDIDATES, 0).any()
-    assert torch.equal(admit_easiest(DIFFICULTY, CANDIDATES, 1), CANDIDATES)
+def test_cells_outside_the_lung_are_no_patches() -> None:
+    """The box of an oblique component holds pixels beyond the lung."""
+    lungs = np.broadcast_to(np.tril(np.ones((SIDE, SIDE), bool)), (1, SIDE, SIDE))
+    ids = grid_ids(lungs, lungs)[0]
+    # 5 x 5 cells of 8 pixels: those above the diagonal go, those on it hold 36 of 64 pixels of lung.
+    assert ids.max() == 15
+    assert (ids[np.triu_indices(SIDE, 8)] == 0).all()
+    assert (ids[lungs[0]] > 0).all()
 
 
-def test_no_candidates_no_admission() -> None:
-    assert not admit_easiest(DIFFICULTY, torch.zeros_like(CANDIDATES), 1).any()
+def pooled_by_hand(maps: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
+    batch, channels, height = maps.shape[:3]
+    step = ids.shape[-1] // height
+    result = torch.zeros(batch, count + 1, channels)
+    for b in range(batch):
+        for number in range(count + 1):
+            values = [maps[b, :, y, x] for y in range(height) for x in range(height)
+                      if ids[b, y * step, x * step] == number]
+            if values:
+                result[b, number] = torch.stack(values).mean(0)
+    return result
 
 
-def test_a_small_pace_admits_at_least_one() -> None:
-    assert admit_easiest(DIFFICULTY, CANDIDATES, 0.01).sum() == 1
+@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize("reading", ["squares", "grid"])
+def test_pooling_equals_a_plain_loop(step: int, reading: str) -> None:
+    lungs = random_lungs(2, seed=1, side=20)
+    found = square_ids(lungs) if reading == "squares" else grid_ids(lungs, lungs)
+    ids, count = torch.from_numpy(found.astype(np.int64)), int(found.max()) + 2
+    maps = torch.rand(2, 3, 20 // step, 20 // step, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    means = pool(maps, ids, count)
+    expected = pooled_by_hand(maps, ids, count)
+    assert means.shape == (2, count + 1, 3)
+    torch.testing.assert_close(means, expected)
+    assert (means[:, -2:] == 0).all(), "patches without a pixel"
+    weigh = torch.rand(means.shape, generator=torch.Generator().manual_seed(1))
+    slopes, = torch.autograd.grad((weigh * means).sum(), maps)
+    by_hand, = torch.autograd.grad((weigh * expected).sum(), maps)
+    torch.testing.assert_close(slopes, by_hand)
 
 
-def test_equally_difficult_patches_are_admitted_together() -> None:
-    admitted = admit_easiest(torch.tensor([0.2, 0.2, 0.2, 0.8]), torch.tensor([True] * 4), 0.25)
-    assert admitted.tolist() == [True, True, True, False]
+def test_pooling_does_not_care_how_patches_are_numbered() -> None:
+    found = square_ids(random_lungs(2))
+    count = int(found.max())
+    maps = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    order = torch.cat([torch.zeros(1, dtype=torch.int64),
+                       1 + torch.randperm(count, generator=torch.Generator().manual_seed(2))])
+    ids = torch.from_numpy(found.astype(np.int64))
+    torch.testing.assert_close(pool(maps, order[ids], count)[:, order], pool(maps, ids, count))
+    assert not torch.equal(pool(maps, order[ids], count), pool(maps, ids, count))
 
 
-@pytest.mark.parametrize("pace", [0.0, 0.1, 0.37, 0.5, 0.9, 1.0])
-def test_admission_follows_the_order_and_never_leaves_the_candidates(pace: float) -> None:
-    source = torch.Generator().manual_seed(2)
-    difficulty = torch.rand(4, 9, 9, generator=source)
-    candidates = torch.rand(4, 9, 9, generator=source) < 0.6
-    admitted = admit_easiest(difficulty, candidates, pace)
-    assert not (admitted & ~candidates).any()
-    assert admitted.sum() == round(pace * int(candidates.sum()))
-    if 0 < pace < 1:
-        assert difficulty[admitted].max() < difficulty[candidates & ~admitted].min()
+def test_numpy_values_equal_the_pool_whatever_the_batch() -> None:
+    ids, maps = square_ids(random_lungs(5)), np.random.default_rng(0).random((5, SIDE, SIDE))
+    values = patch_values(maps, ids)
+    assert values.dtype == np.float32
+    assert values.shape == (5, ids.max() + 1)
+    for number in range(1, int(ids[3].max()) + 1):
+        assert values[3, number] == pytest.approx(maps[3][ids[3] == number].mean(), rel=1e-5)
+    np.testing.assert_allclose(patch_values(maps, ids, batch=2), values, atol=1e-6)
+    more = patch_values(maps, ids, int(ids.max()) + 3)
+    assert np.array_equal(more[:, :-3], values)
+    assert (more[:, -3:] == 0).all()
+
+
+def test_spreading_undoes_the_mean_where_patches_are_constant() -> None:
+    ids = grid_ids(random_lungs(3), random_lungs(3))
+    values = np.random.default_rng(0).random((3, ids.max() + 1)).astype(np.float32)
+    maps = spread(values, ids)
+    assert maps.shape == ids.shape
+    there = instances(ids)
+    np.testing.assert_allclose(patch_values(maps, ids)[there], values[there], rtol=1e-5)
+    for k, number in ((0, 1), (1, 3), (2, int(ids[2].max()))):
+        assert (maps[k][ids[k] == number] == values[k, number]).all()
+
+
+def test_instances_are_the_numbers_that_occur() -> None:
+    ids = square_ids(random_lungs(4))
+    ids[2] = 0
+    found = instances(ids)
+    assert found.shape == (4, ids.max() + 1)
+    for k in range(4):
+        assert np.flatnonzero(found[k]).tolist() == sorted(set(np.unique(ids[k])) - {0})
+
+
+def test_no_slices() -> None:
+    ids = np.zeros((0, SIDE, SIDE), np.int32)
+    assert patch_values(np.zeros((0, SIDE, SIDE)), ids, 7).shape == (0, 8)
+    assert instances(ids).shape == (0, 1)
+    assert pool(torch.zeros(0, 3, SIDE, SIDE), torch.zeros(0, SIDE, SIDE, dtype=torch.int64), 7).shape == (0, 8, 3)

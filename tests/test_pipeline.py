@@ -15,10 +15,14 @@ from covidseg.dataset import load_dataset
 from covidseg.errors import DatasetError, SettingsError
 from covidseg.evaluate import training_truth
 from covidseg.io import read_scan, write_like
+from covidseg.lungs import lung_masks
+from covidseg.paint import PaintSettings
 from covidseg.pipeline import PROFILES, Run, open_data, open_run, profile_named
+from covidseg.prepare import crop, make_crops
 
-TRAINED = ("classifier", "mil", "segmenter")
-STEP = {"classifier": "classifier step", "mil": "patches step", "segmenter": "segmenter step"}
+# Names of nets in the order of training, and how the lines of their log begin; later rounds train the two tasks again.
+STEP = {"lung_net": "lungs step", "classifier": "classifier step", "mil": "patches step", "segmenter": "segmenter step"}
+TRAINED = tuple(STEP)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,20 @@ def again(run: Run, folder: Path, **changes: object) -> tuple[Run, list[str]]:
 
 
 def trained_stages(lines: list[str]) -> list[str]:
+    """Which nets were trained, in whatever round."""
     return [stage for stage, start in STEP.items() if any(line.startswith(start) for line in lines)]
+
+
+def kind(stage: str) -> str:
+    """``classifier`` of ``classifier2``."""
+    return stage.rstrip("0123456789")
+
+
+def read_every_stage(run: Run) -> None:
+    """Asks for each stage on its own: the last one, if it is there, needs none of the others."""
+    for stage in STAGES:
+        number = stage.removeprefix(kind(stage))
+        getattr(run, kind(stage))(*([int(number)] if number else []))
 
 
 def stage_file(run: Run, folder: Path, stage: str) -> Path:
@@ -48,11 +65,15 @@ def stage_file(run: Run, folder: Path, stage: str) -> Path:
 
 
 def same_results(a: Run, b: Run) -> bool:
-    """All six stages, bit for bit."""
+    """All stages, bit for bit."""
     return (np.array_equal(a.weak().crops.images, b.weak().crops.images)
+            and np.array_equal(a.threshold().crops.lungs, b.threshold().crops.lungs)
+            and same_weights(a.lung_net(), b.lung_net())  # type: ignore[arg-type]
             and np.array_equal(a.weak().crops.lungs, b.weak().crops.lungs)
-            and same_weights(a.classifier(), b.classifier()) and np.array_equal(a.cam(), b.cam())
-            and same_weights(a.mil()[0], b.mil()[0]) and np.array_equal(a.fine().labels, b.fine().labels)
+            and len(a.rounds()) == len(b.rounds())
+            and all(same_weights(a.classifier(k), b.classifier(k)) and np.array_equal(a.cam(k), b.cam(k))
+                    and same_weights(a.mil(k)[0], b.mil(k)[0]) for k in range(1, len(a.rounds()) + 1))
+            and np.array_equal(a.fine().labels, b.fine().labels)
             and np.array_equal(a.fine().weights, b.fine().weights) and same_weights(a.segmenter(), b.segmenter()))
 
 
@@ -64,7 +85,7 @@ def test_each_stage_is_stored_in_its_own_file(tiny_run: Run) -> None:
 def test_a_second_run_reads_what_is_stored(tiny_run: Run, copied: Path) -> None:
     before = {p.name: p.stat().st_mtime_ns for p in (copied / "stages").iterdir()}
     run, lines = again(tiny_run, copied)
-    all_stages(run)
+    read_every_stage(run)
     assert lines == [], "nothing is trained a second time"
     assert {p.name: p.stat().st_mtime_ns for p in (copied / "stages").iterdir()} == before
     assert same_results(run, tiny_run)
@@ -95,8 +116,8 @@ def test_a_damaged_stage_file_is_computed_again(tiny_run: Run, copied: Path, sta
     content[-1] ^= 0xFF
     path.write_bytes(content)
     run, lines = again(tiny_run, copied)
-    all_stages(run)
-    assert trained_stages(lines) == [s for s in TRAINED if s == stage]
+    read_every_stage(run)
+    assert trained_stages(lines) == [s for s in TRAINED if s == kind(stage)]
     assert same_results(run, tiny_run)
     assert path.read_bytes() != bytes(content), "the damaged file has been replaced"
 
@@ -111,7 +132,8 @@ def test_the_same_seed_trains_the_same_weights_bit_for_bit(tiny_run: Run, tmp_pa
 def test_another_seed_trains_other_weights(tiny_run: Run, copied: Path) -> None:
     run, lines = again(tiny_run, copied, seed=1)
     assert not same_weights(run.classifier(), tiny_run.classifier())
-    assert trained_stages(lines) == ["classifier"]
+    assert trained_stages(lines) == ["lung_net", "classifier"]
+    assert not same_weights(run.lung_net(), tiny_run.lung_net())  # type: ignore[arg-type]
 
 
 def keys(run: Run) -> list[str]:
@@ -123,8 +145,11 @@ def changed(run: Run, other: Run) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(("field", "setting", "value", "first"), [
-    ("lungs", "smooth", 1.3, "weak"), ("prepare", "margin", 0.11, "weak"), ("classifier", "steps", 9, "classifier"),
-    ("cam", "top", 91.0, "cam"), ("mil", "paces", (0.0, 0.1, 0.2, 0.3), "mil"), ("fine", "beta", 77.0, "fine"),
+    ("lungs", "smooth", 1.3, "threshold"), ("prepare", "margin", 0.11, "threshold"),
+    ("lung_net", "steps", 9, "lung_net"), ("lung_net", "keep", 0.3, "lung_net"),
+    ("lung_net", "paint", PaintSettings(share=0.5), "lung_net"), ("classifier", "steps", 9, "classifier1"),
+    ("cam", "top", 91.0, "cam1"), ("mil", "rate", 0.123, "mil1"), ("mutual", "gap", 0.4, "classifier2"),
+    ("fine", "beta", 77.0, "fine"),
     ("segmenter", "rate", 0.123, "segmenter")])
 def test_a_changed_setting_concerns_its_stage_and_those_after_it(
         tiny_run: Run, tmp_path: Path, field: str, setting: str, value: object, first: str) -> None:
@@ -193,6 +218,69 @@ def test_a_flipped_label_changes_the_weights(tiny_run: Run, tiny_phantom: Path, 
     assert not same_weights(run.classifier(), tiny_run.classifier())
 
 
+# --- lungs ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def volume(tiny_phantom: Path) -> np.ndarray:
+    return read_scan(load_dataset(tiny_phantom).cases[0].image).pixels
+
+
+def test_training_and_new_slices_get_their_lungs_alike(tiny_run: Run, volume: np.ndarray) -> None:
+    found, crops = tiny_run.crops(volume)
+    data = tiny_run.weak()
+    mine = np.flatnonzero([name in {f"phantom_00:{k}" for k in found} for name in data.names])
+    assert len(mine) == len(found) > 5
+    assert np.array_equal(crops.boxes, data.crops.boxes[mine])
+    np.testing.assert_allclose(crops.images, data.crops.images[mine], atol=2e-3)  # stored in half precision
+    assert (crops.lungs == data.crops.lungs[mine]).mean() > 0.999
+    assert not np.array_equal(data.crops.lungs, tiny_run.threshold().crops.lungs), "the net has its say"
+    assert np.array_equal(data.crops.images, tiny_run.threshold().crops.images)
+
+
+def test_lungs_of_whole_slices(tiny_run: Run, volume: np.ndarray) -> None:
+    blank = np.concatenate([volume, np.full((1, *volume.shape[1:]), -1000, volume.dtype)])
+    lungs = tiny_run.lungs(blank)
+    assert lungs.shape == blank.shape
+    assert lungs.dtype == bool
+    assert not lungs[-1].any()
+    found, crops = tiny_run.crops(blank)
+    assert len(volume) not in found
+    for k, lung, box in zip(found, crops.lungs, crops.boxes, strict=True):
+        again_cropped = crop(lungs[k], box, TINY.prepare.size, 0.0) > 0.5
+        assert 2 * (again_cropped & lung).sum() / (again_cropped.sum() + lung.sum()) > 0.95
+
+
+def test_no_lung_anywhere_makes_no_crops(tiny_run: Run) -> None:
+    nothing = np.zeros((3, 64, 64), np.int16)
+    found, crops = tiny_run.crops(nothing)
+    assert len(found) == len(crops) == 0
+    assert not tiny_run.lungs(nothing).any()
+
+
+def test_without_a_lung_net_the_threshold_has_the_last_word(tiny_run: Run, tmp_path: Path,
+                                                            volume: np.ndarray) -> None:
+    run, lines = again(tiny_run, tmp_path, profile=replace(TINY, lung_net=replace(TINY.lung_net, steps=0)))
+    assert run.lung_net() is None
+    assert np.array_equal(run.weak().crops.lungs, run.threshold().crops.lungs)
+    assert lines == []
+    assert not list((tmp_path / "stages").glob("lung_net-*"))
+    found, crops = run.crops(volume)
+    masks = lung_masks(volume)
+    assert found.tolist() == np.flatnonzero(masks.any(axis=(1, 2))).tolist()
+    assert np.array_equal(crops.lungs, make_crops(volume[found], masks[found], TINY.prepare).lungs)
+    lungs = run.lungs(volume)
+    assert 2 * (lungs & masks).sum() / (lungs.sum() + masks.sum()) > 0.95
+
+
+def test_the_names_of_stages_leave_out_what_there_is_not(tiny_run: Run, copied: Path) -> None:
+    assert tuple(tiny_run.stages()) == STAGES
+    run, _ = again(tiny_run, copied)
+    assert tuple(run.stages()) == STAGES
+    bare, _ = again(tiny_run, copied, profile=replace(TINY, lung_net=replace(TINY.lung_net, steps=0)))
+    bare.rounds = lambda: [None]  # type: ignore[method-assign, list-item]
+    assert bare.stages() == ["threshold", "weak", "classifier1", "cam1", "mil1", "rounds", "fine", "segmenter"]
+
+
 def test_results_have_the_shapes_and_ranges_they_claim(tiny_run: Run) -> None:
     count, side = len(tiny_run.weak()), TINY.prepare.size
     assert tiny_run.cam().shape == tiny_run.coarse().shape == tiny_run.patches().shape == (count, side, side)
@@ -201,7 +289,8 @@ def test_results_have_the_shapes_and_ranges_they_claim(tiny_run: Run) -> None:
     assert (tiny_run.coarse()[free] == 0).all()
     assert not tiny_run.fine().labels[free].any()
     assert tiny_run.fine().labels.dtype == bool
-    assert len(tiny_run.mil()[1]) == len(TINY.mil.paces)
+    assert len(tiny_run.mil()[1]) == len(TINY.mil.curriculum.paces)
+    assert len(tiny_run.rounds()) == TINY.mutual.rounds
 
 
 def test_the_upper_bound_learns_from_the_masks_it_is_given(tiny_run: Run, copied: Path) -> None:
@@ -222,15 +311,30 @@ def test_the_upper_bound_learns_from_the_masks_it_is_given(tiny_run: Run, copied
 def test_profiles_by_name() -> None:
     assert profile_named("quick").name == "quick"
     assert profile_named("full").name == "full"
-    with pytest.raises(SettingsError, match=r"'slow'.*quick, full"):
+    with pytest.raises(SettingsError, match=r"profile 'slow'.*quick, full"):
         profile_named("slow")
+    with pytest.raises(SettingsError, match=r"method 'guessed'.*extended, faithful"):
+        profile_named("quick", "guessed")
+
+
+@pytest.mark.parametrize("name", list(PROFILES))
+def test_the_faithful_method_paints_no_lesions_and_is_the_same_otherwise(name: str) -> None:
+    extended, faithful = profile_named(name), profile_named(name, "faithful")
+    assert (extended.method, faithful.method) == ("extended", "faithful")
+    assert extended.mil.paint.share > 0
+    assert extended.segmenter.paint.share > 0
+    assert faithful.mil.paint.share == faithful.segmenter.paint.share == 0
+    back = replace(faithful, method="extended", mil=replace(faithful.mil, paint=extended.mil.paint),
+                   segmenter=replace(faithful.segmenter, paint=extended.segmenter.paint))
+    assert back == extended
 
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=list(PROFILES))
 def test_sizes_of_the_profiles_fit_patches_and_strides(profile: object) -> None:
     assert profile.prepare.size % 40 == 0  # type: ignore[attr-defined]
     assert profile.prepare.size % 2 ** (len(profile.segmenter.channels) - 1) == 0  # type: ignore[attr-defined]
-    assert len(profile.mil.paces) == len(profile.mil.weights) == len(profile.mil.trust)  # type: ignore[attr-defined]
+    net = profile.lung_net  # type: ignore[attr-defined]
+    assert net.size % 2 ** (len(net.channels) - 1) == 0
 
 
 def test_a_run_lies_where_the_environment_says(tiny_phantom: Path, tmp_path: Path,
@@ -238,7 +342,7 @@ def test_a_run_lies_where_the_environment_says(tiny_phantom: Path, tmp_path: Pat
     monkeypatch.setitem(PROFILES, "quick", TINY)
     monkeypatch.setenv("COVIDSEG_RUNS", str(tmp_path / "runs"))
     run = open_run(str(tiny_phantom), "quick", 7, part=None, device="cpu", log=quiet)
-    assert run.folder == tmp_path / "runs" / f"{tiny_phantom.name}-quick-seed7"
+    assert run.folder == tmp_path / "runs" / f"{tiny_phantom.name}-quick-extended-seed7"
     assert run.profile is TINY
     assert open_run(str(tiny_phantom), seed=7, folder=tmp_path / "own", part=None).folder == tmp_path / "own"
 

@@ -18,7 +18,7 @@ from covidseg.io import read_scan, write_like
 from covidseg.lungs import lung_masks
 from covidseg.pipeline import PROFILES, Run
 from covidseg.predict import load_predictor, profile_from, profile_json
-from covidseg.prepare import Crops, lung_box
+from covidseg.prepare import Crops, lung_box, make_crops, uncrop
 
 ORDERS = ["RAS", "LPS", "LAS", "SPL", "ARI"]
 
@@ -71,15 +71,26 @@ def test_result_lies_on_its_scan_in_any_voxel_order(tiny_run: Run, tiny_phantom:
     np.testing.assert_array_equal(canonical(result), reference >= level)
 
 
+def touched(found: np.ndarray, crops: Crops, shape: tuple[int, ...]) -> np.ndarray:
+    """The lungs of crops in the full slices, with their soft edges, one pixel of the crop wide."""
+    result = np.zeros(shape, bool)
+    for k, lung, box in zip(found, crops.lungs, crops.boxes, strict=True):
+        result[k] = uncrop(lung, box, shape[1:]) > 0
+    return result
+
+
 def test_probabilities_stay_in_the_lung(tiny_run: Run, tiny_phantom: Path) -> None:
     scan = read_scan(tiny_phantom / "im" / "phantom_00.nii.gz")
     maps = load_predictor(tiny_run.folder).probabilities(scan)
-    lungs = lung_masks(scan.pixels)
+    lungs = tiny_run.lungs(scan.pixels)  # the completed ones
+    edges = touched(*tiny_run.crops(scan.pixels), maps.shape)
     assert maps.shape == scan.pixels.shape
     assert maps.dtype == np.float32
-    assert (maps[~lungs] == 0).all()
+    assert (maps[~edges] == 0).all()
     assert (maps[lungs] > 0).mean() > 0.95
+    assert edges.sum() < 1.5 * lungs.sum()
     assert maps.max() <= 1
+    assert (lungs != lung_masks(scan.pixels)).any(), "the threshold alone finds other lungs"
 
 
 def test_crops_go_back_to_where_they_came_from(tiny_run: Run, tiny_phantom: Path,
@@ -88,15 +99,15 @@ def test_crops_go_back_to_where_they_came_from(tiny_run: Run, tiny_phantom: Path
     def upper_left(net: object, crops: Crops) -> np.ndarray:
         marked = np.zeros(crops.images.shape, np.float32)
         marked[:, :40, :40] = 1
-        return marked
+        return marked * crops.lungs
 
     monkeypatch.setattr(predict, "lesion_probabilities", upper_left)
     scan = read_scan(tiny_phantom / "im" / "phantom_00.nii.gz")
     found = load_predictor(tiny_run.folder).probabilities(scan) >= 0.5
-    lungs = lung_masks(scan.pixels)
+    thresholds, lungs = lung_masks(scan.pixels), tiny_run.lungs(scan.pixels)
     rows, columns = np.mgrid[:128, :128]
-    for k in np.flatnonzero(lungs.any(axis=(1, 2))):
-        top, left, height, width = lung_box(lungs[k], TINY.prepare.margin)
+    for k in np.flatnonzero(thresholds.any(axis=(1, 2))):
+        top, left, height, width = lung_box(thresholds[k], TINY.prepare.margin)
         expected = lungs[k] & (rows < top + height / 2) & (columns < left + width / 2)
         assert expected.sum() > 50
         assert 2 * (found[k] & expected).sum() / (found[k].sum() + expected.sum()) > 0.97
@@ -125,8 +136,26 @@ def test_a_scan_without_lungs_is_refused(tiny_run: Run, tmp_path: Path) -> None:
 def test_the_stored_segmenter_and_settings_come_back(tiny_run: Run) -> None:
     predictor = load_predictor(tiny_run.folder)
     assert same_weights(predictor.segmenter, tiny_run.segmenter())
+    assert predictor.lung_net is not None
+    assert same_weights(predictor.lung_net, tiny_run.lung_net())
     assert predictor.profile == TINY
     assert not predictor.segmenter.training
+    assert not predictor.lung_net.training
+
+
+def test_a_run_without_a_lung_net_predicts_in_the_threshold_lungs(copied: Path, tiny_phantom: Path) -> None:
+    def without(content: dict) -> None:
+        content["settings"]["lung_net"]["steps"] = 0
+        del content["stages"]["lung_net"]
+    edit(copied, without)
+    predictor = load_predictor(copied)
+    assert predictor.lung_net is None
+    scan = read_scan(tiny_phantom / "im" / "phantom_00.nii.gz")
+    maps, lungs = predictor.probabilities(scan), lung_masks(scan.pixels)
+    assert (maps[lungs] > 0).mean() > 0.95
+    found = np.flatnonzero(lungs.any(axis=(1, 2)))
+    crops = make_crops(scan.pixels[found], lungs[found], TINY.prepare)
+    assert (maps[~touched(found, crops, maps.shape)] == 0).all()
 
 
 def test_a_folder_without_run_json_is_no_run(copied: Path, tmp_path: Path) -> None:
@@ -136,13 +165,14 @@ def test_a_folder_without_run_json_is_no_run(copied: Path, tmp_path: Path) -> No
             load_predictor(folder)
 
 
-def weights_file(copied: Path) -> Path:
-    return copied / "stages" / json.loads((copied / "run.json").read_text())["stages"]["segmenter"]
+def weights_file(copied: Path, stage: str) -> Path:
+    return copied / "stages" / json.loads((copied / "run.json").read_text())["stages"][stage]
 
 
+@pytest.mark.parametrize("stage", ["segmenter", "lung_net"])
 @pytest.mark.parametrize("harm", ["one byte", "half", "gone", "no checksum"])
-def test_damaged_weights_are_refused(copied: Path, harm: str) -> None:
-    path = weights_file(copied)
+def test_damaged_weights_are_refused(copied: Path, harm: str, stage: str) -> None:
+    path = weights_file(copied, stage)
     content = path.read_bytes()
     if harm == "one byte":
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -167,8 +197,12 @@ def edit(copied: Path, change: object) -> None:
     lambda c: c.pop("stages"), lambda c: c.pop("settings"), lambda c: c["stages"].pop("segmenter"),
     lambda c: c["settings"].pop("fine"), lambda c: c["settings"].pop("name"),
     lambda c: c["settings"]["segmenter"].update(unheard_of=1), lambda c: c.update(settings="text"),
-    lambda c: c["settings"]["segmenter"].update(channels=[4, 8, 16])],
-    ids=["no stages", "no settings", "no segmenter", "no part", "no name", "unknown setting", "text", "another net"])
+    lambda c: c["settings"]["segmenter"].update(channels=[4, 8, 16]), lambda c: c["settings"].pop("lung_net"),
+    lambda c: c["settings"]["lung_net"].update(channels=[4, 8, 16]), lambda c: c["settings"].pop("method"),
+    lambda c: c["settings"]["lung_net"]["paint"].update(unheard_of=1), lambda c: c["stages"].pop("lung_net")],
+    ids=["no stages", "no settings", "no segmenter", "no part", "no name", "unknown setting", "text", "another net",
+         "no settings of the lung net", "another lung net", "no method", "unknown paint",
+         "no lung net"])
 def test_a_report_that_does_not_fit_is_refused(copied: Path, change: object) -> None:
     edit(copied, change)
     with pytest.raises(ArtifactError):

@@ -179,6 +179,18 @@ def test_crops_of_a_volume(first):
         assert crops.images[k][crops.lungs[k]].mean() < 0.4 < crops.images[k][~crops.lungs[k]].mean()
 
 
+def test_the_margin_leaves_room_around_the_lungs(first):
+    crops = make_crops(*first, PrepareSettings(size=80))
+    for lung in crops.lungs:
+        for axis in (0, 1):
+            taken = np.flatnonzero(lung.any(axis=axis))
+            assert taken[0] >= 5, "a tenth on either side: at least 0.1 / 1.2 of 80 pixels, less the rounding"
+            assert taken[-1] <= 74
+    narrow = make_crops(*first, PrepareSettings(size=80, margin=0.0))
+    assert (narrow.boxes[:, 2] < crops.boxes[:, 2]).all()
+    assert all(lung.any(axis=0)[[0, -1]].any() or lung.any(axis=1)[[0, -1]].any() for lung in narrow.lungs)
+
+
 def test_no_slices_make_no_crops():
     crops = make_crops(np.zeros((0, 64, 64)), np.zeros((0, 64, 64), bool), SMALL)
     assert len(crops) == 0

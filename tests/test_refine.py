@@ -10,8 +10,16 @@ import torch
 from tiny import quiet, same_weights, toy
 from torch.nn import functional as F
 
+from covidseg.paint import NO_PAINT, PaintSettings
 from covidseg.prepare import Crops
-from covidseg.refine import SegmenterSettings, lesion_probabilities, make_segmenter, robust_loss, train_segmenter
+from covidseg.refine import (
+    SegmenterSettings,
+    exact_loss,
+    lesion_probabilities,
+    make_segmenter,
+    robust_loss,
+    train_segmenter,
+)
 
 SMALL = SegmenterSettings(channels=(4, 8), steps=6, batch=4)
 ENTROPY_ONLY = SegmenterSettings(dice_weight=0.0)
@@ -102,11 +110,64 @@ def test_pixels_of_weight_zero_teach_nothing() -> None:
     weights = np.ones(disks.shape, np.float32)
     weights[:, :20] = 0
     nonsense = disks.copy()
-    nonsense[:, :20] = ~nonsense[:, :20]
-    first = train_segmenter(data, disks, weights, SMALL, seed=2, log=quiet)
-    assert same_weights(first, train_segmenter(data, nonsense, weights, SMALL, seed=2, log=quiet))
+    nonsense[1::2, :20] = ~nonsense[1::2, :20]  # of the slices with a lesion; those without are exact throughout
+    settings = replace(SMALL, refresh=())
+    first = train_segmenter(data, disks, weights, settings, seed=2, log=quiet)
+    assert same_weights(first, train_segmenter(data, nonsense, weights, settings, seed=2, log=quiet))
     # The same nonsense with weight leads elsewhere.
-    assert not same_weights(first, train_segmenter(data, nonsense, np.ones_like(weights), SMALL, seed=2, log=quiet))
+    assert not same_weights(first, train_segmenter(data, nonsense, np.ones_like(weights), settings, seed=2, log=quiet))
+
+
+def test_slices_without_a_lesion_are_exact_whatever_their_weight() -> None:
+    data, disks = toy(12)
+    first = train_segmenter(data, disks, np.ones(disks.shape, np.float32), SMALL, seed=2, log=quiet)
+    for label, same in ((0, True), (1, False)):
+        weights = np.ones(disks.shape, np.float32)
+        weights[data.labels == label, :20] = 0
+        net = train_segmenter(data, disks, weights, replace(SMALL, refresh=()) if label else SMALL, seed=2, log=quiet)
+        assert same_weights(first, net) == same
+
+
+def test_the_exact_loss_by_hand() -> None:
+    logits = torch.tensor([20.0, 20.0, -20.0, 0.0]).reshape(1, 1, 2, 2)
+    target = torch.tensor([1.0, 0.0, 1.0, 1.0]).reshape(1, 1, 2, 2)
+    inside = torch.tensor([1.0, 1.0, 0.0, 1.0]).reshape(1, 1, 2, 2)
+    entropy = (0 + 20 + float(np.log(2))) / 3
+    assert exact_loss(logits, target, inside, ENTROPY_ONLY).item() == pytest.approx(entropy, rel=1e-5)
+    overlap = exact_loss(logits, target, inside, replace(ENTROPY_ONLY, dice_weight=1.0)).item() - entropy
+    assert overlap == pytest.approx(1 - (2 * 1.5 + 1) / (2.5 + 2 + 1), abs=1e-5)
+
+
+def test_fine_labels_are_refreshed_when_the_settings_say_so() -> None:
+    data, disks = toy(12)
+    weights = np.ones(disks.shape, np.float32)
+    taught, kept = disks.copy(), weights.copy()
+    nets, lines = [], []
+    for refresh in ((0.34, 0.67), ()):
+        log: list[str] = []
+        nets.append(train_segmenter(data, taught, kept, replace(SMALL, refresh=refresh), seed=2, log=log.append))
+        lines.append([line for line in log if "refreshed" in line])
+    assert [line.split(":")[0] for line in lines[0]] == ["segmenter step 2", "segmenter step 4"]
+    assert lines[1] == []
+    assert not same_weights(*nets)
+    assert np.array_equal(taught, disks), "the labels given are not changed"
+    assert np.array_equal(kept, weights)
+    # Nothing but the old labels in the mixture, which were certain: as good as no refreshment.
+    same = train_segmenter(data, disks, weights, replace(SMALL, refresh=(0.34,), keep=1.0), seed=2, log=quiet)
+    assert same_weights(nets[1], same)
+
+
+def test_painting_alone_teaches_what_a_lesion_is() -> None:
+    """Fine labels of no weight: all that is learned comes from lesions painted on lesion-free slices."""
+    data, disks = toy(24)
+    nothing = np.zeros(disks.shape, np.float32)
+    bright = replace(PaintSettings(), share=1.0, scattered=1.0, count=(1, 2), radius=(0.1, 0.2), solid_share=1.0,
+                     solid=(0.5, 0.8))
+    settings = SegmenterSettings(channels=(8, 16), steps=40, batch=8, rate=1e-2, refresh=(), paint=bright)
+    _, dice = errors(train_segmenter(data, nothing, nothing, settings, seed=1, log=quiet))
+    _, without = errors(train_segmenter(data, nothing, nothing, replace(settings, paint=NO_PAINT), seed=1, log=quiet))
+    assert dice > 0.7
+    assert without < 0.1
 
 
 def test_labels_outside_the_lung_teach_nothing() -> None:

@@ -113,7 +113,11 @@ def test_run_report_is_complete(tiny_run: Run) -> None:
     assert content["seconds"] == 1.0
     assert content["labelled_slices"] == 40
     assert profile_from(content["settings"]) == TINY
+    assert content["settings"]["method"] == "extended"
+    assert content["settings"]["mil"]["curriculum"]["order"] == "easy"
+    assert content["settings"]["mutual"]["exchange"] == "both"
     assert set(content["stages"]) >= set(STAGES)
+    assert len(set(content["stages"].values())) == len(content["stages"]), "each stage has a file of its own"
     for name in content["stages"].values():
         assert (tiny_run.folder / "stages" / name).is_file()
     for case in tiny_run.data.cases:

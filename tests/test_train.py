@@ -14,6 +14,7 @@ from covidseg.train import (
     Progress,
     augment,
     balanced_batches,
+    jitter,
     learning_rate,
     net_input,
     pick_device,
@@ -111,6 +112,34 @@ def test_augmentation_differs_between_slices_and_repeats_with_the_seed() -> None
     assert torch.equal(out, augment(maps, generator(3)))
     assert not torch.equal(out, augment(maps, generator(4)))
     assert torch.equal(maps, torch.ones(4, 2, 20, 20)), "the input itself stays as it is"
+
+
+def test_jitter_moves_nothing_and_leaves_all_but_the_picture() -> None:
+    code = torch.arange(36.0).reshape(1, 1, 6, 6).expand(3, 1, 6, 6)
+    maps = torch.cat([code, code, 100 + code], dim=1)
+    source = generator()
+    for _ in range(20):
+        out = jitter(maps, source)
+        assert torch.equal(out[:, 1:], maps[:, 1:])
+        assert not torch.equal(out[:, 0], maps[:, 0])
+        for picture in out[:, 0]:
+            assert np.corrcoef(picture.ravel(), code[0].ravel())[0, 1] > 0.999, "neither mirrored nor turned"
+
+
+def test_jitter_draws_gain_offset_and_noise_for_each_slice() -> None:
+    maps = torch.zeros(500, 1, 10, 10)
+    maps[:, :, 5:] = 1.0
+    out = jitter(maps, generator())[:, 0]
+    offset, top = out[:, :5].mean((1, 2)), out[:, 5:].mean((1, 2))
+    assert (top - offset).mean().item() == pytest.approx(1, abs=0.03)
+    assert (top - offset).std().item() == pytest.approx(0.1, rel=0.2)
+    assert offset.mean().item() == pytest.approx(0, abs=0.01)
+    assert offset.std().item() == pytest.approx(0.04, rel=0.2)
+    noise = out[:, :5].std((1, 2))
+    assert noise.min() < 0.005
+    assert 0.02 < noise.max() < 0.05
+    assert torch.equal(jitter(maps, generator(2)), jitter(maps, generator(2)))
+    assert not torch.equal(jitter(maps, generator(2)), jitter(maps, generator(3)))
 
 
 def test_net_input_sets_everything_outside_the_lung_to_air() -> None:

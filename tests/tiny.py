@@ -10,18 +10,21 @@ import torch
 
 from covidseg.classify import ClassifierSettings
 from covidseg.dataset import load_dataset
+from covidseg.lungnet import LungNetSettings
 from covidseg.mil import MilSettings
+from covidseg.mutual import MutualSettings
 from covidseg.pipeline import Profile, Run
 from covidseg.prepare import Crops, PrepareSettings, WeakSet
 from covidseg.refine import SegmenterSettings
 from covidseg.report import write_run
 
 TINY = Profile(
-    "quick", prepare=PrepareSettings(size=80), classifier=ClassifierSettings(width=4, steps=8, batch=4),
-    mil=MilSettings(width=4, steps=8, batch=4, paces=(0.0, 0.2, 0.4, 0.6), weights=(0.0, 0.5, 0.75, 1.0),
-                    trust=(1.0, 0.7, 0.5, 0.4)),
+    "quick", prepare=PrepareSettings(size=80), lung_net=LungNetSettings(steps=8, size=64, channels=(4, 8), batch=4),
+    classifier=ClassifierSettings(width=4, steps=8, batch=4),
+    mil=MilSettings(width=4, steps=8, batch=4), mutual=MutualSettings(rounds=2, stop=0.0),
     segmenter=SegmenterSettings(channels=(4, 8), steps=8, batch=4))
-STAGES = ("weak", "classifier", "cam", "mil", "fine", "segmenter")
+STAGES = ("threshold", "lung_net", "weak", "classifier1", "cam1", "mil1", "classifier2", "cam2", "mil2", "rounds",
+          "fine", "segmenter")
 
 
 def quiet(line: str) -> None:
@@ -30,8 +33,7 @@ def quiet(line: str) -> None:
 
 def all_stages(run: Run) -> Run:
     """Computes or reads every stage."""
-    for stage in STAGES:
-        getattr(run, stage)()
+    run.segmenter()
     return run
 
 

@@ -1,0 +1,184 @@
+"""Stage 1, made robust by itself: a small net learns what disease hides from the threshold.
+
+A threshold finds healthy lungs well and loses consolidated ones, which are as bright as the chest wall. Slices
+without a lesion have good threshold masks; consolidation painted into them (:mod:`covidseg.paint`) hides parts of a
+lung whose true outline is known: it is the mask before painting. A net that sees the painted picture and is asked for
+the unpainted mask learns to complete diseased lungs. No mask drawn by hand takes part.
+(DeCoVNet, too, trains its lung net on masks that no one drew: Wang et al., IEEE TMI 2020. Painting is added here.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from scipy import ndimage as ndi
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from covidseg.paint import PaintSettings, paint_lesions, places
+from covidseg.prepare import Crops, WeakSet
+from covidseg.train import Average, Log, Progress, jitter, learning_rate, seed_everything
+from covidseg.unet import make_unet
+
+
+@dataclass(frozen=True)
+class LungNetSettings:
+    """Settings of the lung net; lengths are fractions of the crop's side.
+
+    Attributes:
+        steps: optimiser steps; 0 does without the net and keeps the threshold mask.
+        size: side of the crops that it works on, in pixels; a multiple of 16.
+        channels: channels of the U-Net's levels.
+        batch: slices a step.
+        rate: peak learning rate of AdamW.
+        zoom: crops are zoomed by up to this factor and its inverse: disease can hide the end of a lung.
+        shift: ... and shifted by up to this much.
+        paint: what is painted; radii reach up to ``thick`` times the lung's largest depth.
+        thick: see ``paint``. Thin rims of lung at the diaphragm get small blobs, or the net takes in the liver.
+        keep: threshold lung stays lung down to this probability of the net.
+        add: what the threshold left out becomes lung from this probability on ...
+        add_thin: ... and from this one in slices with little lung, where liver and spleen look like consolidation.
+        little: slices with a smaller share of threshold lung have little.
+        smallest: components below this share of the largest are dropped.
+        largest_hole: larger holes are not filled: the dome of the liver.
+    """
+
+    steps: int = 600
+    size: int = 160
+    channels: tuple[int, ...] = (16, 32, 64, 128, 128)
+    batch: int = 12
+    rate: float = 3e-3
+    zoom: float = 1.25
+    shift: float = 0.1
+    paint: PaintSettings = field(default_factory=lambda: PaintSettings(
+        share=0.75, vessels=0.0, scattered=1.0, count=(1, 3), radius=(0.025, 0.31), faint=0.0, haze=(0.3, 0.3, 0.8),
+        solid=(0.85, 1.08), solid_share=0.65, outer=50.0, depth=0.03))
+    thick: float = 2.0
+    keep: float = 0.2
+    add: float = 0.35
+    add_thin: float = 0.6
+    little: float = 0.18
+    smallest: float = 0.04
+    largest_hole: float = 0.01
+
+
+def make_lung_net(settings: LungNetSettings) -> nn.Module:
+    """A U-Net: ``(B, 1, s, s)`` normalised crops to ``(B, 1, s, s)`` logits."""
+    return make_unet(1, settings.channels)
+
+
+def _shrink(maps: np.ndarray, size: int) -> Tensor:
+    """``(N, S, S)`` of any type to ``(N, 1, size, size)`` float32 by averaging."""
+    return F.interpolate(torch.from_numpy(maps.astype(np.float32))[:, None], size=(size, size), mode="area")
+
+
+def _move(maps: Tensor, settings: LungNetSettings, generator: torch.Generator) -> Tensor:
+    """Zooms, stretches and shifts each slice of ``(B, C, S, S)`` at random, and mirrors half of the batches."""
+    def uniform(limit: float, *shape: int) -> Tensor:
+        return limit * (2 * torch.rand(len(maps), *shape, generator=generator) - 1)
+    zoom = uniform(float(np.log(settings.zoom))).exp()
+    grid = torch.zeros(len(maps), 2, 3)
+    grid[:, 0, 0], grid[:, 1, 1] = zoom * (1 + uniform(0.15)), zoom
+    grid[:, :, 2] = uniform(2 * settings.shift, 2)
+    if bool(torch.randint(2, (1,), generator=generator)):
+        grid[:, 0] *= -1
+    return F.grid_sample(maps, F.affine_grid(grid, list(maps.shape), align_corners=False),
+                         padding_mode="border", align_corners=False)
+
+
+def _window(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Another display window: gamma, and air or bone cut off at random, as in published pictures."""
+    def uniform() -> Tensor:
+        return torch.rand(len(pictures), 1, 1, 1, generator=generator)
+    gamma = torch.exp(0.3 * torch.randn(len(pictures), 1, 1, 1, generator=generator))
+    bent = pictures.clamp(min=0) ** gamma + pictures.clamp(max=0)
+    low = 0.12 * uniform() * (uniform() < 0.5)
+    return torch.minimum((bent - low).clamp(min=-0.3) / (1 - low), 1.5 - 0.6 * uniform())
+
+
+def train_lung_net(data: WeakSet, settings: LungNetSettings = LungNetSettings(), *, seed: int = 0,
+                   device: torch.device = torch.device("cpu"), log: Log = print) -> nn.Module:
+    """Trains the lung net on the lesion-free slices and their threshold masks.
+
+    Returns:
+        The averaged net in evaluation mode: ``(B, 1, s, s)`` normalised crops to logits.
+    """
+    generator = seed_everything(seed)
+    random = np.random.default_rng(seed)
+    net = make_lung_net(settings).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = Average(net).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
+    schedule = learning_rate(optimizer, settings.steps)
+    progress = Progress("lungs", settings.steps, 6, log)
+    free = np.flatnonzero(data.labels == 0)
+    pictures = _shrink(data.crops.images[free], settings.size)[:, 0].numpy()
+    masks = _shrink(data.crops.lungs[free], settings.size)[:, 0].numpy() > 0.5
+    where = [places(mask) if mask.any() else None for mask in masks]
+    small = settings.paint.radius[0]
+    reach = [max(1.2 * small, min(settings.paint.radius[1],
+                                  settings.thick * ndi.distance_transform_edt(mask).max() / settings.size))
+             for mask in masks]
+    for step in range(1, settings.steps + 1):
+        pairs = []
+        for k in random.integers(len(free), size=settings.batch):
+            picture, place = pictures[k], where[k]
+            # Slices from the ends of the lung are painted less often: there the liver is the common bright neighbour.
+            if place is not None and random.random() < settings.paint.share * min(1.0, 4 * masks[k].mean()):
+                radii = replace(settings.paint, radius=(small, reach[k]))
+                picture, _ = paint_lesions(picture, masks[k], radii, random, place)
+            pairs.append(np.stack([picture, masks[k]]).astype(np.float32))
+        maps = _move(torch.from_numpy(np.stack(pairs)), settings, generator)           # (B, 2, s, s)
+        maps = torch.cat([_window(maps[:, :1], generator), maps[:, 1:]], dim=1)
+        picture, target = jitter(maps, generator).to(device).split(1, dim=1)
+        logits = net(picture)
+        p = logits.sigmoid()
+        overlap = 1 - (2 * (p * target).sum() + 1) / ((p + target).sum() + 1)          # soft Dice
+        loss = F.binary_cross_entropy_with_logits(logits, target) + overlap
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        average.update(net)
+        progress.step(step, loss=loss.item())
+    return average.net.eval()
+
+
+@torch.no_grad()
+def lung_probabilities(net: nn.Module, crops: Crops, settings: LungNetSettings = LungNetSettings(), *,
+                       batch: int = 16) -> np.ndarray:
+    """Probability of lung of every pixel, averaged over the slice and its mirror image, ``(N, S, S)`` float32."""
+    device = next(net.parameters()).device
+    result = np.zeros(crops.images.shape, np.float32)
+    for start in range(0, len(crops), batch):
+        part = slice(start, start + batch)
+        inputs = _shrink(crops.images[part], settings.size).to(device)
+        p = 0.5 * (net(inputs).sigmoid() + net(inputs.flip(3)).sigmoid().flip(3))
+        result[part] = F.interpolate(p, size=crops.images.shape[1:], mode="bilinear",
+                                     align_corners=False)[:, 0].cpu().numpy()
+    return result
+
+
+def robust_lungs(net: nn.Module, crops: Crops, settings: LungNetSettings = LungNetSettings()) -> Crops:
+    """The same crops with completed lungs.
+
+    The net decides, with the threshold mask as its prior: see ``keep`` and ``add`` of :class:`LungNetSettings`.
+    A slice of which nothing would be left keeps its threshold mask.
+    """
+    little = crops.lungs.mean(axis=(1, 2), keepdims=True) < settings.little
+    limit = np.where(crops.lungs, settings.keep, np.where(little, settings.add_thin, settings.add))
+    found = lung_probabilities(net, crops, settings) > limit
+    lungs = crops.lungs.copy()
+    for lung, mask in zip(lungs, found, strict=True):
+        parts, _ = ndi.label(mask)
+        sizes = np.bincount(parts.ravel())
+        sizes[0] = 0
+        if not sizes.any():
+            continue
+        whole = mask & (sizes >= settings.smallest * sizes.max())[parts]
+        holes, _ = ndi.label(ndi.binary_fill_holes(whole) & ~whole)
+        small = np.bincount(holes.ravel()) <= settings.largest_hole * mask.size
+        small[0] = False
+        lung[:] = whole | small[holes]
+    return Crops(crops.images, lungs, crops.boxes)

@@ -1,0 +1,176 @@
+"""The curriculum: which patches are admitted when, and in which order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import toy
+
+from covidseg.curriculum import ORDERS, CurriculumSettings, Phase, admit_easiest, plan_phase
+from covidseg.errors import SettingsError
+from covidseg.patches import instances, patch_values, square_ids
+
+SETTINGS = CurriculumSettings(paces=(0.0, 0.25, 0.5, 1.0), weights=(0.0, 0.5, 1.0, 1.0), trust=(1.0, 0.7, 0.5, 0.4),
+                              prior=0.4, sharpness=1.5)
+DIFFICULTY = torch.tensor([[0.9, 0.1, 0.5], [0.3, 0.0, 0.7]])
+CANDIDATES = torch.tensor([[True, True, True], [True, False, False]])
+
+
+def test_the_easiest_half_is_admitted() -> None:
+    assert admit_easiest(DIFFICULTY, CANDIDATES, 0.5).tolist() == [[False, True, False], [True, False, False]]
+
+
+def test_pace_0_admits_nothing_and_pace_1_all_candidates() -> None:
+    assert not admit_easiest(DIFFICULTY, CANDIDATES, 0).any()
+    assert torch.equal(admit_easiest(DIFFICULTY, CANDIDATES, 1), CANDIDATES)
+
+
+def test_no_candidates_no_admission() -> None:
+    assert not admit_easiest(DIFFICULTY, torch.zeros_like(CANDIDATES), 1).any()
+
+
+def test_a_small_pace_admits_at_least_one() -> None:
+    assert admit_easiest(DIFFICULTY, CANDIDATES, 0.01).sum() == 1
+
+
+def test_equally_difficult_patches_are_admitted_together() -> None:
+    admitted = admit_easiest(torch.tensor([0.2, 0.2, 0.2, 0.8]), torch.tensor([True] * 4), 0.25)
+    assert admitted.tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("pace", [0.0, 0.1, 0.37, 0.5, 0.9, 1.0])
+def test_admission_follows_the_order_and_never_leaves_the_candidates(pace: float) -> None:
+    source = torch.Generator().manual_seed(2)
+    difficulty = torch.rand(4, 81, generator=source)
+    candidates = torch.rand(4, 81, generator=source) < 0.6
+    admitted = admit_easiest(difficulty, candidates, pace)
+    assert not (admitted & ~candidates).any()
+    assert admitted.sum() == round(pace * int(candidates.sum()))
+    if 0 < pace < 1:
+        assert difficulty[admitted].max() < difficulty[candidates & ~admitted].min()
+
+
+Case = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    """Activation map and opinion on patches, and the patches that may be taught."""
+    rng = np.random.default_rng(0)
+    prior, opinion = rng.random((2, 8, 40)).astype(np.float32)
+    candidates = rng.random((8, 40)) < 0.7
+    candidates[::2] = False
+    candidates[:, 0] = False
+    return prior, opinion, candidates
+
+
+def phases_of(case: Case, order: str = "easy", seed: int = 0) -> list[Phase]:
+    settings = replace(SETTINGS, order=order)
+    return [plan_phase(*case, settings, k, seed=seed) for k in range(len(settings.paces))]
+
+
+def classes(phase: Phase, candidates: np.ndarray) -> list[np.ndarray]:
+    return [candidates & (phase.target >= 0.5), candidates & (phase.target < 0.5)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_only_candidates_are_admitted_and_pace_1_admits_them_all(case: Case, order: str) -> None:
+    phases = phases_of(case, order)
+    assert not any((phase.admitted & ~case[2]).any() for phase in phases)
+    assert np.array_equal(phases[-1].admitted, case[2])
+
+
+@pytest.mark.parametrize("order", ["easy", "random", "reversed"])
+def test_the_share_admitted_follows_the_pace_in_each_class(case: Case, order: str) -> None:
+    for phase, pace in zip(phases_of(case, order), SETTINGS.paces, strict=True):
+        assert phase.pace == pace
+        for of_class in classes(phase, case[2]):
+            assert of_class.sum() > 10
+            share = (phase.admitted & of_class).sum() / of_class.sum()
+            assert share == pytest.approx(pace, abs=0.5 / of_class.sum() + 1e-9)
+
+
+def test_the_easiest_come_first_in_each_class(case: Case) -> None:
+    for phase in phases_of(case)[1:3]:
+        for of_class in classes(phase, case[2]):
+            taken, left = phase.difficulty[of_class & phase.admitted], phase.difficulty[of_class & ~phase.admitted]
+            assert taken.max() <= left.min()
+            assert taken.min() < left.max()
+
+
+def test_reversed_takes_the_hardest_first(case: Case) -> None:
+    for easy, hard in zip(phases_of(case)[1:3], phases_of(case, "reversed")[1:3], strict=True):
+        for of_class in classes(easy, case[2]):
+            taken, left = easy.difficulty[of_class & hard.admitted], easy.difficulty[of_class & ~hard.admitted]
+            assert taken.min() >= left.max()
+    quarter = phases_of(case)[1], phases_of(case, "reversed")[1]
+    assert not (quarter[0].admitted & quarter[1].admitted).any()
+
+
+def test_random_order_comes_from_the_seed_alone(case: Case) -> None:
+    first, again, other = phases_of(case, "random", 5), phases_of(case, "random", 5), phases_of(case, "random", 6)
+    assert all(np.array_equal(a.admitted, b.admitted) for a, b in zip(first, again, strict=True))
+    for k in (1, 2):
+        assert not np.array_equal(first[k].admitted, other[k].admitted)
+        assert not np.array_equal(first[k].admitted, phases_of(case)[k].admitted)
+    easy = [phases_of(case, seed=seed)[2].admitted for seed in (5, 6)]
+    assert np.array_equal(*easy), "the other orders draw nothing"
+
+
+def test_without_an_order_all_candidates_are_taught_in_every_phase(case: Case) -> None:
+    for phase in phases_of(case, "none"):
+        assert phase.pace == 1
+        assert np.array_equal(phase.admitted, case[2])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_order_leaves_the_targets_alone(case: Case, order: str) -> None:
+    for a, b in zip(phases_of(case), phases_of(case, order), strict=True):
+        assert np.array_equal(a.target, b.target)
+
+
+def test_full_trust_takes_the_target_from_the_map_and_less_trust_mixes_in_the_opinion() -> None:
+    settings = replace(SETTINGS, prior=0.3, sharpness=1.0, trust=(1.0, 0.5, 0.0, 0.0))
+    prior, opinion = np.full((1, 3), 0.3, np.float32), np.full((1, 3), 0.9, np.float32)
+    targets = [float(plan_phase(prior, opinion, np.ones((1, 3), bool), settings, k).target[0, 1]) for k in range(3)]
+    assert targets[0] == pytest.approx(0.5), "the map's own threshold becomes one half"
+    assert targets[1] == pytest.approx(0.75), "half of the log odds of 0.9"  # logit(.9) = 2 logit(.75)
+    assert targets[2] == pytest.approx(0.9)
+    sharper = plan_phase(prior, opinion, np.ones((1, 3), bool), replace(settings, sharpness=2.0), 1)
+    assert sharper.target[0, 1] == pytest.approx(0.9), "twice the log odds"
+
+
+def test_undecided_and_disputed_patches_are_difficult() -> None:
+    settings = replace(SETTINGS, prior=0.5, sharpness=1.0, trust=(0.5,) * 4)
+    prior = np.array([[0.95, 0.5, 0.95]], np.float32)   # agreed, nobody knows, contradicted
+    opinion = np.array([[0.95, 0.5, 0.05]], np.float32)
+    agreed, unknown, disputed = plan_phase(prior, opinion, np.ones((1, 3), bool), settings, 1).difficulty[0]
+    assert disputed > unknown > agreed
+    first = plan_phase(prior, opinion, np.ones((1, 3), bool), settings, 0).difficulty[0]
+    assert first[2] == pytest.approx(first[1]), "at first the net has no opinion to contradict with"
+
+
+def test_easy_patches_are_called_right_more_often_than_hard_ones() -> None:
+    """What the curriculum is for, on toy slices whose activation map is a noisy view of the disks."""
+    data, disks = toy(40)
+    ids = square_ids(data.crops.lungs)
+    candidates = instances(ids) & (data.labels == 1)[:, None]
+    truth = patch_values(disks, ids) > 0.5
+    rng = np.random.default_rng(0)
+    prior = np.clip(0.2 + 0.4 * truth + 0.2 * rng.standard_normal(truth.shape), 0, 1).astype(np.float32)
+    phases = phases_of((prior, prior, candidates))
+    right = [((phase.target >= 0.5) == truth) for phase in phases]
+    for phase, ok in list(zip(phases, right, strict=True))[1:3]:
+        assert ok[phase.admitted].mean() > ok[candidates & ~phase.admitted].mean() + 0.05
+    hard = phases_of((prior, prior, candidates), "reversed")
+    assert right[1][phases[1].admitted].mean() > right[1][hard[1].admitted].mean() + 0.1
+
+
+@pytest.mark.parametrize("change", [
+    {"order": "slow"}, {"order": ""}, {"paces": (0.0, 1.0)}, {"weights": (1.0,)}, {"trust": (1.0,) * 5}])
+def test_bad_settings_are_refused(change: dict) -> None:
+    with pytest.raises(SettingsError, match=r"Choose one of|one number a phase"):
+        replace(SETTINGS, **change)
