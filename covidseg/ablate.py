@@ -27,7 +27,12 @@ def _mil(**changes: Any) -> Change:
 
 
 def _order(order: str) -> Change:
-    return lambda p: replace(p, mil=replace(p.mil, curriculum=replace(p.mil.curriculum, order=order)))
+    def change(p: Profile) -> Profile:
+        curriculum = replace(p.mil.curriculum, order=order)
+        if order == "none":  # all patches from the first step on, with full weight
+            curriculum = replace(curriculum, weights=(curriculum.weights[-1],) * len(curriculum.weights))
+        return replace(p, mil=replace(p.mil, curriculum=curriculum))
+    return change
 
 
 def _exchange(exchange: str) -> Change:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
+from covidseg.errors import SettingsError
 from covidseg.mutual import Lesson
 from covidseg.paint import Painter, PaintSettings
 from covidseg.prepare import Crops, WeakSet
@@ -53,6 +54,11 @@ class ClassifierSettings:
     flip_weight: float = 0.5
     outside_weight: float = 0.1
     paint: PaintSettings = field(default_factory=lambda: PaintSettings(share=0.0))
+
+    def __post_init__(self) -> None:
+        if self.paint.share:
+            raise SettingsError("lesions painted for the classifier would contradict its slice labels",
+                                remedy="Set the share of its paint to 0; vessels may stay")
 
 
 def _block(inputs: int, outputs: int, stride: int, dilation: int = 1) -> nn.Sequential:

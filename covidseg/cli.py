@@ -29,7 +29,7 @@ console, errors = Console(), Console(stderr=True)
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
 Profile = Annotated[str, typer.Option(help="quick (minutes on a CPU) or full (for a GPU, or patience).")]
 Method = Annotated[str, typer.Option(help="extended (lesions painted on lesion-free slices as well) or faithful "
-                                          "(as the abstract describes).")]
+                                          "(no painted lesion, as in the abstract).")]
 Seed = Annotated[int, typer.Option(help="Seed of all stages.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 _state = {"debug": False}

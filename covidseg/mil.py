@@ -279,7 +279,8 @@ def patch_probabilities(net: PatchNet, crops: Crops, cam: np.ndarray | None = No
     """Probability of a lesion on pixels, ``(N, S, S)`` float32 in [0, 1], 0 outside the lung.
 
     Averaged over the slice and its mirror image and, for squares, over ``shifts * shifts`` positions of the grid,
-    which refines the blocks. The grid over coarse components needs their activation map ``cam``.
+    which refines the blocks (shifted grids have no exact mirror image, so a mirrored slice may differ in the last
+    few percent). The grid over coarse components needs their activation map ``cam``.
     """
     settings = net.settings
     flipped = Crops(crops.images[..., ::-1].copy(), crops.lungs[..., ::-1].copy(), crops.boxes)

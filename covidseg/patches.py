@@ -91,12 +91,12 @@ def pool(maps: Tensor, ids: Tensor, count: int) -> Tensor:
 
 def spread(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Patch values ``(N, P + 1)`` on the pixels of ``(N, S, S)`` patch numbers."""
-    return np.take_along_axis(values, ids.reshape(len(ids), -1), axis=1).reshape(ids.shape)
+    return np.take_along_axis(values, ids.reshape(len(ids), ids.shape[1] * ids.shape[2]), axis=1).reshape(ids.shape)
 
 
 def patch_values(maps: np.ndarray, ids: np.ndarray, count: int | None = None, batch: int = 64) -> np.ndarray:
     """Mean of ``(N, S, S)`` maps over each patch, ``(N, P + 1)`` float32. See :func:`pool`."""
-    count = int(ids.max()) if count is None else count
+    count = int(ids.max(initial=0)) if count is None else count
     parts = [pool(torch.from_numpy(maps[k:k + batch].astype(np.float32))[:, None],
                   torch.from_numpy(ids[k:k + batch].astype(np.int64)), count)[..., 0]
              for k in range(0, len(ids), batch)]

@@ -30,7 +30,7 @@ def differences(a: dict, b: dict, path: str = "") -> set[str]:
 CHANGES = {
     "whole": set(),
     "threshold-lungs": {"lung_net.steps"},
-    "no-curriculum": {"mil.curriculum.order"},
+    "no-curriculum": {"mil.curriculum.order", "mil.curriculum.weights"},
     "random-order": {"mil.curriculum.order"},
     "reversed-order": {"mil.curriculum.order"},
     "patch-10": {"mil.patch"},

@@ -11,8 +11,9 @@ from tiny import quiet, same_weights, toy, weights
 from torch.nn import functional as F
 
 from covidseg.classify import Classifier, ClassifierSettings, auc, slice_probabilities, train_classifier
+from covidseg.errors import SettingsError
 from covidseg.mutual import Lesson
-from covidseg.paint import NO_PAINT
+from covidseg.paint import NO_PAINT, PaintSettings
 from covidseg.prepare import Crops
 from covidseg.train import net_input
 
@@ -213,3 +214,8 @@ def test_no_slices_no_probabilities(net: Classifier) -> None:
     ([0.1, 0.6, 0.5, 0.9], 0.75)])
 def test_auc_by_hand(probabilities: list[float], expected: float) -> None:
     assert auc(np.array(probabilities, np.float32), np.array([0, 0, 1, 1])) == pytest.approx(expected)
+
+
+def test_lesions_cannot_be_painted_for_the_classifier() -> None:
+    with pytest.raises(SettingsError, match="contradict"):
+        ClassifierSettings(paint=PaintSettings())
