@@ -102,12 +102,14 @@ class Classifier(nn.Module):
 
 def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSettings(), *,
                      start: Classifier | None = None, lesson: Lesson | None = None, seed: int = 0,
-                     device: torch.device = torch.device("cpu"), log: Log = print) -> Classifier:
+                     device: torch.device = torch.device("cpu"), log: Log = print,
+                     name: str = "classifier") -> Classifier:
     """Trains the classifier on slice labels and returns its averaged weights, in evaluation mode.
 
     Args:
         start: a classifier of an earlier round to go on from.
         lesson: what the patch net teaches about places, see :mod:`covidseg.mutual`.
+        name: of this training in the log.
     """
     generator = seed_everything(seed)
     net = Classifier(settings)
@@ -117,7 +119,7 @@ def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSet
     average = Average(net).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
     schedule = learning_rate(optimizer, settings.steps)
-    progress = Progress("classifier", settings.steps, 6, log)
+    progress = Progress(name, settings.steps, 6, log)
     parts = [data.crops.images, data.crops.lungs] + ([] if lesson is None else [lesson.teacher, lesson.taught])
     stacked = [torch.from_numpy(np.asarray(part, np.float32)) for part in parts]
     labels = torch.from_numpy(data.labels).float()

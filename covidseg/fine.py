@@ -100,7 +100,7 @@ def fine_labels(data: WeakSet, cam: np.ndarray, patches: np.ndarray,
 
     Args:
         data: slices and their labels.
-        cam: ``(N, S, S)`` from :func:`covidseg.cam.grad_cam`.
+        cam: ``(N, S, S)`` from :func:`covidseg.cam.activation_maps`.
         patches: ``(N, S, S)`` from :func:`covidseg.mil.patch_probabilities`.
     """
     probabilities = fuse(cam, patches, settings) * data.crops.lungs

@@ -170,13 +170,15 @@ def patch_ids(crops: Crops, cam: np.ndarray | None, settings: MilSettings) -> np
 
 def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSettings(), *, start: PatchNet | None = None,
               seed: int = 0, device: torch.device = torch.device("cpu"),
-              log: Log = print) -> tuple[PatchNet, list[Phase]]:
+              log: Log = print,
+              name: str = "patches") -> tuple[PatchNet, list[Phase]]:
     """Trains the patch net on slice labels and activation maps, from easy to difficult patches.
 
     Args:
         data: slices and their labels.
         cam: ``(N, S, S)`` activation maps from :func:`covidseg.cam.activation_maps`.
         start: a net of an earlier round to go on from.
+        name: of this training in the log.
 
     Returns:
         The averaged net in evaluation mode, and what each phase admitted.
@@ -189,7 +191,7 @@ def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSetting
     average = Average(net).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
     schedule = learning_rate(optimizer, settings.steps)
-    progress = Progress("patches", settings.steps, 8, log)
+    progress = Progress(name, settings.steps, 8, log)
     painter = Painter(data.crops, settings.paint)
     ids = patch_ids(data.crops, cam, settings)                                         # (N, S, S)
     count = int(ids.max())
@@ -209,7 +211,7 @@ def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSetting
             if phases or start is not None:
                 opinion[ill] = patch_scores(average.net, data.crops.take(ill), ids[ill], count)
             phases.append(plan_phase(prior, opinion, candidates, settings.curriculum, len(phases), seed=seed))
-            log(f"patches phase {len(phases)}: pace {phases[-1].pace:.1f}, {phases[-1].admitted.sum()} admitted")
+            log(f"{name} phase {len(phases)}: pace {phases[-1].pace:.1f}, {phases[-1].admitted.sum()} admitted")
         phase, weight = phases[-1], settings.curriculum.weights[len(phases) - 1]
         maps = torch.stack([images[index], lungs[index], torch.zeros_like(images[index]), numbers[index]], dim=1)
         maps = painter(maps, index, labels[index] == 0, generator)                     # (B, 4, S, S)

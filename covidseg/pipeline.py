@@ -61,7 +61,8 @@ class Profile:
 METHODS = ("extended", "faithful")
 PROFILES = {
     # A few minutes on two CPU cores, no step above one minute: for lessons and tests.
-    "quick": Profile("quick", lung_net=LungNetSettings(steps=160), mutual=MutualSettings(again=0.4)),
+    "quick": Profile("quick", lung_net=LungNetSettings(steps=160), mil=MilSettings(steps=160),
+                     mutual=MutualSettings(again=0.4), segmenter=SegmenterSettings(steps=220)),
     # Longer training of wider nets: for real scans, on a GPU if there is one. See results/ for what it takes.
     "full": Profile(
         "full", classifier=ClassifierSettings(width=32, steps=500), cam=CamSettings(scales=(0.75, 1.0, 1.25, 1.5)),
@@ -225,7 +226,7 @@ class Run:
                 return train_classifier(self.weak(), settings, seed=self.seed, device=self.device, log=self.log)
             return train_classifier(
                 self.weak(), self._later(settings), start=self.classifier(number - 1), lesson=self._lesson(number),
-                seed=self.seed + number - 1, device=self.device, log=self.log)
+                seed=self.seed + number - 1, device=self.device, log=self.log, name=f"classifier-{number}")
         return self._net(stage, lambda: Classifier(settings), train)  # type: ignore[return-value]
 
     def _lesson(self, number: int) -> Lesson:
@@ -261,7 +262,7 @@ class Run:
             net, phases = train_mil(
                 self.weak(), prior, settings if number == 1 else self._later(settings),
                 start=None if number == 1 else self.mil(number - 1)[0], seed=self.seed + number - 1,
-                device=self.device, log=self.log)
+                device=self.device, log=self.log, name="patches" if number == 1 else f"patches-{number}")
             arrays = {f"net.{name}": value for name, value in net_arrays(net).items()}
             for k, phase in enumerate(phases):
                 arrays |= {f"phase{k}.{part}": getattr(phase, part) for part in ("target", "difficulty", "admitted")}
@@ -328,7 +329,7 @@ class Run:
         def load() -> nn.Module:
             arrays, _ = self.store.get("supervised", key, lambda: (net_arrays(train_segmenter(
                 self.weak(), masks, np.ones(masks.shape, np.float32), settings, seed=self.seed, device=self.device,
-                log=self.log)), {}))
+                log=self.log, name="supervised")), {}))
             return load_net(make_segmenter(settings), arrays).to(self.device)
         return self._once("supervised", load)
 

@@ -71,7 +71,7 @@ class WeakSet:
     """Slices with one label each: the only supervision of the method.
 
     Attributes:
-        crops: the pictures and threshold lungs.
+        crops: the pictures and lungs, by threshold or completed (:mod:`covidseg.lungnet`).
         labels: ``(N,)`` int, 1 = the slice shows a lesion.
         patients: ``(N,)`` str, for balanced sampling.
         names: ``(N,)`` str, ``volume:slice``.

@@ -94,13 +94,15 @@ def exact_loss(logits: Tensor, target: Tensor, inside: Tensor, settings: Segment
 
 def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
                     settings: SegmenterSettings = SegmenterSettings(), *, seed: int = 0,
-                    device: torch.device = torch.device("cpu"), log: Log = print) -> nn.Module:
+                    device: torch.device = torch.device("cpu"), log: Log = print,
+                    name: str = "segmenter") -> nn.Module:
     """Trains the segmenter on pixel targets.
 
     Args:
         data: slices; their labels balance the batches and say which slices are exact.
         targets: ``(N, S, S)`` bool or float in [0, 1].
         weights: ``(N, S, S)`` float32 in [0, 1].
+        name: of this training in the log.
 
     Returns:
         The averaged net in evaluation mode.
@@ -111,7 +113,7 @@ def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
     schedule = learning_rate(optimizer, settings.steps)
     painter = Painter(data.crops, settings.paint)
-    progress = Progress("segmenter", settings.steps, 6, log)
+    progress = Progress(name, settings.steps, 6, log)
     stacked = [torch.from_numpy(np.array(part, np.float32))
                for part in (data.crops.images, data.crops.lungs, targets, weights)]
     ill = np.flatnonzero(data.labels == 1)
@@ -122,7 +124,7 @@ def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
             opinion = torch.from_numpy(lesion_probabilities(average.net, data.crops.take(ill)))
             stacked[2][ill] = settings.keep * stacked[2][ill] + (1 - settings.keep) * opinion
             stacked[3][ill] = (2 * stacked[2][ill] - 1).abs()
-            log(f"segmenter step {step - 1}: fine labels refreshed")
+            log(f"{name}: fine labels refreshed after step {step - 1}")
         maps = torch.stack([part[index] for part in stacked], dim=1)              # (B, 4, S, S)
         exact = torch.from_numpy(data.labels)[index] == 0
         maps = painter(maps, index, exact, generator)

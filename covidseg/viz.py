@@ -295,7 +295,7 @@ class TrainingLog:
         path: text file, appended to; its folder is made.
     """
 
-    STEP = re.compile(r"(?P<stage>\w+) step +(?P<step>\d+)/\d+ +(?P<losses>.*?) +[\d.]+ s$")
+    STEP = re.compile(r"(?P<stage>[\w-]+) step +(?P<step>\d+)/\d+ +(?P<losses>.*?) +[\d.]+ s$")
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
