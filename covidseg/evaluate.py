@@ -13,8 +13,8 @@ import numpy as np
 from skimage.filters import threshold_otsu
 from tqdm import tqdm
 
-from covidseg.cam import activation_maps
-from covidseg.classify import auc, slice_probabilities
+from covidseg.cam import CamSettings, activation_maps
+from covidseg.classify import Classifier, auc, slice_probabilities
 from covidseg.dataset import Dataset
 from covidseg.fine import fuse
 from covidseg.io import read_mask, read_scan
@@ -58,6 +58,18 @@ class Evaluation:
     stages: list[StageResult]
     classifier_auc: float
     slices: int
+
+
+def believed_maps(net: Classifier, crops: Crops, settings: CamSettings) -> np.ndarray:
+    """Activation maps of the slices that the classifier calls ill, 0 in the others, ``(N, S, S)`` in [0, 1].
+
+    Each map is scaled to its own maximum, so that it would be as strong in a slice without a lesion.
+    """
+    ill = slice_probabilities(net, crops) >= 0.5
+    maps = np.zeros(crops.images.shape, np.float32)
+    if ill.any():
+        maps[ill] = activation_maps(net, crops.take(np.flatnonzero(ill)), settings)
+    return maps
 
 
 def otsu_in_lung(images: np.ndarray, lungs: np.ndarray) -> np.ndarray:
@@ -110,7 +122,7 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
     # A row's maps are made from the crops and from the maps of the rows above it, which the fusion reuses.
     stages: list[tuple[str, str, float, Callable[[Crops, dict[str, np.ndarray]], np.ndarray]]] = [
         ("Otsu in the lung", "none", float("nan"), lambda c, _: otsu_in_lung(c.images, c.lungs)),
-        ("Grad-CAM", "slice labels", p.cam.outline, lambda c, _: activation_maps(classifier, c, p.cam)),
+        ("Grad-CAM", "slice labels", p.cam.outline, lambda c, _: believed_maps(classifier, c, p.cam)),
         ("Patch MIL", "slice labels", p.mil.threshold, lambda c, above: patch_probabilities(patch_net, c,
                                                                                            above["Grad-CAM"])),
         ("Fine label map", "slice labels", 0.5,

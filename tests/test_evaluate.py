@@ -234,6 +234,7 @@ def test_maps_are_made_with_the_settings_of_the_run(untrained: SimpleNamespace, 
         used.append(settings)
         return np.zeros(crops.images.shape, np.float32)
     monkeypatch.setattr(evaluate, "activation_maps", record)
+    monkeypatch.setattr(evaluate, "slice_probabilities", lambda net, crops: np.ones(len(crops), np.float32))
     untrained.profile.cam = CamSettings(top=77.0)
     evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
     assert len(used) == len(squares.cases), "once a volume: the fused row reuses the map of its own row"
@@ -353,3 +354,13 @@ def test_coverage_needs_masks(squares: Dataset) -> None:
 
 def test_volumes_without_true_lungs_are_skipped(squares: Dataset) -> None:
     assert len(evaluate_lungs(squares).dice) == 0
+
+
+def test_maps_of_slices_called_healthy_are_empty(untrained: SimpleNamespace, squares: Dataset,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    _, crops = untrained.crops(read_scan(squares.cases[0].image).pixels)
+    believed = np.arange(len(crops)) % 2 == 0
+    monkeypatch.setattr(evaluate, "slice_probabilities", lambda net, c: np.where(believed, 0.5, 0.49))
+    monkeypatch.setattr(evaluate, "activation_maps", lambda net, c, settings: np.ones(c.images.shape, np.float32))
+    maps = evaluate.believed_maps(untrained.classifier(1), crops, CamSettings())
+    assert (maps.max(axis=(1, 2)) == believed).all()

@@ -54,9 +54,9 @@ def test_the_check_fires() -> None:
     assert "no command" in faults({**content, "command": ""})
 
 
-def test_stages_rank_on_the_phantom_as_on_real_ct() -> None:
-    rows = json.loads((ROOT / "results" / "reproduce-phantom-quick.json").read_text(encoding="utf-8"))["rows"]
+@pytest.mark.parametrize("name", ["reproduce-phantom-quick", "reproduce-medseg9-quick"])
+def test_stages_rank_on_the_phantom_as_on_real_ct(name: str) -> None:
+    rows = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
     dice = {row["name"]: row["macro"]["dice"] for row in rows}
-    assert abs(dice["Otsu in the lung"] - dice["Grad-CAM"]) < 0.1
-    assert max(dice["Otsu in the lung"], dice["Grad-CAM"]) + 0.05 < dice["Patch MIL"] < dice["Segmenter"]
-    assert dice["Segmenter"] < dice["Segmenter, true masks"] < 0.9
+    assert dice["Otsu in the lung"] + 0.05 < dice["Grad-CAM"] < dice["Patch MIL"] - 0.1
+    assert dice["Patch MIL"] < dice["Segmenter"] < dice.get("Segmenter, true masks", 0.9) < 0.95
