@@ -15,7 +15,7 @@ from covidseg.artifacts import fingerprint, write_text
 from covidseg.dataset import Dataset
 from covidseg.errors import SettingsError
 from covidseg.evaluate import Evaluation, evaluate_run
-from covidseg.pipeline import Profile, Run
+from covidseg.pipeline import Profile, Run, repainted
 from covidseg.report import evaluation_json
 from covidseg.train import Log
 
@@ -49,8 +49,7 @@ def _paint(**changes: Any) -> Change:
     def change(p: Profile) -> Profile:
         if "vessels" in changes:
             p = replace(p, classifier=replace(p.classifier, paint=replace(p.classifier.paint, vessels=0.0)))
-        return replace(p, mil=replace(p.mil, paint=replace(p.mil.paint, **changes)),
-                       segmenter=replace(p.segmenter, paint=replace(p.segmenter.paint, **changes)))
+        return repainted(p, **changes)
     return change
 
 

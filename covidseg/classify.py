@@ -26,6 +26,7 @@ from covidseg.train import (
     balanced_batches,
     learning_rate,
     net_input,
+    on_device,
     seed_everything,
 )
 
@@ -115,7 +116,7 @@ def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSet
     net = Classifier(settings)
     if start is not None:
         net.load_state_dict(start.state_dict())
-    net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = on_device(net, device)
     average = Average(net).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
     schedule = learning_rate(optimizer, settings.steps)
@@ -142,8 +143,9 @@ def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSet
         losses = {"loss": loss_class.item(), "flip": loss_flip.item()}
         if lesson is not None:
             # The lesson in the grid of the evidence: means over the taught pixels of each cell.
-            share = F.adaptive_avg_pool2d(maps[:, 3:4], evidence.shape[-2:])
-            wanted = F.adaptive_avg_pool2d(maps[:, 2:3] * maps[:, 3:4], evidence.shape[-2:]) / share.clamp(min=1e-6)
+            grid = (evidence.shape[2], evidence.shape[3])
+            share = F.adaptive_avg_pool2d(maps[:, 3:4], grid)
+            wanted = F.adaptive_avg_pool2d(maps[:, 2:3] * maps[:, 3:4], grid) / share.clamp(min=1e-6)
             loss_lesson = (share * (evidence.sigmoid() - wanted).abs()).sum() / share.sum().clamp(min=1e-6)
             loss, losses["lesson"] = loss + lesson.weight * loss_lesson, loss_lesson.item()
         optimizer.zero_grad()

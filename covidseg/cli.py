@@ -228,15 +228,13 @@ def reproduce(data: Annotated[str, typer.Option(help="A data folder, or a name f
     """Trains all stages, measures each one and prints the table."""
     from covidseg.artifacts import write_text
     from covidseg.evaluate import evaluate_run
-    from covidseg.pipeline import open_data
     from covidseg.report import evaluation_json, evaluation_table
 
     folder = out or Path("runs") / f"{Path(data).name}-{profile}-{method}-seed{seed}"
-    testing = open_data(data, "test") if test is None else open_data(test)
+    testing, tested = _measured_on(data, test)
     start = time.monotonic()
     run = _train(data, folder, profile, method, seed, device, "train" if test is None else None)
     result = evaluate_run(run, testing, progress=True)
-    tested = Path(test).name if test else f"{Path(data).name} (test side)"
     console.print(evaluation_table(result, f"trained on {Path(data).name}, measured on {tested}: "
                                            f"{result.slices} full slices, {method}, seed {seed}"))
     command = f"covidseg reproduce --data {Path(data).name}" + (f" --test {Path(test).name}" if test else "")
@@ -246,6 +244,15 @@ def reproduce(data: Annotated[str, typer.Option(help="A data folder, or a name f
     write_text(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
     console.print(f"classifier AUC {result.classifier_auc:.3f}; report in {folder / 'evaluation.json'}",
                   highlight=False)
+
+
+def _measured_on(data: str, test: str | None) -> tuple[Dataset, str]:
+    """What to measure on and its name: ``test``, or by default the test side of the split of ``data``."""
+    from covidseg.pipeline import open_data
+
+    if test is None:
+        return open_data(data, "test"), f"{Path(data).name} (test side)"
+    return open_data(test), Path(test).name
 
 
 def _recorded(command: str, testing: Dataset, tested: str, run: Run, start: float) -> dict[str, Any]:
@@ -271,14 +278,13 @@ def ablate_command(
     """Trains variants of the method with one thing changed at a time, and prints what each part adds."""
     from covidseg.ablate import ablate, ablation_rows, chosen
     from covidseg.artifacts import file_hash, write_text
-    from covidseg.pipeline import open_data, open_run
+    from covidseg.pipeline import open_run
     from covidseg.predict import profile_json
     from covidseg.report import scores_from, scores_table
 
     names = chosen(only.split(",") if only else None)
     folder = out or Path("runs") / f"{Path(data).name}-{profile}-{method}-seed{seed}"
-    testing = open_data(data, "test") if test is None else open_data(test)
-    tested = Path(test).name if test else f"{Path(data).name} (test side)"
+    testing, tested = _measured_on(data, test)
     start = time.monotonic()
     run = open_run(data, profile, seed, folder, "train" if test is None else None, device, method=method,
                    log=lambda line: console.print(line, highlight=False))

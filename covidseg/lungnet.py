@@ -17,9 +17,10 @@ from scipy import ndimage as ndi
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from covidseg.lungs import fill_holes
 from covidseg.paint import PaintSettings, paint_lesions, places
 from covidseg.prepare import Crops, WeakSet
-from covidseg.train import Average, Log, Progress, jitter, learning_rate, seed_everything
+from covidseg.train import Average, Log, Progress, jitter, learning_rate, on_device, seed_everything
 from covidseg.unet import make_unet
 
 
@@ -107,7 +108,7 @@ def train_lung_net(data: WeakSet, settings: LungNetSettings = LungNetSettings(),
     """
     generator = seed_everything(seed)
     random = np.random.default_rng(seed)
-    net = make_lung_net(settings).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = on_device(make_lung_net(settings), device)
     average = Average(net).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
     schedule = learning_rate(optimizer, settings.steps)
@@ -160,12 +161,14 @@ def lung_probabilities(net: nn.Module, crops: Crops, settings: LungNetSettings =
     return result
 
 
-def robust_lungs(net: nn.Module, crops: Crops, settings: LungNetSettings = LungNetSettings()) -> Crops:
+def robust_lungs(net: nn.Module | None, crops: Crops, settings: LungNetSettings = LungNetSettings()) -> Crops:
     """The same crops with completed lungs.
 
     The net decides, with the threshold mask as its prior: see ``keep`` and ``add`` of :class:`LungNetSettings`.
-    A slice of which nothing would be left keeps its threshold mask.
+    A slice of which nothing would be left keeps its threshold mask, and so do all of them without a net.
     """
+    if net is None:
+        return crops
     little = crops.lungs.mean(axis=(1, 2), keepdims=True) < settings.little
     limit = np.where(crops.lungs, settings.keep, np.where(little, settings.add_thin, settings.add))
     found = lung_probabilities(net, crops, settings) > limit
@@ -177,8 +180,5 @@ def robust_lungs(net: nn.Module, crops: Crops, settings: LungNetSettings = LungN
         if not sizes.any():
             continue
         whole = mask & (sizes >= settings.smallest * sizes.max())[parts]
-        holes, _ = ndi.label(ndi.binary_fill_holes(whole) & ~whole)
-        small = np.bincount(holes.ravel()) <= settings.largest_hole * mask.size
-        small[0] = False
-        lung[:] = whole | small[holes]
+        lung[:] = fill_holes(whole, settings.largest_hole * mask.size)
     return Crops(crops.images, lungs, crops.boxes)

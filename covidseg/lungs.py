@@ -151,16 +151,6 @@ def _regions(image: np.ndarray, settings: LungSettings) -> _Regions:
     return _Regions(body, aerated, diseased)
 
 
-def levels(image: np.ndarray) -> tuple[float, float]:
-    """Brightness of air and of soft tissue in a whole slice ``(H, W)``, in its own unit; they differ by 1 at least."""
-    values = np.clip(image, -1100, None)
-    if values.min() == values.max():
-        return float(values.min()), float(values.min()) + 1.0
-    otsu = threshold_otsu(values)
-    air, tissue = float(np.percentile(values[values <= otsu], 10)), float(np.median(values[values > otsu]))
-    return air, max(tissue, air + 1.0)
-
-
 def _largest_in_3d(aerated: np.ndarray, settings: LungSettings) -> np.ndarray:
     labels, count = ndi.label(aerated)
     if count == 0:
@@ -192,7 +182,7 @@ def _without_trachea(aerated: np.ndarray, body: np.ndarray) -> np.ndarray:
     return keep if keep.any() else aerated
 
 
-def _fill_holes(mask: np.ndarray, largest: int) -> np.ndarray:
+def fill_holes(mask: np.ndarray, largest: float) -> np.ndarray:
     """Fills holes of up to ``largest`` pixels."""
     holes, _ = ndi.label(~mask & ndi.binary_fill_holes(mask))
     sizes = np.bincount(holes.ravel())
@@ -211,7 +201,7 @@ def _complete(lung: np.ndarray, region: _Regions, settings: LungSettings) -> np.
     for side in _sides(whole):
         severe = (side & ~lung).sum() > settings.diseased * side.sum()
         radius = settings.close_diseased if severe else settings.close
-        filled = _fill_holes(_close(side, radius), settings.largest_hole) & region.body
+        filled = fill_holes(_close(side, radius), settings.largest_hole) & region.body
         if severe and settings.hull_depth and filled.sum() > 50:
             shallow = depth < np.percentile(depth[filled], settings.hull_depth)
             filled |= convex_hull_image(filled) & region.body & shallow

@@ -31,6 +31,7 @@ from covidseg.train import (
     balanced_batches,
     learning_rate,
     net_input,
+    on_device,
     seed_everything,
 )
 
@@ -187,7 +188,7 @@ def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSetting
     net = PatchNet(settings)
     if start is not None:
         net.load_state_dict(start.state_dict())
-    net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = on_device(net, device)
     average = Average(net).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
     schedule = learning_rate(optimizer, settings.steps)
@@ -209,7 +210,8 @@ def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSetting
         if (step - 1) * paces // settings.steps == len(phases):                        # phases of equal length
             opinion = prior.copy()
             if phases or start is not None:
-                opinion[ill] = patch_scores(average.net, data.crops.take(ill), ids[ill], count)
+                opinion[ill] = patch_scores(average.net, data.crops.take(ill),  # type: ignore[arg-type]
+                                            ids[ill], count)
             phases.append(plan_phase(prior, opinion, candidates, settings.curriculum, len(phases), seed=seed))
             log(f"{name} phase {len(phases)}: pace {phases[-1].pace:.1f}, {phases[-1].admitted.sum()} admitted")
         phase, weight = phases[-1], settings.curriculum.weights[len(phases) - 1]
@@ -255,26 +257,31 @@ def _component_loss(scores: Tensor, attention: Tensor, bags: Tensor, pooling: st
     return torch.cat(losses).mean() if losses else scores.sum() * 0
 
 
-@torch.no_grad()
-def patch_scores(net: nn.Module, crops: Crops, ids: np.ndarray, count: int | None = None, *,
+def patch_scores(net: PatchNet, crops: Crops, ids: np.ndarray, count: int | None = None, *,
                  batch: int = 32) -> np.ndarray:
     """Probability of a lesion of every patch, ``(N, P + 1)`` float32; entry 0 belongs to no patch.
 
     Args:
         ids: ``(N, S, S)`` patch numbers; ``count`` is the largest number if these slices do not reach it.
     """
-    count = int(ids.max(initial=0)) if count is None else count
+    return _scores(net, crops, [ids], [int(ids.max(initial=0)) if count is None else count], batch)[0]
+
+
+@torch.no_grad()
+def _scores(net: PatchNet, crops: Crops, maps: list[np.ndarray], counts: list[int], batch: int) -> list[np.ndarray]:
+    """:func:`patch_scores` for several maps of patch numbers; the features of a slice are computed once."""
     device, was_training = next(net.parameters()).device, net.training
     net.eval()
-    result = [np.zeros((0, count + 1), np.float32)]
+    parts = [[np.zeros((0, count + 1), np.float32)] for count in counts]
     for start in range(0, len(crops), batch):
         part = slice(start, start + batch)
-        inputs = net_input(torch.from_numpy(crops.images[part])[:, None].to(device),
-                           torch.from_numpy(crops.lungs[part])[:, None].float().to(device))
-        result.append(net(inputs, torch.from_numpy(ids[part].astype(np.int64)).to(device), count)[0].sigmoid().cpu()
-                      .numpy())
+        features = net.features(net_input(torch.from_numpy(crops.images[part])[:, None].to(device),
+                                          torch.from_numpy(crops.lungs[part])[:, None].float().to(device)))
+        for ids, count, result in zip(maps, counts, parts, strict=True):
+            numbers = torch.from_numpy(ids[part].astype(np.int64)).to(device)
+            result.append(net.judge(features, numbers, count)[0].sigmoid().cpu().numpy())
     net.train(was_training)
-    return np.concatenate(result)
+    return [np.concatenate(result) for result in parts]
 
 
 def patch_probabilities(net: PatchNet, crops: Crops, cam: np.ndarray | None = None, *, shifts: int = 2) -> np.ndarray:
@@ -291,9 +298,11 @@ def patch_probabilities(net: PatchNet, crops: Crops, cam: np.ndarray | None = No
     else:
         places = [k * settings.patch // shifts for k in range(shifts)]
         maps = [square_ids(crops.lungs, settings.patch, offset=(a, b)) for a in places for b in places]
+    counts, batch = [int(ids.max(initial=0)) for ids in maps], 32
+    mirrored = [ids[..., ::-1].copy() for ids in maps]
     result = np.zeros(crops.images.shape, np.float32)
-    for ids in maps:
-        mirrored = ids[..., ::-1].copy()
-        result += spread(patch_scores(net, crops, ids), ids) * (ids > 0) / (2 * len(maps))
-        result += (spread(patch_scores(net, flipped, mirrored), mirrored) * (mirrored > 0))[..., ::-1] / (2 * len(maps))
+    for ids, scores, back, again in zip(maps, _scores(net, crops, maps, counts, batch), mirrored,
+                                        _scores(net, flipped, mirrored, counts, batch), strict=True):
+        result += spread(scores, ids) * (ids > 0) / (2 * len(maps))
+        result += (spread(again, back) * (back > 0))[..., ::-1] / (2 * len(maps))
     return result * crops.lungs

@@ -85,11 +85,14 @@ def profile_named(name: str, method: str = "extended") -> Profile:
         if value not in known:
             raise SettingsError(f"there is no {what} {value!r}", remedy=f"Choose one of {', '.join(known)}")
     profile = PROFILES[name]
-    if method == "extended":
-        return profile
+    return profile if method == "extended" else replace(repainted(profile, share=0.0), method=method)
+
+
+def repainted(profile: Profile, **changes: Any) -> Profile:
+    """The profile with other :class:`~covidseg.paint.PaintSettings` for the patches and the segmenter."""
     mil, segmenter = profile.mil, profile.segmenter
-    return replace(profile, method=method, mil=replace(mil, paint=replace(mil.paint, share=0.0)),
-                   segmenter=replace(segmenter, paint=replace(segmenter.paint, share=0.0)))
+    return replace(profile, mil=replace(mil, paint=replace(mil.paint, **changes)),
+                   segmenter=replace(segmenter, paint=replace(segmenter.paint, **changes)))
 
 
 def find_lungs(pixels: np.ndarray, net: nn.Module | None, profile: Profile,
@@ -98,7 +101,7 @@ def find_lungs(pixels: np.ndarray, net: nn.Module | None, profile: Profile,
     lungs = lung_masks(pixels, profile.lungs, volume)
     found = np.flatnonzero(lungs.any(axis=(1, 2)))
     crops = make_crops(pixels[found], lungs[found], profile.prepare)
-    return found, crops if net is None else robust_lungs(net, crops, profile.lung_net)
+    return found, robust_lungs(net, crops, profile.lung_net)
 
 
 class Run:
@@ -180,9 +183,7 @@ class Run:
     def weak(self) -> WeakSet:
         """Stage 1: crops with completed lungs, and the slice labels. All that the later stages see."""
         def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            crops, net = self.threshold().crops, self.lung_net()
-            return {"lungs": crops.lungs if net is None else
-                    robust_lungs(net, crops, self.profile.lung_net).lungs}, {}
+            return {"lungs": robust_lungs(self.lung_net(), self.threshold().crops, self.profile.lung_net).lungs}, {}
 
         def load() -> WeakSet:
             before = self.threshold()

@@ -26,6 +26,7 @@ from covidseg.train import (
     balanced_batches,
     learning_rate,
     net_input,
+    on_device,
     seed_everything,
 )
 from covidseg.unet import make_unet
@@ -108,7 +109,7 @@ def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
         The averaged net in evaluation mode.
     """
     generator = seed_everything(seed)
-    net = make_segmenter(settings).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = on_device(make_segmenter(settings), device)
     average = Average(net).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
     schedule = learning_rate(optimizer, settings.steps)

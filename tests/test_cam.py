@@ -60,12 +60,18 @@ def by_definition(net: Classifier, inputs: torch.Tensor) -> torch.Tensor:
     return unit(large[:, 0])
 
 
-def test_equals_the_definition_averaged_over_the_mirror_image(net: Classifier, crops: Crops) -> None:
+def mirror_mean(definition: Callable[[Classifier, torch.Tensor], torch.Tensor], net: Classifier,
+                crops: Crops) -> np.ndarray:
+    """A definition averaged over the slices and their mirror images, scaled as the package does."""
     inputs = inputs_of(crops)
-    straight, mirrored = by_definition(net, inputs), by_definition(net, inputs.flip(3)).flip(2)
-    both = (0.5 * (straight + mirrored)).numpy() * crops.lungs
+    straight, mirrored = definition(net, inputs), definition(net, inputs.flip(3)).flip(2)
+    return scale_by_top((0.5 * (straight + mirrored)).numpy() * crops.lungs, crops.lungs, SETTINGS.top)
+
+
+def test_equals_the_definition_averaged_over_the_mirror_image(net: Classifier, crops: Crops) -> None:
     maps = grad_cam(net, crops)
-    np.testing.assert_allclose(maps, scale_by_top(both, crops.lungs, SETTINGS.top), atol=1e-4)
+    np.testing.assert_allclose(maps, mirror_mean(by_definition, net, crops), atol=1e-4)
+    straight = by_definition(net, inputs_of(crops))
     # The comparison has teeth: without the mirror image the maps differ visibly.
     alone = scale_by_top(straight.numpy() * crops.lungs, crops.lungs, SETTINGS.top)
     assert np.abs(maps - alone).max() > 0.05
@@ -86,11 +92,8 @@ def layer_by_definition(net: Classifier, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def test_layer_cam_equals_its_definition_averaged_over_the_mirror_image(net: Classifier, crops: Crops) -> None:
-    inputs = inputs_of(crops)
-    straight, mirrored = layer_by_definition(net, inputs), layer_by_definition(net, inputs.flip(3)).flip(2)
-    both = (0.5 * (straight + mirrored)).numpy() * crops.lungs
     maps = layer_cam(net, crops)
-    np.testing.assert_allclose(maps, scale_by_top(both, crops.lungs, SETTINGS.top), atol=1e-4)
+    np.testing.assert_allclose(maps, mirror_mean(layer_by_definition, net, crops), atol=1e-4)
     assert np.abs(maps - grad_cam(net, crops)).max() > 0.1, "it is another method"
 
 
