@@ -12,10 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from covidseg.artifacts import fingerprint, write_text
+from covidseg.crossval import cross_validated
 from covidseg.dataset import Dataset
 from covidseg.errors import SettingsError
-from covidseg.evaluate import Evaluation, evaluate_run
-from covidseg.pipeline import Profile, Run, repainted
+from covidseg.evaluate import Evaluation, StageResult, evaluate_run
+from covidseg.pipeline import Run
+from covidseg.profiles import Profile, faithful, repainted
+from covidseg.refine import trusting
 from covidseg.report import evaluation_json
 from covidseg.train import Log
 
@@ -53,6 +56,12 @@ def _paint(**changes: Any) -> Change:
     return change
 
 
+def _on_masks(run: Run, test: Dataset, bound: bool | None) -> Evaluation:
+    counts = cross_validated(run, test)
+    threshold = trusting(run.profile.segmenter).threshold
+    return Evaluation([StageResult("Segmenter", "pixel masks", threshold, counts)], float("nan"), len(counts))
+
+
 @dataclass(frozen=True)
 class Variant:
     """One row of the table.
@@ -60,10 +69,14 @@ class Variant:
     Attributes:
         title: what was changed.
         change: makes the variant's settings.
+        measure: trains and measures what is missing; the third argument says whether to train with the masks of the
+            training slices as well.
     """
 
     title: str
     change: Change
+    measure: Callable[[Run, Dataset, bool | None], Evaluation] = lambda run, test, bound: evaluate_run(
+        run, test, upper_bound=bound)
 
 
 VARIANTS = {
@@ -77,11 +90,13 @@ VARIANTS = {
     "patch-grid": Variant("5 x 5 grid over each coarse component", _mil(reading="grid")),
     "mean-pooling": Variant("mean pooling in place of attention", _mil(pooling="mean")),
     "no-zeros": Variant("lesion-free slices not held at zero", _mil(zeros=0.0)),
+    "true-lungs": Variant("true lungs where the data has them", lambda p: replace(p, true_lungs=True)),
     "no-exchange": Variant("no exchange: patches from slice labels alone", _exchange("none")),
     "one-way": Variant("exchange one way: map to patches", _exchange("to_patches")),
     "no-vessels": Variant("no painted vessels", _paint(vessels=0.0)),
-    "no-lesions": Variant("no painted lesions, vessels only (faithful)", _paint(share=0.0)),
+    "faithful": Variant("no painted lesions, vessels only (faithful)", faithful),
     "no-paint": Variant("nothing painted", _paint(share=0.0, vessels=0.0)),
+    "pixel-masks": Variant("full supervision on the test set, 5-fold cross-validation", lambda p: p, _on_masks),
 }
 
 
@@ -112,14 +127,17 @@ def ablate(run: Run, test: Dataset, names: list[str] | None = None, *, log: Log 
     """
     for name in chosen(names):
         profile = VARIANTS[name].change(run.profile)
+        if names is None and profile.true_lungs and any(case.lung is None for case in run.data.cases):
+            log(f"ablation: {name} left out, the training set has no true lungs")
+            continue
         variant = Run(run.data, profile, run.seed, run.folder, run.device.type, log)
-        tested = fingerprint(variant.key("segmenter"), *(p for c in test.cases for p in (c.image, c.mask) if p))
+        tested = fingerprint(variant.key("segmenter"), *(p for c in test.cases for p in (c.image, c.mask, c.lung) if p))
         path = run.folder / "ablation" / f"{name}-{tested}.json"
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
         else:
             log(f"ablation: {VARIANTS[name].title}")
-            result: Evaluation = evaluate_run(variant, test, upper_bound=upper_bound if name == "whole" else False)
+            result = VARIANTS[name].measure(variant, test, upper_bound if name == "whole" else False)
             content = {"name": name, "title": VARIANTS[name].title, **evaluation_json(result)}
             write_text(path, json.dumps(content, indent=2) + "\n")
         yield name, content

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.used: dict[str, str] = {}
+        self._within = 0.0  # seconds spent on stages that were asked for while another one was being made
 
     def path(self, stage: str, key: str) -> Path:
         """Where the result of a stage with this key lies."""
@@ -107,18 +108,30 @@ class Store:
             ) -> tuple[Arrays, dict[str, Any]]:
         """The stored result, or the result of ``make()``, which is stored.
 
-        A file that no longer fits its checksum is computed again: the key says that nothing else has changed.
+        A file that no longer fits its checksum is computed again: the key says that nothing else has changed. The
+        notes also hold ``seconds``, what this stage took without the stages before it.
         """
         path = self.path(stage, key)
-        self.used[stage] = path.name
         if path.exists():
             try:
                 return load_arrays(path)
             except ArtifactError:
                 path.unlink(missing_ok=True)
+        start, outer, self._within = time.monotonic(), self._within, 0.0
         arrays, notes = make()
+        seconds = time.monotonic() - start
+        notes = {**notes, "seconds": round(seconds - self._within, 2)}
+        self._within = outer + seconds
         save_arrays(path, arrays, notes)
         return arrays, notes
+
+    def seconds(self, stage: str, key: str) -> float:
+        """What a stored stage took, without the stages before it.
+
+        Raises:
+            ArtifactError: it is not stored, or damaged.
+        """
+        return float(load_arrays(self.path(stage, key))[1].get("seconds", 0.0))
 
 
 def net_arrays(net: nn.Module) -> Arrays:

@@ -28,7 +28,7 @@ class CamSettings:
     Attributes:
         batch: slices a pass.
         scales: the map is averaged over the slice enlarged by these factors, each with its mirror image.
-        layer_share: share of LayerCAM of two earlier blocks in the map; Grad-CAM of the last block has the rest.
+        layer_share: share of LayerCAM of the last two blocks in the map; Grad-CAM of the last block has the rest.
         top: the map is divided by this percentile of itself inside the lung: no single pixel sets the scale.
         lesion: coarse label "lesion" from this value on.
         lung: coarse label "lung" below this value; in between nobody knows.
@@ -37,11 +37,11 @@ class CamSettings:
 
     batch: int = 32
     scales: tuple[float, ...] = (1.0,)
-    layer_share: float = 0.5
+    layer_share: float = 0.2
     top: float = 99.0
     lesion: float = 0.3
     lung: float = 0.1
-    outline: float = 0.05
+    outline: float = 0.1
 
 
 def _score(output: Tensor) -> Tensor:
@@ -89,8 +89,8 @@ def grad_cam(net: Classifier, crops: Crops, settings: CamSettings = CamSettings(
 
 
 def layer_cam(net: Classifier, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
-    """LayerCAM of the two blocks before the last, ``(N, S, S)`` float32 in [0, 1]."""
-    return _averaged(LayerCAM, [net.middle, net.coarse[0]], net, crops, settings)
+    """LayerCAM of the last two blocks, ``(N, S, S)`` float32 in [0, 1]."""
+    return _averaged(LayerCAM, [net.middle, net.coarse], net, crops, settings)
 
 
 def activation_maps(net: Classifier, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:

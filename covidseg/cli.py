@@ -32,6 +32,8 @@ Method = Annotated[str, typer.Option(help="extended (lesions painted on lesion-f
                                           "(no painted lesion, as in the abstract).")]
 Seed = Annotated[int, typer.Option(help="Seed of all stages.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Volume = Annotated[bool | None, typer.Option(
+    "--volume/--stack", help="Slices of one body in order, or unrelated slices. Default: measured.")]
 _state = {"debug": False}
 
 
@@ -103,9 +105,7 @@ def _each(files: list[Path], work) -> None:  # type: ignore[no-untyped-def]
 @app.command()
 def lungs(inputs: Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or folders of them.")],
           out: Annotated[Path, typer.Option("-o", "--out", help="Folder, or a .nii.gz file for one scan.")],
-          volume: Annotated[bool | None, typer.Option(
-              "--volume/--stack", help="Slices of one body in order, or unrelated slices. Default: measured.")] = None,
-          ) -> None:
+          volume: Volume = None) -> None:
     """Writes threshold lung masks; no training needed."""
     from covidseg.io import read_scan, write_like
     from covidseg.lungs import lung_masks
@@ -146,18 +146,18 @@ def _train(data: str, out: Path, profile: str, method: str, seed: int, device: s
     console.print(f"{DISCLAIMER}\ntraining on {run.data.labels()} labelled slices of {len(run.data.cases)} volumes, "
                   f"profile {profile}, {method}, seed {seed}, {run.device}", highlight=False)
     run.segmenter()
-    run.store.used = {stage: run.store.path(stage, run.key(stage)).name for stage in run.stages()}
     name = Path(data).name
-    write_run(run, f"covidseg train --data {name} --profile {profile} --method {method} --seed {seed}",
-              time.monotonic() - start)
+    write_run(run, f"covidseg train --data {name} --profile {profile} --method {method} --seed {seed}")
     console.print(f"run finished in {time.monotonic() - start:.0f} s, in {out}", highlight=False)
     return run
 
 
 @app.command()
 def predict(inputs: Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or folders of them.")],
-            run: Annotated[Path, typer.Option(help="Folder written by `covidseg train`.")],
             out: Annotated[Path, typer.Option("-o", "--out", help="Folder, or a .nii.gz file for one scan.")],
+            run: Annotated[Path | None, typer.Option(
+                help="Folder written by `covidseg train`. Default: the nets that come with covidseg.")] = None,
+            volume: Volume = None,
             threshold: Annotated[float | None, typer.Option(
                 min=0.001, max=1.0, help="Lesion from this probability on. Default: as the run was made.")] = None,
             probability: Annotated[bool, typer.Option(
@@ -165,17 +165,17 @@ def predict(inputs: Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) 
             device: Device = "auto") -> None:
     """Writes lesion masks that lie on their scans voxel by voxel."""
     from covidseg.io import read_scan, scan_id, write_like
-    from covidseg.predict import load_predictor
+    from covidseg.predict import SHIPPED, load_predictor
     from covidseg.train import pick_device
 
     files = _inputs(inputs)
     targets = _targets(out, files)
-    predictor = load_predictor(run, pick_device(device))
+    predictor = load_predictor(SHIPPED if run is None else run, pick_device(device))
     level = predictor.profile.segmenter.threshold if threshold is None else threshold
 
     def work(path: Path) -> str:
         scan = read_scan(path)
-        maps = predictor.probabilities(scan)
+        maps = predictor.probabilities(scan, volume)
         target = write_like(maps >= level, scan.grid, targets[path])
         if probability:
             write_like(maps, scan.grid, target.with_name(f"{scan_id(target)}_probability.nii.gz"))
@@ -183,6 +183,17 @@ def predict(inputs: Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) 
 
     console.print(DISCLAIMER)
     _each(files, work)
+
+
+@app.command("export")
+def export_command(run: Annotated[Path, typer.Argument(help="Folder written by `covidseg train`.")],
+                   out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the nets.")]) -> None:
+    """Copies the nets of a run, without its training data, into a small folder to share: `predict --run` reads it."""
+    from covidseg.predict import export_run
+
+    files = export_run(run, out)
+    size = sum(path.stat().st_size for path in files)
+    console.print(f"{len(files)} files, {size / 1e6:.1f} MB, in {out}", highlight=False)
 
 
 @app.command()
@@ -279,10 +290,11 @@ def ablate_command(
     from covidseg.ablate import ablate, ablation_rows, chosen
     from covidseg.artifacts import file_hash, write_text
     from covidseg.pipeline import open_run
-    from covidseg.predict import profile_json
+    from covidseg.profiles import profile_json
     from covidseg.report import scores_from, scores_table
 
-    names = chosen(only.split(",") if only else None)
+    asked = only.split(",") if only else None
+    chosen(asked)  # a misspelt name ends it here, before anything is trained
     folder = out or Path("runs") / f"{Path(data).name}-{profile}-{method}-seed{seed}"
     testing, tested = _measured_on(data, test)
     start = time.monotonic()
@@ -290,9 +302,8 @@ def ablate_command(
                    log=lambda line: console.print(line, highlight=False))
     console.print(DISCLAIMER)
     results = []
-    for number, (name, result) in enumerate(ablate(run, testing, names, log=run.log), start=1):
-        console.print(f"[{number}/{len(names)}] {name} done after {time.monotonic() - start:.0f} s",
-                      highlight=False, markup=False)
+    for name, result in ablate(run, testing, asked, log=run.log):
+        console.print(f"{name} done after {time.monotonic() - start:.0f} s", highlight=False, markup=False)
         results.append(result)
     rows = [(title, scores_from(row["micro"]), scores_from(row["macro"])) for title, row in ablation_rows(results)]
     console.print(scores_table(f"trained on {Path(data).name}, measured on {tested}, {method}, seed {seed}", rows))

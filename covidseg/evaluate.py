@@ -7,7 +7,7 @@ advance in the settings.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from skimage.filters import threshold_otsu
@@ -22,8 +22,8 @@ from covidseg.lungs import lung_masks
 from covidseg.metrics import Scores, confusion, macro, micro, read_truth
 from covidseg.mil import patch_probabilities
 from covidseg.pipeline import Run
-from covidseg.prepare import Crops, crop, uncrop
-from covidseg.refine import lesion_probabilities
+from covidseg.prepare import Crops, crop_masks, uncrop
+from covidseg.refine import lesion_probabilities, trusting
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def training_truth(run: Run) -> np.ndarray:
     masks = []
     for name, box in zip(data.names, data.crops.boxes, strict=True):
         volume, number = name.rsplit(":", 1)
-        masks.append(crop(truths[volume][int(number)], box, run.profile.prepare.size, 0.0) > 0.5)
+        masks.append(crop_masks(truths[volume][[int(number)]], box[None], run.profile.prepare.size)[0])
     return np.array(masks)
 
 
@@ -116,8 +116,8 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
     """
     if upper_bound is None:
         upper_bound = all(case.mask is not None for case in run.data.cases)
-    last = len(run.rounds())
-    classifier, (patch_net, _), segmenter = run.classifier(last), run.mil(last), run.segmenter()
+    best = run.best()
+    classifier, (patch_net, _), segmenter = run.classifier(best), run.mil(best), run.segmenter()
     p = run.profile
     # A row's maps are made from the crops and from the maps of the rows above it, which the fusion reuses.
     stages: list[tuple[str, str, float, Callable[[Crops, dict[str, np.ndarray]], np.ndarray]]] = [
@@ -131,7 +131,8 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
     ]
     if upper_bound:
         supervised = run.supervised(training_truth(run))
-        stages.append(("Segmenter, true masks", "pixel masks", 0.5, lambda c, _: lesion_probabilities(supervised, c)))
+        stages.append(("Segmenter, true masks", "pixel masks", trusting(p.segmenter).threshold,
+                       lambda c, _: lesion_probabilities(supervised, c)))
 
     counts: list[list[np.ndarray]] = [[] for _ in stages]
     probabilities, labels = [], []
@@ -139,6 +140,9 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
         truth = read_truth(Dataset(test.root, (case,)))[0]
         pixels, mask = truth.scan.pixels, truth.mask
         found, crops = run.crops(pixels)
+        if p.true_lungs and case.lung is not None:
+            lungs = read_mask(case.lung, like=truth.scan)[found]
+            crops = replace(crops, lungs=crop_masks(lungs, crops.boxes, p.prepare.size))
         maps: dict[str, np.ndarray] = {}
         for (name, _, threshold, predict), rows in zip(stages, counts, strict=True):
             predicted = np.zeros(mask.shape, bool)
@@ -147,10 +151,11 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
                 for k, small, box in zip(found, maps[name], crops.boxes, strict=True):
                     level = 0.5 if np.isnan(threshold) else threshold
                     predicted[k] = uncrop(small, box, mask.shape[1:]) >= level
-            rows.append(confusion(predicted, mask))
-        if len(found):
-            probabilities.append(slice_probabilities(classifier, crops))
-            labels.append(mask[found].any(axis=(1, 2)).astype(int))
+            rows.append(confusion(predicted[truth.slices], mask[truth.slices]))
+        measured = np.isin(found, truth.slices)
+        if measured.any():
+            probabilities.append(slice_probabilities(classifier, crops.take(measured)))
+            labels.append(mask[found[measured]].any(axis=(1, 2)).astype(int))
     all_labels = np.concatenate(labels) if labels else np.zeros(0, int)
     area = auc(np.concatenate(probabilities), all_labels) if len(set(all_labels)) == 2 else float("nan")
     results = [StageResult(name, supervision, threshold, np.concatenate(rows))
@@ -194,7 +199,7 @@ def lesion_coverage(data: Dataset, find: Finder = lung_masks) -> tuple[float, fl
     """
     inside = lesion = masked = total = 0
     for truth in read_truth(data):
-        mask = find(truth.scan.pixels)
-        inside, lesion = inside + int((mask & truth.mask).sum()), lesion + int(truth.mask.sum())
+        mask, lesions = find(truth.scan.pixels)[truth.slices], truth.mask[truth.slices]
+        inside, lesion = inside + int((mask & lesions).sum()), lesion + int(lesions.sum())
         masked, total = masked + int(mask.sum()), total + mask.size
     return inside / lesion if lesion else float("nan"), masked / total

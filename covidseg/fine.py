@@ -44,13 +44,33 @@ class FineLabels:
 
     Attributes:
         labels: ``(N, S, S)`` bool, lesion.
-        weights: ``(N, S, S)`` float32 in [0, 1], how sure the label is; 1 throughout slices without a lesion.
         probabilities: ``(N, S, S)`` float32, the fused map before the walker.
     """
 
     labels: np.ndarray
-    weights: np.ndarray
     probabilities: np.ndarray
+
+    @property
+    def targets(self) -> np.ndarray:
+        """What the segmenter is taught, ``(N, S, S)`` float32: half the walker's decision, half the probability.
+
+        Decisions alone shrink from step to step: a doubtful rim is called lung, and the net learns to call it so.
+        """
+        return (0.5 * self.labels + 0.5 * self.probabilities).astype(np.float32)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """How sure the targets are, see :func:`certainty`."""
+        return certainty(self.targets)
+
+
+def certainty(targets: np.ndarray) -> np.ndarray:
+    """Weight of a pixel from its target in [0, 1]: 1 where it is sure, half where it is not, same shape.
+
+    Not less than half: lesions are less sure than lung nearly everywhere, and a loss that hardly counts them would
+    teach the net to leave them out.
+    """
+    return (0.5 + 0.5 * np.abs(2 * targets - 1)).astype(np.float32)
 
 
 def fuse(cam: np.ndarray, patches: np.ndarray, settings: FineSettings) -> np.ndarray:
@@ -104,9 +124,8 @@ def fine_labels(data: WeakSet, cam: np.ndarray, patches: np.ndarray,
         patches: ``(N, S, S)`` from :func:`covidseg.mil.patch_probabilities`.
     """
     probabilities = fuse(cam, patches, settings) * data.crops.lungs
+    probabilities[data.labels == 0] = 0
     labels = np.zeros(cam.shape, bool)
-    weights = np.ones(cam.shape, np.float32)
     for k in np.flatnonzero(data.labels == 1):
         labels[k] = walk(data.crops.images[k], probabilities[k], data.crops.lungs[k], settings)
-        weights[k] = np.where(data.crops.lungs[k], np.abs(2 * probabilities[k] - 1), 1)
-    return FineLabels(labels, weights, probabilities)
+    return FineLabels(labels, probabilities)

@@ -58,8 +58,8 @@ class LungNetSettings:
         solid=(0.85, 1.08), solid_share=0.65, outer=50.0, depth=0.03))
     thick: float = 2.0
     keep: float = 0.2
-    add: float = 0.35
-    add_thin: float = 0.6
+    add: float = 0.6
+    add_thin: float = 0.7
     little: float = 0.18
     smallest: float = 0.04
     largest_hole: float = 0.01

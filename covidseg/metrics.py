@@ -89,7 +89,7 @@ class Truth:
     Attributes:
         scan: the picture.
         mask: ``(S, H, W)`` bool.
-        slices: which slices are measured.
+        slices: ``(M,)`` int, the slices that are measured: the labelled ones, or all if none has a label.
     """
 
     scan: Scan
@@ -98,10 +98,12 @@ class Truth:
 
 
 def read_truth(dataset: Dataset) -> list[Truth]:
-    """Reads scans and lesion masks of a data folder; all slices are measured.
+    """Reads scans and lesion masks of a data folder.
+
+    A split leaves only one side's labels in a stack of slices, and so decides what is measured.
 
     Raises:
-        DatasetError: a volume has no mask.
+        DatasetError: a volume has no mask, or a label names a slice that it does not have.
     """
     truths = []
     for case in dataset.cases:
@@ -110,5 +112,9 @@ def read_truth(dataset: Dataset) -> list[Truth]:
                                remedy="Evaluation needs mask/ID.nii.gz beside im/ID.nii.gz")
         scan = read_scan(case.image)
         mask = read_mask(case.mask, like=scan)
-        truths.append(Truth(scan, mask, np.arange(len(mask))))
+        slices = np.array(sorted(case.labels)) if case.labels else np.arange(len(mask))
+        if slices[-1] >= len(mask):
+            raise DatasetError(f"volume {case.id} has {len(mask)} slices, slice {slices[-1]} is labelled",
+                               path=dataset.root, remedy="Slices count from 0; correct the label table")
+        truths.append(Truth(scan, mask, slices))
     return truths

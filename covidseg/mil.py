@@ -100,7 +100,7 @@ class PatchNet(nn.Module):
         self.near = nn.Sequential(nn.Conv2d(2, w, 5, padding=2, bias=False), nn.BatchNorm2d(w), nn.ReLU())  # 5 px
         self.middle = nn.Sequential(nn.MaxPool2d(2), _level(w, 2 * w))                                    # 14 px
         self.far = nn.Sequential(nn.MaxPool2d(2), _level(2 * w, 4 * w),
-                                 nn.Conv2d(4 * w, 4 * w, 3, padding=3, dilation=3), nn.ReLU())              # 54 px
+                                 nn.Conv2d(4 * w, 4 * w, 3, padding=3, dilation=3), nn.ReLU())              # 56 px
         self.embed = nn.Sequential(nn.Linear(7 * w, 4 * w), nn.ReLU(), nn.Dropout(0.1))
         self.score = nn.Linear(4 * w, 1)
         # Gated attention: w' (tanh(V h) * sigmoid(U h)), eq. 9 of Ilse et al.

@@ -3,7 +3,8 @@
 In each round the classifier's activation map is the prior of the patch task (A to B), and the patches' map becomes a
 lesson for the classifier's evidence where the patches are sure and the two do not flatly contradict each other (B to
 A). The weight of that lesson is ramped up from round to round, as between two peers on two tasks in Zhang and Zhang
-(PRCV 2021). The rounds end when the agreement of the two maps no longer changes.
+(PRCV 2021). The rounds end when the two maps agree no better than before, and the round in which they agreed best is
+the one that the later stages use. No mask has a say in either.
 
 This module decides what is taught; :mod:`covidseg.pipeline` runs the rounds and stores each of them.
 """
@@ -30,15 +31,17 @@ class MutualSettings:
         rounds: most rounds.
         again: share of a task's steps that it trains in every later round, going on from the one before.
         weights: weight of the lesson for the classifier in rounds 2, 3, ...; the last one stays.
+        gentle: learning rate of the classifier in later rounds, as a share of the first; it should not lose its way.
         sure: the patches teach "lung" below the first probability and "lesion" above the second.
         gap: no lesson where the two maps are further apart than this.
-        stop: rounds end when the agreement changes by less.
+        stop: rounds end when the agreement grows by less.
     """
 
     exchange: str = "both"
     rounds: int = 2
     again: float = 0.5
-    weights: tuple[float, ...] = (0.2, 0.5)
+    weights: tuple[float, ...] = (2.0, 3.0)
+    gentle: float = 0.3
     sure: tuple[float, float] = (0.1, 0.8)
     gap: float = 0.5
     stop: float = 0.01
@@ -106,4 +109,9 @@ def settled(rounds: list[Round], settings: MutualSettings) -> bool:
     """Whether the rounds are over."""
     if len(rounds) >= settings.rounds or settings.exchange != "both":
         return True
-    return len(rounds) > 1 and abs(rounds[-1].gain) < settings.stop
+    return len(rounds) > 1 and rounds[-1].gain < settings.stop
+
+
+def best_round(rounds: list[Round]) -> int:
+    """Number, from 1, of the round in which the two maps agreed best; the earlier one if two agreed alike."""
+    return 1 + max(range(len(rounds)), key=lambda k: rounds[k].agreement)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,81 +18,21 @@ import torch
 from torch import nn
 
 from covidseg.artifacts import Store, fingerprint, load_net, net_arrays
-from covidseg.cam import CamSettings, activation_maps, coarse_labels
-from covidseg.classify import Classifier, ClassifierSettings, train_classifier
+from covidseg.cam import activation_maps, coarse_labels
+from covidseg.classify import Classifier, train_classifier
 from covidseg.curriculum import Phase
 from covidseg.dataset import Dataset, load_dataset
-from covidseg.errors import SettingsError
-from covidseg.fine import FineLabels, FineSettings, fine_labels
-from covidseg.lungnet import LungNetSettings, make_lung_net, robust_lungs, train_lung_net
-from covidseg.lungs import LungSettings, lung_masks
-from covidseg.mil import MilSettings, PatchNet, patch_probabilities, train_mil
-from covidseg.mutual import Lesson, MutualSettings, Round, agreement, make_lesson, settled
-from covidseg.paint import NO_PAINT
-from covidseg.prepare import Crops, PrepareSettings, WeakSet, make_crops, uncrop, weak_set
-from covidseg.refine import SegmenterSettings, make_segmenter, train_segmenter
+from covidseg.fine import FineLabels, fine_labels
+from covidseg.lungnet import make_lung_net, robust_lungs, train_lung_net
+from covidseg.lungs import lung_masks
+from covidseg.mil import PatchNet, patch_probabilities, train_mil
+from covidseg.mutual import Lesson, Round, agreement, best_round, make_lesson, settled
+from covidseg.prepare import Crops, WeakSet, make_crops, uncrop, weak_set, with_true_lungs
+from covidseg.profiles import Profile, profile_named
+from covidseg.refine import make_segmenter, train_segmenter, trusting
 from covidseg.registry import resolve
 from covidseg.splits import apply_split, read_split
 from covidseg.train import Log, pick_device
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Settings of every stage.
-
-    Attributes:
-        name: ``quick`` or ``full``.
-        method: ``extended`` or ``faithful``, see :func:`profile_named`.
-    """
-
-    name: str
-    method: str = "extended"
-    lungs: LungSettings = field(default_factory=LungSettings)
-    prepare: PrepareSettings = field(default_factory=PrepareSettings)
-    lung_net: LungNetSettings = field(default_factory=LungNetSettings)
-    classifier: ClassifierSettings = field(default_factory=ClassifierSettings)
-    cam: CamSettings = field(default_factory=CamSettings)
-    mil: MilSettings = field(default_factory=MilSettings)
-    mutual: MutualSettings = field(default_factory=MutualSettings)
-    fine: FineSettings = field(default_factory=FineSettings)
-    segmenter: SegmenterSettings = field(default_factory=SegmenterSettings)
-
-
-METHODS = ("extended", "faithful")
-PROFILES = {
-    # A few minutes on two CPU cores, no step above one minute: for lessons and tests.
-    "quick": Profile("quick", lung_net=LungNetSettings(steps=160), mil=MilSettings(steps=160),
-                     mutual=MutualSettings(again=0.4), segmenter=SegmenterSettings(steps=220)),
-    # Longer training of wider nets: for real scans, on a GPU if there is one. See results/ for what it takes.
-    "full": Profile(
-        "full", classifier=ClassifierSettings(width=32, steps=500), cam=CamSettings(scales=(0.75, 1.0, 1.25, 1.5)),
-        mil=MilSettings(width=24, steps=600),
-        segmenter=SegmenterSettings(channels=(16, 32, 64, 128, 128), steps=1200)),
-}
-
-
-def profile_named(name: str, method: str = "extended") -> Profile:
-    """The profile ``quick`` or ``full`` of one of the two methods.
-
-    ``faithful`` does what the abstract describes: no lesion is painted. ``extended`` paints lesions on lesion-free
-    slices (:mod:`covidseg.paint`), for the patches and the segmenter alike. Both paint vessels there, which stay
-    *no lesion*: more of the healthy lung that slice labels are exact about.
-
-    Raises:
-        SettingsError: there is no such profile or method.
-    """
-    for value, known, what in ((name, tuple(PROFILES), "profile"), (method, METHODS, "method")):
-        if value not in known:
-            raise SettingsError(f"there is no {what} {value!r}", remedy=f"Choose one of {', '.join(known)}")
-    profile = PROFILES[name]
-    return profile if method == "extended" else replace(repainted(profile, share=0.0), method=method)
-
-
-def repainted(profile: Profile, **changes: Any) -> Profile:
-    """The profile with other :class:`~covidseg.paint.PaintSettings` for the patches and the segmenter."""
-    mil, segmenter = profile.mil, profile.segmenter
-    return replace(profile, mil=replace(mil, paint=replace(mil.paint, **changes)),
-                   segmenter=replace(segmenter, paint=replace(segmenter.paint, **changes)))
 
 
 def find_lungs(pixels: np.ndarray, net: nn.Module | None, profile: Profile,
@@ -140,9 +80,12 @@ class Run:
             return fingerprint(self.key("mil1"), p.mutual)
         if stage == "fine":
             return fingerprint(self.key("rounds"), p.fine)
+        if stage == "weak":
+            lungs = [case.lung for case in self.data.cases if case.lung] if p.true_lungs else []
+            return fingerprint(self.key("lung_net"), p.true_lungs, *lungs)
         name, number = stage.rstrip("0123456789"), int(stage.lstrip("abcdefghijklmnopqrstuvwxyz_") or 1)
         before, settings = {
-            "lung_net": ("threshold", p.lung_net), "weak": ("lung_net", p.lung_net),
+            "lung_net": ("threshold", p.lung_net),
             "classifier": ("weak" if number == 1 else f"mil{number - 1}", p.classifier),
             "cam": (f"classifier{number}", p.cam), "mil": (f"cam{number}", p.mil), "segmenter": ("fine", p.segmenter),
         }[name]
@@ -183,7 +126,11 @@ class Run:
     def weak(self) -> WeakSet:
         """Stage 1: crops with completed lungs, and the slice labels. All that the later stages see."""
         def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            return {"lungs": robust_lungs(self.lung_net(), self.threshold().crops, self.profile.lung_net).lungs}, {}
+            if self.profile.true_lungs:
+                crops = with_true_lungs(self.data, self.threshold()).crops
+            else:
+                crops = robust_lungs(self.lung_net(), self.threshold().crops, self.profile.lung_net)
+            return {"lungs": crops.lungs}, {}
 
         def load() -> WeakSet:
             before = self.threshold()
@@ -225,8 +172,9 @@ class Run:
         def train() -> Classifier:
             if number == 1:
                 return train_classifier(self.weak(), settings, seed=self.seed, device=self.device, log=self.log)
+            gentle = replace(self._later(settings), rate=self.profile.mutual.gentle * settings.rate)
             return train_classifier(
-                self.weak(), self._later(settings), start=self.classifier(number - 1), lesson=self._lesson(number),
+                self.weak(), gentle, start=self.classifier(number - 1), lesson=self._lesson(number),
                 seed=self.seed + number - 1, device=self.device, log=self.log, name=f"classifier-{number}")
         return self._net(stage, lambda: Classifier(settings), train)  # type: ignore[return-value]
 
@@ -300,20 +248,24 @@ class Run:
         return self._once("rounds", lambda: [Round(*row) for row in self.store.get(
             "rounds", self.key("rounds"), make)[0]["rounds"].tolist()])
 
+    def best(self) -> int:
+        """Number of the round whose nets and maps are used from here on, see :func:`covidseg.mutual.best_round`."""
+        return best_round(self.rounds())
+
     def fine(self) -> FineLabels:
-        """Stage 5: fine labels of all training slices, from the maps of the last round."""
-        last = len(self.rounds())
+        """Stage 5: fine labels of all training slices, from the maps of the best round."""
+        best = self.best()
 
         def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            fine = fine_labels(self.weak(), self.cam(last), self.patches(last), self.profile.fine)
-            return {"labels": fine.labels, "weights": fine.weights, "probabilities": fine.probabilities}, {}
+            fine = fine_labels(self.weak(), self.cam(best), self.patches(best), self.profile.fine)
+            return {"labels": fine.labels, "probabilities": fine.probabilities}, {}
         return self._once("fine", lambda: FineLabels(**self.store.get("fine", self.key("fine"), make)[0]))
 
     def segmenter(self) -> nn.Module:
         """Stage 6: the segmenter trained on the fine labels."""
         settings = self.profile.segmenter
         return self._net("segmenter", lambda: make_segmenter(settings),
-                         lambda: train_segmenter(self.weak(), self.fine().labels, self.fine().weights, settings,
+                         lambda: train_segmenter(self.weak(), self.fine().targets, self.fine().weights, settings,
                                                  seed=self.seed, device=self.device, log=self.log))
 
     def supervised(self, masks: np.ndarray) -> nn.Module:
@@ -322,8 +274,7 @@ class Run:
         Args:
             masks: ``(N, S, S)`` bool, from :func:`covidseg.evaluate.training_truth`.
         """
-        # Masks are trusted: nearly plain cross entropy, and nothing painted.
-        settings = replace(self.profile.segmenter, robustness=0.1, fine_weight=1.0, refresh=(), paint=NO_PAINT)
+        settings = trusting(self.profile.segmenter)
         masks_hash = hashlib.sha256(np.packbits(masks).tobytes()).hexdigest()
         key = fingerprint(self.key("weak"), settings, self.seed, masks_hash)
 

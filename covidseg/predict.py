@@ -1,9 +1,9 @@
-"""Masks for new scans from a finished run."""
+"""Masks for new scans, from a finished run or from the nets that come with the package."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from covidseg.artifacts import load_arrays, load_net
-from covidseg.cam import CamSettings
-from covidseg.classify import ClassifierSettings
-from covidseg.curriculum import CurriculumSettings
-from covidseg.errors import ArtifactError, InputFileError, NoLungError, SettingsError
-from covidseg.fine import FineSettings
+from covidseg.artifacts import load_arrays, load_net, save_arrays, write_text
+from covidseg.errors import ArtifactError, InputFileError, NoLungError, OutputError
 from covidseg.io import Scan
-from covidseg.lungnet import LungNetSettings, make_lung_net
-from covidseg.lungs import LungSettings
-from covidseg.mil import MilSettings
-from covidseg.mutual import MutualSettings
-from covidseg.paint import PaintSettings
-from covidseg.pipeline import Profile, find_lungs
-from covidseg.prepare import PrepareSettings, uncrop
-from covidseg.refine import SegmenterSettings, lesion_probabilities, make_segmenter
+from covidseg.lungnet import make_lung_net
+from covidseg.mil import PatchNet
+from covidseg.pipeline import find_lungs
+from covidseg.prepare import uncrop
+from covidseg.profiles import Profile, profile_from
+from covidseg.refine import lesion_probabilities, make_segmenter
 
 REPORT = "run.json"
+SHIPPED = Path(__file__).parent / "weights"  # a run cut down by export_run; its model card lies beside it
 
 
 @dataclass(frozen=True)
@@ -35,17 +30,21 @@ class Predictor:
     """Trained nets with the settings they were trained with; ``lung_net`` is None where the run has none."""
 
     segmenter: nn.Module
+    patch_net: PatchNet
     lung_net: nn.Module | None
     profile: Profile
 
-    def probabilities(self, scan: Scan) -> np.ndarray:
+    def probabilities(self, scan: Scan, volume: bool | None = None) -> np.ndarray:
         """Lesion probability of every voxel, ``(slices, rows, columns)`` float32, 0 outside the lung but for
         the pixels at its edge.
+
+        Args:
+            volume: as of :func:`covidseg.lungs.lung_masks`.
 
         Raises:
             NoLungError: there is no lung in any slice.
         """
-        found, crops = find_lungs(scan.pixels, self.lung_net, self.profile)
+        found, crops = find_lungs(scan.pixels, self.lung_net, self.profile, volume)
         if not len(found):
             raise NoLungError("no lung was found in any slice", path=scan.path,
                               remedy="covidseg expects chest CT with air in the lungs darker than tissue")
@@ -55,41 +54,12 @@ class Predictor:
         return result
 
 
-def profile_from(plain: dict) -> Profile:
-    """The settings of a run from the JSON of its report.
-
-    Raises:
-        ArtifactError: the report names settings that this version does not know.
-    """
-    kinds = {"lungs": LungSettings, "prepare": PrepareSettings, "lung_net": LungNetSettings,
-             "classifier": ClassifierSettings, "cam": CamSettings,
-             "mil": MilSettings, "mutual": MutualSettings,
-             "fine": FineSettings, "segmenter": SegmenterSettings}
-    def read(kind: Any, values: dict) -> Any:
-        """One settings class from its JSON: lists become tuples, inner objects settings of their own."""
-        inner = {"paint": PaintSettings, "curriculum": CurriculumSettings}
-        return kind(**{key: read(inner[key], value) if key in inner
-                       else tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-
-    try:
-        return Profile(plain["name"], plain["method"],
-                       **{name: read(kind, plain[name]) for name, kind in kinds.items()})
-    except (KeyError, TypeError, AttributeError, SettingsError) as error:
-        raise ArtifactError(f"the run's settings cannot be read ({error})",
-                            remedy="Train again with this version of covidseg") from error
-
-
-def profile_json(profile: Profile) -> dict:
-    """Settings as plain JSON values."""
-    return json.loads(json.dumps(asdict(profile)))
-
-
-def load_predictor(run: Path, device: torch.device = torch.device("cpu")) -> Predictor:
-    """Reads the segmenter of a run folder written by ``covidseg train``.
+def read_report(run: Path) -> tuple[dict[str, Any], Profile, dict[str, str]]:
+    """The report of a run folder, its settings, and the file names of the stages that a prediction needs.
 
     Raises:
         InputFileError: the folder is no run.
-        ArtifactError: its report or weights are damaged.
+        ArtifactError: its report is damaged.
     """
     report = run / REPORT
     if not report.is_file():
@@ -97,12 +67,58 @@ def load_predictor(run: Path, device: torch.device = torch.device("cpu")) -> Pre
                              remedy="Name a folder written by `covidseg train --out`")
     try:
         content = json.loads(report.read_text(encoding="utf-8"))
-        stages = content["stages"]
         profile = profile_from(content["settings"])
-        segmenter, lung_net = stages["segmenter"], stages["lung_net"] if profile.lung_net.steps else None
+        wanted = {"segmenter": "segmenter", "patches": f"mil{content['best_round']}",
+                  **({"lung_net": "lung_net"} if profile.lung_net.steps else {})}
+        return content, profile, {name: content["stages"][stage] for name, stage in wanted.items()}
     except (ValueError, KeyError, TypeError) as error:  # also bytes that are no UTF-8
         raise ArtifactError(f"is damaged ({error})", path=report, remedy="Train again") from error
-    def read(stage: str, empty: nn.Module) -> nn.Module:
-        return load_net(empty, load_arrays(run / "stages" / stage)[0]).to(device)
-    return Predictor(read(segmenter, make_segmenter(profile.segmenter)),
-                     read(lung_net, make_lung_net(profile.lung_net)) if lung_net else None, profile)
+
+
+def load_predictor(run: Path = SHIPPED, device: torch.device = torch.device("cpu")) -> Predictor:
+    """Reads the nets of a run folder written by ``covidseg train`` or ``covidseg export``.
+
+    Raises:
+        InputFileError: the folder is no run.
+        ArtifactError: its report or weights are damaged.
+    """
+    _, profile, files = read_report(run)
+
+    def read(name: str, empty: nn.Module) -> nn.Module:
+        return load_net(empty, _weights(run, files[name])).to(device)
+    return Predictor(read("segmenter", make_segmenter(profile.segmenter)),
+                     read("patches", PatchNet(profile.mil)),  # type: ignore[arg-type]
+                     read("lung_net", make_lung_net(profile.lung_net)) if "lung_net" in files else None, profile)
+
+
+def _weights(run: Path, file: str) -> dict[str, np.ndarray]:
+    """Weights of one net; those of the patch net are stored beside its curriculum, with ``net.`` before their names."""
+    arrays, _ = load_arrays(run / "stages" / file)
+    patch_net = {name.removeprefix("net."): value for name, value in arrays.items() if name.startswith("net.")}
+    return patch_net or arrays
+
+
+def export_run(run: Path, out: Path) -> list[Path]:
+    """Copies what a prediction needs, and nothing of the scans, into a folder that :func:`load_predictor` reads.
+
+    The report goes along: settings, versions, and hashes of the scans that the nets were trained on.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputFileError, ArtifactError: as of :func:`load_predictor`.
+        OutputError: the folder is the run itself, or cannot be written.
+    """
+    if out.resolve() == run.resolve():
+        raise OutputError("the export would overwrite the run", path=out, remedy="Name another folder")
+    content, _, files = read_report(run)
+    written = []
+    for name, file in files.items():
+        prefix = "net." if name == "patches" else ""
+        target = out / "stages" / f"{name}.safetensors"
+        save_arrays(target, {prefix + key: value for key, value in _weights(run, file).items()})
+        written.append(target)
+    stages = {f"mil{content['best_round']}" if name == "patches" else name: f"{name}.safetensors" for name in files}
+    write_text(out / REPORT, json.dumps({**content, "stages": stages}, indent=2) + "\n")
+    return [*written, out / REPORT]

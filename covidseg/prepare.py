@@ -9,7 +9,7 @@ lesion masks, so no stage can look at one by accident; those live in :class:`cov
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from skimage.filters import threshold_otsu
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from covidseg.dataset import Dataset
 from covidseg.errors import DatasetError, SettingsError
-from covidseg.io import read_scan
+from covidseg.io import read_mask, read_scan
 from covidseg.lungs import LungSettings, lung_masks
 
 CLIP = (-0.3, 1.5)
@@ -136,6 +136,12 @@ def uncrop(small: np.ndarray, box: np.ndarray, shape: tuple[int, int]) -> np.nda
     return full
 
 
+def crop_masks(masks: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
+    """Cuts masks ``(N, H, W)`` out as :func:`make_crops` cuts slices: ``(N, size, size)`` bool."""
+    small = [crop(m, b, size, 0.0) > 0.5 for m, b in zip(masks, boxes, strict=True)]
+    return np.array(small, bool).reshape(len(boxes), size, size)
+
+
 def make_crops(pixels: np.ndarray, lungs: np.ndarray, settings: PrepareSettings) -> Crops:
     """Normalises and crops slices that have a lung.
 
@@ -146,9 +152,8 @@ def make_crops(pixels: np.ndarray, lungs: np.ndarray, settings: PrepareSettings)
     """
     boxes = np.array([lung_box(lung, settings.margin) for lung in lungs]).reshape(-1, 4)
     images = [crop(normalise(i, m), b, settings.size, 0.0) for i, m, b in zip(pixels, lungs, boxes, strict=True)]
-    inside = [crop(m, b, settings.size, 0.0) > 0.5 for m, b in zip(lungs, boxes, strict=True)]
     shape = (len(boxes), settings.size, settings.size)
-    return Crops(np.array(images, np.float32).reshape(shape), np.array(inside, bool).reshape(shape), boxes)
+    return Crops(np.array(images, np.float32).reshape(shape), crop_masks(lungs, boxes, settings.size), boxes)
 
 
 def weak_set(dataset: Dataset, settings: PrepareSettings = PrepareSettings(),
@@ -177,3 +182,21 @@ def weak_set(dataset: Dataset, settings: PrepareSettings = PrepareSettings(),
                            remedy="Add volumes or correct has_lesion in the label table")
     merged = Crops(*(np.concatenate([getattr(c, f) for c in crops]) for f in ("images", "lungs", "boxes")))
     return WeakSet(merged, np.array(labels), np.array(patients), np.array(names))
+
+
+def with_true_lungs(dataset: Dataset, data: WeakSet) -> WeakSet:
+    """The same slices with the lung masks of the data folder, for comparison with lungs that were found.
+
+    Raises:
+        DatasetError: a volume has no lung mask.
+    """
+    lungs = np.zeros_like(data.crops.lungs)
+    for case in dataset.cases:
+        if case.lung is None:
+            raise DatasetError(f"volume {case.id} has no lung mask", path=dataset.root,
+                               remedy="Leave the comparison with true lungs out, or add lung/ID.nii.gz")
+        mine = np.array([name.rsplit(":", 1)[0] == case.id for name in data.names])
+        numbers = [int(name.rsplit(":", 1)[1]) for name in data.names[mine]]
+        masks = read_mask(case.lung, like=read_scan(case.image))[numbers]
+        lungs[mine] = crop_masks(masks, data.crops.boxes[mine], lungs.shape[-1])
+    return replace(data, crops=replace(data.crops, lungs=lungs))

@@ -9,14 +9,15 @@ same loop with radiologists' masks, and nothing painted, is the upper bound.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from covidseg.paint import Painter, PaintSettings
+from covidseg.fine import certainty
+from covidseg.paint import NO_PAINT, Painter, PaintSettings
 from covidseg.prepare import Crops, WeakSet
 from covidseg.train import (
     Average,
@@ -47,6 +48,8 @@ class SegmenterSettings:
         fine_weight: weight of the fine labels against the exact slices.
         refresh: after these shares of the steps the fine labels are mixed with the averaged net's opinion.
         keep: share of the old labels in that mixture.
+        paste: probability that a lesion-free slice gets the lesions of a slice with fine labels, see
+            :func:`paste_lesions`.
         threshold: lesion from this probability on; below one half, since fine labels leave out doubtful rims.
         paint: lesions painted on lesion-free slices; a share of 0 leaves them out.
     """
@@ -55,18 +58,56 @@ class SegmenterSettings:
     steps: int = 300
     batch: int = 12
     rate: float = 3e-3
-    robustness: float = 0.7
+    robustness: float = 0.3
     dice_weight: float = 0.5
     fine_weight: float = 0.5
     refresh: tuple[float, ...] = (0.4, 0.7)
     keep: float = 0.5
-    threshold: float = 0.3
+    paste: float = 0.0
+    threshold: float = 0.25
     paint: PaintSettings = field(default_factory=PaintSettings)
+
+
+def trusting(settings: SegmenterSettings) -> SegmenterSettings:
+    """The settings for training with true masks: nearly plain cross entropy, nothing painted, threshold .5."""
+    return replace(settings, robustness=0.1, fine_weight=1.0, refresh=(), paste=0.0, paint=NO_PAINT, threshold=0.5)
 
 
 def make_segmenter(settings: SegmenterSettings) -> nn.Module:
     """A U-Net: ``(B, 2, S, S)`` picture in the lung and lung, to ``(B, 1, S, S)`` logits."""
     return make_unet(2, settings.channels)
+
+
+def paste_lesions(maps: Tensor, exact: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Moves fine-labelled lesions of some slices of a batch into its lesion-free slices.
+
+    A U-Net sees the whole lung. Lesion-free slices look different as a whole, since they tend to come from the ends
+    of the lungs, and a net that learns to recognise them finds no lesion in any slice that looks a little like them.
+    Lesions of other slices in such lungs break that rule (copy-paste: Ghiasi et al., CVPR 2021).
+
+    Args:
+        maps: ``(B, 4, S, S)`` picture, lung, target, weight.
+        exact: ``(B,)`` bool, the lesion-free slices.
+        share: of them that get lesions.
+
+    Returns:
+        ``(B, 4, S, S)``; only picture and target of lesion-free slices differ.
+    """
+    sources = torch.nonzero(~exact)[:, 0]
+    if not share or not len(sources):
+        return maps
+    maps = maps.clone()
+    for k in torch.nonzero(exact)[:, 0]:
+        if float(torch.rand((), generator=generator)) >= share:
+            continue
+        other = maps[sources[int(torch.randint(len(sources), (1,), generator=generator))]]     # (4, S, S)
+        if bool(torch.randint(2, (1,), generator=generator)):
+            other = other.flip(2)
+        inside = (other[2] > 0.3) & (other[1] > 0) & (maps[k, 1] > 0)
+        soft = F.avg_pool2d(inside[None].float(), 3, 1, 1, count_include_pad=False)[0]        # no seam to recognise
+        maps[k, 0] = (1 - soft) * maps[k, 0] + soft * other[0]
+        maps[k, 2] = torch.maximum(maps[k, 2], inside * other[2])
+    return maps
 
 
 def robust_loss(logits: Tensor, target: Tensor, weight: Tensor, settings: SegmenterSettings) -> Tensor:
@@ -124,11 +165,11 @@ def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
         if step in refresh:
             opinion = torch.from_numpy(lesion_probabilities(average.net, data.crops.take(ill)))
             stacked[2][ill] = settings.keep * stacked[2][ill] + (1 - settings.keep) * opinion
-            stacked[3][ill] = (2 * stacked[2][ill] - 1).abs()
+            stacked[3][ill] = torch.from_numpy(certainty(stacked[2][ill].numpy()))
             log(f"{name}: fine labels refreshed after step {step - 1}")
         maps = torch.stack([part[index] for part in stacked], dim=1)              # (B, 4, S, S)
         exact = torch.from_numpy(data.labels)[index] == 0
-        maps = painter(maps, index, exact, generator)
+        maps = paste_lesions(painter(maps, index, exact, generator), exact, settings.paste, generator)
         picture, lung, target, weight = augment(maps, generator).to(device).split(1, dim=1)
         logits = net(net_input(picture, lung))                                    # (B, 1, S, S)
         loss = exact_loss(logits[exact], target[exact], lung[exact], settings)

@@ -18,7 +18,8 @@ from covidseg.artifacts import file_hash, write_text
 from covidseg.evaluate import Evaluation
 from covidseg.metrics import Scores
 from covidseg.pipeline import Run
-from covidseg.predict import REPORT, profile_json
+from covidseg.predict import REPORT
+from covidseg.profiles import profile_json
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-image", "nibabel", "monai", "grad-cam")
 
@@ -33,19 +34,22 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write_run(run: Run, command: str, seconds: float) -> Path:
+def write_run(run: Run, command: str) -> Path:
     """Writes ``run.json``, which makes a folder of stages a run that ``covidseg predict`` can use.
+
+    ``seconds`` holds what each stage took when it was made, also if that was in an earlier run in the same folder.
 
     Args:
         command: what was asked for, without folder names of this machine.
-        seconds: wall time of the training.
     """
-    path = run.folder / REPORT
+    path, keys = run.folder / REPORT, {stage: run.key(stage) for stage in run.stages()}
     content = {
         "note": DISCLAIMER, "command": command, "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 1), "seed": run.seed, "environment": environment(run.device),
+        "seconds": {stage: run.store.seconds(stage, key) for stage, key in keys.items()},
+        "seed": run.seed, "environment": environment(run.device),
         "data": {case.id: file_hash(case.image) for case in run.data.cases},
-        "labelled_slices": run.data.labels(), "settings": profile_json(run.profile), "stages": run.store.used,
+        "labelled_slices": run.data.labels(), "settings": profile_json(run.profile),
+        "stages": {stage: run.store.path(stage, key).name for stage, key in keys.items()}, "best_round": run.best(),
     }
     write_text(path, json.dumps(content, indent=2) + "\n")
     return path

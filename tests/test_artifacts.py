@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -228,13 +230,79 @@ def test_the_store_computes_once_and_reuses_what_is_good(tmp_path):
     for _ in range(3):
         stored, notes = Store(tmp_path / "stages").get("cam", "0123", make)
         check_equal(stored, SOME)
-        assert notes == {"made": "here"}
+        assert notes.keys() == {"made", "seconds"}
+        assert notes["made"] == "here"
+        assert notes["seconds"] >= 0
     assert make.calls == 1
     store = Store(tmp_path / "stages")
     store.get("cam", "4567", make)
     store.get("mil", "0123", make)
     assert make.calls == 3  # another key and another stage are other results
-    assert store.used == {"cam": "cam-4567.safetensors", "mil": "mil-0123.safetensors"}
+    assert sorted(p.name for p in (tmp_path / "stages").glob("*.safetensors")) == [
+        store.path("cam", "0123").name, store.path("cam", "4567").name, store.path("mil", "0123").name]
+
+
+class Stages:
+    """Stages that take a given time by a clock of their own and ask for others in between."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.store = 1000.0, Store(folder)
+        monkeypatch.setattr(artifacts, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def get(self, stage: str, takes: float, *before: Callable[[], Any]) -> dict[str, Any]:
+        """Half of the time goes by before the other stages are asked for, half after them."""
+        def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+            self.now += takes / 2
+            for ask in before:
+                ask()
+            self.now += takes / 2
+            return SOME, {"made": "here"}
+        return self.store.get(stage, "0123", make)[1]
+
+    def seconds(self, *stages: str) -> list[float]:
+        return [self.store.seconds(stage, "0123") for stage in stages]
+
+
+@pytest.fixture
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
+    return Stages(tmp_path, monkeypatch)
+
+
+def test_a_stage_took_its_own_time_not_that_of_the_stages_before_it(stages):
+    def cam() -> dict[str, Any]:
+        return stages.get("cam", 5)
+
+    def mil() -> dict[str, Any]:
+        return stages.get("mil", 3, cam, cam)     # the second time it is stored
+    notes = stages.get("fine", 2, mil, cam, lambda: stages.get("weak", 7))
+    assert notes == {"made": "here", "seconds": 2}
+    assert stages.now == 1000 + 5 + 3 + 2 + 7
+    assert stages.seconds("cam", "mil", "fine", "weak") == [5, 3, 2, 7]
+    assert stages.get("segmenter", 4)["seconds"] == 4, "what was made before is no concern of the next one"
+    assert stages.get("fine", 100) == notes, "what is stored says what it took when it was made"
+
+
+def test_times_are_right_after_a_stage_was_stopped(stages):
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    def cam() -> dict[str, Any]:
+        return stages.get("cam", 5)
+    with pytest.raises(KeyboardInterrupt):
+        stages.get("mil", 6, cam, stop)
+    stages.get("fine", 2, lambda: stages.get("mil", 6, cam))
+    assert stages.seconds("cam", "mil", "fine") == [5, 6, 2]
+
+
+def test_times_need_a_stored_stage(tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(ArtifactError, match="missing"):
+        store.seconds("cam", "0123")
+    save_arrays(store.path("cam", "0123"), SOME)
+    assert store.seconds("cam", "0123") == 0, "nobody measured it"
+    store.path("cam", "0123").write_bytes(b"damaged")
+    with pytest.raises(ArtifactError, match="checksum"):
+        store.seconds("cam", "0123")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no checksum", "bad checksum"])

@@ -81,8 +81,8 @@ def test_equals_the_definition_averaged_over_the_mirror_image(net: Classifier, c
 def layer_by_definition(net: Classifier, inputs: torch.Tensor) -> torch.Tensor:
     """Equations 4 and 5 of Jiang et al. (IEEE TIP 2021) with autograd, mean of two blocks; ``(B, S, S)``."""
     middle = net.middle(net.fine(inputs))
-    last = net.coarse[0](middle)
-    score = net.pool(net.evidence(net.coarse[1](last)), inputs[:, 1:2])
+    last = net.coarse(middle)
+    score = net.pool(net.evidence(last), inputs[:, 1:2])
     maps = []
     for layer, slopes in zip((middle, last), torch.autograd.grad(score.sum(), (middle, last)), strict=True):
         found = F.relu((F.relu(slopes) * layer).sum(1))                                # a weight for every position
@@ -97,12 +97,14 @@ def test_layer_cam_equals_its_definition_averaged_over_the_mirror_image(net: Cla
     assert np.abs(maps - grad_cam(net, crops)).max() > 0.1, "it is another method"
 
 
-def test_the_mixture_ends_at_the_two_methods(net: Classifier, crops: Crops) -> None:
+@pytest.mark.parametrize("share", [0.3, SETTINGS.layer_share])
+def test_the_mixture_ends_at_the_two_methods(net: Classifier, crops: Crops, share: float) -> None:
     first, second = grad_cam(net, crops), layer_cam(net, crops)
     assert np.array_equal(activation_maps(net, crops, replace(SETTINGS, layer_share=0.0)), first)
     assert np.array_equal(activation_maps(net, crops, replace(SETTINGS, layer_share=1.0)), second)
-    mixed = activation_maps(net, crops, replace(SETTINGS, layer_share=0.3))
-    np.testing.assert_allclose(mixed, scale_by_top(0.7 * first + 0.3 * second, crops.lungs, SETTINGS.top), atol=1e-6)
+    mixed = activation_maps(net, crops, replace(SETTINGS, layer_share=share))
+    expected = scale_by_top((1 - share) * first + share * second, crops.lungs, SETTINGS.top)
+    np.testing.assert_allclose(mixed, expected, atol=1e-6)
     assert np.abs(mixed - first).max() > 0.01
 
 
@@ -121,7 +123,7 @@ def test_other_scales_give_another_map_of_the_same_kind(method: Method, scales: 
     assert np.corrcoef(maps[crops.lungs], plain[crops.lungs])[0, 1] > 0.3, "enlarged maps come back to their place"
     np.testing.assert_allclose(method(net, crops, replace(settings, scales=scales[::-1])), maps, atol=1e-5)
     flipped = Crops(crops.images[..., ::-1].copy(), crops.lungs[..., ::-1].copy(), crops.boxes)
-    np.testing.assert_allclose(method(net, flipped, settings)[..., ::-1], maps, atol=1e-5)
+    np.testing.assert_allclose(method(net, flipped, settings)[..., ::-1], maps, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", [grad_cam, layer_cam, activation_maps])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import quiet, same_weights, toy, weights
+from torch import nn
 from torch.nn import functional as F
 
 from covidseg.classify import Classifier, ClassifierSettings, auc, slice_probabilities, train_classifier
@@ -31,6 +32,35 @@ def test_shapes(net: Classifier) -> None:
     inputs = torch.rand(3, 2, 80, 80)
     assert net.maps(inputs).shape == (3, 1, 10, 10)
     assert net(inputs).shape == (3, 1)
+
+
+@pytest.mark.parametrize(("parts", "field"), [
+    (("fine",), 7), (("fine", "middle"), 19), (("fine", "middle", "coarse", "evidence"), 43)])
+def test_a_cell_sees_a_window_of_the_slice_and_no_more(net: Classifier, parts: tuple[str, ...], field: int) -> None:
+    """What lies beyond the window may change as it likes; its outermost pixels still count."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data.abs_()  # so that no ReLU hides an effect
+    net.eval().double()
+    see = nn.Sequential(*(getattr(net, part) for part in parts))
+    inputs = torch.rand(1, 2, 160, 160, dtype=torch.float64)  # in double, since the corners have little weight
+    centre, reach = (80, 72), field // 2
+    cell = [position * see(inputs).shape[-1] // 160 for position in centre]
+
+    @torch.no_grad()
+    def change(where: tuple[object, ...]) -> float:
+        other = inputs.clone()
+        other[(0, slice(None), *where)] += 1
+        before, after = (see(given)[0, :, cell[0], cell[1]] for given in (inputs, other))
+        return ((after - before).abs() / before.abs()).max().item()
+
+    rows, columns = np.mgrid[:160, :160]
+    away = np.maximum(abs(rows - centre[0]), abs(columns - centre[1]))
+    assert change((torch.from_numpy(away > reach),)) == 0
+    for down in (-reach, reach):
+        for right in (-reach, reach):
+            assert change((centre[0] + down, centre[1] + right)) > 1e-9
+    assert change(centre) > 1e-3
 
 
 def half_lung() -> torch.Tensor:
@@ -72,6 +102,22 @@ def test_a_small_lesion_counts(net: Classifier) -> None:
     evidence.requires_grad_(True)
     net.pool(evidence, torch.ones(1, 1, 80, 80)).backward()
     assert evidence.grad[0, 0, 3, 3] > 10 * lone_share
+
+
+def test_a_larger_temperature_looks_at_fewer_pixels() -> None:
+    evidence = torch.randn(1, 1, 10, 10, generator=torch.Generator().manual_seed(0))
+    shares, pooled = [], []
+    for temperature in (0.25, ClassifierSettings().temperature, 4.0):
+        given = evidence.clone().requires_grad_(True)
+        logit = Classifier(replace(SMALL, temperature=temperature)).pool(given, torch.ones(1, 1, 80, 80))
+        logit.sum().backward()
+        assert given.grad.sum().item() == pytest.approx(1, abs=1e-4)
+        shares.append(given.grad.max().item())
+        pooled.append(logit.item())
+    assert shares == sorted(shares)
+    assert shares[1] > 2 * shares[0]
+    assert shares[2] > 2 * shares[1]
+    assert evidence.mean() < pooled[0] < pooled[1] < pooled[2] < evidence.max()
 
 
 def test_a_slice_without_lung_stays_finite(net: Classifier) -> None:
@@ -166,16 +212,18 @@ def test_a_lesson_raises_evidence_where_it_says_lesion_and_lowers_it_where_it_sa
     assert all("lesson" in line for line in lines)
     plain = evidence_of(train_classifier(data, ENOUGH, seed=1, log=quiet))
     taught = evidence_of(net)
-    assert taught[0] > plain[0] + 0.1
+    everywhere = [evidence_of(train_classifier(data, ENOUGH, lesson=Lesson(np.full(lungs.shape, value, np.float32),
+                                                                           lungs, 2.0), seed=1, log=quiet))
+                  for value in (0.0, 1.0)]
+    # Disks stand out without a lesson as well; what it adds shows beside a lesson that calls all of the lung healthy.
+    assert taught[0] > everywhere[0][0] + 0.3
     assert taught[1] < plain[1] - 0.03
+    assert taught[1] < everywhere[0][1] + 0.1
     assert taught[0] - taught[1] > 0.3, "the lesson moves along when the picture is flipped"
     ill = lungs & (data.labels == 1)[:, None, None]
     wrong = evidence_of(train_classifier(data, ENOUGH, lesson=Lesson((ill & ~disks).astype(np.float32), ill, 2.0),
                                          seed=1, log=quiet))
     assert wrong[0] - wrong[1] < taught[0] - taught[1] - 0.2
-    everywhere = [evidence_of(train_classifier(data, ENOUGH, lesson=Lesson(np.full(lungs.shape, value, np.float32),
-                                                                           lungs, 2.0), seed=1, log=quiet))
-                  for value in (0.0, 1.0)]
     assert everywhere[0][2] < everywhere[1][2] - 0.1
 
 

@@ -6,12 +6,13 @@ import csv
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from tiny import STAGES, TINY, finished_run
+from tiny import STAGES, TINY, all_stages, finished_run, quiet, stage_name
 from typer.testing import CliRunner, Result
 
 from covidseg import DISCLAIMER, __version__
@@ -19,9 +20,11 @@ from covidseg.cli import app, main
 from covidseg.errors import InputFileError
 from covidseg.io import read_scan, write_like
 from covidseg.lungs import lung_masks
-from covidseg.pipeline import PROFILES, Run, find_lungs
-from covidseg.predict import load_predictor
+from covidseg.pipeline import Run, find_lungs
+from covidseg.predict import export_run, load_predictor
 from covidseg.prepare import uncrop
+from covidseg.profiles import PROFILES
+from covidseg.report import write_run
 
 SCAN = "phantom_01.nii.gz"
 
@@ -72,6 +75,28 @@ def stored(path: Path) -> np.ndarray:
 
 # One way to each exit code; a code is (arguments, what the message has to name).
 
+def nothing_to_export(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    return ["export", root, "-o", root / "out"], "run.json"
+
+
+def damaged_run_to_export(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    copy = Path(shutil.copytree(run.folder, root / "copy"))
+    path = copy / "stages" / stage_name(run, "segmenter")
+    path.write_bytes(path.read_bytes()[:-8] + b"\xff" * 8)
+    return ["export", copy, "-o", root / "out"], path.name
+
+
+def damaged_report_to_export(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    copy = Path(shutil.copytree(run.folder, root / "copy"))
+    (copy / "run.json").write_text("{")
+    return ["export", copy, "-o", root / "out"], "run.json"
+
+
+def export_onto_itself(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    copy = Path(shutil.copytree(run.folder, root / "copy"))
+    return ["export", copy, "-o", root / "copy"], "overwrite the run"
+
+
 def missing_scan(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
     return ["lungs", root / "nothing.nii.gz", "-o", root / "out"], "nothing.nii.gz"
 
@@ -101,7 +126,7 @@ def no_split(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
 
 def damaged_weights(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
     copy = Path(shutil.copytree(run.folder, root / "copy"))
-    path = copy / "stages" / run.store.used["segmenter"]
+    path = copy / "stages" / stage_name(run, "segmenter")
     path.write_bytes(path.read_bytes()[:-8] + b"\xff" * 8)
     return ["predict", "--run", copy, phantom / "im" / SCAN, "-o", root / "out"], path.name
 
@@ -142,7 +167,8 @@ def no_such_method_to_reproduce(root: Path, phantom: Path, run: Run) -> tuple[li
 @pytest.mark.parametrize(("code", "case"), [
     (3, missing_scan), (3, broken_scan), (3, no_run), (3, other_shape), (4, empty_folder), (4, no_split),
     (6, damaged_weights), (7, no_lung), (7, no_lung_to_predict), (8, cannot_write), (8, cannot_store),
-    (9, no_such_profile), (9, no_such_method), (9, no_such_method_to_reproduce)])
+    (9, no_such_profile), (9, no_such_method), (9, no_such_method_to_reproduce),
+    (3, nothing_to_export), (6, damaged_run_to_export), (6, damaged_report_to_export), (8, export_onto_itself)])
 def test_every_fault_ends_with_one_line_and_its_code(
         code: int, case: object, tmp_path: Path, tiny_phantom: Path, tiny_run: Run,
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +211,8 @@ def test_debug_is_off_again_in_the_next_call(tmp_path: Path, monkeypatch: pytest
     assert run_main(monkeypatch, "lungs", tmp_path / "x.nii.gz", "-o", tmp_path / "o") == 3
 
 
-@pytest.mark.parametrize("command", [[], ["lungs"], ["train"], ["predict"], ["evaluate"], ["reproduce"], ["data"]])
+@pytest.mark.parametrize("command", [[], ["lungs"], ["train"], ["predict"], ["export"], ["evaluate"], ["reproduce"],
+                                     ["ablate"], ["data"]])
 def test_help_works_everywhere(command: list[str]) -> None:
     result = invoke(*command, "--help")
     assert result.exit_code == 0
@@ -255,7 +282,8 @@ def test_train_predict_evaluate_in_a_row(tiny_phantom: Path, tiny_run: Run, tmp_
     report = strict((run / "run.json").read_text(encoding="utf-8"))
     assert report["command"] == \
         f"covidseg train --data {tiny_phantom.name} --profile quick --method extended --seed 0"
-    assert report["stages"] == {s: tiny_run.store.used[s] for s in STAGES}, "the keys do not depend on the folder"
+    assert report["stages"] == {s: stage_name(tiny_run, s) for s in STAGES}, "the keys do not depend on the folder"
+    assert report["best_round"] == tiny_run.best()
 
     out = tmp_path / "out"
     predicted = invoke("predict", "--run", run, tiny_phantom / "im" / SCAN, "-o", out, "--probability",
@@ -280,13 +308,76 @@ def test_train_predict_evaluate_in_a_row(tiny_phantom: Path, tiny_run: Run, tmp_
     assert content["micro"]["dice"] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()), abs=1e-4)
 
 
+def test_an_exported_run_predicts_as_the_run(tiny_phantom: Path, tiny_run: Run, tmp_path: Path) -> None:
+    result = invoke("export", tiny_run.folder, "-o", tmp_path / "nets")
+    assert result.exit_code == 0
+    size = sum(path.stat().st_size for path in (tmp_path / "nets").rglob("*") if path.suffix != ".sha256"
+               and path.is_file())
+    assert flat(f"4 files, {size / 1e6:.1f} MB") in flat(result.output)
+    for name, folder in (("a", tiny_run.folder), ("b", tmp_path / "nets")):
+        assert invoke("predict", "--run", folder, tiny_phantom / "im" / SCAN, "-o", tmp_path / name,
+                      "--probability").exit_code == 0
+    for name in (SCAN, "phantom_01_probability.nii.gz"):
+        assert np.array_equal(stored(tmp_path / "a" / name), stored(tmp_path / "b" / name))
+    assert stored(tmp_path / "a" / "phantom_01_probability.nii.gz").any()
+
+
+def test_without_a_run_the_nets_of_the_package_predict(tiny_phantom: Path, tiny_run: Run, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nets with a segmenter of their own stand in for those of the package, so that it shows which ones were used."""
+    run = Run(tiny_run.data, replace(TINY, segmenter=replace(TINY.segmenter, steps=1)), 0,
+              Path(shutil.copytree(tiny_run.folder, tmp_path / "run")), "cpu", quiet)
+    all_stages(run)
+    write_run(run, "a test")
+    export_run(run.folder, tmp_path / "shipped")
+    monkeypatch.setattr("covidseg.predict.SHIPPED", tmp_path / "shipped")
+    scan = tiny_phantom / "im" / SCAN
+    assert invoke("predict", scan, "-o", tmp_path / "default", "--probability").exit_code == 0
+    assert invoke("predict", scan, "--run", run.folder, "-o", tmp_path / "same", "--probability").exit_code == 0
+    assert invoke("predict", scan, "--run", tiny_run.folder, "-o", tmp_path / "other", "--probability").exit_code == 0
+    default, same, other = (stored(tmp_path / name / "phantom_01_probability.nii.gz")
+                            for name in ("default", "same", "other"))
+    assert np.array_equal(default, same)
+    assert not np.array_equal(default, other), "a run that is named goes before"
+
+
+def test_nets_of_the_package_that_are_not_there(tiny_phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("covidseg.predict.SHIPPED", tmp_path / "weights")
+    assert run_main(monkeypatch, "predict", tiny_phantom / "im" / SCAN, "-o", tmp_path / "out") == 3
+    assert "weights" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["lungs", "predict"])
+def test_volume_or_stack_reaches_the_lungs(command: str, tiny_phantom: Path, tiny_run: Run, tmp_path: Path) -> None:
+    """One slice without lung parts the volume: as one body it has no lung below it, as a stack it has."""
+    scan = read_scan(tiny_phantom / "im" / "phantom_00.nii.gz")
+    pixels = scan.pixels.copy()
+    pixels[1] = 40
+    path = write_like(pixels, scan.grid, tmp_path / "parted.nii.gz")
+    extra = ["--run", tiny_run.folder, "--probability"] if command == "predict" else []
+    slices = {}
+    for choice in ("--volume", "--stack", None):
+        out = tmp_path / f"out{choice}"
+        assert invoke(command, path, *extra, *([choice] if choice else []), "-o", out).exit_code == 0
+        result = read_scan(out / ("parted_probability.nii.gz" if extra else "parted.nii.gz")).pixels
+        slices[choice] = np.flatnonzero((result > 0).any(axis=(1, 2))).tolist()
+    assert slices["--volume"] == slices[None] == list(range(2, 10))
+    assert slices["--stack"] == [0, *range(2, 10)]
+
+
 def test_a_second_training_in_the_same_folder_trains_nothing(tiny_phantom: Path, tiny_run: Run,
                                                              tmp_path: Path) -> None:
-    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    run = Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
+    before = strict((run / "run.json").read_text(encoding="utf-8"))
     result = invoke("train", "--data", tiny_phantom, "--out", run, "--device", "cpu")
     assert result.exit_code == 0
     assert "step" not in result.output
-    assert strict((run / "run.json").read_text())["stages"]["segmenter"] == tiny_run.store.used["segmenter"]
+    after = strict((run / "run.json").read_text(encoding="utf-8"))
+    for part in ("stages", "seconds", "best_round"):
+        assert after[part] == before[part], "as it was when it was trained"
+    assert after["command"] != before["command"]
 
 
 def test_the_method_reaches_the_settings(tiny_phantom: Path, tiny_run: Run, tmp_path: Path) -> None:

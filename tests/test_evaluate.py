@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from skimage.filters import threshold_otsu
-from tiny import TINY, finished_run, toy
+from tiny import TINY, finished_run, quiet, toy
 
 from covidseg import evaluate
 from covidseg.cam import CamSettings
@@ -30,11 +30,13 @@ from covidseg.evaluate import (
 from covidseg.io import Grid, read_mask, read_scan, write_like
 from covidseg.lungnet import robust_lungs
 from covidseg.lungs import lung_masks
-from covidseg.mil import PatchNet
+from covidseg.metrics import confusion
+from covidseg.mil import PatchNet, patch_probabilities
 from covidseg.mutual import Round
 from covidseg.pipeline import Run
 from covidseg.prepare import Crops, PrepareSettings, make_crops, uncrop
-from covidseg.refine import make_segmenter
+from covidseg.refine import make_segmenter, trusting
+from covidseg.splits import Split, apply_split
 
 ROWS = ["Otsu in the lung", "Grad-CAM", "Patch MIL", "Fine label map", "Segmenter"]
 
@@ -134,7 +136,7 @@ def untrained(squares: Dataset) -> SimpleNamespace:
     profile = SimpleNamespace(**{**vars(TINY), "prepare": PrepareSettings(size=80, margin=0.0)})
     classifier, patch_net = Classifier(TINY.classifier).eval(), PatchNet(TINY.mil).eval()
     return SimpleNamespace(
-        data=squares, profile=profile, rounds=lambda: [Round(0.5, float("nan"), 0.0)],
+        data=squares, profile=profile, best=lambda: 1,
         classifier=lambda number: classifier, mil=lambda number: (patch_net, []),
         segmenter=lambda: make_segmenter(TINY.segmenter).eval(), weak=lambda: data, crops=in_lungs(everywhere))
 
@@ -194,6 +196,51 @@ def test_slices_without_a_lung_count_as_missed(untrained: SimpleNamespace, squar
     assert row.macro().dice == pytest.approx(2 / 3)  # of three slices with a lesion in each volume, one is missed
 
 
+TEST_SIDE = [1, 3]
+
+
+@pytest.fixture
+def one_side(squares: Dataset) -> Dataset:
+    """The test side of a stack whose slices are split: slices 1 and 3 of four."""
+    stack = Dataset(squares.root, squares.cases[:1])
+    sides = {k: "test" if k in TEST_SIDE else "train" for k in range(4)}
+    return apply_split(stack, Split("odd", {}, {}, sides), "test")
+
+
+def test_only_the_side_of_a_split_stack_is_measured(untrained: SimpleNamespace, squares: Dataset, one_side: Dataset,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def oracle_of_slices(net: object, crops: Crops) -> np.ndarray:
+        asked.append(len(crops))
+        return (crops.images > 0.5).mean((1, 2)).astype(np.float32)
+    monkeypatch.setattr(evaluate, "slice_probabilities", oracle_of_slices)
+    whole = evaluate_run(untrained, Dataset(squares.root, squares.cases[:1]), upper_bound=False)  # type: ignore[arg-type]
+    side = evaluate_run(untrained, one_side, upper_bound=False)  # type: ignore[arg-type]
+    assert (whole.slices, side.slices) == (4, 2)
+    for a, b in zip(whole.stages, side.stages, strict=True):
+        np.testing.assert_array_equal(b.counts, a.counts[TEST_SIDE])
+    # One slice of either class is left for the classifier: the last slice has no lesion.
+    assert asked == [4, 4, 4, 2], "once for the maps and once for the figure, of the measured slices alone"
+    assert side.classifier_auc == 1
+    no_lesion = replace(one_side.cases[0], labels={3: 0})
+    alone = evaluate_run(untrained, Dataset(squares.root, (no_lesion,)), upper_bound=False)  # type: ignore[arg-type]
+    assert alone.slices == 1
+    assert np.isnan(alone.classifier_auc), "the other slices would give it a second class"
+
+
+def test_coverage_of_one_side_of_a_split_stack(squares: Dataset, one_side: Dataset) -> None:
+    truth = read_mask(squares.cases[0].mask)
+
+    def only(number: int) -> Finder:
+        return lambda pixels: ~all_but(number)(pixels)
+    inside, masked = lesion_coverage(one_side, left_half)
+    assert inside == truth[1, :, :40].sum() / truth[1].sum()
+    assert masked == 0.5
+    assert lesion_coverage(one_side, only(1)) == (1, 0.5)
+    assert lesion_coverage(one_side, only(0)) == (0, 0), "a slice of the other side is no part of it"
+
+
 def test_predictions_outside_the_lung_are_cut_off(untrained: SimpleNamespace, squares: Dataset,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     untrained.crops = in_lungs(left_half)
@@ -241,14 +288,66 @@ def test_maps_are_made_with_the_settings_of_the_run(untrained: SimpleNamespace, 
     assert {settings.top for settings in used} == {77.0}
 
 
-def test_the_nets_of_the_last_round_are_measured(untrained: SimpleNamespace, squares: Dataset) -> None:
+def test_the_nets_of_the_best_round_are_measured(untrained: SimpleNamespace, squares: Dataset) -> None:
     asked: list[tuple[str, int]] = []
     classifier, patch_net = untrained.classifier(1), untrained.mil(1)
-    untrained.rounds = lambda: [Round(0.5, 0.0, 0.0)] * 3
+    untrained.best = lambda: 3
     untrained.classifier = lambda number: asked.append(("classifier", number)) or classifier
     untrained.mil = lambda number: asked.append(("mil", number)) or patch_net
     evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
     assert asked == [("classifier", 3), ("mil", 3)]
+
+
+@pytest.mark.parametrize("best", [1, 2])
+def test_figures_are_those_of_the_best_round(tiny_run: Run, monkeypatch: pytest.MonkeyPatch, best: int) -> None:
+    """Whichever round agreed best: the rows of map and patches, computed directly from its nets."""
+    # A net that was hardly trained calls no slice ill; believed throughout, each round's maps leave their own mark.
+    monkeypatch.setattr(evaluate, "slice_probabilities", lambda net, crops: np.ones(len(crops), np.float32))
+    run = Run(tiny_run.data, TINY, 0, tiny_run.folder, "cpu", quiet)
+    run.rounds = lambda: [Round(float(k == best), 0.0, 0.0) for k in (1, 2)]  # type: ignore[method-assign]
+    data = run.data.subset(["phantom_01"])
+    result = evaluate_run(run, data, upper_bound=False)
+    found, crops = run.crops(read_scan(data.cases[0].image).pixels)
+    mask = read_mask(data.cases[0].mask)
+
+    def counts(number: int) -> list[np.ndarray]:
+        cam = evaluate.believed_maps(run.classifier(number), crops, TINY.cam)
+        rows = []
+        for maps, level in ((cam, TINY.cam.outline), (patch_probabilities(run.mil(number)[0], crops, cam),
+                                                      TINY.mil.threshold)):
+            predicted = np.zeros(mask.shape, bool)
+            for k, small, box in zip(found, maps, crops.boxes, strict=True):
+                predicted[k] = uncrop(small, box, mask.shape[1:]) >= level
+            rows.append(confusion(predicted, mask))
+        return rows
+    mine, other = counts(best), counts(3 - best)
+    for row, expected in zip(result.stages[1:3], mine, strict=True):
+        np.testing.assert_array_equal(row.counts, expected)
+    assert any(not np.array_equal(a, b) for a, b in zip(mine, other, strict=True)), "the rounds differ"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_true_lungs_are_used_where_a_profile_asks_for_them(untrained: SimpleNamespace, squares: Dataset,
+                                                           tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                           wanted: bool) -> None:
+    """One volume has a lung mask, its right half; the other has none and keeps the lungs that were found."""
+    one, two = squares.cases
+    grid = Grid((80, 80, 4), np.diag([-1.0, -1.0, 5.0, 1.0]))
+    lung = write_like(~left_half(np.zeros((4, 80, 80))), grid, tmp_path / "lung" / "one.nii.gz")
+    data = Dataset(squares.root, (replace(one, lung=lung), two))
+    untrained.profile.true_lungs = wanted
+    monkeypatch.setattr(evaluate, "lesion_probabilities", lambda net, crops: crops.lungs.astype(np.float32))
+    row = evaluate_run(untrained, data, upper_bound=False).stages[-1]  # type: ignore[arg-type]
+    truth = read_mask(one.mask)
+    assert row.counts[:4, :2].sum(axis=1).tolist() == [80 * 40 if wanted else 80 * 80] * 4
+    assert row.counts[:4, 0].tolist() == truth[:, :, 40 if wanted else 0:].sum(axis=(1, 2)).tolist()
+    assert row.counts[4:, :2].sum(axis=1).tolist() == [80 * 80] * 4
+
+
+def test_the_upper_bound_has_the_threshold_of_trusted_masks(tiny_run: Run) -> None:
+    bound = evaluate_run(tiny_run, tiny_run.data.subset(["phantom_01"])).stages[-1]
+    assert bound.threshold == trusting(TINY.segmenter).threshold == 0.5
+    assert bound.threshold != TINY.segmenter.threshold
 
 
 def test_measuring_needs_masks(tiny_run: Run, squares: Dataset) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import toy
 
-from covidseg.fine import FineSettings, fine_labels, fuse, walk
+from covidseg.fine import FineLabels, FineSettings, certainty, fine_labels, fuse, walk
 
 EVEN = FineSettings(cam_share=0.5, cam_middle=0.5)
 SETTINGS = FineSettings(seed_lesion=0.7, seed_lung=0.3, beta=130.0, smallest=12)
@@ -130,11 +130,36 @@ def test_fine_labels_of_a_set() -> None:
     fine = fine_labels(data, maps, maps, SETTINGS)
     for k in (0, 2, 4):
         assert not fine.labels[k].any()
+        assert (fine.probabilities[k] == 0).all()
+        assert (fine.targets[k] == 0).all()
         assert (fine.weights[k] == 1).all()
     for k in (1, 3, 5):
         assert dice(fine.labels[k], disks[k]) > 0.95
         lung = data.crops.lungs[k]
         assert (fine.weights[k][~lung] == 1).all()
-        np.testing.assert_allclose(fine.weights[k][lung], np.abs(2 * fine.probabilities[k][lung] - 1), atol=1e-6)
+        np.testing.assert_array_equal(fine.probabilities[k], fuse(maps[k], maps[k], SETTINGS) * lung)
+        assert fine.targets[k][disks[k]].mean() > 0.9 > 0.2 > fine.targets[k][lung & ~disks[k]].mean()
+    assert fine.labels.dtype == bool
+    assert fine.probabilities.dtype == np.float32
     assert (fine.probabilities[~data.crops.lungs] == 0).all()
-    assert 0 <= fine.weights.min() <= fine.weights.max() <= 1
+    assert 0.5 <= fine.weights.min() < fine.weights.max() <= 1
+
+
+def test_targets_and_weights_by_hand() -> None:
+    """Walker and map agree, disagree by half, or flatly contradict each other."""
+    fine = FineLabels(np.array([[[True, True, True, False, False, False]]]),
+                      np.array([[[1.0, 0.5, 0.0, 0.0, 0.5, 1.0]]], np.float32))
+    np.testing.assert_allclose(fine.targets, [[[1, 0.75, 0.5, 0, 0.25, 0.5]]])
+    np.testing.assert_allclose(fine.weights, [[[1, 0.75, 0.5, 1, 0.75, 0.5]]])
+    assert fine.targets.dtype == fine.weights.dtype == np.float32
+
+
+def test_certainty_falls_to_one_half_in_doubt_and_no_lower() -> None:
+    targets = np.linspace(0, 1, 21).reshape(3, 7)
+    found = certainty(targets)
+    assert found.shape == targets.shape
+    assert found.dtype == np.float32
+    assert (found[0, 0], found[-1, -1], found[1, 3]) == (1, 1, 0.5)
+    np.testing.assert_allclose(found, certainty(1 - targets), atol=1e-6)
+    assert (np.diff(found.ravel()[:11]) < 0).all()
+    assert found.min() == 0.5

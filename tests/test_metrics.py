@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from monai.metrics import ConfusionMatrixMetric, DiceMetric, MeanIoU
 from torchmetrics import classification as tm
 
-from covidseg.dataset import load_dataset
+from covidseg.dataset import Dataset, load_dataset
 from covidseg.errors import DatasetError
 from covidseg.io import Grid, write_like
 from covidseg.metrics import NAMES, Scores, confusion, figures, macro, micro, read_truth
@@ -165,6 +166,26 @@ def test_truth_of_the_phantom(tiny_phantom):
         assert truth.mask.dtype == bool
         assert truth.slices.tolist() == list(range(10))
         assert all(truth.mask[k].any() for k, label in case.labels.items() if label)
+
+
+def relabelled(data: Dataset, labels: dict[int, int]) -> Dataset:
+    """The first volume alone, with other labels."""
+    return Dataset(data.root, (replace(data.cases[0], labels=labels),))
+
+
+def test_labelled_slices_are_measured_or_all_if_there_are_none(tiny_phantom):
+    data = load_dataset(tiny_phantom)
+    for labels, expected in (({7: 1, 2: 0, 9: 0}, [2, 7, 9]), ({0: 0}, [0]), ({}, list(range(10)))):
+        truth, = read_truth(relabelled(data, labels))
+        assert truth.slices.tolist() == expected
+        assert len(truth.mask) == len(truth.scan.pixels) == 10, "the mask is whole"
+
+
+def test_a_label_beyond_the_volume_is_refused(tiny_phantom):
+    data = load_dataset(tiny_phantom)
+    assert read_truth(relabelled(data, {9: 1}))[0].slices.tolist() == [9]
+    with pytest.raises(DatasetError, match=r"phantom_00 has 10 slices, slice 10 is labelled.*from 0"):
+        read_truth(relabelled(data, {3: 1, 10: 0}))
 
 
 def test_truth_needs_masks(tmp_path):

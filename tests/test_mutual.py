@@ -7,7 +7,7 @@ import pytest
 from tiny import toy
 
 from covidseg.errors import SettingsError
-from covidseg.mutual import MutualSettings, Round, agreement, make_lesson, settled
+from covidseg.mutual import MutualSettings, Round, agreement, best_round, make_lesson, settled
 from covidseg.prepare import Crops, WeakSet
 
 NAN = float("nan")
@@ -116,18 +116,32 @@ def rounds(*figures: float) -> list[Round]:
 
 @pytest.mark.parametrize(("settings", "figures", "over"), [
     (MutualSettings(rounds=3, stop=0.01), (0.5,), False),              # nothing to compare with yet
-    (MutualSettings(rounds=3, stop=0.01), (0.5, 0.6), False),          # it still grows ...
-    (MutualSettings(rounds=3, stop=0.01), (0.5, 0.4), False),          # ... or falls
-    (MutualSettings(rounds=3, stop=0.01), (0.5, 0.505), True),
+    (MutualSettings(rounds=3, stop=0.01), (0.5, 0.6), False),          # it still grows
+    (MutualSettings(rounds=3, stop=0.01), (0.5, 0.505), True),         # hardly
     (MutualSettings(rounds=3, stop=0.01), (0.5, 0.495), True),
+    (MutualSettings(rounds=3, stop=0.01), (0.5, 0.4), True),           # it falls: another round would make it worse
+    (MutualSettings(rounds=4, stop=0.01), (0.5, 0.6, 0.4), True),
+    (MutualSettings(rounds=4, stop=0.01), (0.5, 0.4, 0.6), False),     # only the last change counts
     (MutualSettings(rounds=3, stop=0.2), (0.5, 0.6), True),
-    (MutualSettings(rounds=3, stop=0.0), (0.5, 0.5), False),           # 0 never stops early
+    (MutualSettings(rounds=3, stop=0.0), (0.5, 0.5), False),           # with 0 it may stand still ...
+    (MutualSettings(rounds=3, stop=0.0), (0.5, 0.49), True),           # ... but not fall
     (MutualSettings(rounds=3, stop=0.0), (0.5, 0.6, 0.8), True),       # the most rounds
     (MutualSettings(rounds=1), (0.5,), True),
     (MutualSettings(exchange="to_patches", rounds=3), (0.5,), True),   # nothing comes back: one round
     (MutualSettings(exchange="none", rounds=3), (0.5,), True)])
 def test_when_the_rounds_are_over(settings: MutualSettings, figures: tuple[float, ...], over: bool) -> None:
     assert settled(rounds(*figures), settings) is over
+
+
+@pytest.mark.parametrize(("figures", "best"), [
+    ((0.5,), 1), ((0.5, 0.6), 2), ((0.6, 0.5), 1), ((0.5, 0.7, 0.6), 2), ((0.5, 0.6, 0.7), 3), ((0.1, 0.0, 0.0), 1),
+    ((0.5, 0.5), 1), ((0.4, 0.6, 0.6), 2), ((0.0, 0.0, 0.0), 1)])
+def test_the_best_round_is_the_earliest_of_those_that_agree_best(figures: tuple[float, ...], best: int) -> None:
+    assert best_round(rounds(*figures)) == best
+
+
+def test_the_best_round_is_judged_by_agreement_not_by_gain() -> None:
+    assert best_round([Round(0.9, NAN, 0.0), Round(0.1, -0.8, 0.0), Round(0.6, 0.5, 0.9)]) == 1
 
 
 @pytest.mark.parametrize(("change", "named"), [({"exchange": "sometimes"}, "to_patches"), ({"rounds": 0}, "1 or more"),

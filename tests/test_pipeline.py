@@ -7,19 +7,30 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tiny import STAGES, TINY, all_stages, finished_run, quiet, same_weights
+import torch
+from tiny import STAGES, TINY, all_stages, finished_run, quiet, same_weights, stage_name
 
+from covidseg import pipeline
+from covidseg.artifacts import load_arrays
+from covidseg.classify import Classifier, ClassifierSettings
+from covidseg.curriculum import Phase
 from covidseg.dataset import load_dataset
-from covidseg.errors import DatasetError, SettingsError
+from covidseg.errors import DatasetError
 from covidseg.evaluate import training_truth
+from covidseg.fine import fine_labels
 from covidseg.io import read_scan, write_like
 from covidseg.lungs import lung_masks
+from covidseg.mil import MilSettings, PatchNet
+from covidseg.mutual import Round, agreement, best_round, make_lesson
 from covidseg.paint import PaintSettings
-from covidseg.pipeline import PROFILES, Run, open_data, open_run, profile_named
-from covidseg.prepare import crop, make_crops
+from covidseg.pipeline import Run, open_data, open_run
+from covidseg.prepare import WeakSet, crop, make_crops, with_true_lungs
+from covidseg.profiles import PROFILES
+from covidseg.refine import SegmenterSettings, make_segmenter
 
 # Names of nets in the order of training, and how the lines of their log begin; later rounds train the two tasks again.
 STEP = {"lung_net": "lungs step", "classifier": "classifier step", "mil": "patches step", "segmenter": "segmenter step"}
@@ -63,7 +74,7 @@ def read_every_stage(run: Run) -> None:
 
 
 def stage_file(run: Run, folder: Path, stage: str) -> Path:
-    return folder / "stages" / run.store.used[stage]
+    return folder / "stages" / stage_name(run, stage)
 
 
 def same_results(a: Run, b: Run) -> bool:
@@ -76,7 +87,8 @@ def same_results(a: Run, b: Run) -> bool:
             and all(same_weights(a.classifier(k), b.classifier(k)) and np.array_equal(a.cam(k), b.cam(k))
                     and same_weights(a.mil(k)[0], b.mil(k)[0]) for k in range(1, len(a.rounds()) + 1))
             and np.array_equal(a.fine().labels, b.fine().labels)
-            and np.array_equal(a.fine().weights, b.fine().weights) and same_weights(a.segmenter(), b.segmenter()))
+            and np.array_equal(a.fine().probabilities, b.fine().probabilities)
+            and same_weights(a.segmenter(), b.segmenter()))
 
 
 def test_each_stage_is_stored_in_its_own_file(tiny_run: Run) -> None:
@@ -151,6 +163,7 @@ def changed(run: Run, other: Run) -> tuple[str, ...]:
     ("lung_net", "steps", 9, "lung_net"), ("lung_net", "keep", 0.3, "lung_net"),
     ("lung_net", "paint", PaintSettings(share=0.5), "lung_net"), ("classifier", "steps", 9, "classifier1"),
     ("cam", "top", 91.0, "cam1"), ("mil", "rate", 0.123, "mil1"), ("mutual", "gap", 0.4, "classifier2"),
+    ("mutual", "gentle", 0.4, "classifier2"),
     ("fine", "beta", 77.0, "fine"),
     ("segmenter", "rate", 0.123, "segmenter")])
 def test_a_changed_setting_concerns_its_stage_and_those_after_it(
@@ -158,6 +171,25 @@ def test_a_changed_setting_concerns_its_stage_and_those_after_it(
     part = replace(getattr(TINY, field), **{setting: value})
     other, _ = again(tiny_run, tmp_path, profile=replace(TINY, **{field: part}))
     assert changed(tiny_run, other) == STAGES[STAGES.index(first):]
+
+
+def test_true_lungs_concern_all_that_sees_lungs(tiny_run: Run, tmp_path: Path) -> None:
+    other, _ = again(tiny_run, tmp_path, profile=replace(TINY, true_lungs=True))
+    assert changed(tiny_run, other) == STAGES[STAGES.index("weak"):]
+
+
+def test_true_lung_files_concern_only_who_looks_at_them(tiny_run: Run, tiny_phantom: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_phantom, tmp_path / "data"))
+    scan = read_scan(folder / "lung" / "phantom_01.nii.gz")
+    changed_lung = scan.pixels != 0
+    changed_lung[4] = False
+    write_like(changed_lung, scan.grid, scan.path)
+    data, looking = load_dataset(folder), replace(TINY, true_lungs=True)
+    assert changed(tiny_run, again(tiny_run, tmp_path, data=data)[0]) == ()
+    before, after = (again(tiny_run, tmp_path, data=d, profile=looking)[0] for d in (tiny_run.data, data))
+    assert changed(before, after) == STAGES[STAGES.index("weak"):]
+    moved = load_dataset(shutil.copytree(tiny_phantom, tmp_path / "elsewhere"))
+    assert changed(before, again(tiny_run, tmp_path, data=moved, profile=looking)[0]) == ()
 
 
 def test_the_seed_concerns_all_that_is_trained(tiny_run: Run, tmp_path: Path) -> None:
@@ -259,6 +291,31 @@ def test_no_lung_anywhere_makes_no_crops(tiny_run: Run) -> None:
     assert not tiny_run.lungs(nothing).any()
 
 
+def test_true_lungs_take_the_place_of_found_ones_in_training_only(tiny_run: Run, copied: Path,
+                                                                  volume: np.ndarray) -> None:
+    profile = replace(TINY, true_lungs=True)
+    run, lines = again(tiny_run, copied, profile=profile)
+    found, expected = run.weak(), with_true_lungs(run.data, tiny_run.threshold())
+    np.testing.assert_array_equal(found.crops.lungs, expected.crops.lungs)
+    for other in (tiny_run.weak(), tiny_run.threshold()):
+        assert not np.array_equal(found.crops.lungs, other.crops.lungs)
+        assert np.array_equal(found.crops.images, other.crops.images)
+        assert np.array_equal(found.crops.boxes, other.crops.boxes)
+        assert np.array_equal(found.labels, other.labels)
+    np.testing.assert_array_equal(run.threshold().crops.lungs, tiny_run.threshold().crops.lungs)
+    assert lines == [], "no net is asked"
+    np.testing.assert_array_equal(run.crops(volume)[1].lungs, tiny_run.crops(volume)[1].lungs)
+    stored, _ = again(tiny_run, copied, profile=profile)
+    np.testing.assert_array_equal(stored.weak().crops.lungs, expected.crops.lungs)
+
+
+def test_true_lungs_need_lung_masks(tiny_run: Run, tmp_path: Path) -> None:
+    bare = replace(tiny_run.data, cases=tuple(replace(case, lung=None) for case in tiny_run.data.cases))
+    run, _ = again(tiny_run, tmp_path, data=bare, profile=replace(TINY, true_lungs=True))
+    with pytest.raises(DatasetError, match="no lung mask"):
+        run.weak()
+
+
 def test_without_a_lung_net_the_threshold_has_the_last_word(tiny_run: Run, tmp_path: Path,
                                                             volume: np.ndarray) -> None:
     run, lines = again(tiny_run, tmp_path, profile=replace(TINY, lung_net=replace(TINY.lung_net, steps=0)))
@@ -290,9 +347,109 @@ def test_results_have_the_shapes_and_ranges_they_claim(tiny_run: Run) -> None:
     free = tiny_run.weak().labels == 0
     assert (tiny_run.coarse()[free] == 0).all()
     assert not tiny_run.fine().labels[free].any()
+    assert (tiny_run.fine().probabilities[free] == 0).all()
+    assert (tiny_run.fine().probabilities[~free] > 0).any()
     assert tiny_run.fine().labels.dtype == bool
     assert len(tiny_run.mil()[1]) == len(TINY.mil.curriculum.paces)
     assert len(tiny_run.rounds()) == TINY.mutual.rounds
+
+
+def test_later_rounds_teach_the_classifier_gently(tiny_run: Run, copied: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patch net, which is not to forget anything, keeps its learning rate."""
+    mutual = replace(TINY.mutual, gentle=0.25, again=0.5)
+    run, _ = again(tiny_run, copied, profile=replace(TINY, mutual=mutual), seed=0)
+    taught: dict[str, tuple[Any, dict[str, Any]]] = {}
+
+    def classify(data: WeakSet, settings: ClassifierSettings, **rest: Any) -> Classifier:
+        taught["classifier"] = settings, rest
+        return Classifier(settings)
+
+    def patch(data: WeakSet, prior: np.ndarray, settings: MilSettings, **rest: Any) -> tuple[PatchNet, list[Phase]]:
+        taught["mil"] = settings, rest
+        return PatchNet(settings), []
+    monkeypatch.setattr(pipeline, "train_classifier", classify)
+    monkeypatch.setattr(pipeline, "train_mil", patch)
+    run.mil(2)
+    settings, rest = taught["classifier"]
+    assert settings == replace(TINY.classifier, steps=4, rate=0.25 * TINY.classifier.rate)
+    assert same_weights(rest["start"], tiny_run.classifier(1))
+    lesson = make_lesson(tiny_run.weak(), tiny_run.cam(1), tiny_run.patches(1), mutual, 2)
+    assert rest["lesson"].weight == lesson.weight == mutual.weights[0]
+    assert np.array_equal(rest["lesson"].teacher, lesson.teacher)
+    assert np.array_equal(rest["lesson"].taught, lesson.taught)
+    assert taught["mil"][0] == replace(TINY.mil, steps=4)
+    assert same_weights(taught["mil"][1]["start"], tiny_run.mil(1)[0])
+    taught.clear()
+    first, _ = again(tiny_run, copied / "fresh", profile=run.profile)
+    first.weak = tiny_run.weak  # type: ignore[method-assign]
+    first.classifier(1)
+    assert taught["classifier"][0] == TINY.classifier, "the first round is as it was"
+    assert "lesson" not in taught["classifier"][1]
+
+
+def test_the_segmenter_is_taught_the_targets_of_the_fine_labels(tiny_run: Run, copied: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, _ = load_arrays(stage_file(tiny_run, copied, "fine"))
+    assert stored.keys() == {"labels", "probabilities"}
+    fine = tiny_run.fine()
+    np.testing.assert_array_equal(stored["labels"], fine.labels)
+    np.testing.assert_array_equal(stored["probabilities"], fine.probabilities)
+    stage_file(tiny_run, copied, "segmenter").unlink()
+    run, _ = again(tiny_run, copied)
+    taught: list[np.ndarray] = []
+
+    def train(data: WeakSet, targets: np.ndarray, weights: np.ndarray, settings: SegmenterSettings,
+              **rest: Any) -> torch.nn.Module:
+        taught.extend((targets, weights))
+        return make_segmenter(settings)
+    monkeypatch.setattr(pipeline, "train_segmenter", train)
+    run.segmenter()
+    np.testing.assert_array_equal(taught[0], fine.targets)
+    np.testing.assert_array_equal(taught[1], fine.weights)
+    assert not np.array_equal(fine.targets, fine.labels), "not the walker's decisions alone"
+
+
+@pytest.mark.parametrize("best", [1, 2])
+def test_fine_labels_come_from_the_round_that_agreed_best(tiny_run: Run, copied: Path, best: int) -> None:
+    stage_file(tiny_run, copied, "fine").unlink()
+    run, lines = again(tiny_run, copied)
+    run.rounds = lambda: [Round(float(k == best), 0.0, 0.0) for k in (1, 2)]  # type: ignore[method-assign]
+    assert run.best() == best
+    mine, other = (fine_labels(run.weak(), run.cam(k), run.patches(k), TINY.fine) for k in (best, 3 - best))
+    found = run.fine()
+    for part in ("labels", "probabilities", "targets", "weights"):
+        np.testing.assert_array_equal(getattr(found, part), getattr(mine, part))
+    assert not np.array_equal(mine.probabilities, other.probabilities), "the rounds differ"
+    assert lines == []
+
+
+def test_the_best_round_is_that_of_the_agreement(tiny_run: Run) -> None:
+    figures = [r.agreement for r in tiny_run.rounds()]
+    assert len(figures) == 2
+    assert figures[0] != figures[1]
+    assert tiny_run.best() == 1 + int(np.argmax(figures)) == best_round(tiny_run.rounds())
+    measured = [agreement(tiny_run.weak(), tiny_run.cam(k), tiny_run.patches(k)) for k in (1, 2)]
+    assert figures == pytest.approx(measured)
+
+
+@pytest.mark.parametrize(("figures", "rounds", "best"), [
+    ((0.5, 0.7, 0.6, 0.9), 3, 2),   # the fall ends it: the fourth round never comes
+    ((0.5, 0.4, 0.9), 2, 1), ((0.5, 0.505, 0.9), 2, 2), ((0.5, 0.6, 0.7, 0.8), 4, 4)])
+def test_rounds_end_when_the_maps_agree_no_better(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  figures: tuple[float, ...], rounds: int, best: int) -> None:
+    run, _ = again(tiny_run, tmp_path, profile=replace(TINY, mutual=replace(TINY.mutual, rounds=4, stop=0.01)))
+    asked: list[int] = []
+    data = tiny_run.weak()
+    nothing = np.zeros(data.crops.images.shape, np.float32)
+    run.weak = lambda: data  # type: ignore[method-assign]
+    run.cam = lambda number=1: asked.append(number) or nothing  # type: ignore[method-assign, func-returns-value]
+    run.patches = lambda number=1: nothing  # type: ignore[method-assign]
+    left = iter(figures)
+    monkeypatch.setattr("covidseg.pipeline.agreement", lambda *maps: next(left))
+    assert [r.agreement for r in run.rounds()] == list(figures[:rounds])
+    assert max(asked) == rounds
+    assert run.best() == best
 
 
 def test_the_upper_bound_learns_from_the_masks_it_is_given(tiny_run: Run, copied: Path) -> None:
@@ -308,35 +465,6 @@ def test_the_upper_bound_learns_from_the_masks_it_is_given(tiny_run: Run, copied
     third, _ = again(tiny_run, copied)
     assert not same_weights(net, third.supervised(~masks & run.weak().crops.lungs))
     assert not same_weights(net, tiny_run.segmenter())
-
-
-def test_profiles_by_name() -> None:
-    assert profile_named("quick").name == "quick"
-    assert profile_named("full").name == "full"
-    with pytest.raises(SettingsError, match=r"profile 'slow'.*quick, full"):
-        profile_named("slow")
-    with pytest.raises(SettingsError, match=r"method 'guessed'.*extended, faithful"):
-        profile_named("quick", "guessed")
-
-
-@pytest.mark.parametrize("name", list(PROFILES))
-def test_the_faithful_method_paints_no_lesions_and_is_the_same_otherwise(name: str) -> None:
-    extended, faithful = profile_named(name), profile_named(name, "faithful")
-    assert (extended.method, faithful.method) == ("extended", "faithful")
-    assert extended.mil.paint.share > 0
-    assert extended.segmenter.paint.share > 0
-    assert faithful.mil.paint.share == faithful.segmenter.paint.share == 0
-    back = replace(faithful, method="extended", mil=replace(faithful.mil, paint=extended.mil.paint),
-                   segmenter=replace(faithful.segmenter, paint=extended.segmenter.paint))
-    assert back == extended
-
-
-@pytest.mark.parametrize("profile", PROFILES.values(), ids=list(PROFILES))
-def test_sizes_of_the_profiles_fit_patches_and_strides(profile: object) -> None:
-    assert profile.prepare.size % 40 == 0  # type: ignore[attr-defined]
-    assert profile.prepare.size % 2 ** (len(profile.segmenter.channels) - 1) == 0  # type: ignore[attr-defined]
-    net = profile.lung_net  # type: ignore[attr-defined]
-    assert net.size % 2 ** (len(net.channels) - 1) == 0
 
 
 def test_a_run_lies_where_the_environment_says(tiny_phantom: Path, tmp_path: Path,

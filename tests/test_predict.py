@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, ornt_transform
-from tiny import TINY, finished_run, same_weights
+from tiny import TINY, finished_run, quiet, same_weights, stage_name, weights
 
 from covidseg import predict
-from covidseg.errors import ArtifactError, InputFileError, NoLungError
-from covidseg.io import read_scan, write_like
+from covidseg.artifacts import load_arrays
+from covidseg.errors import ArtifactError, InputFileError, NoLungError, OutputError
+from covidseg.io import Scan, read_scan, write_like
 from covidseg.lungs import lung_masks
-from covidseg.pipeline import PROFILES, Run
-from covidseg.predict import load_predictor, profile_from, profile_json
+from covidseg.mutual import Round
+from covidseg.pipeline import Run
+from covidseg.predict import export_run, load_predictor, read_report
 from covidseg.prepare import Crops, lung_box, make_crops, uncrop
+from covidseg.report import write_run
 
 ORDERS = ["RAS", "LPS", "LAS", "SPL", "ARI"]
 
@@ -139,17 +143,57 @@ def test_the_stored_segmenter_and_settings_come_back(tiny_run: Run) -> None:
     assert predictor.lung_net is not None
     assert same_weights(predictor.lung_net, tiny_run.lung_net())
     assert predictor.profile == TINY
-    assert not predictor.segmenter.training
-    assert not predictor.lung_net.training
+    assert same_weights(predictor.patch_net, tiny_run.mil(tiny_run.best())[0])
+    for net in (predictor.segmenter, predictor.patch_net, predictor.lung_net):
+        assert not net.training
 
 
-def test_a_run_without_a_lung_net_predicts_in_the_threshold_lungs(copied: Path, tiny_phantom: Path) -> None:
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_patch_net_is_that_of_the_best_round(copied: Path, tiny_run: Run, number: int) -> None:
+    assert not same_weights(tiny_run.mil(1)[0], tiny_run.mil(2)[0])
+    edit(copied, lambda content: content.update(best_round=number))
+    assert same_weights(load_predictor(copied).patch_net, tiny_run.mil(number)[0])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_report_names_the_best_round(copied: Path, tiny_run: Run, number: int) -> None:
+    assert read_report(copied)[0]["best_round"] == tiny_run.best()
+    run = Run(tiny_run.data, TINY, 0, copied, "cpu", quiet)
+    run.rounds = lambda: [Round(float(k == number), 0.0, 0.0) for k in (1, 2)]  # type: ignore[method-assign]
+    write_run(run, "a test")
+    assert json.loads((copied / "run.json").read_text(encoding="utf-8"))["best_round"] == number
+    assert same_weights(load_predictor(copied).patch_net, tiny_run.mil(number)[0])
+
+
+@pytest.fixture
+def interrupted(tiny_phantom: Path) -> Scan:
+    """A volume whose second slice shows no lung: taken as one body, what lies below it is no part of the lungs."""
+    scan = read_scan(tiny_phantom / "im" / "phantom_00.nii.gz")
+    pixels = scan.pixels.copy()
+    pixels[1] = 40
+    return replace(scan, pixels=pixels)
+
+
+def test_slices_of_one_body_or_unrelated_ones(tiny_run: Run, interrupted: Scan) -> None:
+    predictor = load_predictor(tiny_run.folder)
+    body, stack, measured = (predictor.probabilities(interrupted, volume) for volume in (True, False, None))
+    assert not body[0].any()
+    assert stack[0].any()
+    assert not stack[1].any()
+    assert np.array_equal(measured, body), "its neighbours look alike"
+
+
+def test_a_run_without_a_lung_net_predicts_in_the_threshold_lungs(copied: Path, tiny_phantom: Path,
+                                                                  tmp_path: Path) -> None:
     def without(content: dict) -> None:
         content["settings"]["lung_net"]["steps"] = 0
         del content["stages"]["lung_net"]
     edit(copied, without)
     predictor = load_predictor(copied)
     assert predictor.lung_net is None
+    assert sorted(path.name for path in export_run(copied, tmp_path / "exported")) == [
+        "patches.safetensors", "run.json", "segmenter.safetensors"]
+    assert load_predictor(tmp_path / "exported").lung_net is None
     scan = read_scan(tiny_phantom / "im" / "phantom_00.nii.gz")
     maps, lungs = predictor.probabilities(scan), lung_masks(scan.pixels)
     assert (maps[lungs] > 0).mean() > 0.95
@@ -169,10 +213,10 @@ def weights_file(copied: Path, stage: str) -> Path:
     return copied / "stages" / json.loads((copied / "run.json").read_text())["stages"][stage]
 
 
-@pytest.mark.parametrize("stage", ["segmenter", "lung_net"])
+@pytest.mark.parametrize("stage", ["segmenter", "lung_net", "patches"])
 @pytest.mark.parametrize("harm", ["one byte", "half", "gone", "no checksum"])
-def test_damaged_weights_are_refused(copied: Path, harm: str, stage: str) -> None:
-    path = weights_file(copied, stage)
+def test_damaged_weights_are_refused(copied: Path, tiny_run: Run, tmp_path: Path, harm: str, stage: str) -> None:
+    path = weights_file(copied, f"mil{tiny_run.best()}" if stage == "patches" else stage)
     content = path.read_bytes()
     if harm == "one byte":
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -184,6 +228,9 @@ def test_damaged_weights_are_refused(copied: Path, harm: str, stage: str) -> Non
         path.with_name(f"{path.name}.sha256").unlink()
     with pytest.raises(ArtifactError):
         load_predictor(copied)
+    with pytest.raises(ArtifactError):
+        export_run(copied, tmp_path / "exported")
+    assert not (tmp_path / "exported" / "run.json").exists(), "half an export is no run"
 
 
 def edit(copied: Path, change: object) -> None:
@@ -199,13 +246,24 @@ def edit(copied: Path, change: object) -> None:
     lambda c: c["settings"]["segmenter"].update(unheard_of=1), lambda c: c.update(settings="text"),
     lambda c: c["settings"]["segmenter"].update(channels=[4, 8, 16]), lambda c: c["settings"].pop("lung_net"),
     lambda c: c["settings"]["lung_net"].update(channels=[4, 8, 16]), lambda c: c["settings"].pop("method"),
-    lambda c: c["settings"]["lung_net"]["paint"].update(unheard_of=1), lambda c: c["stages"].pop("lung_net")],
+    lambda c: c["settings"]["lung_net"]["paint"].update(unheard_of=1), lambda c: c["stages"].pop("lung_net"),
+    lambda c: c.pop("best_round"), lambda c: c.update(best_round=7), lambda c: c["settings"].pop("true_lungs"),
+    lambda c: c["settings"]["mil"].update(width=5), lambda c: c["settings"]["mil"]["curriculum"].pop("order")],
     ids=["no stages", "no settings", "no segmenter", "no part", "no name", "unknown setting", "text", "another net",
          "no settings of the lung net", "another lung net", "no method", "unknown paint",
-         "no lung net"])
+         "no lung net", "no best round", "no such round", "no choice of lungs", "another patch net",
+         "no order of the curriculum"])
 def test_a_report_that_does_not_fit_is_refused(copied: Path, change: object) -> None:
     edit(copied, change)
     with pytest.raises(ArtifactError):
+        load_predictor(copied)
+
+
+def test_a_later_round_without_its_patch_net_is_refused(copied: Path) -> None:
+    edit(copied, lambda c: c.update(best_round=2))
+    load_predictor(copied)
+    edit(copied, lambda c: c["stages"].pop("mil2"))
+    with pytest.raises(ArtifactError, match="mil2"):
         load_predictor(copied)
 
 
@@ -216,7 +274,102 @@ def test_a_report_that_is_no_report_is_refused(copied: Path, content: bytes) -> 
         load_predictor(copied)
 
 
-@pytest.mark.parametrize("name", ["tiny", *PROFILES])
-def test_settings_survive_json(name: str) -> None:
-    profile = TINY if name == "tiny" else PROFILES[name]
-    assert profile_from(json.loads(json.dumps(profile_json(profile)))) == profile
+# --- a run to share ---------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def exported(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "deep" / "nets"
+    export_run(tiny_run.folder, folder)
+    return folder
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_an_exported_run_predicts_bit_for_bit_as_the_run(exported: Path, tiny_run: Run, tiny_phantom: Path) -> None:
+    a, b = load_predictor(tiny_run.folder), load_predictor(exported)
+    assert b.profile == a.profile == TINY
+    for name in ("segmenter", "patch_net", "lung_net"):
+        assert same_weights(getattr(a, name), getattr(b, name))
+    for number in (0, 3):
+        scan = read_scan(tiny_phantom / "im" / f"phantom_0{number}.nii.gz")
+        maps = b.probabilities(scan)
+        assert np.array_equal(maps, a.probabilities(scan))
+        assert maps.any()
+
+
+def test_an_exported_run_holds_nets_and_nothing_of_the_scans(exported: Path, tiny_run: Run) -> None:
+    nets = {"segmenter": tiny_run.segmenter(), "patches": tiny_run.mil(tiny_run.best())[0],
+            "lung_net": tiny_run.lung_net()}
+    files = [f"stages/{name}.safetensors{end}" for name in nets for end in ("", ".sha256")]
+    assert sorted(files_in(exported)) == sorted(["run.json", *files])
+    for name, net in nets.items():
+        arrays, notes = load_arrays(exported / "stages" / f"{name}.safetensors")
+        assert notes == {}
+        stored = {key.removeprefix("net."): value for key, value in arrays.items()}
+        expected = weights(net)  # type: ignore[arg-type]
+        assert stored.keys() == expected.keys(), "weights and no array more"
+        assert all(np.array_equal(stored[key], expected[key]) for key in expected)
+    # The patches of a run lie beside the targets of their curriculum, which are as many as the training slices.
+    whole, _ = load_arrays(tiny_run.folder / "stages" / stage_name(tiny_run, f"mil{tiny_run.best()}"))
+    assert any(key.startswith("phase") for key in whole)
+    size, before = (sum(map(len, files_in(folder).values())) for folder in (exported, tiny_run.folder))
+    assert size < 0.5 * before
+
+
+def test_the_report_of_a_run_goes_along(exported: Path, tiny_run: Run) -> None:
+    content, before = (json.loads((folder / "run.json").read_text(encoding="utf-8"))
+                       for folder in (exported, tiny_run.folder))
+    assert content.pop("stages") == {"segmenter": "segmenter.safetensors", "lung_net": "lung_net.safetensors",
+                                     f"mil{tiny_run.best()}": "patches.safetensors"}
+    del before["stages"]
+    assert content == before
+    assert set(content["data"]) == {case.id for case in tiny_run.data.cases}
+
+
+def test_the_files_written_are_named(tiny_run: Run, tmp_path: Path) -> None:
+    written = export_run(tiny_run.folder, tmp_path / "nets")
+    assert sorted(str(path.relative_to(tmp_path / "nets")) for path in written) == [
+        "run.json", "stages/lung_net.safetensors", "stages/patches.safetensors", "stages/segmenter.safetensors"]
+    assert all(path.is_file() for path in written)
+
+
+def test_an_export_can_be_exported_again(exported: Path, tmp_path: Path) -> None:
+    export_run(exported, tmp_path / "again")
+    assert files_in(tmp_path / "again") == files_in(exported)
+
+
+def test_the_patch_net_of_the_best_round_is_exported(copied: Path, tiny_run: Run, tmp_path: Path) -> None:
+    for number in (1, 2):
+        edit(copied, lambda content, best=number: content.update(best_round=best))
+        export_run(copied, tmp_path / f"round{number}")
+        assert same_weights(load_predictor(tmp_path / f"round{number}").patch_net, tiny_run.mil(number)[0])
+
+
+def test_a_run_is_never_exported_onto_itself(copied: Path, tmp_path: Path) -> None:
+    before = files_in(copied)
+    (tmp_path / "link").symlink_to(copied)
+    for out in (copied, copied / "stages" / "..", tmp_path / "link"):
+        with pytest.raises(OutputError, match="overwrite the run"):
+            export_run(copied, out)
+    assert files_in(copied) == before
+
+
+def test_an_export_needs_a_run_and_room(tiny_run: Run, tmp_path: Path) -> None:
+    with pytest.raises(InputFileError, match=r"run\.json"):
+        export_run(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError):
+        export_run(tiny_run.folder, tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("file", ["segmenter", "patches", "lung_net"])
+def test_a_damaged_export_is_refused(exported: Path, tmp_path: Path, file: str) -> None:
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    path = copy / "stages" / f"{file}.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match=f"{file}.safetensors"):
+        load_predictor(copy)

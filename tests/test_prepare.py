@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,23 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from covidseg import prepare
-from covidseg.dataset import load_dataset
+from covidseg.dataset import Dataset, load_dataset
 from covidseg.errors import DatasetError
-from covidseg.io import Grid, read_scan, write_like
+from covidseg.io import Grid, read_mask, read_scan, write_like
 from covidseg.lungs import lung_masks
-from covidseg.prepare import CLIP, PrepareSettings, WeakSet, crop, lung_box, make_crops, normalise, uncrop, weak_set
+from covidseg.prepare import (
+    CLIP,
+    PrepareSettings,
+    WeakSet,
+    crop,
+    crop_masks,
+    lung_box,
+    make_crops,
+    normalise,
+    uncrop,
+    weak_set,
+    with_true_lungs,
+)
 
 WINDOWS = [(-1000, 200), (-1200, 600), (-1350, 150)]
 SMALL = PrepareSettings(size=80)
@@ -198,6 +210,38 @@ def test_no_slices_make_no_crops():
     assert crops.boxes.shape == (0, 4)
 
 
+def test_masks_are_cut_out_as_the_slices_are(first):
+    pixels, lungs = first
+    crops = make_crops(pixels, lungs, SMALL)
+    masks = crop_masks(lungs, crops.boxes, SMALL.size)
+    assert masks.dtype == bool
+    np.testing.assert_array_equal(masks, crops.lungs)
+    bright = crop_masks(pixels > -100, crops.boxes, SMALL.size)
+    for mask, image in zip(bright, crops.images, strict=True):
+        assert image[mask].mean() > image[~mask].mean() + 0.5, "the picture is bright where the mask says so"
+
+
+def test_masks_by_hand():
+    masks = np.zeros((2, 6, 6), bool)
+    masks[0, 2:4, 1:3] = True
+    masks[1, 0, 0] = True
+    boxes = np.array([[1, 0, 4, 4], [-1, -1, 4, 4]])
+    small = crop_masks(masks, boxes, 4)
+    expected = np.zeros((2, 4, 4), bool)
+    expected[0, 1:3, 1:3] = True
+    expected[1, 1, 1] = True
+    np.testing.assert_array_equal(small, expected)
+    twice = crop_masks(masks, boxes, 8)
+    assert twice.shape == (2, 8, 8)
+    assert twice[0].sum() == pytest.approx(4 * 4, abs=6)
+
+
+def test_no_masks_make_no_crops_and_boxes_have_to_fit():
+    assert crop_masks(np.zeros((0, 64, 64), bool), np.zeros((0, 4), int), 80).shape == (0, 80, 80)
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        crop_masks(np.zeros((2, 64, 64), bool), np.array([[0, 0, 64, 64]]), 80)
+
+
 # --- the weak set -----------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -308,3 +352,40 @@ def test_take_keeps_pictures_lungs_and_boxes_together(tiny_phantom):
     for part in ("images", "lungs", "boxes"):
         assert np.array_equal(getattr(few, part)[0], getattr(crops, part)[5])
         assert np.array_equal(getattr(few, part)[1], getattr(crops, part)[0])
+
+
+# --- true lungs, for comparison ---------------------------------------------------------------------------------
+
+def test_true_lungs_are_those_of_the_data_folder(tiny_phantom, weak):
+    data = load_dataset(tiny_phantom)
+    true = with_true_lungs(data, weak)
+    masks = {case.id: read_mask(case.lung) for case in data.cases}
+    for name, box, lung in zip(true.names, true.crops.boxes, true.crops.lungs, strict=True):
+        volume, k = name.rsplit(":", 1)
+        np.testing.assert_array_equal(lung, crop(masks[volume][int(k)], box, SMALL.size, 0.0) > 0.5)
+        assert lung.any()
+    assert not np.array_equal(true.crops.lungs, weak.crops.lungs)
+    for found, expected in zip(arrays_of(true), arrays_of(weak), strict=True):
+        if found is not true.crops.lungs:
+            assert found is expected, "all else stays"
+
+
+def test_true_lungs_of_slices_in_any_order(tiny_phantom, weak):
+    """Lungs follow the names, not the order of the folder."""
+    order = np.random.default_rng(0).permutation(len(weak))[:25]
+    some = WeakSet(weak.crops.take(order), weak.labels[order], weak.patients[order], weak.names[order])
+    np.testing.assert_array_equal(with_true_lungs(load_dataset(tiny_phantom), some).crops.lungs,
+                                  with_true_lungs(load_dataset(tiny_phantom), weak).crops.lungs[order])
+
+
+def test_a_volume_that_trains_nothing_does_no_harm(tiny_phantom, weak):
+    mine = np.flatnonzero([not name.startswith("phantom_01") for name in weak.names])
+    some = WeakSet(weak.crops.take(mine), weak.labels[mine], weak.patients[mine], weak.names[mine])
+    assert len(with_true_lungs(load_dataset(tiny_phantom), some)) == 30
+
+
+def test_without_a_lung_mask_there_are_no_true_lungs(tiny_phantom, weak):
+    data = load_dataset(tiny_phantom)
+    bare = Dataset(data.root, (*data.cases[:2], replace(data.cases[2], lung=None), data.cases[3]))
+    with pytest.raises(DatasetError, match="phantom_02 has no lung mask"):
+        with_true_lungs(bare, weak)

@@ -10,6 +10,7 @@ import torch
 from tiny import quiet, same_weights, toy
 from torch.nn import functional as F
 
+from covidseg.fine import certainty
 from covidseg.paint import NO_PAINT, PaintSettings
 from covidseg.prepare import Crops
 from covidseg.refine import (
@@ -17,8 +18,10 @@ from covidseg.refine import (
     exact_loss,
     lesion_probabilities,
     make_segmenter,
+    paste_lesions,
     robust_loss,
     train_segmenter,
+    trusting,
 )
 
 SMALL = SegmenterSettings(channels=(4, 8), steps=6, batch=4)
@@ -157,6 +160,30 @@ def test_fine_labels_are_refreshed_when_the_settings_say_so() -> None:
     assert same_weights(nets[1], same)
 
 
+def test_a_refreshment_weighs_each_pixel_by_its_certainty() -> None:
+    """With nothing but the old labels in the mixture, only the weights can change, and only to their certainty."""
+    data, disks = toy(12)
+    doubtful = (0.7 * disks + 0.1).astype(np.float32)
+    doubtful[data.labels == 0] = 0
+    nets = {}
+    for refresh in ((), (0.34,)):
+        for name, weights in (("sure", certainty(doubtful)), ("even", np.ones(disks.shape, np.float32))):
+            nets[name, refresh] = train_segmenter(data, doubtful, weights, replace(SMALL, refresh=refresh, keep=1.0),
+                                                  seed=2, log=quiet)
+    assert same_weights(nets["sure", ()], nets["sure", (0.34,)])
+    assert not same_weights(nets["even", ()], nets["even", (0.34,)])
+
+
+def test_true_masks_are_trusted() -> None:
+    settings = trusting(SegmenterSettings())
+    assert settings.threshold == 0.5 > SegmenterSettings().threshold
+    assert settings.robustness < SegmenterSettings().robustness
+    assert settings.fine_weight == 1
+    assert settings.refresh == ()
+    assert settings.paint == NO_PAINT
+    assert trusting(settings) == settings
+
+
 def test_painting_alone_teaches_what_a_lesion_is() -> None:
     """Fine labels of no weight: all that is learned comes from lesions painted on lesion-free slices."""
     data, disks = toy(24)
@@ -196,3 +223,44 @@ def test_probabilities_are_averaged_over_flips_and_stay_in_the_lung() -> None:
 def test_no_slices_no_probabilities() -> None:
     empty = Crops(np.zeros((0, 40, 40), np.float32), np.zeros((0, 40, 40), bool), np.zeros((0, 4), int))
     assert len(lesion_probabilities(make_segmenter(SMALL), empty)) == 0
+
+
+def batch_of_maps() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two fine-labelled slices with a lesion each, two lesion-free ones: picture, lung, target, weight."""
+    maps = torch.zeros(4, 4, 20, 20)
+    maps[:, 1, 2:18, 2:18] = 1
+    maps[:, 3] = 1
+    for k, target in ((0, 0.9), (1, 0.6)):
+        maps[k, 0, 4:9, 4:9] = 0.8
+        maps[k, 2, 4:9, 4:9] = target
+    maps[2, 1, :, :10] = 0                                   # half of this lung is missing
+    return maps, torch.tensor([False, False, True, True])
+
+
+def test_lesions_are_moved_into_lesion_free_slices_only() -> None:
+    maps, exact = batch_of_maps()
+    before = maps.clone()
+    pasted = paste_lesions(maps, exact, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(maps, before), "the slices of the set stay as they are"
+    assert torch.equal(pasted[:2], before[:2])
+    assert torch.equal(pasted[:, [1, 3]], before[:, [1, 3]]), "lung and weight stay"
+    assert sorted(round(v, 3) for v in pasted[3, 2].unique().tolist()) in ([0.0, 0.9], [0.0, 0.6])
+    assert int((pasted[3, 2] > 0).sum()) == 25, "the whole lesion, as it was or mirrored"
+    assert float(pasted[3, 0][pasted[3, 2] > 0].min()) > 0.3, "and its picture with it"
+    assert not pasted[2, 2][before[2, 1] == 0].any(), "no lesion outside the lung"
+
+
+def test_paste_follows_its_share_and_the_seed() -> None:
+    maps, exact = batch_of_maps()
+    assert torch.equal(paste_lesions(maps, exact, 0.0, torch.Generator()), maps)
+    assert torch.equal(paste_lesions(maps, torch.ones(4, dtype=torch.bool), 1.0, torch.Generator()), maps)
+    one, two = (paste_lesions(maps, exact, 0.5, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(one, two)
+    count = sum(bool(paste_lesions(maps, exact, 0.3, torch.Generator().manual_seed(k))[3, 2].any()) for k in range(100))
+    assert 15 < count < 45
+
+
+def test_unsure_pixels_are_not_pasted() -> None:
+    maps, exact = batch_of_maps()
+    maps[:2, 2] = 0.2
+    assert not paste_lesions(maps, exact, 1.0, torch.Generator().manual_seed(0))[2:, 2].any()

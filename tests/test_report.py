@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import platform
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from covidseg import DISCLAIMER
 from covidseg.evaluate import Evaluation, StageResult
 from covidseg.metrics import Scores
 from covidseg.pipeline import Run
-from covidseg.predict import profile_from
+from covidseg.profiles import profile_from
 from covidseg.report import (
     PACKAGES,
     environment,
@@ -29,6 +30,7 @@ from covidseg.report import (
     evaluation_table,
     format_figure,
     scores_json,
+    write_run,
 )
 
 NAN = float("nan")
@@ -110,13 +112,17 @@ def test_run_report_is_complete(tiny_run: Run) -> None:
     assert content["note"] == DISCLAIMER
     assert content["command"] == "a test"
     assert content["seed"] == 0
-    assert content["seconds"] == 1.0
+    assert tuple(content["seconds"]) == tuple(content["stages"]) == STAGES
+    for stage, seconds in content["seconds"].items():
+        assert math.isfinite(seconds)
+        assert 0 <= seconds == tiny_run.store.seconds(stage, tiny_run.key(stage))
+    assert content["seconds"]["segmenter"] > 0
+    assert content["best_round"] == tiny_run.best()
     assert content["labelled_slices"] == 40
     assert profile_from(content["settings"]) == TINY
     assert content["settings"]["method"] == "extended"
     assert content["settings"]["mil"]["curriculum"]["order"] == "easy"
     assert content["settings"]["mutual"]["exchange"] == "both"
-    assert set(content["stages"]) >= set(STAGES)
     assert len(set(content["stages"].values())) == len(content["stages"]), "each stage has a file of its own"
     for name in content["stages"].values():
         assert (tiny_run.folder / "stages" / name).is_file()
@@ -125,4 +131,22 @@ def test_run_report_is_complete(tiny_run: Run) -> None:
     assert str(tiny_run.folder) not in text
     assert str(tiny_run.data.root) not in text
     assert f"/{getpass.getuser()}/" not in text
-    assert math.isfinite(content["seconds"])
+
+
+def test_a_report_is_whole_though_only_the_last_stage_was_read(tiny_run: Run, tmp_path: Path) -> None:
+    """A second training in a folder asks for the segmenter, finds it, and reads none of the stages before it."""
+    folder = Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
+    first = strict((folder / "run.json").read_text(encoding="utf-8"))
+    (folder / "run.json").unlink()
+    lines: list[str] = []
+    run = Run(tiny_run.data, TINY, 0, folder, "cpu", lines.append)
+    run.segmenter()
+    path = write_run(run, "another test")
+    assert path == folder / "run.json"
+    second = strict(path.read_text(encoding="utf-8"))
+    assert lines == [], "nothing was trained for it"
+    assert second.pop("command") == "another test"
+    for content in (first, second):
+        content.pop("command", None)
+        content.pop("finished")
+    assert second == first

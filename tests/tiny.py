@@ -13,8 +13,9 @@ from covidseg.dataset import load_dataset
 from covidseg.lungnet import LungNetSettings
 from covidseg.mil import MilSettings
 from covidseg.mutual import MutualSettings
-from covidseg.pipeline import Profile, Run
+from covidseg.pipeline import Run
 from covidseg.prepare import Crops, PrepareSettings, WeakSet
+from covidseg.profiles import Profile
 from covidseg.refine import SegmenterSettings
 from covidseg.report import write_run
 
@@ -35,6 +36,11 @@ def all_stages(run: Run) -> Run:
     """Computes or reads every stage."""
     run.segmenter()
     return run
+
+
+def stage_name(run: Run, stage: str) -> str:
+    """Name of the file that holds a stage, in whatever folder."""
+    return run.store.path(stage, run.key(stage)).name
 
 
 def weights(net: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -74,5 +80,5 @@ def toy(count: int, size: int = 40, seed: int = 0) -> tuple[WeakSet, np.ndarray]
 def finished_run(data: Path, folder: Path) -> Run:
     """All stages of the tiny profile, with ``run.json``; trained once, however many modules ask for it."""
     run = Run(load_dataset(data), TINY, 0, folder, "cpu", quiet)
-    write_run(all_stages(run), "a test", 1.0)
+    write_run(all_stages(run), "a test")
     return run

@@ -1,0 +1,178 @@
+"""DeCoVNet: a 3D classifier whose class activation map shows lesions (Wang X. et al., IEEE TMI 39(8), 2020, 2615-2625).
+
+Layers and the published schedule follow the paper and its public code; everything here was written anew. Ours are:
+slabs and the 2D port (:mod:`covidseg.baselines.slabs`), the schedule of the default settings, the normalisation of
+the picture (theirs is a window of -1200 to 600 HU), and that a mask is empty where the net finds no lesion and outside
+the lung. The paper counts a hit when the middle of a component lies in a lesion's box; an outline is more than it
+claims.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from covidseg.baselines.components import ComponentSettings, best_component, component_activation
+from covidseg.baselines.maps import judge_crops, min_max, parts, together
+from covidseg.baselines.slabs import SlabSettings
+from covidseg.baselines.training import Baseline, BaselineSettings, train_baseline
+from covidseg.baselines.trunk import GridPool, Size, Trunk, convolution, initialise
+from covidseg.errors import SettingsError
+from covidseg.paint import NO_PAINT
+from covidseg.prepare import Crops, WeakSet
+from covidseg.train import Log
+
+GRIDS: tuple[Size, ...] = ((16, 24, 36), (4, 12, 18), (1, 6, 9))  # before each convolution of the head
+METHODS = ("activation", "cam", "3dcc", "combined")
+
+
+@dataclass(frozen=True)
+class DeCoVNetSettings(BaselineSettings):
+    """Settings of DeCoVNet, besides those of :class:`~covidseg.baselines.training.BaselineSettings`.
+
+    Attributes:
+        dropout: in the head; the public code has the layer, at 0.
+        top: share of the pixels (voxels of a volume, pixels of an unrelated slice) that the mask may hold.
+        bright: the mask leaves out what is darker than this; 0 air, 1 soft tissue. The published 75 of 255 grey
+            levels are -671 HU, 0.24 of the way from lung's air (about -900 HU) to soft tissue (about 40 HU).
+        components: of 3DCC.
+    """
+
+    dropout: float = 0.0
+    top: float = 0.05
+    bright: float = 0.24
+    components: ComponentSettings = field(default_factory=ComponentSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.top <= 1:
+            raise SettingsError(f"a mask cannot hold a share of {self.top}", remedy="Choose top above 0 and up to 1")
+
+
+# On volumes resampled to 1 mm and cropped to 224 x 336; about 100 epochs of about 500 volumes, each a batch.
+PUBLISHED = DeCoVNetSettings(dims=3, slab=SlabSettings(depth=128, size=224, step=128), steps=50_000, batch=1,
+                             rate=1e-5, weight_decay=0.0, schedule="constant", paint=NO_PAINT)
+
+
+class DeCoVNet(Baseline):
+    """Trunk, head of three convolutions between adaptive max pools, and two linear layers with nothing between.
+
+    ``forward`` takes picture and lung, ``(B, 2, T, S, S)`` or ``(B, 2, S, S)``, and returns ``(B, 2)`` logits of
+    *no lesion* and *lesion*. The picture is not masked, as published.
+    """
+
+    def __init__(self, settings: DeCoVNetSettings = DeCoVNetSettings()) -> None:
+        super().__init__()
+        d = settings.dims
+        self.settings: DeCoVNetSettings = settings
+        self.trunk = Trunk(2, d)                                                         # (B, 128, T/2, S/8, S/8)
+        three = (3, 3, 3)
+        drop = nn.Dropout3d if d == 3 else nn.Dropout2d
+        self.head = nn.Sequential(
+            GridPool(d, GRIDS[0]), convolution(d, 128, 64, three, bias=True), nn.ReLU(),
+            GridPool(d, GRIDS[1]), convolution(d, 64, 32, three, bias=True), nn.ReLU(),
+            GridPool(d, GRIDS[2]), drop(settings.dropout), convolution(d, 32, 32, three, bias=True), nn.ReLU(),
+            GridPool(d, (1, 1, 1)))                                                      # (B, 32, 1, 1, 1)
+        self.hidden, self.classes = nn.Linear(32, 32), nn.Linear(32, 2)  # nothing between them
+        initialise(self)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits ``(B, 2)`` from the trunk's features."""
+        return self.classes(self.hidden(self.head(features).flatten(1)))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return self.classify(self.trunk(maps))
+
+    def loss(self, maps: Tensor, target: Tensor) -> Tensor:
+        """Cross entropy."""
+        return F.cross_entropy(self(maps), target.long())
+
+    def cam_weights(self) -> Tensor:
+        """What each feature of the trunk is worth for *lesion*, ``(128,)``.
+
+        The head is no plain average, so the weights of a class activation map (Zhou et al., CVPR 2016) do not stand
+        in one layer: each kernel is averaged over its places and becomes a matrix; their product with the linear
+        layers leads from features to classes, as if nothing but averages lay between.
+        """
+        chain = self.classes.weight[1] @ self.hidden.weight                              # (32,)
+        for layer in reversed([m for m in self.head if isinstance(m, nn.Conv2d | nn.Conv3d)]):
+            chain = chain @ layer.weight.flatten(2).mean(dim=2)                          # (out,) to (in,)
+        return chain
+
+    def judge(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Probability ``(B,)`` and class activation map ``(B, 1, T/2, S/8, S/8)`` of *lesion*, of either sign."""
+        features = self.trunk(maps)
+        cam = torch.einsum("bc...,c->b...", features, self.cam_weights())
+        return self.classify(features).softmax(dim=1)[:, 1], cam[:, None]
+
+
+def train_decovnet(data: WeakSet, settings: DeCoVNetSettings = DeCoVNetSettings(), *, seed: int = 0,
+                   device: torch.device = torch.device("cpu"), log: Log = print,
+                   name: str = "DeCoVNet") -> DeCoVNet:
+    """Trains DeCoVNet on slice labels (2D) or on the labels of slabs (3D).
+
+    Returns:
+        The averaged net, in evaluation mode.
+
+    Raises:
+        DatasetError: one of the two classes has no slab.
+    """
+    return train_baseline(lambda: DeCoVNet(settings), data, settings, seed=seed, device=device, log=log, name=name)
+
+
+def decovnet_probabilities(net: DeCoVNet, crops: Crops, *, volume: bool = True, batch: int = 8) -> np.ndarray:
+    """Probability of a lesion of each slice, ``(N,)`` float32; in 3D the mean over the slabs that hold it.
+
+    Args: as of :func:`covidseg.baselines.maps.judge_crops`.
+    """
+    return judge_crops(net, crops, volume=volume, batch=batch)[0]
+
+
+def keep_top(maps: np.ndarray, share: float, joint: bool) -> np.ndarray:
+    """The highest ``share`` of the values of a volume or of each slice, but nothing that is 0: ``(N, S, S)`` bool."""
+    keep = np.zeros(maps.shape, bool)
+    for part in parts(maps, joint):
+        keep[part] = (maps[part] > 0) & (maps[part] >= np.quantile(maps[part], 1 - share))
+    return keep
+
+
+def decovnet_maps(net: DeCoVNet, crops: Crops, *, method: str = "cam", volume: bool = True, verdict: bool = True,
+                  batch: int = 8) -> np.ndarray:
+    """Lesion maps.
+
+    Args:
+        method: ``activation``: the class activation map, negative values cut off and scaled to [0, 1];
+            ``cam``: a mask of its top share, where the picture is bright enough; ``3dcc``: the mask of
+            :func:`covidseg.baselines.components.component_activation`; ``combined``: the component of ``cam`` that
+            overlaps 3DCC most. Masks are 0 or 1.
+        volume: see :func:`covidseg.baselines.maps.judge_crops`. Scale, top share and components are those of the
+            volume; a 2D net takes them from each slice.
+        verdict: slices in which the net finds no lesion stay empty (our choice): a map that is scaled by itself is
+            as strong in a healthy slice.
+
+    Returns:
+        ``(N, S, S)`` float32 in [0, 1], 0 outside the lung.
+
+    Raises:
+        SettingsError: there is no such method.
+    """
+    if method not in METHODS:
+        raise SettingsError(f"there is no map {method!r}", remedy=f"Choose among {', '.join(METHODS)}")
+    settings, joint = net.settings, together(net, volume)
+    probabilities, activation = judge_crops(net, crops, volume=volume, batch=batch)
+    maps = min_max(activation.clip(0), crops.lungs, joint)
+    if method in ("cam", "combined"):
+        mask = keep_top(maps, settings.top, joint) & (crops.images > settings.bright)
+        if method == "combined":
+            guide = component_activation(crops, settings.components, joint=joint) > 0
+            mask = best_component(mask, guide, settings.components, joint=joint)
+        maps = mask.astype(np.float32)
+    elif method == "3dcc":
+        maps = component_activation(crops, settings.components, joint=joint)
+    if verdict:
+        maps[probabilities < 0.5] = 0
+    return maps

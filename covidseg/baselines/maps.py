@@ -1,0 +1,119 @@
+"""From a trained net to one probability and one map a slice, for volumes and for unrelated slices.
+
+The nets run in evaluation mode whatever state they come in: with batch normalisation left in training mode, as in
+AD3D-MIL's public test script, a verdict would depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from skimage.filters import threshold_otsu
+from torch import Tensor
+from torch.nn import functional as F
+
+from covidseg.baselines.slabs import aligned, frame, move, windows
+from covidseg.baselines.training import Baseline
+from covidseg.prepare import Crops
+
+
+@torch.no_grad()
+def judge_crops(net: Baseline, crops: Crops, *, volume: bool = True, batch: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Runs a net over slices.
+
+    A 2D net reads each slice. A 3D net reads slabs; what overlapping slabs say about a slice is averaged.
+
+    Args:
+        crops: ``N`` slices; for a 3D net and ``volume`` they are one volume in order.
+        volume: for a 3D net: False makes a slab of every slice by repeating it, for slices that are no volume.
+        batch: slices or slabs a pass.
+
+    Returns:
+        Probability of a lesion of each slice ``(N,)`` and its activation ``(N, S, S)``, both float32; the activation
+        is not scaled yet, and 0 outside the lung.
+    """
+    count, side = len(crops), crops.images.shape[-1]
+    if not count:
+        return np.zeros(0, np.float32), np.zeros(crops.images.shape, np.float32)
+    was_training = net.training
+    net.eval()
+    if net.settings.dims == 2:
+        stacked = torch.stack([torch.from_numpy(np.asarray(part, np.float32)) for part in (crops.images, crops.lungs)])
+        groups = np.arange(count)[:, None]                                               # (N, 1)
+        frames = crops.boxes
+    else:
+        slab = net.settings.slab
+        alone = np.repeat(np.arange(count)[:, None], slab.depth, axis=1)
+        groups = windows(count, slab.depth, slab.step) if volume else alone              # (M, T)
+        frames = np.tile(frame(crops.boxes), (count, 1)) if volume else crops.boxes
+        stacked = aligned(crops.images, crops.lungs, crops.boxes, frames, slab.size)     # (2, N, s, s)
+    verdicts, sums, seen = torch.zeros(count), torch.zeros_like(stacked[0]), torch.zeros(count)
+    for start in range(0, len(groups), batch):
+        index = torch.from_numpy(groups[start:start + batch])                            # (B, T)
+        p, activation = _judge(net, stacked[:, index].transpose(0, 1))                   # (B,), (B, T, s, s)
+        flat = index.flatten()
+        verdicts.index_add_(0, flat, p.repeat_interleave(index.shape[1]))
+        sums.index_add_(0, flat, activation.flatten(0, 1))
+        seen.index_add_(0, flat, torch.ones(len(flat)))
+    net.train(was_training)
+    sums /= seen[:, None, None]
+    if net.settings.dims == 3:
+        sums = move(sums, frames, crops.boxes, side)
+    return (verdicts / seen).numpy(), sums.numpy() * crops.lungs
+
+
+def _judge(net: Baseline, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Probability ``(B,)`` and activation enlarged to the input, ``(B, T, s, s)``, from ``(B, 2, T, s, s)``."""
+    flat = net.settings.dims == 2
+    p, activation = net.judge((maps[:, :, 0] if flat else maps).to(next(net.parameters()).device))
+    size = list(maps.shape[3:] if flat else maps.shape[2:])
+    large = F.interpolate(activation, size=size, mode="bilinear" if flat else "trilinear", align_corners=False)
+    return p.cpu(), (large if flat else large[:, 0]).cpu()
+
+
+def together(net: Baseline, volume: bool) -> bool:
+    """Whether slices are scaled together: those of a volume are; unrelated ones are each a volume of their own."""
+    return net.settings.dims == 3 and volume
+
+
+def parts(maps: np.ndarray, joint: bool) -> list[slice]:
+    """The whole of ``(N, S, S)`` as one part, or each slice as a part of its own; no slice, no part."""
+    return [slice(0, len(maps))] if joint and len(maps) else [slice(k, k + 1) for k in range(len(maps))]
+
+
+def min_max(maps: np.ndarray, lungs: np.ndarray, joint: bool) -> np.ndarray:
+    """Scales maps to [0, 1] by their least and greatest value in the lung, of all slices jointly or of each.
+
+    Args:
+        maps: ``(N, S, S)``.
+        lungs: ``(N, S, S)`` bool.
+
+    Returns:
+        ``(N, S, S)`` float32, 0 outside the lung and wherever a map is even.
+    """
+    result = np.zeros(maps.shape, np.float32)
+    for part in parts(maps, joint):
+        inside = maps[part][lungs[part]]
+        if len(inside) and inside.min() < inside.max():
+            scaled = (maps[part] - inside.min()) / (inside.max() - inside.min())
+            result[part] = np.clip(scaled, 0, 1) * lungs[part]
+    return result
+
+
+def training_level(maps: np.ndarray, lungs: np.ndarray, labels: np.ndarray) -> float:
+    """A level for the outline of a lesion that is fixed on training slices, without a mask.
+
+    Otsu's threshold of the map in the lungs of the slices with a lesion: neither publication outlines lesions with
+    a soft map, so this is our choice.
+
+    Args:
+        maps: ``(N, S, S)`` in [0, 1], of training slices.
+        lungs: ``(N, S, S)`` bool.
+        labels: ``(N,)`` slice labels.
+
+    Returns:
+        A level in [0, 1]; 0.5 where the maps are even.
+    """
+    ill = labels == 1
+    values = maps[ill][lungs[ill]]
+    return float(threshold_otsu(values)) if len(values) and values.min() < values.max() else 0.5

@@ -1,0 +1,170 @@
+"""What both systems share in training: settings, the interface of their nets, one loop.
+
+The published schedules (Adam at 1e-5, batches of one volume, tens of thousands of steps) are kept as ``PUBLISHED`` in
+each system's module, for whoever has the volumes and the days. The defaults train from scratch in minutes, with the
+same recipe as this project's own classifier, so that a comparison compares methods: AdamW with one cycle, balanced
+batches, flips and gain, painted vessels, averaged weights, as many slices seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from covidseg.baselines.slabs import SlabSettings, aligned_set, make_slabs
+from covidseg.errors import SettingsError
+from covidseg.paint import Painter, PaintSettings
+from covidseg.prepare import WeakSet
+from covidseg.train import (
+    Average,
+    Log,
+    Progress,
+    augment,
+    balanced_batches,
+    jitter,
+    learning_rate,
+    on_device,
+    seed_everything,
+)
+
+
+@dataclass(frozen=True)
+class BaselineSettings:
+    """Settings that both systems have.
+
+    Attributes:
+        dims: 3 is the published net, on slabs; 2 its port to single slices.
+        slab: size of the slabs, for 3 only.
+        steps: optimiser steps.
+        batch: slices or slabs a step, half of them with a lesion.
+        rate: learning rate of AdamW, the peak of its cycle.
+        weight_decay: of AdamW; at 0 it is Adam.
+        schedule: ``onecycle`` or ``constant``.
+        paint: vessels painted on lesion-free slices, for 2 only; no lesion is painted.
+    """
+
+    dims: int = 2
+    slab: SlabSettings = field(default_factory=SlabSettings)
+    steps: int = 240
+    batch: int = 12
+    rate: float = 3e-3
+    weight_decay: float = 1e-2
+    schedule: str = "onecycle"
+    paint: PaintSettings = field(default_factory=lambda: PaintSettings(share=0.0))
+
+    def __post_init__(self) -> None:
+        if self.dims not in (2, 3):
+            raise SettingsError(f"there is no net in {self.dims} dimensions", remedy="Choose 2 or 3")
+        if self.schedule not in ("onecycle", "constant"):
+            raise SettingsError(f"there is no schedule {self.schedule!r}", remedy="Choose onecycle or constant")
+        if self.paint.share:
+            raise SettingsError("lesions painted for a classifier would contradict its labels",
+                                remedy="Set the share of its paint to 0; vessels may stay")
+
+
+class Baseline(nn.Module):
+    """A net of a published system.
+
+    Inputs of all methods are ``(B, 2, S, S)`` in 2D and ``(B, 2, T, S, S)`` in 3D: the normalised picture and the
+    lung, 0 or 1.
+    """
+
+    settings: BaselineSettings
+
+    def loss(self, maps: Tensor, target: Tensor) -> Tensor:
+        """The published loss, a scalar; ``target`` ``(B,)`` float, 1 = with a lesion."""
+        raise NotImplementedError
+
+    def judge(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Probability of a lesion ``(B,)`` and an activation ``(B, 1, ...)`` on the net's own grid, not scaled."""
+        raise NotImplementedError
+
+
+Net = TypeVar("Net", bound=Baseline)
+
+
+def place(net: Net, device: torch.device) -> Net:
+    """The net on a device; in 2D with channels last, which is faster (3D convolutions have no such layout there)."""
+    return on_device(net, device) if net.settings.dims == 2 else net.to(device)
+
+
+def augment_slabs(maps: Tensor, generator: torch.Generator) -> Tensor:
+    """Random flips along all three axes, transpositions in the plane, and gain, offset and noise of each slab.
+
+    Args:
+        maps: ``(B, C, T, S, S)`` float; channel 0 is the picture, the others only move along.
+    """
+    flips = [axis for axis in (2, 3, 4) if bool(torch.randint(2, (1,), generator=generator))]
+    maps = maps.flip(flips)
+    if bool(torch.randint(2, (1,), generator=generator)):
+        maps = maps.transpose(3, 4)
+    b, c, t, s, _ = maps.shape
+    return jitter(maps.reshape(b, c, t * s, s), generator).reshape(b, c, t, s, s)
+
+
+class _Slices:
+    """Batches of single slices with painted vessels, ``(B, 2, S, S)``."""
+
+    def __init__(self, data: WeakSet, settings: BaselineSettings) -> None:
+        self.labels, self.patients = data.labels, data.patients
+        self.stacked = [torch.from_numpy(np.asarray(part, np.float32)) for part in (data.crops.images,
+                                                                                  data.crops.lungs)]
+        self.painter = Painter(data.crops, settings.paint)
+
+    def __call__(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        maps = torch.stack([part[index] for part in self.stacked], dim=1)
+        free = torch.from_numpy(self.labels)[index] == 0
+        return augment(self.painter(maps, index, free, generator), generator)
+
+
+class _Slabs:
+    """Batches of slabs, ``(B, 2, T, S, S)``. Vessels painted slice by slice would not go on in the next: none here."""
+
+    def __init__(self, data: WeakSet, settings: BaselineSettings) -> None:
+        slabs = make_slabs(data, settings.slab)
+        self.labels, self.patients = slabs.labels, slabs.patients
+        self.members = torch.from_numpy(slabs.members)
+        self.stacked = aligned_set(data, settings.slab.size)
+
+    def __call__(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        return augment_slabs(self.stacked[:, self.members[index]].transpose(0, 1), generator)
+
+
+def train_baseline(make: Callable[[], Net], data: WeakSet, settings: BaselineSettings, *, seed: int,
+                   device: torch.device, log: Log, name: str) -> Net:
+    """Trains a net on slice labels, or on the labels of slabs.
+
+    Args:
+        make: makes the untrained net; called after the seed is set.
+        name: of this training in the log.
+
+    Returns:
+        The averaged net, in evaluation mode.
+
+    Raises:
+        DatasetError: one of the two classes has no slab.
+    """
+    generator = seed_everything(seed)
+    net = place(make(), device)
+    average = Average(net).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=settings.weight_decay)
+    schedule = learning_rate(optimizer, settings.steps) if settings.schedule == "onecycle" else None
+    progress = Progress(name, settings.steps, 6, log)
+    batches = _Slices(data, settings) if settings.dims == 2 else _Slabs(data, settings)
+    labels = torch.from_numpy(batches.labels).float()
+    for step, index in enumerate(balanced_batches(batches.labels, batches.patients, settings.batch, settings.steps,
+                                                  generator), start=1):
+        loss = net.loss(batches(index, generator).to(device), labels[index].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        average.update(net)
+        progress.step(step, loss=loss.item())
+    return average.net.eval()  # type: ignore[return-value]

@@ -1,0 +1,127 @@
+"""Full supervision on the test slices themselves, by cross-validation: what the weak method is to be compared with.
+
+The same U-Net and the same training loop, taught with radiologists' masks. Each fold's net is measured on slices
+that it never saw. Lesion-free slices of the training set take part as well, since they cost no mask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from covidseg.artifacts import Arrays, fingerprint, load_net, net_arrays
+from covidseg.dataset import Dataset
+from covidseg.errors import DatasetError
+from covidseg.metrics import confusion, read_truth
+from covidseg.pipeline import Run
+from covidseg.prepare import Crops, WeakSet, crop_masks, uncrop
+from covidseg.refine import lesion_probabilities, make_segmenter, train_segmenter, trusting
+
+
+@dataclass(frozen=True)
+class MaskedSlices:
+    """All slices of a set in which a lung was found, with their true masks.
+
+    Attributes:
+        crops: ``N`` slices, lungs completed.
+        masks: ``(N, S, S)`` bool, the truth in the crops.
+        full: ``N`` masks ``(H, W)`` bool, the truth in full slices.
+        patients: ``(N,)`` str.
+        lost: masks of the slices without a lung; whatever is in them is missed.
+    """
+
+    crops: Crops
+    masks: np.ndarray
+    full: list[np.ndarray]
+    patients: np.ndarray
+    lost: list[np.ndarray]
+
+
+def masked_slices(run: Run, data: Dataset) -> MaskedSlices:
+    """Reads a set with masks and prepares its slices as the run does."""
+    size = run.profile.prepare.size
+    crops, masks, patients = list[Crops](), list[np.ndarray](), list[str]()
+    full, lost = list[np.ndarray](), list[np.ndarray]()
+    for case, truth in zip(data.cases, read_truth(data), strict=True):
+        found, part = run.crops(truth.scan.pixels)
+        measured = np.isin(found, truth.slices)
+        found, part = found[measured], part.take(measured)
+        crops.append(part)
+        masks.append(crop_masks(truth.mask[found], part.boxes, size))
+        full += [truth.mask[k] for k in found]
+        patients += [case.patient] * len(found)
+        lost += [truth.mask[k] for k in np.setdiff1d(truth.slices, found)]
+    merged = Crops(*(np.concatenate([getattr(c, name) for c in crops]) for name in ("images", "lungs", "boxes")))
+    return MaskedSlices(merged, np.concatenate(masks), full, np.array(patients), lost)
+
+
+def split_folds(patients: np.ndarray, folds: int) -> np.ndarray:
+    """Fold of each slice, ``(N,)`` int: whole patients if there are enough of them.
+
+    A stack of unrelated slices counts as one patient; it is cut into runs of neighbours, which often show the same
+    person.
+
+    Raises:
+        DatasetError: there are fewer slices than folds.
+    """
+    if len(patients) < folds:
+        raise DatasetError(f"{len(patients)} slices with lung are too few for {folds} folds",
+                           remedy="Choose fewer folds or a larger set")
+    names = np.unique(patients)
+    if len(names) < folds:
+        return np.arange(len(patients)) * folds // len(patients)
+    sizes, fold_of = np.zeros(folds), {}
+    for name in sorted(names, key=lambda n: -(patients == n).sum()):  # largest first, into the emptiest fold
+        fold_of[name] = int(np.argmin(sizes))
+        sizes[fold_of[name]] += (patients == name).sum()
+    return np.array([fold_of[name] for name in patients])
+
+
+def cross_validated(run: Run, data: Dataset, *, folds: int = 5) -> np.ndarray:
+    """Confusion counts ``(N, 4)`` of full slices, each predicted by a net that was trained on the other folds.
+
+    Args:
+        run: gives the lungs, the lesion-free slices, the segmenter's settings and the seed.
+        data: a set with lesion masks.
+
+    Raises:
+        DatasetError: the set has no masks, too few slices, or no lesion outside one of the folds.
+    """
+    slices = masked_slices(run, data)
+    fold = split_folds(slices.patients, folds)
+    settings = trusting(run.profile.segmenter)
+    counts = [confusion(np.zeros_like(mask)[None], mask[None]) for mask in slices.lost]
+    for k in range(folds):
+        net = _train(run, slices, np.flatnonzero(fold != k), f"fold {k + 1} of {folds}")
+        unseen = np.flatnonzero(fold == k)
+        part = slices.crops.take(unseen)
+        for n, small, box in zip(unseen, lesion_probabilities(net, part), part.boxes, strict=True):
+            predicted = uncrop(small, box, slices.full[n].shape) >= settings.threshold
+            counts.append(confusion(predicted[None], slices.full[n][None]))
+    return np.concatenate(counts)
+
+
+def _train(run: Run, slices: MaskedSlices, seen: np.ndarray, name: str) -> nn.Module:
+    """A net taught with the masks of some slices and with the lesion-free slices of the run; stored with the run."""
+    settings, weak = trusting(run.profile.segmenter), run.weak()
+    # Of other patients only: in a set that is both trained and measured on, they may be the very slices to measure.
+    free = np.flatnonzero((weak.labels == 0) & ~np.isin(weak.patients, slices.patients))
+    both = [slices.crops.take(seen), weak.crops.take(free)]
+    crops = Crops(*(np.concatenate([getattr(c, field) for c in both]) for field in ("images", "lungs", "boxes")))
+    masks = np.concatenate([slices.masks[seen], np.zeros((len(free), *slices.masks.shape[1:]), bool)])
+    patients = np.concatenate([slices.patients[seen], weak.patients[free]])
+    data = WeakSet(crops, masks.any(axis=(1, 2)).astype(int), patients, np.arange(len(masks)).astype(str))
+    if set(data.labels.tolist()) != {0, 1}:
+        raise DatasetError("a fold leaves no slice with, or none without, a lesion to learn from",
+                           remedy="Choose fewer folds or a larger set")
+    pictures = hashlib.sha256(crops.images.tobytes() + np.packbits(masks).tobytes()).hexdigest()
+
+    def train() -> tuple[Arrays, dict]:
+        return net_arrays(train_segmenter(data, masks, np.ones(masks.shape, np.float32), settings, seed=run.seed,
+                                          device=run.device, log=run.log, name=name)), {}
+    key = fingerprint(run.key("weak"), settings, run.seed, pictures, patients.tolist())
+    arrays, _ = run.store.get("fold", key, train)
+    return load_net(make_segmenter(settings), arrays).to(run.device)

@@ -1,0 +1,115 @@
+"""The settings of all stages together: the profiles ``quick`` and ``full``, each in two methods."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from typing import Any, get_type_hints
+
+from covidseg.cam import CamSettings
+from covidseg.classify import ClassifierSettings
+from covidseg.errors import ArtifactError, SettingsError
+from covidseg.fine import FineSettings
+from covidseg.lungnet import LungNetSettings
+from covidseg.lungs import LungSettings
+from covidseg.mil import MilSettings
+from covidseg.mutual import MutualSettings
+from covidseg.prepare import PrepareSettings
+from covidseg.refine import SegmenterSettings
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Settings of every stage.
+
+    Attributes:
+        name: ``quick`` or ``full``.
+        method: ``extended`` or ``faithful``, see :func:`profile_named`.
+        true_lungs: use the lung masks of the data folders in place of lungs that were found, for comparison only.
+    """
+
+    name: str
+    method: str = "extended"
+    true_lungs: bool = False
+    lungs: LungSettings = field(default_factory=LungSettings)
+    prepare: PrepareSettings = field(default_factory=PrepareSettings)
+    lung_net: LungNetSettings = field(default_factory=LungNetSettings)
+    classifier: ClassifierSettings = field(default_factory=ClassifierSettings)
+    cam: CamSettings = field(default_factory=CamSettings)
+    mil: MilSettings = field(default_factory=MilSettings)
+    mutual: MutualSettings = field(default_factory=MutualSettings)
+    fine: FineSettings = field(default_factory=FineSettings)
+    segmenter: SegmenterSettings = field(default_factory=SegmenterSettings)
+
+
+METHODS = ("extended", "faithful")
+PROFILES = {
+    # A few minutes on two CPU cores, no step above one minute: for lessons and tests.
+    "quick": Profile("quick", lung_net=LungNetSettings(steps=160), mil=MilSettings(steps=160),
+                     mutual=MutualSettings(again=0.4), segmenter=SegmenterSettings(steps=220)),
+    # Longer training of wider nets: for real scans, on a GPU if there is one. See results/ for what it takes.
+    "full": Profile(
+        "full", mil=MilSettings(steps=300),
+        segmenter=SegmenterSettings(channels=(16, 32, 64, 128, 128), steps=1000)),
+}
+
+
+def profile_named(name: str, method: str = "extended") -> Profile:
+    """The profile ``quick`` or ``full`` of one of the two methods.
+
+    ``extended`` paints lesions on lesion-free slices (:mod:`covidseg.paint`), for the patches and the segmenter alike;
+    ``faithful`` is without them, see :func:`faithful`. Both paint vessels there, which stay *no lesion*: more of the
+    healthy lung that slice labels are exact about.
+
+    Raises:
+        SettingsError: there is no such profile or method.
+    """
+    for value, known, what in ((name, tuple(PROFILES), "profile"), (method, METHODS, "method")):
+        if value not in known:
+            raise SettingsError(f"there is no {what} {value!r}", remedy=f"Choose one of {', '.join(known)}")
+    return PROFILES[name] if method == "extended" else faithful(PROFILES[name])
+
+
+def faithful(profile: Profile) -> Profile:
+    """The same profile with what the abstract describes and no painted lesion.
+
+    The segmenter then learns from fine labels alone: they count in full, lesion-free slices get lesions of other slices
+    (:func:`covidseg.refine.paste_lesions`), and training is short, before the errors of the labels are learned too.
+    """
+    plain = repainted(profile, share=0.0)
+    segmenter = replace(plain.segmenter, fine_weight=1.0, paste=0.7, steps=min(plain.segmenter.steps, 400))
+    return replace(plain, method="faithful", segmenter=segmenter)
+
+
+def repainted(profile: Profile, **changes: Any) -> Profile:
+    """The profile with other :class:`~covidseg.paint.PaintSettings` for the patches and the segmenter."""
+    mil, segmenter = profile.mil, profile.segmenter
+    return replace(profile, mil=replace(mil, paint=replace(mil.paint, **changes)),
+                   segmenter=replace(segmenter, paint=replace(segmenter.paint, **changes)))
+
+
+def _settings(kind: Any, plain: dict) -> Any:
+    """A settings class from its JSON: lists become tuples, inner objects settings of their own."""
+    kinds = get_type_hints(kind)
+    if plain.keys() != kinds.keys():
+        raise KeyError(*sorted(plain.keys() ^ kinds.keys()))
+    return kind(**{name: _settings(kinds[name], value) if is_dataclass(kinds[name])
+                   else tuple(value) if isinstance(value, list) else value for name, value in plain.items()})
+
+
+def profile_from(plain: dict) -> Profile:
+    """The settings of a run from the JSON of its report.
+
+    Raises:
+        ArtifactError: the report names settings that this version does not know, or lacks some that it needs.
+    """
+    try:
+        return _settings(Profile, plain)
+    except (KeyError, TypeError, AttributeError, SettingsError) as error:
+        raise ArtifactError(f"the run's settings cannot be read ({error})",
+                            remedy="Train again with this version of covidseg") from error
+
+
+def profile_json(profile: Profile) -> dict:
+    """Settings as plain JSON values."""
+    return json.loads(json.dumps(asdict(profile)))
