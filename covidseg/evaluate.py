@@ -53,11 +53,28 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All rows, and how well the classifier tells slices apart (NaN if the test set has one class only)."""
+    """What was measured on a test set.
+
+    Attributes:
+        stages: the rows of the table.
+        classifier_auc: how well the classifier tells slices apart; NaN if the test set has one class only.
+        slices: how many were measured.
+        lungs: ``(N, 4)`` confusion counts of the lung masks, taken as if they were lesion masks.
+    """
 
     stages: list[StageResult]
     classifier_auc: float
     slices: int
+    lungs: np.ndarray | None = None
+
+    def lung_shares(self) -> tuple[float, float]:
+        """How much of all lesions lies inside the lungs that were found, and how much of the slices those take up.
+
+        NaN where lungs were not measured or there is no lesion.
+        """
+        hit, false, missed, rest = (np.zeros(4) if self.lungs is None else self.lungs.sum(axis=0)).tolist()
+        lesion, pixels = hit + missed, hit + false + missed + rest
+        return hit / lesion if lesion else float("nan"), (hit + false) / pixels if pixels else float("nan")
 
 
 def believed_maps(net: Classifier, crops: Crops, settings: CamSettings) -> np.ndarray:
@@ -135,14 +152,19 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
                        lambda c, _: lesion_probabilities(supervised, c)))
 
     counts: list[list[np.ndarray]] = [[] for _ in stages]
+    lung_counts = []
     probabilities, labels = [], []
     for case in tqdm(test.cases, desc="measuring", unit="volume", disable=not progress):
         truth = read_truth(Dataset(test.root, (case,)))[0]
         pixels, mask = truth.scan.pixels, truth.mask
         found, crops = run.crops(pixels)
         if p.true_lungs and case.lung is not None:
-            lungs = read_mask(case.lung, like=truth.scan)[found]
-            crops = replace(crops, lungs=crop_masks(lungs, crops.boxes, p.prepare.size))
+            true_lungs = read_mask(case.lung, like=truth.scan)[found]
+            crops = replace(crops, lungs=crop_masks(true_lungs, crops.boxes, p.prepare.size))
+        lungs = np.zeros(mask.shape, bool)
+        for k, small, box in zip(found, crops.lungs, crops.boxes, strict=True):
+            lungs[k] = uncrop(small, box, mask.shape[1:]) > 0.5
+        lung_counts.append(confusion(lungs[truth.slices], mask[truth.slices]))
         maps: dict[str, np.ndarray] = {}
         for (name, _, threshold, predict), rows in zip(stages, counts, strict=True):
             predicted = np.zeros(mask.shape, bool)
@@ -160,7 +182,7 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
     area = auc(np.concatenate(probabilities), all_labels) if len(set(all_labels)) == 2 else float("nan")
     results = [StageResult(name, supervision, threshold, np.concatenate(rows))
                for (name, supervision, threshold, _), rows in zip(stages, counts, strict=True)]
-    return Evaluation(results, area, len(results[0].counts))
+    return Evaluation(results, area, len(results[0].counts), np.concatenate(lung_counts))
 
 
 Finder = Callable[[np.ndarray], np.ndarray]

@@ -55,17 +55,21 @@ def write_run(run: Run, command: str) -> Path:
     return path
 
 
+def _digits(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 4)
+
+
 def scores_json(scores: Scores) -> dict[str, float | None]:
     """Figures with four digits; None where undefined, since JSON has no NaN."""
-    return {name: None if math.isnan(value) else round(value, 4) for name, value in scores.as_dict().items()}
+    return {name: _digits(value) for name, value in scores.as_dict().items()}
 
 
 def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
     """The whole table as plain JSON values."""
-    nothing = math.isnan(evaluation.classifier_auc)
+    inside, share = evaluation.lung_shares()
     return {
-        "slices": evaluation.slices,
-        "classifier_auc": None if nothing else round(evaluation.classifier_auc, 4),
+        "slices": evaluation.slices, "classifier_auc": _digits(evaluation.classifier_auc),
+        "lungs": {"lesion_inside": _digits(inside), "share_of_slice": _digits(share)},
         "rows": [{"name": stage.name, "supervision": stage.supervision,
                   "threshold": None if math.isnan(stage.threshold) else round(stage.threshold, 3),
                   "macro": scores_json(stage.macro()), "micro": scores_json(stage.micro())}

@@ -463,3 +463,12 @@ def test_maps_of_slices_called_healthy_are_empty(untrained: SimpleNamespace, squ
     monkeypatch.setattr(evaluate, "activation_maps", lambda net, c, settings: np.ones(c.images.shape, np.float32))
     maps = evaluate.believed_maps(untrained.classifier(1), crops, CamSettings())
     assert (maps.max(axis=(1, 2)) == believed).all()
+
+
+def test_the_lungs_are_measured_as_the_lesions_see_them(tiny_run: Run, measured: Evaluation) -> None:
+    data = tiny_run.data.subset(["phantom_01", "phantom_02"])
+    assert measured.lung_shares() == pytest.approx(lesion_coverage(data, tiny_run.lungs))
+    assert all(np.isnan(value) for value in replace(measured, lungs=None).lung_shares())
+    nothing = replace(measured, lungs=np.array([[0, 5, 0, 15]])).lung_shares()
+    assert np.isnan(nothing[0]), "no lesion to be inside"
+    assert nothing[1] == 0.25

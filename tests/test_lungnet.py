@@ -258,7 +258,8 @@ def test_each_slice_has_little_or_much_lung_of_its_own() -> None:
     thresholds = np.zeros((2, SIZE, SIZE), bool)
     thresholds[0, :10], thresholds[1, :13] = True, True
     pictures = np.stack([canvas((UPPER, ALL, SURE), (LOWER, ALL, 0.5))] * 2)
-    found = robust_lungs(Reads(), Crops(pictures, thresholds, np.zeros((2, 4), int)), SMALL).lungs
+    settings = replace(SMALL, add=0.4, add_thin=0.6)
+    found = robust_lungs(Reads(), Crops(pictures, thresholds, np.zeros((2, 4), int)), settings).lungs
     assert found[:, LOWER].any(axis=(1, 2)).tolist() == [False, True]
 
 

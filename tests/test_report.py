@@ -70,6 +70,9 @@ def test_evaluation_as_json_by_hand() -> None:
     assert first["macro"]["dice"] == 0.25
     assert first["macro"]["iou"] == 0.1667
     assert evaluation_json(replace(EVALUATION, classifier_auc=0.98765))["classifier_auc"] == 0.9877
+    assert content["lungs"] == {"lesion_inside": None, "share_of_slice": None}
+    lungs = evaluation_json(replace(EVALUATION, lungs=np.array([[2, 1, 1, 3], [0, 1, 0, 0]])))["lungs"]
+    assert lungs == {"lesion_inside": 0.6667, "share_of_slice": 0.5}
 
 
 def test_markdown_table_has_a_row_for_each_stage_and_a_cell_for_each_heading() -> None:
