@@ -247,7 +247,7 @@ def test_predictions_outside_the_lung_are_cut_off(untrained: SimpleNamespace, sq
     placed: list[np.ndarray] = []
     monkeypatch.setattr(evaluate, "uncrop", lambda small, box, shape: placed.append(small) or uncrop(small, box, shape))
     evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
-    assert len(placed) == 8 * len(ROWS), "each row of each slice"
+    assert len(placed) == 8 * (len(ROWS) + 1), "each row of each slice, and the lungs"
     lung = in_lungs(left_half)(np.zeros((1, 80, 80)))[1].lungs[0]
     assert lung.sum() == 80 * 40
     for small in placed:
