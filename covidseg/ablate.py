@@ -14,11 +14,11 @@ from typing import Any
 from covidseg.artifacts import fingerprint, write_text
 from covidseg.crossval import cross_validated
 from covidseg.dataset import Dataset
-from covidseg.errors import SettingsError
-from covidseg.evaluate import Evaluation, StageResult, evaluate_run
+from covidseg.errors import one_of
+from covidseg.evaluate import Evaluation, evaluate_run
+from covidseg.keys import measured_key
 from covidseg.pipeline import Run
 from covidseg.profiles import Profile, faithful, repainted
-from covidseg.refine import trusting
 from covidseg.report import evaluation_json
 from covidseg.train import Log
 
@@ -56,12 +56,6 @@ def _paint(**changes: Any) -> Change:
     return change
 
 
-def _on_masks(run: Run, test: Dataset, bound: bool | None) -> Evaluation:
-    counts = cross_validated(run, test)
-    threshold = trusting(run.profile.segmenter).threshold
-    return Evaluation([StageResult("Segmenter", "pixel masks", threshold, counts)], float("nan"), len(counts))
-
-
 @dataclass(frozen=True)
 class Variant:
     """One row of the table.
@@ -96,7 +90,8 @@ VARIANTS = {
     "no-vessels": Variant("no painted vessels", _paint(vessels=0.0)),
     "faithful": Variant("no painted lesions, vessels only (faithful)", faithful),
     "no-paint": Variant("nothing painted", _paint(share=0.0, vessels=0.0)),
-    "pixel-masks": Variant("full supervision on the test set, 5-fold cross-validation", lambda p: p, _on_masks),
+    "pixel-masks": Variant("full supervision on the test set, 5-fold cross-validation", lambda p: p,
+                           lambda run, test, bound: cross_validated(run, test)),
 }
 
 
@@ -107,8 +102,7 @@ def chosen(names: list[str] | None) -> list[str]:
         SettingsError: there is no such variant.
     """
     for name in names or []:
-        if name not in VARIANTS:
-            raise SettingsError(f"there is no variant {name!r}", remedy=f"Choose among {', '.join(VARIANTS)}")
+        one_of(name, VARIANTS, "variant")
     return list(dict.fromkeys(names)) if names else list(VARIANTS)
 
 
@@ -125,13 +119,14 @@ def ablate(run: Run, test: Dataset, names: list[str] | None = None, *, log: Log 
     Yields:
         Name and the JSON of its evaluation, see :func:`covidseg.report.evaluation_json`.
     """
+    measured = measured_key(test)
     for name in chosen(names):
         profile = VARIANTS[name].change(run.profile)
         if names is None and profile.true_lungs and any(case.lung is None for case in run.data.cases):
             log(f"ablation: {name} left out, the training set has no true lungs")
             continue
         variant = Run(run.data, profile, run.seed, run.folder, run.device.type, log)
-        tested = fingerprint(variant.key("segmenter"), *(p for c in test.cases for p in (c.image, c.mask, c.lung) if p))
+        tested = fingerprint(variant.key("segmenter"), measured)
         path = run.folder / "ablation" / f"{name}-{tested}.json"
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))

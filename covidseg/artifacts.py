@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,17 @@ def save_arrays(path: Path, arrays: Arrays, notes: dict[str, Any] | None = None)
     write_text(path.with_name(path.name + ".sha256"), f"{file_hash(path)}  {path.name}\n")
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[safe_open, dict[str, Any]]]:
+    """A stored file, of which no array has been read yet, and its notes."""
+    try:
+        with safe_open(path, framework="numpy") as stored:
+            yield stored, json.loads((stored.metadata() or {}).get("notes", "{}"))
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"is missing or not a safetensors file ({error})", path=path,
+                            remedy="Run the stage again") from error
+
+
 def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
     """Reads what :func:`save_arrays` wrote, after checking its sha256.
 
@@ -84,13 +96,8 @@ def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
     if not expected or expected[0] != file_hash(path):
         raise ArtifactError("does not have the checksum it was written with", path=path,
                             remedy="The file is damaged: delete it and run the stage again")
-    try:
-        with safe_open(path, framework="numpy") as stored:
-            notes = json.loads((stored.metadata() or {}).get("notes", "{}"))
-            return {name: stored.get_tensor(name) for name in stored.keys()}, notes  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"is not a safetensors file ({error})", path=path,
-                            remedy="Run the stage again") from error
+    with _opened(path) as (stored, notes):
+        return {name: stored.get_tensor(name) for name in stored.keys()}, notes  # noqa: SIM118
 
 
 class Store:
@@ -126,12 +133,13 @@ class Store:
         return arrays, notes
 
     def seconds(self, stage: str, key: str) -> float:
-        """What a stored stage took, without the stages before it.
+        """What a stored stage took, without the stages before it; reads neither its arrays nor its checksum.
 
         Raises:
-            ArtifactError: it is not stored, or damaged.
+            ArtifactError: it is not stored, or cannot be read.
         """
-        return float(load_arrays(self.path(stage, key))[1].get("seconds", 0.0))
+        with _opened(self.path(stage, key)) as (_, notes):
+            return float(notes.get("seconds", 0.0))
 
 
 def net_arrays(net: nn.Module) -> Arrays:

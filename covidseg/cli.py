@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from covidseg import DISCLAIMER, __version__
+from covidseg import DISCLAIMER, __version__, cli_measure
+from covidseg.cli_common import Device, Method, Profile, Seed, console, errors
 from covidseg.cli_data import app as data_app
 from covidseg.errors import CovidsegError, InputFileError, NoLungError, SettingsError
 
 if TYPE_CHECKING:
-    from covidseg.dataset import Dataset
     from covidseg.pipeline import Run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help=f"COVID-19 lesions in chest CT from slice labels alone.\n\n{DISCLAIMER}")
 app.add_typer(data_app, name="data", help="Data sets: what there is, licences, download, check.")
-console, errors = Console(), Console(stderr=True)
+for command, name in ((cli_measure.evaluate, "evaluate"), (cli_measure.reproduce, "reproduce"),
+                      (cli_measure.ablate_command, "ablate")):
+    app.command(name)(command)
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
-Profile = Annotated[str, typer.Option(help="quick (minutes on a CPU) or full (for a GPU, or patience).")]
-Method = Annotated[str, typer.Option(help="extended (lesions painted on lesion-free slices as well) or faithful "
-                                          "(no painted lesion, as in the abstract).")]
-Seed = Annotated[int, typer.Option(help="Seed of all stages.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Volume = Annotated[bool | None, typer.Option(
     "--volume/--stack", help="Slices of one body in order, or unrelated slices. Default: measured.")]
 _state = {"debug": False}
@@ -194,125 +188,6 @@ def export_command(run: Annotated[Path, typer.Argument(help="Folder written by `
     files = export_run(run, out)
     size = sum(path.stat().st_size for path in files)
     console.print(f"{len(files)} files, {size / 1e6:.1f} MB, in {out}", highlight=False)
-
-
-@app.command()
-def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NIfTI).")],
-             truth: Annotated[Path, typer.Argument(help="True mask of the same scan.")],
-             lungs: Annotated[Path | None, typer.Option(help="Count only pixels inside this lung mask.")] = None,
-             out: Annotated[Path | None, typer.Option(
-                 "--json", help="Also write the figures to this file; - prints only them.")] = None,
-             ) -> None:
-    """Measures a mask: Dice, IoU, PPV, sensitivity, specificity."""
-    from covidseg.artifacts import write_text
-    from covidseg.io import read_mask, read_scan
-    from covidseg.metrics import confusion, macro, micro
-    from covidseg.report import scores_json, scores_table
-
-    reference = read_scan(truth)
-    true, predicted = read_mask(truth), read_mask(prediction, like=reference)
-    if lungs is not None:
-        inside = read_mask(lungs, like=reference)
-        keep = inside.any(axis=(1, 2))
-        # Pixels outside the lung leave the count altogether, also as true negatives.
-        counts = np.concatenate([confusion(predicted[k][inside[k]][None, None], true[k][inside[k]][None, None])
-                                 for k in np.flatnonzero(keep)]) if keep.any() else np.zeros((1, 4), np.int64)
-    else:
-        counts = confusion(predicted, true)
-    table = scores_table(f"{prediction.name} against {truth.name}, {len(counts)} slices",
-                               [("mask", micro(counts), macro(counts))])
-    content = {"slices": len(counts), "micro": scores_json(micro(counts)), "macro": scores_json(macro(counts))}
-    if str(out) == "-":
-        print(json.dumps(content, indent=2))  # alone on standard output, for pipes
-        return
-    console.print(table)
-    if out is not None:
-        write_text(out, json.dumps(content, indent=2) + "\n")
-
-
-@app.command()
-def reproduce(data: Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`.")],
-              test: Annotated[str | None, typer.Option(
-                  help="Folder or name to measure on; default: the test side of the set's own split.")] = None,
-              profile: Profile = "quick", method: Method = "extended", seed: Seed = 0, device: Device = "auto",
-              out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None) -> None:
-    """Trains all stages, measures each one and prints the table."""
-    from covidseg.artifacts import write_text
-    from covidseg.evaluate import evaluate_run
-    from covidseg.report import evaluation_json, evaluation_table
-
-    folder = out or Path("runs") / f"{Path(data).name}-{profile}-{method}-seed{seed}"
-    testing, tested = _measured_on(data, test)
-    start = time.monotonic()
-    run = _train(data, folder, profile, method, seed, device, "train" if test is None else None)
-    result = evaluate_run(run, testing, progress=True)
-    console.print(evaluation_table(result, f"trained on {Path(data).name}, measured on {tested}: "
-                                           f"{result.slices} full slices, {method}, seed {seed}"))
-    command = f"covidseg reproduce --data {Path(data).name}" + (f" --test {Path(test).name}" if test else "")
-    command += f" --profile {profile} --method {method} --seed {seed}"
-    content = {**_recorded(command, testing, tested, run, start),
-               "run": json.loads((folder / "run.json").read_text(encoding="utf-8")), **evaluation_json(result)}
-    write_text(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
-    console.print(f"classifier AUC {result.classifier_auc:.3f}; report in {folder / 'evaluation.json'}",
-                  highlight=False)
-
-
-def _measured_on(data: str, test: str | None) -> tuple[Dataset, str]:
-    """What to measure on and its name: ``test``, or by default the test side of the split of ``data``."""
-    from covidseg.pipeline import open_data
-
-    if test is None:
-        return open_data(data, "test"), f"{Path(data).name} (test side)"
-    return open_data(test), Path(test).name
-
-
-def _recorded(command: str, testing: Dataset, tested: str, run: Run, start: float) -> dict[str, Any]:
-    """What every recorded result says about how it was made."""
-    from covidseg.artifacts import file_hash
-    from covidseg.report import environment
-
-    return {"note": DISCLAIMER, "command": command, "test": tested, "seed": run.seed,
-            "seconds": round(time.monotonic() - start, 1), "environment": environment(run.device),
-            "test_data": {path.name: file_hash(path) for case in testing.cases
-                          for path in (case.image, case.mask) if path is not None}}
-
-
-@app.command("ablate")
-def ablate_command(
-        data: Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`.")],
-        test: Annotated[str | None, typer.Option(
-            help="Folder or name to measure on; default: the test side of the set's own split.")] = None,
-        only: Annotated[str | None, typer.Option(help="Names of variants, with commas; default: all of them.")] = None,
-        profile: Profile = "quick", method: Method = "extended", seed: Seed = 0, device: Device = "auto",
-        out: Annotated[Path | None, typer.Option(help="Folder of the run; goes on there if it was stopped.")] = None,
-        ) -> None:
-    """Trains variants of the method with one thing changed at a time, and prints what each part adds."""
-    from covidseg.ablate import ablate, ablation_rows, chosen
-    from covidseg.artifacts import file_hash, write_text
-    from covidseg.pipeline import open_run
-    from covidseg.profiles import profile_json
-    from covidseg.report import scores_from, scores_table
-
-    asked = only.split(",") if only else None
-    chosen(asked)  # a misspelt name ends it here, before anything is trained
-    folder = out or Path("runs") / f"{Path(data).name}-{profile}-{method}-seed{seed}"
-    testing, tested = _measured_on(data, test)
-    start = time.monotonic()
-    run = open_run(data, profile, seed, folder, "train" if test is None else None, device, method=method,
-                   log=lambda line: console.print(line, highlight=False))
-    console.print(DISCLAIMER)
-    results = []
-    for name, result in ablate(run, testing, asked, log=run.log):
-        console.print(f"{name} done after {time.monotonic() - start:.0f} s", highlight=False, markup=False)
-        results.append(result)
-    rows = [(title, scores_from(row["micro"]), scores_from(row["macro"])) for title, row in ablation_rows(results)]
-    console.print(scores_table(f"trained on {Path(data).name}, measured on {tested}, {method}, seed {seed}", rows))
-    command = f"covidseg ablate --data {Path(data).name}" + (f" --test {Path(test).name}" if test else "")
-    command += (f" --only {only}" if only else "") + f" --profile {profile} --method {method} --seed {seed}"
-    content = {**_recorded(command, testing, tested, run, start), "settings": profile_json(run.profile),
-               "data": {case.id: file_hash(case.image) for case in run.data.cases}, "variants": results}
-    write_text(folder / "ablation.json", json.dumps(content, indent=2) + "\n")
-    console.print(f"report in {folder / 'ablation.json'}", highlight=False)
 
 
 def main() -> None:

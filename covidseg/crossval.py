@@ -12,50 +12,54 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from covidseg.artifacts import Arrays, fingerprint, load_net, net_arrays
 from covidseg.dataset import Dataset
 from covidseg.errors import DatasetError
+from covidseg.evaluate import BINS, Evaluation, StageResult
 from covidseg.metrics import confusion, read_truth
 from covidseg.pipeline import Run
 from covidseg.prepare import Crops, WeakSet, crop_masks, uncrop
-from covidseg.refine import lesion_probabilities, make_segmenter, train_segmenter, trusting
+from covidseg.refine import lesion_probabilities, trusting
+from covidseg.statistics import reliability_sums
 
 
 @dataclass(frozen=True)
 class MaskedSlices:
-    """All slices of a set in which a lung was found, with their true masks.
+    """The measured slices of a set with their true masks: ``M`` in all, in ``N`` of them a lung was found.
 
     Attributes:
         crops: ``N`` slices, lungs completed.
         masks: ``(N, S, S)`` bool, the truth in the crops.
-        full: ``N`` masks ``(H, W)`` bool, the truth in full slices.
         patients: ``(N,)`` str.
-        lost: masks of the slices without a lung; whatever is in them is missed.
+        places: ``(N,)`` int, which of the ``M`` slices each is.
+        full: ``M`` masks ``(H, W)`` bool, the truth in full slices. What lies in slices without a lung is missed.
+        names: ``M`` times ``volume:slice``.
     """
 
     crops: Crops
     masks: np.ndarray
-    full: list[np.ndarray]
     patients: np.ndarray
-    lost: list[np.ndarray]
+    places: np.ndarray
+    full: list[np.ndarray]
+    names: tuple[str, ...]
 
 
 def masked_slices(run: Run, data: Dataset) -> MaskedSlices:
     """Reads a set with masks and prepares its slices as the run does."""
     size = run.profile.prepare.size
     crops, masks, patients = list[Crops](), list[np.ndarray](), list[str]()
-    full, lost = list[np.ndarray](), list[np.ndarray]()
+    places, full, names = list[int](), list[np.ndarray](), list[str]()
     for case, truth in zip(data.cases, read_truth(data), strict=True):
         found, part = run.crops(truth.scan.pixels)
         measured = np.isin(found, truth.slices)
         found, part = found[measured], part.take(measured)
         crops.append(part)
         masks.append(crop_masks(truth.mask[found], part.boxes, size))
-        full += [truth.mask[k] for k in found]
         patients += [case.patient] * len(found)
-        lost += [truth.mask[k] for k in np.setdiff1d(truth.slices, found)]
+        places += (len(full) + np.flatnonzero(np.isin(truth.slices, found))).tolist()
+        full += list(truth.mask[truth.slices])
+        names += [f"{case.id}:{k}" for k in truth.slices]
     merged = Crops(*(np.concatenate([getattr(c, name) for c in crops]) for name in ("images", "lungs", "boxes")))
-    return MaskedSlices(merged, np.concatenate(masks), full, np.array(patients), lost)
+    return MaskedSlices(merged, np.concatenate(masks), np.array(patients), np.array(places), full, tuple(names))
 
 
 def split_folds(patients: np.ndarray, folds: int) -> np.ndarray:
@@ -80,33 +84,41 @@ def split_folds(patients: np.ndarray, folds: int) -> np.ndarray:
     return np.array([fold_of[name] for name in patients])
 
 
-def cross_validated(run: Run, data: Dataset, *, folds: int = 5) -> np.ndarray:
-    """Confusion counts ``(N, 4)`` of full slices, each predicted by a net that was trained on the other folds.
+def cross_validated(run: Run, data: Dataset, *, folds: int = 5) -> Evaluation:
+    """Full slices, each predicted by a net that was trained on the other folds.
 
     Args:
         run: gives the lungs, the lesion-free slices, the segmenter's settings and the seed.
         data: a set with lesion masks.
+
+    Returns:
+        One row; slices in the order of :func:`covidseg.evaluate.measure`.
 
     Raises:
         DatasetError: the set has no masks, too few slices, or no lesion outside one of the folds.
     """
     slices = masked_slices(run, data)
     fold = split_folds(slices.patients, folds)
-    settings = trusting(run.profile.segmenter)
-    counts = [confusion(np.zeros_like(mask)[None], mask[None]) for mask in slices.lost]
+    threshold = trusting(run.profile.segmenter).threshold
+    counts = np.concatenate([confusion(np.zeros_like(mask)[None], mask[None]) for mask in slices.full])
+    sums = np.zeros((BINS, 3))
     for k in range(folds):
         net = _train(run, slices, np.flatnonzero(fold != k), f"fold {k + 1} of {folds}")
         unseen = np.flatnonzero(fold == k)
         part = slices.crops.take(unseen)
-        for n, small, box in zip(unseen, lesion_probabilities(net, part), part.boxes, strict=True):
-            predicted = uncrop(small, box, slices.full[n].shape) >= settings.threshold
-            counts.append(confusion(predicted[None], slices.full[n][None]))
-    return np.concatenate(counts)
+        for n, small, lung, box in zip(unseen, lesion_probabilities(net, part), part.lungs, part.boxes, strict=True):
+            place = slices.places[n]
+            mask = slices.full[place]
+            probability, inside = uncrop(small, box, mask.shape), uncrop(lung, box, mask.shape) > 0.5
+            counts[place] = confusion(probability[None] >= threshold, mask[None])[0]
+            sums += reliability_sums(probability[inside].clip(0, 1), mask[inside], BINS)
+    row = StageResult("Segmenter", "pixel masks", threshold, counts, sums)
+    return Evaluation([row], float("nan"), len(counts), names=slices.names)
 
 
 def _train(run: Run, slices: MaskedSlices, seen: np.ndarray, name: str) -> nn.Module:
     """A net taught with the masks of some slices and with the lesion-free slices of the run; stored with the run."""
-    settings, weak = trusting(run.profile.segmenter), run.weak()
+    weak = run.weak()
     # Of other patients only: in a set that is both trained and measured on, they may be the very slices to measure.
     free = np.flatnonzero((weak.labels == 0) & ~np.isin(weak.patients, slices.patients))
     both = [slices.crops.take(seen), weak.crops.take(free)]
@@ -117,11 +129,5 @@ def _train(run: Run, slices: MaskedSlices, seen: np.ndarray, name: str) -> nn.Mo
     if set(data.labels.tolist()) != {0, 1}:
         raise DatasetError("a fold leaves no slice with, or none without, a lesion to learn from",
                            remedy="Choose fewer folds or a larger set")
-    pictures = hashlib.sha256(crops.images.tobytes() + np.packbits(masks).tobytes()).hexdigest()
-
-    def train() -> tuple[Arrays, dict]:
-        return net_arrays(train_segmenter(data, masks, np.ones(masks.shape, np.float32), settings, seed=run.seed,
-                                          device=run.device, log=run.log, name=name)), {}
-    key = fingerprint(run.key("weak"), settings, run.seed, pictures, patients.tolist())
-    arrays, _ = run.store.get("fold", key, train)
-    return load_net(make_segmenter(settings), arrays).to(run.device)
+    key = run.masks_key(masks, hashlib.sha256(crops.images.tobytes()).hexdigest(), patients.tolist())
+    return run.taught_with_masks("fold", key, data, masks, name)

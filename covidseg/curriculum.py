@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from covidseg.errors import SettingsError
+from covidseg.errors import SettingsError, one_of
 
 ORDERS = ("easy", "random", "reversed", "none")
 
@@ -39,9 +39,7 @@ class CurriculumSettings:
     sharpness: float = 1.5
 
     def __post_init__(self) -> None:
-        if self.order not in ORDERS:
-            raise SettingsError(f"there is no curriculum order {self.order!r}",
-                                remedy=f"Choose one of {', '.join(ORDERS)}")
+        one_of(self.order, ORDERS, "curriculum order")
         if not len(self.paces) == len(self.weights) == len(self.trust):
             raise SettingsError("paces, weights and trust of the curriculum differ in length",
                                 remedy="Give one number a phase for each of them")

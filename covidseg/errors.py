@@ -6,7 +6,9 @@ The command line prints one line for any :class:`CovidsegError` and ends with it
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class CovidsegError(Exception):
@@ -67,3 +69,17 @@ class SettingsError(CovidsegError):
     """A setting is outside its range, or settings contradict each other."""
 
     exit_code = 9
+
+
+def one_of(value: Any, known: Iterable[Any], what: str) -> None:
+    """Checks a setting that names one of a few things.
+
+    Args:
+        what: kind of thing, in the singular.
+
+    Raises:
+        SettingsError: it is none of those that are known.
+    """
+    known = list(known)
+    if value not in known:
+        raise SettingsError(f"there is no {what} {value!r}", remedy=f"Choose one of {', '.join(map(str, known))}")

@@ -6,11 +6,12 @@ advance in the settings.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from skimage.filters import threshold_otsu
+from torch import nn
 from tqdm import tqdm
 
 from covidseg.cam import CamSettings, activation_maps
@@ -18,12 +19,15 @@ from covidseg.classify import Classifier, auc, slice_probabilities
 from covidseg.dataset import Dataset
 from covidseg.fine import fuse
 from covidseg.io import read_mask, read_scan
-from covidseg.lungs import lung_masks
+from covidseg.lungs import is_volume, lung_masks
 from covidseg.metrics import Scores, confusion, macro, micro, read_truth
 from covidseg.mil import patch_probabilities
 from covidseg.pipeline import Run
-from covidseg.prepare import Crops, crop_masks, uncrop
+from covidseg.prepare import Crops, crop_masks, uncrop_all
 from covidseg.refine import lesion_probabilities, trusting
+from covidseg.statistics import reliability_sums
+
+BINS = 10  # of the calibration
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,14 @@ class StageResult:
         supervision: what it was taught with.
         threshold: fixed in advance; NaN where it is found in each slice.
         counts: ``(N, 4)`` confusion counts of every measured slice.
+        reliability: ``(bins, 3)`` of the map inside the lungs, see :func:`covidseg.statistics.reliability_sums`.
     """
 
     name: str
     supervision: str
     threshold: float
     counts: np.ndarray
+    reliability: np.ndarray | None = None
 
     def macro(self) -> Scores:
         """Mean over slices with a lesion."""
@@ -60,12 +66,14 @@ class Evaluation:
         classifier_auc: how well the classifier tells slices apart; NaN if the test set has one class only.
         slices: how many were measured.
         lungs: ``(N, 4)`` confusion counts of the lung masks, taken as if they were lesion masks.
+        names: ``volume:slice`` of every measured slice.
     """
 
     stages: list[StageResult]
     classifier_auc: float
     slices: int
     lungs: np.ndarray | None = None
+    names: tuple[str, ...] = ()
 
     def lung_shares(self) -> tuple[float, float]:
         """How much of all lesions lies inside the lungs that were found, and how much of the slices those take up.
@@ -77,12 +85,17 @@ class Evaluation:
         return hit / lesion if lesion else float("nan"), (hit + false) / pixels if pixels else float("nan")
 
 
-def believed_maps(net: Classifier, crops: Crops, settings: CamSettings) -> np.ndarray:
-    """Activation maps of the slices that the classifier calls ill, 0 in the others, ``(N, S, S)`` in [0, 1].
+def believed_maps(net: Classifier, crops: Crops, ill: np.ndarray, settings: CamSettings) -> np.ndarray:
+    """Activation maps of the slices that the classifier calls ill, 0 in the others.
 
     Each map is scaled to its own maximum, so that it would be as strong in a slice without a lesion.
+
+    Args:
+        ill: ``(N,)`` bool.
+
+    Returns:
+        ``(N, S, S)`` float32 in [0, 1].
     """
-    ill = slice_probabilities(net, crops) >= 0.5
     maps = np.zeros(crops.images.shape, np.float32)
     if ill.any():
         maps[ill] = activation_maps(net, crops.take(np.flatnonzero(ill)), settings)
@@ -122,67 +135,113 @@ def training_truth(run: Run) -> np.ndarray:
     return np.array(masks)
 
 
+Maps = tuple[np.ndarray | None, list[np.ndarray]]  # probability of each slice (N,), a map (N, S, S) for each row
+
+
+@dataclass(frozen=True)
+class Outliner:
+    """Something that outlines lesions, in one way or stage by stage.
+
+    Attributes:
+        rows: name, what it was taught with, and threshold of each way; the last one is the answer.
+        maps: takes crops, and whether they are one volume in order. Gives the probability that a slice has a lesion
+            ``(N,)``, None where nothing judges slices, and for each row lesion maps ``(N, S, S)`` in [0, 1].
+    """
+
+    rows: list[tuple[str, str, float]]
+    maps: Callable[[Crops, bool], Maps]
+
+
+def stage_outliner(run: Run) -> Outliner:
+    """Stages 3 to 6 of a run, classifier and patches as they are after its best round. Trains what is missing."""
+    p, best = run.profile, run.best()
+    classifier, (patch_net, _), segmenter = run.classifier(best), run.mil(best), run.segmenter()
+
+    def maps(crops: Crops, volume: bool) -> Maps:
+        probability = slice_probabilities(classifier, crops)
+        cam = believed_maps(classifier, crops, probability >= 0.5, p.cam)
+        patches = patch_probabilities(patch_net, crops, cam)
+        return probability, [cam, patches, fuse(cam, patches, p.fine) * crops.lungs,
+                             lesion_probabilities(segmenter, crops)]
+    return Outliner([("Grad-CAM", "slice labels", p.cam.outline), ("Patch MIL", "slice labels", p.mil.threshold),
+                     ("Fine label map", "slice labels", 0.5), ("Segmenter", "slice labels", p.segmenter.threshold)],
+                    maps)
+
+
+def otsu_outliner() -> Outliner:
+    """The floor: :func:`otsu_in_lung`."""
+    return Outliner([("Otsu in the lung", "none", float("nan"))],
+                    lambda crops, volume: (None, [otsu_in_lung(crops.images, crops.lungs)]))
+
+
+def supervised_outliner(run: Run, net: nn.Module) -> Outliner:
+    """The segmenter taught with the true masks of the training slices, from :meth:`Run.supervised`."""
+    return Outliner([("Segmenter, true masks", "pixel masks", trusting(run.profile.segmenter).threshold)],
+                    lambda crops, volume: (None, [lesion_probabilities(net, crops)]))
+
+
+def measure(run: Run, test: Dataset, outliners: Sequence[Outliner], *, progress: bool = False) -> list[Evaluation]:
+    """Measures outlines on full slices of a test set: the same lungs and the same counting for all.
+
+    Args:
+        run: finds the lungs.
+        test: a folder with lesion masks. Slices in which no lung was found count with an empty prediction.
+        progress: show a bar over the test volumes.
+
+    Returns:
+        What was measured, for each outliner.
+    """
+    counts: list[list[list[np.ndarray]]] = [[[] for _ in outliner.rows] for outliner in outliners]
+    sums = [[np.zeros((BINS, 3)) for _ in outliner.rows] for outliner in outliners]
+    verdicts: list[list[np.ndarray]] = [[] for _ in outliners]
+    lung_counts, labels, names = list[np.ndarray](), list[np.ndarray](), list[str]()
+    for case in tqdm(test.cases, desc="measuring", unit="volume", disable=not progress):
+        truth = read_truth(Dataset(test.root, (case,)))[0]
+        pixels, mask = truth.scan.pixels, truth.mask
+        names += [f"{case.id}:{k}" for k in truth.slices]
+        volume = is_volume(pixels)
+        found, crops = run.crops(pixels, volume)
+        if run.profile.true_lungs and case.lung is not None:
+            true_lungs = read_mask(case.lung, like=truth.scan)[found]
+            crops = replace(crops, lungs=crop_masks(true_lungs, crops.boxes, run.profile.prepare.size))
+        lungs = uncrop_all(crops.lungs, crops.boxes, found, mask.shape)[truth.slices] > 0.5
+        lung_counts.append(confusion(lungs, mask[truth.slices]))
+        seen = np.isin(found, truth.slices)
+        labels.append(mask[found[seen]].any(axis=(1, 2)).astype(int))
+        for n, outliner in enumerate(outliners):
+            probability, maps = outliner.maps(crops, volume)
+            if probability is not None:
+                verdicts[n].append(probability[seen])
+            for k, ((_, _, threshold), small) in enumerate(zip(outliner.rows, maps, strict=True)):
+                full = uncrop_all(small, crops.boxes, found, mask.shape)[truth.slices]
+                level = 0.5 if np.isnan(threshold) else threshold
+                counts[n][k].append(confusion(full >= level, mask[truth.slices]))
+                sums[n][k] += reliability_sums(full[lungs].clip(0, 1), mask[truth.slices][lungs], BINS)
+    all_labels, inside = np.concatenate(labels), np.concatenate(lung_counts)
+    results = []
+    for n, outliner in enumerate(outliners):
+        judged = verdicts[n] and len(set(all_labels)) == 2
+        area = auc(np.concatenate(verdicts[n]), all_labels) if judged else float("nan")
+        stages = [StageResult(*row, np.concatenate(each), reliability)
+                  for row, each, reliability in zip(outliner.rows, counts[n], sums[n], strict=True)]
+        results.append(Evaluation(stages, area, len(inside), inside, tuple(names)))
+    return results
+
+
 def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, progress: bool = False) -> Evaluation:
-    """Measures all stages on full slices of a test set.
+    """Measures the floor, all stages of a run and the upper bound, as one table.
 
     Args:
         run: trained stages; missing ones are trained first.
-        test: a folder with lesion masks. Slices in which no lung was found count with an empty prediction.
+        test: as of :func:`measure`.
         upper_bound: also train with true masks; default: if the training set has them.
         progress: show a bar over the test volumes.
     """
     if upper_bound is None:
         upper_bound = all(case.mask is not None for case in run.data.cases)
-    best = run.best()
-    classifier, (patch_net, _), segmenter = run.classifier(best), run.mil(best), run.segmenter()
-    p = run.profile
-    # A row's maps are made from the crops and from the maps of the rows above it, which the fusion reuses.
-    stages: list[tuple[str, str, float, Callable[[Crops, dict[str, np.ndarray]], np.ndarray]]] = [
-        ("Otsu in the lung", "none", float("nan"), lambda c, _: otsu_in_lung(c.images, c.lungs)),
-        ("Grad-CAM", "slice labels", p.cam.outline, lambda c, _: believed_maps(classifier, c, p.cam)),
-        ("Patch MIL", "slice labels", p.mil.threshold, lambda c, above: patch_probabilities(patch_net, c,
-                                                                                           above["Grad-CAM"])),
-        ("Fine label map", "slice labels", 0.5,
-         lambda c, above: fuse(above["Grad-CAM"], above["Patch MIL"], p.fine) * c.lungs),
-        ("Segmenter", "slice labels", p.segmenter.threshold, lambda c, _: lesion_probabilities(segmenter, c)),
-    ]
-    if upper_bound:
-        supervised = run.supervised(training_truth(run))
-        stages.append(("Segmenter, true masks", "pixel masks", trusting(p.segmenter).threshold,
-                       lambda c, _: lesion_probabilities(supervised, c)))
-
-    counts: list[list[np.ndarray]] = [[] for _ in stages]
-    lung_counts = []
-    probabilities, labels = [], []
-    for case in tqdm(test.cases, desc="measuring", unit="volume", disable=not progress):
-        truth = read_truth(Dataset(test.root, (case,)))[0]
-        pixels, mask = truth.scan.pixels, truth.mask
-        found, crops = run.crops(pixels)
-        if p.true_lungs and case.lung is not None:
-            true_lungs = read_mask(case.lung, like=truth.scan)[found]
-            crops = replace(crops, lungs=crop_masks(true_lungs, crops.boxes, p.prepare.size))
-        lungs = np.zeros(mask.shape, bool)
-        for k, small, box in zip(found, crops.lungs, crops.boxes, strict=True):
-            lungs[k] = uncrop(small, box, mask.shape[1:]) > 0.5
-        lung_counts.append(confusion(lungs[truth.slices], mask[truth.slices]))
-        maps: dict[str, np.ndarray] = {}
-        for (name, _, threshold, predict), rows in zip(stages, counts, strict=True):
-            predicted = np.zeros(mask.shape, bool)
-            if len(found):
-                maps[name] = predict(crops, maps)
-                for k, small, box in zip(found, maps[name], crops.boxes, strict=True):
-                    level = 0.5 if np.isnan(threshold) else threshold
-                    predicted[k] = uncrop(small, box, mask.shape[1:]) >= level
-            rows.append(confusion(predicted[truth.slices], mask[truth.slices]))
-        measured = np.isin(found, truth.slices)
-        if measured.any():
-            probabilities.append(slice_probabilities(classifier, crops.take(measured)))
-            labels.append(mask[found[measured]].any(axis=(1, 2)).astype(int))
-    all_labels = np.concatenate(labels) if labels else np.zeros(0, int)
-    area = auc(np.concatenate(probabilities), all_labels) if len(set(all_labels)) == 2 else float("nan")
-    results = [StageResult(name, supervision, threshold, np.concatenate(rows))
-               for (name, supervision, threshold, _), rows in zip(stages, counts, strict=True)]
-    return Evaluation(results, area, len(results[0].counts), np.concatenate(lung_counts))
+    bound = [supervised_outliner(run, run.supervised(training_truth(run)))] if upper_bound else []
+    floor, stages, *rest = measure(run, test, [otsu_outliner(), stage_outliner(run), *bound], progress=progress)
+    return replace(stages, stages=[row for part in (floor, stages, *rest) for row in part.stages])
 
 
 Finder = Callable[[np.ndarray], np.ndarray]

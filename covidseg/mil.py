@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from covidseg.curriculum import CurriculumSettings, Phase, plan_phase
-from covidseg.errors import SettingsError
+from covidseg.errors import SettingsError, one_of
 from covidseg.paint import Painter, PaintSettings
 from covidseg.patches import PATCH, grid_ids, instances, patch_values, pool, spread, square_ids
 from covidseg.prepare import Crops, WeakSet
@@ -73,10 +73,8 @@ class MilSettings:
     paint: PaintSettings = field(default_factory=PaintSettings)
 
     def __post_init__(self) -> None:
-        if self.reading not in ("pixels", "grid"):
-            raise SettingsError(f"patches cannot be read as {self.reading!r}", remedy="Choose pixels or grid")
-        if self.pooling not in ("attention", "mean"):
-            raise SettingsError(f"there is no pooling {self.pooling!r}", remedy="Choose attention or mean")
+        one_of(self.reading, ("pixels", "grid"), "reading of patches")
+        one_of(self.pooling, ("attention", "mean"), "pooling")
 
 
 def _level(inputs: int, outputs: int) -> nn.Sequential:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from covidseg.errors import SettingsError
+from covidseg.errors import SettingsError, one_of
 from covidseg.prepare import WeakSet
 
 EXCHANGES = ("both", "to_patches", "none")
@@ -47,9 +47,7 @@ class MutualSettings:
     stop: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.exchange not in EXCHANGES:
-            raise SettingsError(f"there is no exchange {self.exchange!r}",
-                                remedy=f"Choose one of {', '.join(EXCHANGES)}")
+        one_of(self.exchange, EXCHANGES, "exchange")
         if self.rounds < 1:
             raise SettingsError("mutual learning needs at least one round", remedy="Set rounds to 1 or more")
 

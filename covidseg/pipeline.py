@@ -17,22 +17,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from covidseg.artifacts import Store, fingerprint, load_net, net_arrays
+from covidseg.artifacts import Arrays, Store, fingerprint, load_net, net_arrays
 from covidseg.cam import activation_maps, coarse_labels
 from covidseg.classify import Classifier, train_classifier
 from covidseg.curriculum import Phase
 from covidseg.dataset import Dataset, load_dataset
 from covidseg.fine import FineLabels, fine_labels
+from covidseg.keys import Keys
 from covidseg.lungnet import make_lung_net, robust_lungs, train_lung_net
 from covidseg.lungs import lung_masks
 from covidseg.mil import PatchNet, patch_probabilities, train_mil
 from covidseg.mutual import Lesson, Round, agreement, best_round, make_lesson, settled
-from covidseg.prepare import Crops, WeakSet, make_crops, uncrop, weak_set, with_true_lungs
+from covidseg.prepare import Crops, WeakSet, make_crops, uncrop_all, weak_set, with_true_lungs
 from covidseg.profiles import Profile, profile_named
 from covidseg.refine import make_segmenter, train_segmenter, trusting
 from covidseg.registry import resolve
 from covidseg.splits import apply_split, read_split
 from covidseg.train import Log, pick_device
+
+MakeNet = Callable[[], nn.Module]
 
 
 def find_lungs(pixels: np.ndarray, net: nn.Module | None, profile: Profile,
@@ -60,7 +63,7 @@ class Run:
                  log: Log = print) -> None:
         self.data, self.profile, self.seed, self.folder = data, profile, seed, folder
         self.device, self.log = pick_device(device), log
-        self.store = Store(folder / "stages")
+        self.store, self.key = Store(folder / "stages"), Keys(data, profile, seed)  # called with a stage's name
         self._memory: dict[str, Any] = {}
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -68,30 +71,6 @@ class Run:
         if name not in self._memory:
             self._memory[name] = make()
         return self._memory[name]
-
-    def key(self, stage: str) -> str:
-        """Hash of everything the result of a stage depends on; each stage builds on the one before."""
-        p = self.profile
-        if stage == "threshold":
-            return self._once("key", lambda: fingerprint(
-                p.lungs, p.prepare, *(part for case in self.data.cases for part in (
-                    case.image, case.patient, sorted(case.labels.items())))))
-        if stage == "rounds":
-            return fingerprint(self.key("mil1"), p.mutual)
-        if stage == "fine":
-            return fingerprint(self.key("rounds"), p.fine)
-        if stage == "weak":
-            lungs = [case.lung for case in self.data.cases if case.lung] if p.true_lungs else []
-            return fingerprint(self.key("lung_net"), p.true_lungs, *lungs)
-        name, number = stage.rstrip("0123456789"), int(stage.lstrip("abcdefghijklmnopqrstuvwxyz_") or 1)
-        before, settings = {
-            "lung_net": ("threshold", p.lung_net),
-            "classifier": ("weak" if number == 1 else f"mil{number - 1}", p.classifier),
-            "cam": (f"classifier{number}", p.cam), "mil": (f"cam{number}", p.mil), "segmenter": ("fine", p.segmenter),
-        }[name]
-        # Round 1 is the same for every exchange, but for patches that get no prior at all.
-        exchange = (p.mutual, number) if number > 1 else (p.mutual.exchange == "none",) if name == "mil" else ()
-        return fingerprint(self.key(before), settings, self.seed, *exchange)
 
     def stages(self) -> list[str]:
         """Names of all stored stages, in order; trains the rounds if need be, since they decide how many there are."""
@@ -101,7 +80,7 @@ class Run:
 
     def threshold(self) -> WeakSet:
         """Stage 1: crops to the threshold lungs, and the slice labels."""
-        def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        def make() -> tuple[Arrays, dict[str, Any]]:
             data = weak_set(self.data, self.profile.prepare, self.profile.lungs)
             return ({"images": data.crops.images.astype(np.float16), "lungs": data.crops.lungs,
                      "boxes": data.crops.boxes, "labels": data.labels},
@@ -125,11 +104,9 @@ class Run:
 
     def weak(self) -> WeakSet:
         """Stage 1: crops with completed lungs, and the slice labels. All that the later stages see."""
-        def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-            if self.profile.true_lungs:
-                crops = with_true_lungs(self.data, self.threshold()).crops
-            else:
-                crops = robust_lungs(self.lung_net(), self.threshold().crops, self.profile.lung_net)
+        def make() -> tuple[Arrays, dict[str, Any]]:
+            crops = (with_true_lungs(self.data, self.threshold()).crops if self.profile.true_lungs else
+                     robust_lungs(self.lung_net(), self.threshold().crops, self.profile.lung_net))
             return {"lungs": crops.lungs}, {}
 
         def load() -> WeakSet:
@@ -153,17 +130,14 @@ class Run:
     def lungs(self, pixels: np.ndarray, volume: bool | None = None) -> np.ndarray:
         """Completed lung masks of whole slices, ``(S, H, W)`` bool; arguments as of :meth:`crops`."""
         found, crops = self.crops(pixels, volume)
-        masks = np.zeros(pixels.shape, bool)
-        for k, lung, box in zip(found, crops.lungs, crops.boxes, strict=True):
-            masks[k] = uncrop(lung, box, pixels.shape[1:]) > 0.5
-        return masks
+        return uncrop_all(crops.lungs, crops.boxes, found, pixels.shape) > 0.5
 
-    def _net(self, stage: str, empty: Callable[[], nn.Module], train: Callable[[], nn.Module]) -> nn.Module:
+    def _net(self, stage: str, empty: MakeNet, train: MakeNet, key: str = "") -> nn.Module:
         """A trained net: stored weights put into an empty net, or the result of training."""
         def load() -> nn.Module:
-            arrays, _ = self.store.get(stage, self.key(stage), lambda: (net_arrays(train()), {}))
+            arrays, _ = self.store.get(stage, key or self.key(stage), lambda: (net_arrays(train()), {}))
             return load_net(empty(), arrays).to(self.device)
-        return self._once(stage, load)
+        return self._once(stage + key, load)
 
     def classifier(self, number: int = 1) -> Classifier:
         """Stage 2: the slice classifier, after round ``number`` of the exchange; round 1 saw slice labels only."""
@@ -180,8 +154,7 @@ class Run:
 
     def _lesson(self, number: int) -> Lesson:
         """What the patches of the round before teach the classifier in round ``number``."""
-        before = number - 1
-        return make_lesson(self.weak(), self.cam(before), self.patches(before), self.profile.mutual, number)
+        return make_lesson(self.weak(), self.cam(number - 1), self.patches(number - 1), self.profile.mutual, number)
 
     def _later(self, settings: Any) -> Any:
         """The settings of a task in later rounds: fewer steps."""
@@ -191,7 +164,7 @@ class Run:
         """Stage 3: activation maps of all training slices, ``(N, S, S)`` in [0, 1], of the classifier of a round."""
         stage = f"cam{number}"
 
-        def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        def make() -> tuple[Arrays, dict[str, Any]]:
             maps = activation_maps(self.classifier(number), self.weak().crops, self.profile.cam)
             return {"cam": maps.astype(np.float16)}, {}
         return self._once(stage, lambda: self.store.get(stage, self.key(stage), make)[0]["cam"].astype(np.float32))
@@ -204,7 +177,7 @@ class Run:
         """Stage 4: the patch net after a round, and what each phase of its curriculum admitted."""
         stage, settings = f"mil{number}", self.profile.mil
 
-        def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        def make() -> tuple[Arrays, dict[str, Any]]:
             prior = self.cam(number)
             if self.profile.mutual.exchange == "none":  # every patch is as likely as any other
                 prior = np.full_like(prior, settings.curriculum.prior)
@@ -233,7 +206,7 @@ class Run:
 
     def rounds(self) -> list[Round]:
         """The exchange between stages 2 and 4: all rounds, trained until the two maps agree no better."""
-        def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        def make() -> tuple[Arrays, dict[str, Any]]:
             data, rounds = self.weak(), list[Round]()
             while not rounds or not settled(rounds, self.profile.mutual):
                 number = len(rounds) + 1
@@ -256,7 +229,7 @@ class Run:
         """Stage 5: fine labels of all training slices, from the maps of the best round."""
         best = self.best()
 
-        def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        def make() -> tuple[Arrays, dict[str, Any]]:
             fine = fine_labels(self.weak(), self.cam(best), self.patches(best), self.profile.fine)
             return {"labels": fine.labels, "probabilities": fine.probabilities}, {}
         return self._once("fine", lambda: FineLabels(**self.store.get("fine", self.key("fine"), make)[0]))
@@ -274,16 +247,28 @@ class Run:
         Args:
             masks: ``(N, S, S)`` bool, from :func:`covidseg.evaluate.training_truth`.
         """
-        settings = trusting(self.profile.segmenter)
-        masks_hash = hashlib.sha256(np.packbits(masks).tobytes()).hexdigest()
-        key = fingerprint(self.key("weak"), settings, self.seed, masks_hash)
+        return self.taught_with_masks("supervised", self.masks_key(masks), self.weak(), masks)
 
-        def load() -> nn.Module:
-            arrays, _ = self.store.get("supervised", key, lambda: (net_arrays(train_segmenter(
-                self.weak(), masks, np.ones(masks.shape, np.float32), settings, seed=self.seed, device=self.device,
-                log=self.log, name="supervised")), {}))
-            return load_net(make_segmenter(settings), arrays).to(self.device)
-        return self._once("supervised", load)
+    def masks_key(self, masks: np.ndarray, *parts: Any) -> str:
+        """Key of a net taught with masks; ``parts`` tell its slices from those of other nets."""
+        masks_hash = hashlib.sha256(np.packbits(masks).tobytes()).hexdigest()
+        return fingerprint(self.key("weak"), trusting(self.profile.segmenter), self.seed, masks_hash, *parts)
+
+    def taught_with_masks(self, stage: str, key: str, data: WeakSet, masks: np.ndarray, name: str = "") -> nn.Module:
+        """The segmenter and its training loop, taught with true masks instead of fine labels.
+
+        Args:
+            stage: name under which the net is stored.
+            key: from :meth:`masks_key`.
+            data: slices whose labels say which of them have a lesion in their mask.
+            masks: ``(N, S, S)`` bool.
+            name: of this training in the log, default that of the stage.
+        """
+        settings = trusting(self.profile.segmenter)
+        return self._net(stage, lambda: make_segmenter(settings),
+                         lambda: train_segmenter(data, masks, np.ones(masks.shape, np.float32), settings,
+                                                 seed=self.seed, device=self.device, log=self.log, name=name or stage),
+                         key)
 
 
 def open_data(name: str, part: str | None = None) -> Dataset:

@@ -15,9 +15,8 @@ from covidseg.artifacts import load_arrays, load_net, save_arrays, write_text
 from covidseg.errors import ArtifactError, InputFileError, NoLungError, OutputError
 from covidseg.io import Scan
 from covidseg.lungnet import make_lung_net
-from covidseg.mil import PatchNet
 from covidseg.pipeline import find_lungs
-from covidseg.prepare import uncrop
+from covidseg.prepare import uncrop_all
 from covidseg.profiles import Profile, profile_from
 from covidseg.refine import lesion_probabilities, make_segmenter
 
@@ -30,7 +29,6 @@ class Predictor:
     """Trained nets with the settings they were trained with; ``lung_net`` is None where the run has none."""
 
     segmenter: nn.Module
-    patch_net: PatchNet
     lung_net: nn.Module | None
     profile: Profile
 
@@ -48,14 +46,11 @@ class Predictor:
         if not len(found):
             raise NoLungError("no lung was found in any slice", path=scan.path,
                               remedy="covidseg expects chest CT with air in the lungs darker than tissue")
-        result = np.zeros(scan.pixels.shape, np.float32)
-        for k, small, box in zip(found, lesion_probabilities(self.segmenter, crops), crops.boxes, strict=True):
-            result[k] = uncrop(small, box, scan.pixels.shape[1:])
-        return result
+        return uncrop_all(lesion_probabilities(self.segmenter, crops), crops.boxes, found, scan.pixels.shape)
 
 
 def read_report(run: Path) -> tuple[dict[str, Any], Profile, dict[str, str]]:
-    """The report of a run folder, its settings, and the file names of the stages that a prediction needs.
+    """The report of a run folder, its settings, and the file names of the stages that are exported.
 
     Raises:
         InputFileError: the folder is no run.
@@ -85,40 +80,48 @@ def load_predictor(run: Path = SHIPPED, device: torch.device = torch.device("cpu
     _, profile, files = read_report(run)
 
     def read(name: str, empty: nn.Module) -> nn.Module:
-        return load_net(empty, _weights(run, files[name])).to(device)
+        return load_net(empty, load_arrays(run / "stages" / files[name])[0]).to(device)
     return Predictor(read("segmenter", make_segmenter(profile.segmenter)),
-                     read("patches", PatchNet(profile.mil)),  # type: ignore[arg-type]
                      read("lung_net", make_lung_net(profile.lung_net)) if "lung_net" in files else None, profile)
 
 
-def _weights(run: Path, file: str) -> dict[str, np.ndarray]:
-    """Weights of one net; those of the patch net are stored beside its curriculum, with ``net.`` before their names."""
-    arrays, _ = load_arrays(run / "stages" / file)
-    patch_net = {name.removeprefix("net."): value for name, value in arrays.items() if name.startswith("net.")}
-    return patch_net or arrays
-
-
 def export_run(run: Path, out: Path) -> list[Path]:
-    """Copies what a prediction needs, and nothing of the scans, into a folder that :func:`load_predictor` reads.
+    """Copies a run's nets, and nothing of the scans, into a folder that :func:`load_predictor` reads.
 
-    The report goes along: settings, versions, and hashes of the scans that the nets were trained on.
+    Besides the nets that a prediction needs this is the patch net of the best round. The report goes along: settings,
+    versions, and hashes of the scans that the nets were trained on. An older export of the same run is replaced.
 
     Returns:
         The files written.
 
     Raises:
         InputFileError, ArtifactError: as of :func:`load_predictor`.
-        OutputError: the folder is the run itself, or cannot be written.
+        OutputError: the folder is the run itself, holds another run or its export, or cannot be written.
     """
     if out.resolve() == run.resolve():
         raise OutputError("the export would overwrite the run", path=out, remedy="Name another folder")
     content, _, files = read_report(run)
+    content["stages"] = {f"mil{content['best_round']}" if name == "patches" else name: f"{name}.safetensors"
+                         for name in files}
+    report = out / REPORT
+    if report.exists() and not _same_export(report, content):
+        raise OutputError("holds another run", path=out, remedy="Name another folder, or remove this one")
     written = []
     for name, file in files.items():
-        prefix = "net." if name == "patches" else ""
-        target = out / "stages" / f"{name}.safetensors"
-        save_arrays(target, {prefix + key: value for key, value in _weights(run, file).items()})
-        written.append(target)
-    stages = {f"mil{content['best_round']}" if name == "patches" else name: f"{name}.safetensors" for name in files}
-    write_text(out / REPORT, json.dumps({**content, "stages": stages}, indent=2) + "\n")
-    return [*written, out / REPORT]
+        arrays, _ = load_arrays(run / "stages" / file)
+        if name == "patches":  # stored beside the targets of its curriculum, one for each patch of a training slice
+            arrays = {key: value for key, value in arrays.items() if key.startswith("net.")}
+        written.append(out / "stages" / f"{name}.safetensors")
+        save_arrays(written[-1], arrays)
+    write_text(report, json.dumps(content, indent=2) + "\n")
+    return [*written, report]
+
+
+def _same_export(report: Path, content: dict[str, Any]) -> bool:
+    """Whether a report is that of the same nets, trained in the same way; when and by which command does not matter."""
+    try:
+        there = json.loads(report.read_text(encoding="utf-8"))
+        return all(there.get(part) == content.get(part)
+                   for part in ("data", "labelled_slices", "settings", "seed", "stages"))
+    except (OSError, ValueError, AttributeError):  # no report of a run
+        return False

@@ -136,6 +136,24 @@ def uncrop(small: np.ndarray, box: np.ndarray, shape: tuple[int, int]) -> np.nda
     return full
 
 
+def uncrop_all(maps: np.ndarray, boxes: np.ndarray, found: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Puts the maps of some slices of a volume back into all of its slices.
+
+    Args:
+        maps: ``(N, S, S)`` numbers or bool, one map for each crop.
+        boxes: ``(N, 4)`` int, where the crops came from.
+        found: ``(N,)`` int, the number of each crop's slice.
+        shape: of the volume, slices, rows and columns.
+
+    Returns:
+        ``shape`` float32, 0 outside the boxes and in slices without a map.
+    """
+    full = np.zeros(shape, np.float32)
+    for k, small, box in zip(found, maps, boxes, strict=True):
+        full[k] = uncrop(small, box, shape[1:])
+    return full
+
+
 def crop_masks(masks: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
     """Cuts masks ``(N, H, W)`` out as :func:`make_crops` cuts slices: ``(N, size, size)`` bool."""
     small = [crop(m, b, size, 0.0) > 0.5 for m, b in zip(masks, boxes, strict=True)]

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from covidseg.cam import CamSettings
 from covidseg.classify import ClassifierSettings
-from covidseg.errors import ArtifactError, SettingsError
+from covidseg.errors import ArtifactError, SettingsError, one_of
 from covidseg.fine import FineSettings
 from covidseg.lungnet import LungNetSettings
 from covidseg.lungs import LungSettings
@@ -49,7 +49,7 @@ PROFILES = {
                      mutual=MutualSettings(again=0.4), segmenter=SegmenterSettings(steps=220)),
     # Longer training of wider nets: for real scans, on a GPU if there is one. See results/ for what it takes.
     "full": Profile(
-        "full", mil=MilSettings(steps=300),
+        "full", lung_net=LungNetSettings(steps=1500, add=0.5, add_thin=0.6), mil=MilSettings(steps=300),
         segmenter=SegmenterSettings(channels=(16, 32, 64, 128, 128), steps=1000)),
 }
 
@@ -64,9 +64,8 @@ def profile_named(name: str, method: str = "extended") -> Profile:
     Raises:
         SettingsError: there is no such profile or method.
     """
-    for value, known, what in ((name, tuple(PROFILES), "profile"), (method, METHODS, "method")):
-        if value not in known:
-            raise SettingsError(f"there is no {what} {value!r}", remedy=f"Choose one of {', '.join(known)}")
+    one_of(name, PROFILES, "profile")
+    one_of(method, METHODS, "method")
     return PROFILES[name] if method == "extended" else faithful(PROFILES[name])
 
 

@@ -1,13 +1,14 @@
 """Recorded runs: the JSON files under ``results/``, read and summed up for the pages of the book.
 
 Whatever a page says about real scans comes from these files, and each of them names the command, versions, device,
-seed and checksums of the data that it was made with.
+seeds and checksums of the data that it was made with. ``table1-*`` are comparisons of all systems, drawn up as tables
+by :mod:`covidseg.compare`; ``ablate-*`` are variants of the method.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import numpy as np
 
 from covidseg.ablate import ablation_rows
 from covidseg.errors import ArtifactError
+from covidseg.metrics import NAMES
 from covidseg.registry import data_root
+from covidseg.report import spread
 
-FIGURES = ("dice", "iou", "ppv", "sensitivity", "specificity")
 Record = dict[str, Any]
 
 
@@ -27,7 +29,7 @@ def results_root() -> Path:
     return inside if inside.is_dir() else data_root().parent / "results"
 
 
-def read_records(pattern: str = "reproduce-*", folder: Path | None = None) -> dict[str, Record]:
+def read_records(pattern: str = "table1-*", folder: Path | None = None) -> dict[str, Record]:
     """Recorded runs by name, in order; ``pattern`` is a glob without the suffix.
 
     Raises:
@@ -43,39 +45,36 @@ def read_records(pattern: str = "reproduce-*", folder: Path | None = None) -> di
     return records
 
 
-def seconds(record: Record) -> float:
-    """What the training of all stages took."""
-    return sum(record["run"]["seconds"].values())
+def origin(record: Record) -> str:
+    """How a comparison was made, in one line of Markdown: command, slices, version and kind of machine."""
+    slices = sorted({result["slices"] for result in record["results"]})
+    made = record["environment"]
+    return (f"`{record['command']}`, measured on {' or '.join(map(str, slices))} full slices; covidseg "
+            f"{made['covidseg']}, Python {made['python']}, {made['device']}")
 
 
-def over_seeds(records: Iterable[Record], average: str = "micro") -> dict[str, np.ndarray]:
-    """Figures of each stage in several runs that differ in their seeds only.
+def over_seeds(results: Iterable[Record], average: str = "micro") -> dict[str, np.ndarray]:
+    """Figures of each stage of one system.
 
     Args:
+        results: one for each seed, see :func:`covidseg.compare.by_system`.
         average: ``micro`` or ``macro``.
 
     Returns:
-        Name of the row -> ``(runs, 5)``, figures in the order of :data:`FIGURES`; NaN where one is undefined.
+        Name of the row -> ``(seeds, 5)``, figures in the order of :data:`covidseg.metrics.NAMES`; NaN where one
+        is undefined.
     """
     rows: dict[str, list[list[float]]] = {}
-    for record in records:
-        for row in record["rows"]:
+    for result in results:
+        for row in result["rows"]:
             rows.setdefault(row["name"], []).append(
-                [float("nan") if row[average][f] is None else row[average][f] for f in FIGURES])
+                [float("nan") if row[average][f] is None else row[average][f] for f in NAMES])
     return {name: np.array(values) for name, values in rows.items()}
 
 
-def spread(values: np.ndarray) -> str:
-    """Mean and standard deviation over runs, ``0.712 ± 0.004``; without a deviation for a single run."""
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return "–"
-    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
-
-
-def seeds_markdown(records: list[Record]) -> str:
-    """Table of all stages: mean and deviation over the seeds, micro figures and macro Dice."""
-    pooled, each = over_seeds(records), over_seeds(records, "macro")
+def seeds_markdown(results: Sequence[Record]) -> str:
+    """Table of all stages of one system: mean and deviation over the seeds, micro figures and macro Dice."""
+    pooled, each = over_seeds(results), over_seeds(results, "macro")
     lines = ["| | Dice | IoU | PPV | sensitivity | specificity | macro Dice |", "|---|" + "--:|" * 6]
     lines += [f"| {name} | " + " | ".join(spread(column) for column in values.T) + f" | {spread(each[name][:, 0])} |"
               for name, values in pooled.items()]

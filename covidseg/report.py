@@ -10,11 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 
 from covidseg import DISCLAIMER, __version__
 from covidseg.artifacts import file_hash, write_text
+from covidseg.errors import ArtifactError
 from covidseg.evaluate import Evaluation
 from covidseg.metrics import Scores
 from covidseg.pipeline import Run
@@ -37,22 +39,31 @@ def environment(device: torch.device) -> dict[str, Any]:
 def write_run(run: Run, command: str) -> Path:
     """Writes ``run.json``, which makes a folder of stages a run that ``covidseg predict`` can use.
 
-    ``seconds`` holds what each stage took when it was made, also if that was in an earlier run in the same folder.
+    ``seconds`` holds what each stage took when it was made, also if that was in an earlier run in the same folder; null
+    for a stage whose file was deleted or damaged since, which the stages after it, once stored, can do without.
 
     Args:
         command: what was asked for, without folder names of this machine.
     """
-    path, keys = run.folder / REPORT, {stage: run.key(stage) for stage in run.stages()}
+    path, stages = run.folder / REPORT, run.stages()
     content = {
         "note": DISCLAIMER, "command": command, "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": {stage: run.store.seconds(stage, key) for stage, key in keys.items()},
+        "seconds": {stage: _seconds(run, stage) for stage in stages},
         "seed": run.seed, "environment": environment(run.device),
         "data": {case.id: file_hash(case.image) for case in run.data.cases},
         "labelled_slices": run.data.labels(), "settings": profile_json(run.profile),
-        "stages": {stage: run.store.path(stage, key).name for stage, key in keys.items()}, "best_round": run.best(),
+        "stages": {stage: run.store.path(stage, run.key(stage)).name for stage in stages}, "best_round": run.best(),
     }
     write_text(path, json.dumps(content, indent=2) + "\n")
     return path
+
+
+def _seconds(run: Run, stage: str) -> float | None:
+    """What a stage took; None if its file is gone or cannot be read."""
+    try:
+        return run.store.seconds(stage, run.key(stage))
+    except ArtifactError:
+        return None
 
 
 def _digits(value: float) -> float | None:
@@ -98,13 +109,8 @@ def scores_from(plain: dict[str, float | None]) -> Scores:
     return Scores(**{name: float("nan") if value is None else value for name, value in plain.items()})
 
 
-def evaluation_table(evaluation: Evaluation, title: str) -> Table:
-    """The table of all stages for the terminal."""
-    return scores_table(title, [(stage.name, stage.micro(), stage.macro()) for stage in evaluation.stages])
-
-
 def evaluation_markdown(evaluation: Evaluation) -> str:
-    """The same table for a page of the book."""
+    """The table of all stages for a page of the book."""
     head = "| | taught with | Dice | IoU | PPV | sensitivity | specificity | macro Dice |\n|---|---|" + "--:|" * 6
     lines = [f"| {stage.name} | {stage.supervision} | "
              + " | ".join(format_figure(v) for v in (*stage.micro().as_dict().values(), stage.macro().dice)) + " |"
@@ -115,3 +121,11 @@ def evaluation_markdown(evaluation: Evaluation) -> str:
 def format_figure(value: float) -> str:
     """Three digits, or a dash where the figure is undefined."""
     return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def spread(values: np.ndarray) -> str:
+    """Mean and standard deviation over runs, ``0.712 ± 0.004``; without a deviation for a single run."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return "–"
+    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from covidseg.errors import SettingsError
+from covidseg.errors import SettingsError, one_of
 
 Log = Callable[[str], None]
 
@@ -34,8 +34,7 @@ def pick_device(name: str = "auto") -> torch.device:
     Raises:
         SettingsError: there is no such device.
     """
-    if name not in ("auto", "cpu", "cuda"):
-        raise SettingsError(f"there is no device {name!r}", remedy="Choose auto, cpu or cuda")
+    one_of(name, ("auto", "cpu", "cuda"), "device")
     if name == "cuda" and not torch.cuda.is_available():
         raise SettingsError("torch finds no CUDA GPU here", remedy="Take --device cpu, or auto")
     if name == "auto":

@@ -14,7 +14,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -26,9 +26,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 from PIL import Image
-
-if TYPE_CHECKING:  # drawing a table must not load the training code
-    from covidseg.evaluate import Evaluation
 
 COLORS = {"lung": "#56B4E9", "coarse": "#CC79A7", "fine": "#009E73", "prediction": "#D55E00", "truth": "#F0E442"}
 # For lines and bars on white, in this order; the yellow of the truth is too pale there.
@@ -362,25 +359,4 @@ def curriculum_plot(paces: Sequence[float], admitted: Mapping[str, Sequence[int]
         panel.set(xlabel="phase, and its pace", xticks=phases, xlim=(-0.6, len(paces) - 0.4),
                   xticklabels=[f"{k + 1}\n{pace:.0%}" for k, pace in enumerate(paces)])
     right.legend(loc="lower right")
-    return figure
-
-
-def score_bars(evaluation: Evaluation, *, average: str = "micro") -> Figure:
-    """Dice, PPV and sensitivity of every stage as bars.
-
-    Args:
-        evaluation: from :func:`covidseg.evaluate.evaluate_run`.
-        average: ``micro`` (pooled pixels) or ``macro`` (mean over slices with a lesion).
-    """
-    figures = ("dice", "ppv", "sensitivity")
-    figure, axes = new_figure(1, 1, (7.2, 0.55 * len(evaluation.stages) + 1.0))
-    panel, height = axes[0, 0], 0.26
-    places = np.arange(len(evaluation.stages))
-    for k, (name, label) in enumerate(zip(figures, ("Dice", "PPV", "sensitivity"), strict=True)):
-        values = [getattr(getattr(stage, average)(), name) for stage in evaluation.stages]
-        panel.barh(places + (k - 1) * height, values, height, label=label, color=CYCLE[k])
-    panel.set(yticks=places, yticklabels=[stage.name for stage in evaluation.stages], xlim=(0, 1),
-              xlabel=f"{average} average")
-    panel.invert_yaxis()
-    panel.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
     return figure

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from covidseg.baselines.maps import judge_crops, min_max, together
+from covidseg.baselines.maps import Judged, judge_crops, min_max, together
 from covidseg.baselines.slabs import SlabSettings
 from covidseg.baselines.training import Baseline, BaselineSettings, train_baseline
 from covidseg.baselines.trunk import GridPool, Trunk, convolution, initialise
-from covidseg.errors import SettingsError
+from covidseg.errors import SettingsError, one_of
 from covidseg.paint import NO_PAINT
 from covidseg.prepare import Crops, WeakSet
 from covidseg.train import Log
@@ -46,11 +46,13 @@ class Ad3dMilSettings(BaselineSettings):
 
     pooling: str = "attention"
     sides: tuple[int, ...] = (32, 16, 8)
+    steps: int = 720
+    rate: float = 1e-3
+    outline: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pooling not in POOLINGS:
-            raise SettingsError(f"there is no pooling {self.pooling!r}", remedy=f"Choose among {', '.join(POOLINGS)}")
+        one_of(self.pooling, POOLINGS, "pooling")
         if len(self.sides) != 3 or min(self.sides) < 1:
             raise SettingsError(f"grids of sides {self.sides} do not fit", remedy="Give three numbers above 0")
 
@@ -139,7 +141,7 @@ def ad3d_mil_probabilities(net: Ad3dMil, crops: Crops, *, volume: bool = True, b
 
 
 def ad3d_mil_maps(net: Ad3dMil, crops: Crops, *, volume: bool = True, verdict: bool = True,
-                  batch: int = 8) -> np.ndarray:
+                  batch: int = 8, judged: Judged | None = None) -> np.ndarray:
     """Lesion maps: attention times the instance's own probability, enlarged, scaled to [0, 1] in the lung.
 
     Where to cut them is fixed on training slices, see :func:`covidseg.baselines.maps.training_level`.
@@ -149,11 +151,12 @@ def ad3d_mil_maps(net: Ad3dMil, crops: Crops, *, volume: bool = True, verdict: b
             each slice.
         verdict: slices in which the net finds no lesion stay empty: a map that is scaled by itself is as strong in
             a healthy slice.
+        judged: what ``judge_crops`` said of the same crops, where that is known already.
 
     Returns:
         ``(N, S, S)`` float32 in [0, 1], 0 outside the lung.
     """
-    probabilities, activation = judge_crops(net, crops, volume=volume, batch=batch)
+    probabilities, activation = judged or judge_crops(net, crops, volume=volume, batch=batch)
     maps = min_max(activation, crops.lungs, together(net, volume))
     if verdict:
         maps[probabilities < 0.5] = 0

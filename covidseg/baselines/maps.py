@@ -16,9 +16,11 @@ from covidseg.baselines.slabs import aligned, frame, move, windows
 from covidseg.baselines.training import Baseline
 from covidseg.prepare import Crops
 
+Judged = tuple[np.ndarray, np.ndarray]  # probability of each slice (N,), activation (N, S, S)
+
 
 @torch.no_grad()
-def judge_crops(net: Baseline, crops: Crops, *, volume: bool = True, batch: int = 8) -> tuple[np.ndarray, np.ndarray]:
+def judge_crops(net: Baseline, crops: Crops, *, volume: bool = True, batch: int = 8) -> Judged:
     """Runs a net over slices.
 
     A 2D net reads each slice. A 3D net reads slabs; what overlapping slabs say about a slice is averaged.

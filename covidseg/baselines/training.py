@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from covidseg.baselines.slabs import SlabSettings, aligned_set, make_slabs
-from covidseg.errors import SettingsError
+from covidseg.errors import SettingsError, one_of
 from covidseg.paint import Painter, PaintSettings
 from covidseg.prepare import WeakSet
 from covidseg.train import (
@@ -46,6 +46,8 @@ class BaselineSettings:
         weight_decay: of AdamW; at 0 it is Adam.
         schedule: ``onecycle`` or ``constant``.
         paint: vessels painted on lesion-free slices, for 2 only; no lesion is painted.
+        outline: a lesion map is cut at this level, the same for all slices; chosen on the slices that this project's
+            own levels were chosen on.
     """
 
     dims: int = 2
@@ -56,12 +58,12 @@ class BaselineSettings:
     weight_decay: float = 1e-2
     schedule: str = "onecycle"
     paint: PaintSettings = field(default_factory=lambda: PaintSettings(share=0.0))
+    outline: float = 0.3
 
     def __post_init__(self) -> None:
         if self.dims not in (2, 3):
             raise SettingsError(f"there is no net in {self.dims} dimensions", remedy="Choose 2 or 3")
-        if self.schedule not in ("onecycle", "constant"):
-            raise SettingsError(f"there is no schedule {self.schedule!r}", remedy="Choose onecycle or constant")
+        one_of(self.schedule, ("onecycle", "constant"), "schedule")
         if self.paint.share:
             raise SettingsError("lesions painted for a classifier would contradict its labels",
                                 remedy="Set the share of its paint to 0; vessels may stay")

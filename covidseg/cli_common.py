@@ -1,0 +1,49 @@
+"""What the modules of the command line share: options, the console, and what a recorded result says about itself."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from covidseg import DISCLAIMER
+
+if TYPE_CHECKING:
+    from covidseg.dataset import Dataset
+    from covidseg.pipeline import Run
+
+console, errors = Console(), Console(stderr=True)
+
+Profile = Annotated[str, typer.Option(help="quick (minutes on a CPU) or full (for a GPU, or patience).")]
+Method = Annotated[str, typer.Option(help="extended (lesions painted on lesion-free slices as well) or faithful "
+                                          "(no painted lesion, as in the abstract).")]
+Seed = Annotated[int, typer.Option(help="Seed of all stages.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Data = Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`.")]
+Test = Annotated[str | None, typer.Option(
+    help="Folder or name to measure on; default: the test side of the set's own split.")]
+
+
+def measured_on(data: str, test: str | None) -> tuple[Dataset, str]:
+    """What to measure on and its name: ``test``, or by default the test side of the split of ``data``."""
+    from covidseg.pipeline import open_data
+
+    if test is None:
+        return open_data(data, "test"), f"{Path(data).name} (test side)"
+    return open_data(test), Path(test).name
+
+
+def recorded(command: str, testing: Dataset, tested: str, run: Run, start: float) -> dict[str, Any]:
+    """What every recorded result says about how it was made; nothing that names the machine or a folder on it."""
+    from covidseg.artifacts import file_hash
+    from covidseg.profiles import profile_json
+    from covidseg.report import environment
+
+    return {"note": DISCLAIMER, "command": command, "test": tested, "seconds": round(time.monotonic() - start, 1),
+            "environment": environment(run.device), "settings": profile_json(run.profile),
+            "data": {case.id: file_hash(case.image) for case in run.data.cases},
+            "test_data": {path.name: file_hash(path) for case in testing.cases
+                          for path in (case.image, case.mask) if path is not None}}

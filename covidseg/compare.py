@@ -1,0 +1,222 @@
+"""Table 1: all systems trained on the same slices with several seeds, measured on the same slices, compared in pairs.
+
+:func:`compare` does one seed and stores what each system reached as a small JSON file, so that a comparison that was
+stopped goes on where it stopped. A *record* is all of these files together with how they were made; the tables are
+drawn up from a record, whether it was made a moment ago or comes with the package (``results/``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from covidseg import DISCLAIMER
+from covidseg.artifacts import fingerprint, write_text
+from covidseg.crossval import cross_validated
+from covidseg.dataset import Dataset
+from covidseg.evaluate import Evaluation, measure
+from covidseg.keys import measured_key
+from covidseg.metrics import figures, macro
+from covidseg.pipeline import Run
+from covidseg.report import evaluation_json, spread
+from covidseg.statistics import Difference, bootstrap_difference, bootstrap_interval, paired_test
+from covidseg.systems import PUBLISHED, SYSTEMS, Rivals, Trained, chosen
+
+EARLIER = ("decovnet", "decovnet-3d", "ad3d-mil", "ad3d-mil-3d")
+OURS = ("faithful", "extended")
+Record = dict[str, Any]
+
+
+def compare(run: Run, test: Dataset, names: list[str] | None = None, rivals: Rivals = Rivals(), *,
+            progress: bool = False) -> list[Record]:
+    """Trains and measures the systems with the seed of a run.
+
+    Args:
+        run: data, settings of the extended method, seed and folder.
+        test: measured slices, with masks.
+        names: keys of :data:`covidseg.systems.SYSTEMS`; default all.
+        rivals: settings of the earlier systems.
+        progress: show a bar over the test volumes.
+
+    Returns:
+        A JSON object for each system, see :func:`_result`.
+    """
+    names = chosen(names)
+    paths = {name: run.folder / "table1" / f"{name}-{key}.json"
+             for name, key in _keys(names, run, test, rivals).items()}
+    missing = [name for name in names if not paths[name].exists()]
+    trained: dict[str, Trained] = {}
+    for name in missing:
+        run.log(f"system: {SYSTEMS[name].title}, seed {run.seed}")
+        if name == "masks" and any(case.mask is None for case in run.data.cases):  # the test set has some
+            result = cross_validated(run, test)
+            write_text(paths[name], json.dumps(_result(name, run, None, result)) + "\n")
+        else:
+            trained[name] = SYSTEMS[name].train(run, rivals)
+    if trained:
+        results = measure(run, test, [system.outliner for system in trained.values()], progress=progress)
+        for (name, system), result in zip(trained.items(), results, strict=True):
+            write_text(paths[name], json.dumps(_result(name, run, system, result)) + "\n")
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths.values()]
+
+
+def _keys(names: list[str], run: Run, test: Dataset, rivals: Rivals) -> dict[str, str]:
+    """Key of what each system reaches, from all that it depends on."""
+    key = fingerprint(run.key("segmenter"), asdict(rivals), run.seed, measured_key(test))
+    taught = [case.mask for case in run.data.cases if case.mask is not None]
+    return {name: fingerprint(key, *taught) if name == "masks" else key for name in names}
+
+
+def _result(name: str, run: Run, trained: Trained | None, evaluation: Evaluation) -> Record:
+    """What one system reached with one seed, as plain JSON values; counts are *hit false missed rest* of a slice."""
+    answer = evaluation.stages[-1]
+    return {
+        "system": name, "seed": run.seed,
+        "parameters": trained.parameters() if trained else None, "seconds": trained.seconds() if trained else None,
+        **evaluation_json(evaluation),
+        "counts": {slice_name: " ".join(str(n) for n in row)
+                   for slice_name, row in zip(evaluation.names, answer.counts.tolist(), strict=True)},
+        "reliability": None if answer.reliability is None else answer.reliability.round(1).tolist(),
+    }
+
+
+def counts_of(results: Sequence[Record]) -> np.ndarray:
+    """Counts of one system's answers, ``(seeds, N, 4)`` int64."""
+    return np.array([[row.split() for row in result["counts"].values()] for result in results], np.int64)
+
+
+def patients_of(results: Sequence[Record]) -> np.ndarray | None:
+    """Volume of each slice, for drawing whole volumes; None for a single stack, whose patients nobody knows."""
+    volumes = np.array([name.rsplit(":", 1)[0] for name in results[0]["counts"]])
+    return volumes if len(np.unique(volumes)) > 1 else None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One system in the table.
+
+    Attributes:
+        key, title: of the system.
+        seeds: the seeds it was trained with.
+        micro: ``(seeds, 5)`` Dice, IoU, PPV, sensitivity and specificity of pooled pixels.
+        macro: ``(seeds,)`` mean Dice of the slices with a lesion.
+        interval: 95 % bootstrap interval of the micro Dice over slices (or volumes), mean over seeds.
+        auc: ``(seeds,)`` of the slice verdict; NaN where there is none.
+        parameters, seconds: cost; None where it was not taken.
+        dice: Ours minus the strongest earlier system, micro Dice; None for others.
+        iou: the same of the micro IoU.
+        p: of the paired test of both.
+    """
+
+    key: str
+    title: str
+    seeds: tuple[int, ...]
+    micro: np.ndarray
+    macro: np.ndarray
+    interval: tuple[float, float]
+    auc: np.ndarray
+    parameters: int | None
+    seconds: float | None
+    dice: Difference | None = None
+    iou: Difference | None = None
+    p: float = float("nan")
+
+
+def by_system(results: Sequence[Record]) -> dict[str, list[Record]]:
+    """Results of each system, its seeds in order; systems in the order of the table."""
+    return {name: sorted(own, key=lambda result: result["seed"]) for name in SYSTEMS
+            if (own := [result for result in results if result["system"] == name])}
+
+
+def strongest_earlier(results: Sequence[Record]) -> str | None:
+    """The earlier system with the highest mean micro Dice; None if none was measured."""
+    means = {name: float(figures(counts_of(own).sum(axis=1))[:, 0].mean())
+             for name, own in by_system(results).items() if name in EARLIER}
+    return max(means, key=means.__getitem__) if means else None
+
+
+def table_lines(results: Sequence[Record]) -> list[Line]:
+    """The table, line by line, from the results of all seeds."""
+    systems, rival = by_system(results), strongest_earlier(results)
+    lines = []
+    for name, own in systems.items():
+        counts, groups = counts_of(own), patients_of(own)
+        auc = np.array([np.nan if r["classifier_auc"] is None else r["classifier_auc"] for r in own])
+        seconds = [r["seconds"] for r in own if r["seconds"] is not None]
+        pair: dict[str, Any] = {}
+        if rival is not None and name in OURS:
+            other = counts_of(systems[rival])
+            pair = {"dice": bootstrap_difference(counts, other, "dice", groups=groups),
+                    "iou": bootstrap_difference(counts, other, "iou", groups=groups),
+                    "p": paired_test(counts, other, groups=groups)}
+        lines.append(Line(
+            name, SYSTEMS[name].title, tuple(r["seed"] for r in own), figures(counts.sum(axis=1)),
+            np.array([macro(each).dice for each in counts]), bootstrap_interval(counts, groups=groups),
+            auc, own[0]["parameters"], float(np.mean(seconds)) if seconds else None, **pair))
+    return lines
+
+
+HEADS = ("Dice", "IoU", "PPV", "sens.", "spec.", "macro Dice", "95 % of Dice", "AUC")
+
+
+def _cells(line: Line) -> list[str]:
+    low, high = line.interval
+    return [*(spread(column) for column in line.micro.T), spread(line.macro),
+            "–" if np.isnan(low) else f"{low:.3f} to {high:.3f}", spread(line.auc)]
+
+
+def _published(line: Line) -> list[str]:
+    """Figures of the abstract, which does not say whether they are micro or macro; empty if there are none."""
+    row = PUBLISHED.get(SYSTEMS[line.key].published)
+    return [] if row is None else [*(f"{value:.2f}" for value in row), "", "", ""]
+
+
+def _titles(lines: Sequence[Line]) -> list[tuple[str, list[str]]]:
+    """Title and cells of each row: what was measured, and under the last system of each kind what was published."""
+    rows = []
+    for k, line in enumerate(lines):
+        rows.append((line.title, _cells(line)))
+        last = all(SYSTEMS[later.key].published != SYSTEMS[line.key].published for later in lines[k + 1:])
+        if last and _published(line):
+            rows.append((f"published: {SYSTEMS[line.key].published}", _published(line)))
+    return rows
+
+
+def table_rich(lines: Sequence[Line], title: str) -> Table:
+    """Table 1 for a terminal of 80 columns: micro figures, means over seeds, for Dice the deviation as well."""
+    table = Table(title=title, caption=DISCLAIMER, pad_edge=False, padding=(0, 0, 0, 1))
+    table.add_column("", overflow="fold")
+    for head in HEADS:
+        table.add_column(head.replace(" ", "\n", 1) if head.startswith("macro") else head.replace("% of", "%\nof"),
+                         justify="right", no_wrap=True)
+    for name, (dice, *cells) in _titles(lines):
+        table.add_row(name, dice.replace(" ± ", "±"), *(cell.split(" ± ")[0].replace(" to ", "-") for cell in cells),
+                      style="dim" if name.startswith("published") else None)
+    return table
+
+
+def table_markdown(lines: Sequence[Line]) -> str:
+    """Table 1 for a page of the book."""
+    rows = [f"| {f'*{name}*' if name.startswith('published') else name} | " + " | ".join(cells) + " |"
+            for name, cells in _titles(lines)]
+    return "\n".join(["| | " + " | ".join(HEADS) + " |", "|---|" + "--:|" * len(HEADS), *rows])
+
+
+def differences(lines: Sequence[Line], rival: str) -> list[str]:
+    """A sentence for each of our rows: how far ahead of the strongest earlier system, and how sure that is."""
+    return [f"{line.title} against {SYSTEMS[rival].title}: Dice {line.dice.mean:+.3f} ({line.dice.low:+.3f} to "
+            f"{line.dice.high:+.3f}), IoU {line.iou.mean:+.3f} ({line.iou.low:+.3f} to {line.iou.high:+.3f}), "
+            + ("too few slices for a paired test" if np.isnan(line.p) else f"signed rank test p = {line.p:.1g}")
+            for line in lines if line.dice is not None and line.iou is not None]
+
+
+def cost_markdown(lines: Sequence[Line]) -> str:
+    """What each system needs: parameters of the nets that answer, and seconds of training a seed, lungs included."""
+    rows = [f"| {line.title} | {'–' if line.parameters is None else f'{line.parameters:,}'} | "
+            f"{'–' if line.seconds is None else f'{line.seconds:.0f}'} |" for line in lines]
+    return "\n".join(["| | parameters | seconds of training |", "|---|--:|--:|", *rows])
