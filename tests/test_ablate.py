@@ -103,6 +103,13 @@ def test_untouched_stages_are_shared(measured: list[dict], tiny_run: Run) -> Non
     assert count == {"threshold": 1, "lung_net": 1, "weak": 2, "classifier1": 2, "mil1": 3, "segmenter": 3, "fold": 5}
 
 
+def test_the_other_slices_of_the_same_files_are_measured_by_themselves(measured: list[dict], tiny_run: Run) -> None:
+    case, = tiny_run.data.subset(["phantom_01"]).cases
+    few = Dataset(tiny_run.data.root, (replace(case, labels={k: v for k, v in case.labels.items() if k < 4}),))
+    (_, content), = ablate(tiny_run, few, ["whole"], log=quiet, upper_bound=False)
+    assert (measured[0]["slices"], content["slices"]) == (10, 4)
+
+
 def test_rows_of_the_table(measured: list[dict]) -> None:
     titles = [title for title, _ in ablation_rows(measured)]
     assert titles == [
@@ -123,7 +130,8 @@ def test_pixel_masks_are_one_row_measured_by_cross_validation(measured: list[dic
     assert (content["name"], content["slices"], content["classifier_auc"]) == ("pixel-masks", 10, None)
     row, = content["rows"]
     assert (row["name"], row["supervision"], row["threshold"]) == ("Segmenter", "pixel masks", 0.5)
-    counts = cross_validated(Run(tiny_run.data, TINY, 0, tiny_run.folder, "cpu", quiet), test)  # as it is stored
+    stored = cross_validated(Run(tiny_run.data, TINY, 0, tiny_run.folder, "cpu", quiet), test)
+    counts = stored.stages[0].counts
     assert row["micro"] == scores_json(micro(counts))
     assert row["macro"] == scores_json(macro(counts))
     assert row["micro"] != ablation_rows(measured)[4][1]["micro"], "not the weak segmenter's row"

@@ -301,8 +301,18 @@ def test_times_need_a_stored_stage(tmp_path):
     save_arrays(store.path("cam", "0123"), SOME)
     assert store.seconds("cam", "0123") == 0, "nobody measured it"
     store.path("cam", "0123").write_bytes(b"damaged")
-    with pytest.raises(ArtifactError, match="checksum"):
+    with pytest.raises(ArtifactError, match="not a safetensors file"):
         store.seconds("cam", "0123")
+
+
+def test_times_are_read_without_the_arrays(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    save_arrays(store.path("cam", "0123"), SOME, {"seconds": 2.5})
+    monkeypatch.setattr(artifacts, "file_hash", lambda path: pytest.fail("all of the file is read"))
+    content = bytearray(store.path("cam", "0123").read_bytes())
+    content[-1] ^= 1  # in the arrays
+    store.path("cam", "0123").write_bytes(content)
+    assert store.seconds("cam", "0123") == 2.5
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no checksum", "bad checksum"])

@@ -8,8 +8,17 @@ import torch
 from test_baselines_trunk import numbers_by_hand
 from tiny import toy
 
-from covidseg.baselines.decovnet import METHODS, PUBLISHED, DeCoVNet, DeCoVNetSettings, decovnet_maps, keep_top
+from covidseg.baselines.decovnet import (
+    METHODS,
+    PUBLISHED,
+    WEIGHTS,
+    DeCoVNet,
+    DeCoVNetSettings,
+    decovnet_maps,
+    keep_top,
+)
 from covidseg.baselines.maps import judge_crops
+from covidseg.baselines.slabs import SlabSettings
 from covidseg.errors import SettingsError
 from covidseg.paint import PaintSettings
 
@@ -51,8 +60,8 @@ def test_logits_and_activation(dims: int, shape: tuple[int, ...], grid: tuple[in
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_the_map_is_the_chain_of_averaged_kernels(dims: int) -> None:
-    one = net(dims)
+def test_the_published_map_is_the_chain_of_averaged_kernels(dims: int) -> None:
+    one = net(dims, weights="chain")
     state = {name: value.numpy() for name, value in one.state_dict().items()}
     k1, k2, k3 = (state[f"head.{i}.weight"].reshape(*state[f"head.{i}.weight"].shape[:2], -1).mean(2)
                   for i in (1, 4, 8))                                    # (64, 128), (32, 64), (32, 32)
@@ -64,8 +73,98 @@ def test_the_map_is_the_chain_of_averaged_kernels(dims: int) -> None:
     np.testing.assert_allclose(one.cam_weights().detach().numpy(), weights, atol=1e-6)
     maps = torch.rand((1, 2, 40, 40) if dims == 2 else (1, 2, 4, 40, 40))
     with torch.no_grad():
-        features, cam = one.trunk(maps)[0].numpy(), one.judge(maps)[1][0, 0].numpy()
+        features, cam = one.features(maps)[0].numpy(), one.judge(maps)[1][0, 0].numpy()
     np.testing.assert_allclose(cam, np.tensordot(weights, features, axes=1), atol=1e-5)
+
+
+def pictures(dims: int, count: int = 2) -> torch.Tensor:
+    """Pictures in a square lung, ``(count, 2, 40, 40)`` or slabs of them."""
+    shape = (count, 2, 40, 40) if dims == 2 else (count, 2, 4, 40, 40)
+    maps = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    maps[:, 1] = 0
+    maps[:, 1, ..., 8:32, 8:32] = 1
+    return maps
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_gradient_weights_against_finite_differences(dims: int) -> None:
+    """A feature map is raised a little at all places: by how much does the difference of both logits rise?"""
+    one = net(dims).double()
+    with torch.no_grad():
+        features = one.features(pictures(dims).double())
+        weights = one.gradient_weights(features)
+        assert weights.shape == (2, 128)
+        places, step = features[0, 0].numel(), 1e-7
+        for channel in (0, 5, 64, 127):
+            moved = []
+            for sign in (1, -1):
+                other = features.clone()
+                other[:, channel] += sign * step
+                logits = one.classify(other)
+                moved.append(logits[:, 1] - logits[:, 0])
+            slope = (moved[0] - moved[1]) / (2 * step)
+            np.testing.assert_allclose(weights[:, channel], slope / places, rtol=1e-4, atol=1e-9)
+    assert (weights.abs().max(dim=1).values > 0).all()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_map_weighs_features_with_the_gradient_of_their_own_slice(dims: int) -> None:
+    one, maps = net(dims), pictures(dims)
+    with torch.no_grad():
+        features, (p, cam) = one.features(maps), one.judge(maps)
+    for k in range(len(maps)):
+        start = features[k:k + 1].clone().requires_grad_(True)
+        logits = one.classify(start)[0]
+        gradient, = torch.autograd.grad(logits[1] - logits[0], start)
+        weights = gradient[0].flatten(1).mean(dim=1).numpy()
+        expected = np.tensordot(weights, features[k].numpy(), axes=1)
+        np.testing.assert_allclose(cam[k, 0], expected, rtol=1e-4, atol=1e-7)
+        assert np.abs(expected).max() > 1e-5
+        assert p[k].item() == pytest.approx(logits.softmax(0)[1].item(), abs=1e-6)
+    chained = net(dims, weights="chain")
+    with torch.no_grad():
+        assert not torch.allclose(chained.judge(maps)[1], cam, rtol=0.1), "not the published map"
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_judging_leaves_no_gradients_behind(dims: int, weights: str) -> None:
+    one = net(dims, weights=weights, slab=SlabSettings(depth=2, size=40, step=2))
+    with torch.no_grad():
+        p, cam = one.judge(pictures(dims))
+        assert not torch.is_grad_enabled()
+        assert not p.requires_grad
+        assert not cam.requires_grad
+    data, _ = toy(4)
+    judge_crops(one, data.crops)
+    assert torch.is_grad_enabled()
+    for parameter in one.parameters():
+        assert parameter.grad is None
+        assert parameter.requires_grad, "it can still be trained"
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_picture_outside_the_lung_has_no_influence(dims: int) -> None:
+    maps = pictures(dims, 1)
+    outside, inside = maps.clone(), maps.clone()
+    outside[:, 0][maps[:, 1] == 0] = 9
+    inside[:, 0, ..., 12, 12] = 9
+    for masked in (True, False):
+        one = net(dims, masked=masked)
+        with torch.no_grad():
+            here, there, other = (torch.cat([one(m), *(part.flatten(1) for part in one.judge(m)[1:])], dim=1)
+                                  for m in (maps, outside, inside))
+        assert torch.equal(here, there) is masked, "the publication lets the net see all of the slice"
+        assert not torch.equal(here, other)
+
+
+def test_the_lung_itself_is_seen() -> None:
+    one, maps = net(), pictures(2, 1)
+    maps[:, 0] = 0  # as dark as what is set to air
+    larger = maps.clone()
+    larger[:, 1] = 1
+    with torch.no_grad():
+        assert not torch.equal(one(maps), one(larger))
 
 
 def test_keep_top_keeps_the_share_and_no_zero() -> None:
@@ -80,7 +179,7 @@ def test_keep_top_keeps_the_share_and_no_zero() -> None:
 
 def test_masks_follow_from_the_activation() -> None:
     data, _ = toy(6, 80)
-    crops, one = data.crops, net(top=0.1, bright=0.15)
+    crops, one = data.crops, net(top=0.1, bright=0.15, weights="chain")
     with torch.no_grad():  # an untrained map may be negative throughout: nothing would be left of it
         for weight in (one.classes.weight, one.hidden.weight, *(one.head[i].weight for i in (1, 4, 8))):
             weight.abs_()
@@ -109,7 +208,8 @@ def test_an_unknown_map_is_refused() -> None:
     assert METHODS[0] == "activation"
 
 
-@pytest.mark.parametrize("wrong", [{"dims": 4}, {"schedule": "steps"}, {"top": 0.0}, {"paint": PaintSettings()}])
+@pytest.mark.parametrize("wrong", [{"dims": 4}, {"schedule": "steps"}, {"top": 0.0}, {"paint": PaintSettings()},
+                                   {"weights": "kernel"}])
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(SettingsError):
         DeCoVNetSettings(**wrong)
@@ -118,3 +218,5 @@ def test_impossible_settings_are_refused(wrong: dict) -> None:
 def test_published_schedule() -> None:
     assert (PUBLISHED.dims, PUBLISHED.batch, PUBLISHED.rate, PUBLISHED.schedule) == (3, 1, 1e-5, "constant")
     assert PUBLISHED.weight_decay == 0
+    assert (PUBLISHED.weights, PUBLISHED.masked) == ("chain", False), "what is ours is left out"
+    assert (DeCoVNetSettings().weights, DeCoVNetSettings().masked) == ("gradient", True)

@@ -12,11 +12,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from tiny import STAGES, TINY, all_stages, finished_run, quiet, stage_name
+from tiny import STAGES, TINY, TINY_RIVALS, all_stages, finished_run, quiet, stage_name
 from typer.testing import CliRunner, Result
 
 from covidseg import DISCLAIMER, __version__
 from covidseg.cli import app, main
+from covidseg.compare import differences, strongest_earlier, table_lines
 from covidseg.errors import InputFileError
 from covidseg.io import read_scan, write_like
 from covidseg.lungs import lung_masks
@@ -25,6 +26,7 @@ from covidseg.predict import export_run, load_predictor
 from covidseg.prepare import uncrop
 from covidseg.profiles import PROFILES
 from covidseg.report import write_run
+from covidseg.systems import RIVALS, SYSTEMS
 
 SCAN = "phantom_01.nii.gz"
 
@@ -37,6 +39,7 @@ def tiny_run(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
 @pytest.fixture(autouse=True)
 def _tiny_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(PROFILES, "quick", TINY)
+    monkeypatch.setitem(RIVALS, "quick", TINY_RIVALS)
     monkeypatch.chdir(tmp_path)  # nothing may land in the checkout
 
 
@@ -160,14 +163,31 @@ def no_such_method(root: Path, phantom: Path, run: Run) -> tuple[list[object], s
     return ["train", "--data", phantom, "--out", root / "run", "--method", "newest"], "'newest'"
 
 
-def no_such_method_to_reproduce(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    return ["reproduce", "--data", phantom, "--test", phantom, "--out", root / "run", "--method", "no"], "'no'"
+def reproduce(root: Path, phantom: Path, *options: str) -> list[object]:
+    return ["reproduce", "--data", phantom, "--test", phantom, "--out", root / "out", *options]
+
+
+def no_such_profile_to_reproduce(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    return reproduce(root, phantom, "--profile", "slow"), "'slow'"
+
+
+def no_such_system(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    return reproduce(root, phantom, "--systems", "otsu,decov-net"), "'decov-net'"
+
+
+def no_such_seed(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    return reproduce(root, phantom, "--seeds", "0,one"), "'0,one'"
+
+
+def no_split_to_reproduce(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    return ["reproduce", "--data", phantom, "--out", root / "out"], "no split"
 
 
 @pytest.mark.parametrize(("code", "case"), [
     (3, missing_scan), (3, broken_scan), (3, no_run), (3, other_shape), (4, empty_folder), (4, no_split),
     (6, damaged_weights), (7, no_lung), (7, no_lung_to_predict), (8, cannot_write), (8, cannot_store),
-    (9, no_such_profile), (9, no_such_method), (9, no_such_method_to_reproduce),
+    (9, no_such_profile), (9, no_such_method), (9, no_such_profile_to_reproduce),
+    (9, no_such_system), (9, no_such_seed), (4, no_split_to_reproduce),
     (3, nothing_to_export), (6, damaged_run_to_export), (6, damaged_report_to_export), (8, export_onto_itself)])
 def test_every_fault_ends_with_one_line_and_its_code(
         code: int, case: object, tmp_path: Path, tiny_phantom: Path, tiny_run: Run,
@@ -400,33 +420,65 @@ def test_the_method_reaches_the_settings(tiny_phantom: Path, tiny_run: Run, tmp_
     assert invoke("predict", "--run", folder, tiny_phantom / "im" / SCAN, "-o", tmp_path / "out").exit_code == 0
 
 
-def check_reproduction(folder: Path, slices: int) -> dict:
-    content = strict((folder / "evaluation.json").read_text(encoding="utf-8"))
+def check_table(folder: Path, systems: list[str], seeds: list[int], slices: int) -> dict:
+    content = strict((folder / "table1.json").read_text(encoding="utf-8"))
     assert content["note"] == DISCLAIMER
-    assert content["slices"] == slices
-    assert [row["name"] for row in content["rows"]] == [
-        "Otsu in the lung", "Grad-CAM", "Patch MIL", "Fine label map", "Segmenter", "Segmenter, true masks"]
-    for row in content["rows"]:
-        assert row["threshold"] is None or 0 < row["threshold"] < 1
-        assert 0 <= row["micro"]["dice"] <= 1
-    assert content["run"]["settings"]["prepare"]["size"] == TINY.prepare.size
-    assert content["seconds"] > 0
+    assert [(r["seed"], r["system"]) for r in content["results"]] == [(s, n) for s in seeds for n in systems]
+    for result in content["results"]:
+        assert result["slices"] == len(result["counts"]) == slices
+        for row in result["rows"]:
+            assert row["threshold"] is None or 0 < row["threshold"] < 1
+            assert row["micro"]["dice"] is None or 0 <= row["micro"]["dice"] <= 1
+    assert content["settings"]["prepare"]["size"] == TINY.prepare.size
+    assert content["rivals"]["ad3d_mil"]["steps"] == TINY_RIVALS.ad3d_mil.steps
     return content
 
 
 def test_reproduce_on_a_folder_of_its_own(tiny_phantom: Path, tiny_run: Run, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
-    test = Path(shutil.copytree(tiny_phantom, tmp_path / "measured"))
-    result = invoke("reproduce", "--data", tiny_phantom, "--test", test, "--out", folder, "--device", "cpu")
+    folder = tmp_path / "out"
+    shutil.copytree(tiny_run.folder, folder / "seed0")
+    (folder / "seed0" / "run.json").unlink()
+    test = tmp_path / "measured"
+    for part in ("im", "mask"):
+        (test / part).mkdir(parents=True)
+        shutil.copy(tiny_phantom / part / SCAN, test / part)
+    lines = (tiny_phantom / "slice_labels.csv").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if line.startswith(("volume", "phantom_01"))]
+    (test / "slice_labels.csv").write_text("\n".join(kept))
+    command = ["reproduce", "--data", tiny_phantom, "--test", test, "--out", folder, "--device", "cpu"]
+    result = invoke(*command)
     assert result.exit_code == 0
-    content = check_reproduction(folder, 40)
+    assert flat(DISCLAIMER) in flat(result.output)
+    content = check_table(folder, list(SYSTEMS), [0], 10)
+    assert content["seconds"] > 0
     assert content["test"] == "measured"
-    assert content["seed"] == 0
-    assert str(tmp_path) not in json.dumps(content), "reports name no folder of this machine"
-    assert "classifier AUC" in " ".join(result.output.split())
-    two_digits = str(content["rows"][0]["micro"]["dice"])[:4]  # the third is rounded from other digits
-    for figure in ("Dice", "macro", "Otsu", two_digits):
-        assert figure in result.output
+    assert content["command"] == (f"covidseg reproduce --data {tiny_phantom.name} --test measured --profile quick "
+                                  "--seeds 0")
+    assert set(content["data"]) == {f"phantom_0{k}" for k in range(4)}
+    assert set(content["test_data"]) == {SCAN}
+    for path in (tmp_path, tiny_phantom.parent, Path.home()):
+        assert str(path) not in json.dumps(content), "reports name no folder of this machine"
+    table = table_lines(content["results"])
+    for line in table:
+        assert flat(line.title) in flat(result.output)
+        assert f"{line.micro[0, 4]:.3f}" in result.output, "specificity, which is always defined"
+    for sentence in differences(table, strongest_earlier(content["results"]) or ""):
+        assert flat(sentence) in flat(result.output)
+
+    run = strict((folder / "seed0" / "run.json").read_text(encoding="utf-8"))
+    assert run["command"] == f"{content['command']} (seed 0)"
+    assert run["stages"] == {s: stage_name(tiny_run, s) for s in STAGES}, "the run of the extended method"
+    out = tmp_path / "predicted"
+    assert invoke("predict", "--run", folder / "seed0", tiny_phantom / "im" / SCAN, "-o", out).exit_code == 0
+    assert invoke("predict", "--run", tiny_run.folder, tiny_phantom / "im" / SCAN, "-o", tmp_path / "x").exit_code == 0
+    assert np.array_equal(stored(out / SCAN), stored(tmp_path / "x" / SCAN))
+
+    again = invoke(*command)
+    assert again.exit_code == 0
+    assert "step" in result.output
+    assert "step" not in again.output, "nothing is trained a second time"
+    assert "system:" not in again.output, "nor measured"
+    assert check_table(folder, list(SYSTEMS), [0], 10)["results"] == content["results"]
 
 
 def test_reproduce_on_the_split_of_a_registered_set(tiny_phantom: Path, tmp_path: Path,
@@ -443,18 +495,41 @@ def test_reproduce_on_the_split_of_a_registered_set(tiny_phantom: Path, tmp_path
         table += [line.replace(old, new) for line in lines if line.startswith(old)]
     (cache / "slice_labels.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
     monkeypatch.setattr("covidseg.pipeline.resolve", lambda name: cache)
-    result = invoke("reproduce", "--data", "phantom", "--device", "cpu", "--seed", "3", "--method",
-                    "faithful")
+    command = ["reproduce", "--data", "phantom", "--device", "cpu", "--systems", "decovnet,otsu"]
+    assert invoke(*command, "--seeds", "3").exit_code == 0
+    folder = tmp_path / "runs" / "phantom-quick"
+    before = check_table(folder, ["otsu", "decovnet"], [3], 4 * 10)
+    result = invoke(*command, "--seeds", "3,1")
     assert result.exit_code == 0
-    content = check_reproduction(tmp_path / "runs" / "phantom-quick-faithful-seed3", 4 * 10)
+    content = check_table(folder, ["otsu", "decovnet"], [3, 1], 4 * 10)
+    assert content["results"][:2] == before["results"], "the seed that was done is read"
     assert content["test"] == "phantom (test side)"
-    assert content["command"] == "covidseg reproduce --data phantom --profile quick --method faithful --seed 3"
-    assert content["run"]["settings"]["method"] == "faithful"
-    trained = set(content["run"]["data"])
+    assert content["command"] == ("covidseg reproduce --data phantom --profile quick --seeds 3,1 "
+                                  "--systems decovnet,otsu")
+    assert "±" in result.output
+    assert sorted(path.name for path in folder.iterdir()) == ["seed1", "seed3", "table1.json"]
+    assert not list(folder.glob("seed*/run.json")), "without the extended method there is no run to predict with"
+    assert not list(folder.glob("seed*/stages/segmenter-*"))
+    trained = set(content["data"])
     with (Path(__file__).parents[1] / "data" / "splits" / "phantom.csv").open(encoding="utf-8") as stream:
         sides = {row["volume"]: row["split"] for row in csv.DictReader(stream)}
     assert {sides[name] for name in trained} == {"train"}
     assert len(trained) == list(sides.values()).count("train")
+    measured = {name.split(":")[0] for result in content["results"] for name in result["counts"]}
+    assert {sides[name] for name in measured} == {"test"}
+    assert {name for name in content["test_data"]} == {f"{name}.nii.gz" for name in measured}
+
+
+@pytest.mark.parametrize("seeds", ["", "one", "0,", "0,,1", "-1", "0,0", "1.5", "0;1"])
+def test_seeds_are_numbers_with_commas(tiny_phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                       capsys: pytest.CaptureFixture[str], seeds: str) -> None:
+    code = run_main(monkeypatch, "reproduce", "--data", tiny_phantom, "--test", tiny_phantom, "--out",
+                    tmp_path / "out", f"--seeds={seeds}")
+    assert code == 9
+    message = capsys.readouterr().err
+    assert f"'{seeds}' is no list of different seeds" in message
+    assert "--seeds 0,1,2" in message
+    assert not (tmp_path / "out").exists(), "before anything is trained"
 
 
 @pytest.fixture

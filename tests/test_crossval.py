@@ -12,10 +12,11 @@ import pytest
 import torch
 from tiny import TINY, quiet
 
-from covidseg import crossval
+from covidseg import crossval, pipeline
 from covidseg.crossval import cross_validated, masked_slices, split_folds
 from covidseg.dataset import Case, Dataset, load_dataset
 from covidseg.errors import DatasetError
+from covidseg.evaluate import Outliner, measure
 from covidseg.io import read_mask, read_scan, write_like
 from covidseg.paint import NO_PAINT
 from covidseg.pipeline import Run
@@ -145,7 +146,8 @@ def test_masks_lie_on_their_crops(recorded: Recorded, measured: Dataset) -> None
     slices = masked_slices(recorded.run, measured)
     truth = [read_mask(case.mask) for case in measured.cases]
     assert len(slices.crops) == len(slices.masks) == len(slices.full) == len(slices.patients) == 20
-    assert slices.lost == []
+    assert slices.places.tolist() == list(range(20))
+    assert slices.names == tuple(f"{case.id}:{k}" for case in measured.cases for k in range(10))
     assert slices.patients.tolist() == ["phantom_00"] * 10 + ["phantom_01"] * 10
     np.testing.assert_array_equal(slices.full, np.concatenate(truth))
     first = recorded.run.crops(read_scan(measured.cases[0].image).pixels)[1]
@@ -168,13 +170,16 @@ def test_masks_lie_on_their_crops(recorded: Recorded, measured: Dataset) -> None
     assert slices.crops.images[slices.masks].mean() > slices.crops.images[healthy].mean() + 0.1, "lesions are bright"
 
 
-def test_slices_without_a_lung_are_lost(recorded: Recorded, with_a_lost_slice: tuple[Dataset, np.ndarray]) -> None:
+def test_slices_without_a_lung_have_no_crop(recorded: Recorded, with_a_lost_slice: tuple[Dataset, np.ndarray]) -> None:
     data, mask = with_a_lost_slice
     slices = masked_slices(recorded.run, data)
-    assert len(slices.lost) == 1
-    np.testing.assert_array_equal(slices.lost[0], mask)
-    assert len(slices.crops) == len(slices.full) == 19
-    assert not any(np.array_equal(full, mask) for full in slices.full)
+    assert len(slices.full) == len(slices.names) == 20
+    assert slices.places.tolist() == [k for k in range(20) if k != 9]
+    np.testing.assert_array_equal(slices.full[9], mask)
+    assert slices.names[9] == "a:9"
+    assert len(slices.crops) == len(slices.masks) == len(slices.patients) == 19
+    cut = crop_masks(np.array(slices.full)[slices.places], slices.crops.boxes, TINY.prepare.size)
+    np.testing.assert_array_equal(slices.masks, cut)
 
 
 def test_only_the_side_of_a_split_stack_is_taken(fresh: Recorded, with_a_lost_slice: tuple[Dataset, np.ndarray],
@@ -183,21 +188,23 @@ def test_only_the_side_of_a_split_stack_is_taken(fresh: Recorded, with_a_lost_sl
     case = with_a_lost_slice[0].cases[0]
     stack = Dataset(with_a_lost_slice[0].root, (case,))
     whole, truth = masked_slices(fresh.run, stack), read_mask(case.mask)
-    monkeypatch.setattr(crossval, "train_segmenter", lambda data, masks, weights, settings, **rest: make_segmenter(
+    monkeypatch.setattr(pipeline, "train_segmenter", lambda data, masks, weights, settings, **rest: make_segmenter(
         settings))
     for side in ([0, 3, 4, 8], [1, 2, 5, 6, 9]):
         sides = {k: "test" if k in side else "train" for k in range(10)}
         part = apply_split(stack, Split("some", {}, {}, sides), "test")
         slices = masked_slices(fresh.run, part)
         found = [k for k in side if k != 9]
-        np.testing.assert_array_equal(slices.full, truth[found])
+        np.testing.assert_array_equal(slices.full, truth[side])
         np.testing.assert_array_equal(slices.masks, whole.masks[found])
         for name in ("images", "lungs", "boxes"):
             assert np.array_equal(getattr(slices.crops, name), getattr(whole.crops, name)[found])
         assert len(slices.patients) == len(found)
-        assert len(slices.lost) == side.count(9)
-        counts = cross_validated(fresh.run, part, folds=2)
-        assert sorted((counts[:, 0] + counts[:, 2]).tolist()) == sorted(truth[side].sum(axis=(1, 2)).tolist())
+        assert [side[place] for place in slices.places] == found
+        result = cross_validated(fresh.run, part, folds=2)
+        assert result.names == tuple(f"a:{k}" for k in side)
+        counts = result.stages[0].counts
+        assert (counts[:, 0] + counts[:, 2]).tolist() == truth[side].sum(axis=(1, 2)).tolist()
 
 
 def test_masks_are_needed(recorded: Recorded, measured: Dataset) -> None:
@@ -242,7 +249,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Fold]:
         assert seen[-1].asked is None, "one question a fold"
         seen[-1].asked = crops
         return np.zeros(crops.images.shape, np.float32)
-    monkeypatch.setattr(crossval, "train_segmenter", train)
+    monkeypatch.setattr(pipeline, "train_segmenter", train)
     monkeypatch.setattr(crossval, "lesion_probabilities", ask)
     return seen
 
@@ -336,7 +343,8 @@ def test_a_fold_has_to_leave_both_classes(fresh: Recorded, phantom: Dataset, wat
     with pytest.raises(DatasetError, match=refused):
         cross_validated(run, Dataset(phantom.root, tuple(mine)), folds=2)
     assert watched == [], "nothing is trained on one class"
-    assert len(cross_validated(fresh.run, Dataset(phantom.root, tuple(mine)), folds=2)) > 2, "other patients' help"
+    helped = cross_validated(fresh.run, Dataset(phantom.root, tuple(mine)), folds=2)
+    assert helped.slices > 2, "with lesion-free slices of other patients"
 
 
 def healthy_slices(case: Case) -> list[int]:
@@ -364,13 +372,33 @@ def test_counts_cover_every_slice(fresh: Recorded, with_a_lost_slice: tuple[Data
                                   monkeypatch: pytest.MonkeyPatch) -> None:
     data, lost = with_a_lost_slice
     answers(monkeypatch, lambda crops: crops.lungs)
-    counts = cross_validated(fresh.run, data, folds=2)
+    result = cross_validated(fresh.run, data, folds=2)
+    row, = result.stages
+    assert (row.name, row.supervision, row.threshold) == ("Segmenter", "pixel masks", 0.5)
+    assert result.slices == len(result.names) == 20
+    counts = row.counts
     assert counts.shape == (20, 4)
     assert (counts.sum(axis=1) == 128 * 128).all()
     truth = np.concatenate([read_mask(case.mask) for case in data.cases])
-    assert sorted((counts[:, 0] + counts[:, 2]).tolist()) == sorted(truth.sum(axis=(1, 2)).tolist())
-    assert counts[0].tolist() == [0, 0, lost.sum(), 128 * 128 - lost.sum()], "nothing is predicted without a lung"
-    assert (counts[1:, :2].sum(axis=1) > 0).all(), "all of the lung in the others"
+    assert (counts[:, 0] + counts[:, 2]).tolist() == truth.sum(axis=(1, 2)).tolist(), "in the order of the test set"
+    assert counts[9].tolist() == [0, 0, lost.sum(), 128 * 128 - lost.sum()], "nothing is predicted without a lung"
+    assert (np.delete(counts, 9, axis=0)[:, :2].sum(axis=1) > 0).all(), "all of the lung in the others"
+
+
+@pytest.mark.usefixtures("watched")
+def test_slices_come_in_the_order_in_which_others_are_measured(
+        fresh: Recorded, with_a_lost_slice: tuple[Dataset, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that they can be compared slice by slice: an outline of all of the lung has the same counts in both."""
+    data, _ = with_a_lost_slice
+    answers(monkeypatch, lambda crops: crops.lungs)
+    crossed = cross_validated(fresh.run, data, folds=2)
+    outliner = Outliner([("all of the lung", "none", 0.5)],
+                        lambda crops, volume: (None, [crops.lungs.astype(np.float32)]))
+    other, = measure(fresh.run, data, [outliner])
+    assert crossed.names == other.names
+    np.testing.assert_array_equal(crossed.stages[0].counts, other.stages[0].counts)
+    np.testing.assert_allclose(crossed.stages[0].reliability, other.stages[0].reliability)
+    assert other.stages[0].reliability[:, 2].sum() > 0  # type: ignore[index]
 
 
 @pytest.mark.usefixtures("watched")
@@ -379,11 +407,10 @@ def test_predictions_are_compared_with_the_mask_of_their_own_slice(fresh: Record
     slices = masked_slices(fresh.run, measured)
     mask_of = {image.tobytes(): mask for image, mask in zip(slices.crops.images, slices.masks, strict=True)}
     answers(monkeypatch, lambda crops: np.array([mask_of[image.tobytes()] for image in crops.images]))
-    counts = cross_validated(fresh.run, measured, folds=2)
-    hit, false, miss, _ = counts.sum(axis=0)
+    hit, false, miss, _ = cross_validated(fresh.run, measured, folds=2).stages[0].counts.sum(axis=0)
     assert 2 * hit / (2 * hit + false + miss) > 0.85, "an oracle's masks, cropped and put back"
     answers(monkeypatch, lambda crops: np.array([mask_of[image.tobytes()] for image in crops.images])[::-1])
-    hit, false, miss, _ = cross_validated(fresh.run, measured, folds=2).sum(axis=0)
+    hit, false, miss, _ = cross_validated(fresh.run, measured, folds=2).stages[0].counts.sum(axis=0)
     assert 2 * hit / (2 * hit + false + miss) < 0.7, "those of other slices do not fit"
 
 
@@ -392,17 +419,19 @@ def test_predictions_are_compared_with_the_mask_of_their_own_slice(fresh: Record
 def test_the_threshold_is_that_of_masks(fresh: Recorded, measured: Dataset, monkeypatch: pytest.MonkeyPatch,
                                         level: float, found: bool) -> None:
     answers(monkeypatch, lambda crops: np.full(crops.images.shape, level))
-    counts = cross_validated(fresh.run, measured, folds=2)
+    counts = cross_validated(fresh.run, measured, folds=2).stages[0].counts
     assert bool(counts[:, :2].sum() > 0) is found
 
 
 def test_folds_are_trained_once(fresh: Recorded, measured: Dataset) -> None:
-    counts = cross_validated(fresh.run, measured, folds=2)
+    first = cross_validated(fresh.run, measured, folds=2)
     assert fresh.trained() == {"fold 1 of 2", "fold 2 of 2"}
     assert len(list((fresh.run.folder / "stages").glob("fold-*.safetensors"))) == 2
     fresh.lines.clear()
     again = Run(fresh.run.data, TINY, 0, fresh.run.folder, "cpu", fresh.lines.append)
-    assert np.array_equal(cross_validated(again, measured, folds=2), counts)
+    second = cross_validated(again, measured, folds=2)
+    np.testing.assert_array_equal(second.stages[0].counts, first.stages[0].counts)
+    np.testing.assert_array_equal(second.stages[0].reliability, first.stages[0].reliability)
     assert fresh.lines == [], "all of it is stored"
     other = Run(fresh.run.data, replace(TINY, segmenter=replace(TINY.segmenter, rate=0.123)), 0, fresh.run.folder,
                 "cpu", fresh.lines.append)
@@ -450,7 +479,7 @@ def test_the_stored_net_is_the_one_that_was_taught(fresh: Recorded, measured: Da
         assert not net.training
         asked.append(net.state_dict())
         return real(net, crops)
-    monkeypatch.setattr(crossval, "train_segmenter", keep)
+    monkeypatch.setattr(pipeline, "train_segmenter", keep)
     monkeypatch.setattr(crossval, "lesion_probabilities", ask)
     cross_validated(fresh.run, measured, folds=2)
     assert len(made) == len(asked) == 2

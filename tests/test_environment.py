@@ -8,6 +8,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
+from zipfile import ZipFile
 
 import pytest
 import yaml
@@ -167,6 +168,57 @@ def test_readme_lists_the_exit_codes() -> None:
 def test_exit_code_check_fires() -> None:
     swapped = read("README.md").replace("| 4 |", "| 44 |")
     assert exit_code_faults(swapped) == ["4 should be DatasetError", "44 is not in use"]
+
+
+def test_a_setting_is_one_of_a_few() -> None:
+    errors.one_of("b", ("a", "b"), "letter")
+    errors.one_of("b", {"b": 1}, "letter")
+    with pytest.raises(errors.SettingsError, match=r"^there is no letter 'x'\. Choose one of a, b\.$"):
+        errors.one_of("x", ("a", "b"), "letter")
+    with pytest.raises(errors.SettingsError, match=r"no number 3\. Choose one of 1, 2"):
+        errors.one_of(3, (1, 2), "number")
+
+
+# --- the wheel ---------------------------------------------------------------------------------------------------
+
+def packed_files() -> set[str]:
+    """What has to come along with the modules: the nets, recorded runs, registry, splits and licences."""
+    nets = {f"stages/{net}.safetensors{end}" for net in ("segmenter", "patches", "lung_net") for end in ("", ".sha256")}
+    weights = {f"covidseg/weights/{name}" for name in {"run.json", "MODEL_CARD.md", *nets}}
+    data = {f"covidseg/_data/{folder.name}/{path.relative_to(folder)}"
+            for folder in (ROOT / "results", ROOT / "data/splits", ROOT / "data/licences")
+            for path in folder.rglob("*") if path.is_file()}
+    return {*weights, *data, "covidseg/_data/registry.toml"}
+
+
+def wheel_faults(names: set[str]) -> list[str]:
+    """Files that a wheel lacks, and files in it that no package should hold."""
+    known = packed_files()
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "covidseg").rglob("*.py")}
+    own = {name for name in names if ".dist-info/" not in name}
+    return [f"lacks {name}" for name in sorted((known | modules) - own)] \
+        + [f"has {name}" for name in sorted(own - known - modules)]
+
+
+def test_a_wheel_holds_the_nets_and_the_recorded_runs(tmp_path: Path) -> None:
+    hatchling = pytest.importorskip("hatchling.builders.wheel")  # comes with `make venv` only
+    wheel, = hatchling.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with ZipFile(wheel) as packed:
+        names = set(packed.namelist())
+        for name in ("weights/run.json", "weights/stages/segmenter.safetensors"):
+            assert packed.read(f"covidseg/{name}") == (ROOT / "covidseg" / name).read_bytes()
+    assert wheel_faults(names) == []
+    assert any(name.startswith("covidseg/_data/results/table1-") for name in names)
+
+
+def test_wheel_check_fires() -> None:
+    names = packed_files() | {str(path.relative_to(ROOT)) for path in (ROOT / "covidseg").rglob("*.py")}
+    assert wheel_faults(names | {"covidseg-0.1.0.dist-info/METADATA"}) == []
+    assert "covidseg/weights/MODEL_CARD.md" in names
+    lacking = names - {"covidseg/weights/stages/patches.safetensors.sha256", "covidseg/_data/registry.toml"}
+    assert wheel_faults(lacking | {"covidseg/_data/im/scan.nii.gz"}) == [
+        "lacks covidseg/_data/registry.toml", "lacks covidseg/weights/stages/patches.safetensors.sha256",
+        "has covidseg/_data/im/scan.nii.gz"]
 
 
 # --- Makefile and picture ----------------------------------------------------------------------------------------

@@ -21,10 +21,15 @@ from covidseg.errors import DatasetError
 from covidseg.evaluate import (
     Evaluation,
     Finder,
+    Outliner,
     evaluate_lungs,
     evaluate_run,
     lesion_coverage,
+    measure,
     otsu_in_lung,
+    otsu_outliner,
+    stage_outliner,
+    supervised_outliner,
     training_truth,
 )
 from covidseg.io import Grid, read_mask, read_scan, write_like
@@ -34,9 +39,10 @@ from covidseg.metrics import confusion
 from covidseg.mil import PatchNet, patch_probabilities
 from covidseg.mutual import Round
 from covidseg.pipeline import Run
-from covidseg.prepare import Crops, PrepareSettings, make_crops, uncrop
+from covidseg.prepare import Crops, PrepareSettings, make_crops, uncrop, uncrop_all
 from covidseg.refine import make_segmenter, trusting
 from covidseg.splits import Split, apply_split
+from covidseg.statistics import reliability_sums
 
 ROWS = ["Otsu in the lung", "Grad-CAM", "Patch MIL", "Fine label map", "Segmenter"]
 
@@ -160,9 +166,9 @@ def all_but(number: int) -> Finder:
     return find
 
 
-def in_lungs(find: Finder) -> Callable[[np.ndarray], tuple[np.ndarray, Crops]]:
+def in_lungs(find: Finder) -> Callable[..., tuple[np.ndarray, Crops]]:
     """The crops that a run would make whose lungs are found by ``find``."""
-    def crops(pixels: np.ndarray) -> tuple[np.ndarray, Crops]:
+    def crops(pixels: np.ndarray, volume: bool | None = None) -> tuple[np.ndarray, Crops]:
         lungs = find(pixels)
         found = np.flatnonzero(lungs.any(axis=(1, 2)))
         return found, make_crops(pixels[found], lungs[found], PrepareSettings(size=80, margin=0.0))
@@ -221,7 +227,7 @@ def test_only_the_side_of_a_split_stack_is_measured(untrained: SimpleNamespace, 
     for a, b in zip(whole.stages, side.stages, strict=True):
         np.testing.assert_array_equal(b.counts, a.counts[TEST_SIDE])
     # One slice of either class is left for the classifier: the last slice has no lesion.
-    assert asked == [4, 4, 4, 2], "once for the maps and once for the figure, of the measured slices alone"
+    assert asked == [4, 4], "once a volume, for the maps and for the figure"
     assert side.classifier_auc == 1
     no_lesion = replace(one_side.cases[0], labels={3: 0})
     alone = evaluate_run(untrained, Dataset(squares.root, (no_lesion,)), upper_bound=False)  # type: ignore[arg-type]
@@ -245,7 +251,7 @@ def test_predictions_outside_the_lung_are_cut_off(untrained: SimpleNamespace, sq
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     untrained.crops = in_lungs(left_half)
     placed: list[np.ndarray] = []
-    monkeypatch.setattr(evaluate, "uncrop", lambda small, box, shape: placed.append(small) or uncrop(small, box, shape))
+    monkeypatch.setattr(evaluate, "uncrop_all", lambda maps, *rest: placed.extend(maps) or uncrop_all(maps, *rest))
     evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
     assert len(placed) == 8 * (len(ROWS) + 1), "each row of each slice, and the lungs"
     lung = in_lungs(left_half)(np.zeros((1, 80, 80)))[1].lungs[0]
@@ -311,7 +317,7 @@ def test_figures_are_those_of_the_best_round(tiny_run: Run, monkeypatch: pytest.
     mask = read_mask(data.cases[0].mask)
 
     def counts(number: int) -> list[np.ndarray]:
-        cam = evaluate.believed_maps(run.classifier(number), crops, TINY.cam)
+        cam = evaluate.believed_maps(run.classifier(number), crops, np.ones(len(crops), bool), TINY.cam)
         rows = []
         for maps, level in ((cam, TINY.cam.outline), (patch_probabilities(run.mil(number)[0], crops, cam),
                                                       TINY.mil.threshold)):
@@ -458,11 +464,29 @@ def test_volumes_without_true_lungs_are_skipped(squares: Dataset) -> None:
 def test_maps_of_slices_called_healthy_are_empty(untrained: SimpleNamespace, squares: Dataset,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     _, crops = untrained.crops(read_scan(squares.cases[0].image).pixels)
-    believed = np.arange(len(crops)) % 2 == 0
-    monkeypatch.setattr(evaluate, "slice_probabilities", lambda net, c: np.where(believed, 0.5, 0.49))
+    ill = np.arange(len(crops)) % 2 == 0
     monkeypatch.setattr(evaluate, "activation_maps", lambda net, c, settings: np.ones(c.images.shape, np.float32))
-    maps = evaluate.believed_maps(untrained.classifier(1), crops, CamSettings())
-    assert (maps.max(axis=(1, 2)) == believed).all()
+    for called in (ill, ~ill, np.zeros(len(crops), bool)):
+        maps = evaluate.believed_maps(untrained.classifier(1), crops, called, CamSettings())
+        assert (maps.max(axis=(1, 2)) == called).all()
+
+
+def test_a_slice_is_called_ill_from_one_half_on(untrained: SimpleNamespace, squares: Dataset,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "slice_probabilities", lambda net, crops: np.array([0.5, 0.49, 1, 0], np.float32))
+    monkeypatch.setattr(evaluate, "activation_maps", lambda net, c, settings: np.ones(c.images.shape, np.float32))
+    row = evaluate_run(untrained, squares, upper_bound=False).stages[1]  # type: ignore[arg-type]
+    assert row.counts[:, :2].any(axis=1).tolist() == [True, False, True, False] * 2
+
+
+def test_a_volume_without_any_lung_is_missed_whole(untrained: SimpleNamespace, squares: Dataset) -> None:
+    untrained.crops = in_lungs(lambda pixels: ~everywhere(pixels))
+    result = evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
+    truth = np.concatenate([read_mask(case.mask) for case in squares.cases]).sum(axis=(1, 2))
+    for row in result.stages:
+        assert not row.counts[:, :2].any()
+        assert row.counts[:, 2].tolist() == truth.tolist()
+    assert np.isnan(result.classifier_auc)
 
 
 def test_the_lungs_are_measured_as_the_lesions_see_them(tiny_run: Run, measured: Evaluation) -> None:
@@ -472,3 +496,76 @@ def test_the_lungs_are_measured_as_the_lesions_see_them(tiny_run: Run, measured:
     nothing = replace(measured, lungs=np.array([[0, 5, 0, 15]])).lung_shares()
     assert np.isnan(nothing[0]), "no lesion to be inside"
     assert nothing[1] == 0.25
+
+
+# --- several outliners at once ------------------------------------------------------------------------------------
+
+def level_outliner(level: float, threshold: float, verdict: float | None = None,
+                   asked: list[bool] | None = None) -> Outliner:
+    """Says ``level`` in all of the crop, and ``verdict`` of every slice."""
+    def maps(crops: Crops, volume: bool) -> tuple[np.ndarray | None, list[np.ndarray]]:
+        if asked is not None:
+            asked.append(volume)
+        judged = None if verdict is None else np.full(len(crops), verdict, np.float32)
+        return judged, [np.full(crops.images.shape, level, np.float32)]
+    return Outliner([(f"level {level}", "slice labels", threshold)], maps)
+
+
+def test_outliners_are_measured_apart_on_the_same_slices(untrained: SimpleNamespace, squares: Dataset) -> None:
+    untrained.crops = in_lungs(all_but(1))
+    given = [level_outliner(0.3, 0.3, 0.7), level_outliner(0.3, 0.301), otsu_outliner()]
+    exact, above, otsu = measure(untrained, squares, given)  # type: ignore[arg-type]
+    names = tuple(f"{volume}:{k}" for volume in ("one", "two") for k in range(4))
+    for result in (exact, above, otsu):
+        assert result.slices == 8
+        assert result.names == names
+        np.testing.assert_array_equal(result.lungs, exact.lungs)
+        assert result.lungs[:, :2].sum(axis=1).tolist() == [6400, 0, 6400, 6400] * 2
+        assert len(result.stages) == 1
+    truth = np.concatenate([read_mask(case.mask) for case in squares.cases]).sum(axis=(1, 2))
+    all_of_it = [[lesion, 6400 - lesion, 0, 0] for lesion in truth]
+    nothing = [[0, 0, lesion, 6400 - lesion] for lesion in truth]
+    expected = [nothing[k] if k % 4 == 1 else all_of_it[k] for k in range(8)]
+    assert exact.stages[0].counts.tolist() == expected, "a lesion from the threshold on"
+    assert above.stages[0].counts.tolist() == nothing
+    assert exact.classifier_auc == 0.5, "the same verdict of all slices"
+    assert np.isnan(above.classifier_auc), "it judges no slice"
+
+
+def test_each_outliner_together_is_as_it_is_alone(tiny_run: Run, measured: Evaluation) -> None:
+    data = tiny_run.data.subset(["phantom_01", "phantom_02"])
+    alone, = measure(tiny_run, data, [stage_outliner(tiny_run)])
+    assert [row.name for row in alone.stages] == ROWS[1:]
+    assert alone.classifier_auc == measured.classifier_auc
+    assert alone.names == measured.names == tuple(f"{case.id}:{k}" for case in data.cases for k in range(10))
+    for a, b in zip(alone.stages, measured.stages[1:], strict=True):
+        np.testing.assert_array_equal(a.counts, b.counts)
+        np.testing.assert_array_equal(a.reliability, b.reliability)
+    rows = supervised_outliner(tiny_run, tiny_run.supervised(training_truth(tiny_run))).rows
+    assert rows == [("Segmenter, true masks", "pixel masks", 0.5)]
+
+
+def test_calibration_is_that_of_the_map_inside_the_lungs(tiny_run: Run, measured: Evaluation) -> None:
+    expected = np.zeros((evaluate.BINS, 3))
+    for case in tiny_run.data.subset(["phantom_01", "phantom_02"]).cases:
+        pixels, mask = read_scan(case.image).pixels, read_mask(case.mask)
+        found, crops = tiny_run.crops(pixels)
+        small = evaluate.lesion_probabilities(tiny_run.segmenter(), crops)
+        for k, each, lung, box in zip(found, small, crops.lungs, crops.boxes, strict=True):
+            inside = uncrop(lung, box, mask.shape[1:]) > 0.5
+            expected += reliability_sums(uncrop(each, box, mask.shape[1:])[inside], mask[k][inside], evaluate.BINS)
+    np.testing.assert_allclose(measured.stages[-1].reliability, expected)
+    assert expected[:, 2].sum() == measured.lungs[:, :2].sum(), "pixels of the lungs, and no other"  # type: ignore[index]
+
+
+def test_outliners_are_told_what_is_a_volume(untrained: SimpleNamespace, squares: Dataset,
+                                             tmp_path: Path) -> None:
+    """The volumes here are noise, slice by slice: a stack. One slice over and over again is a volume."""
+    asked: list[bool] = []
+    measure(untrained, squares, [level_outliner(0.5, 0.5, asked=asked)])  # type: ignore[arg-type]
+    case = squares.cases[0]
+    scan = read_scan(case.image)
+    same = write_like(np.repeat(scan.pixels[:1], 4, axis=0), scan.grid, tmp_path / "same.nii.gz")
+    volume = Dataset(squares.root, (replace(case, image=same),))
+    measure(untrained, volume, [level_outliner(0.5, 0.5, asked=asked)])  # type: ignore[arg-type]
+    assert asked == [False, False, True]

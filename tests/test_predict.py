@@ -14,10 +14,11 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from tiny import TINY, finished_run, quiet, same_weights, stage_name, weights
 
 from covidseg import predict
-from covidseg.artifacts import load_arrays
+from covidseg.artifacts import load_arrays, load_net
 from covidseg.errors import ArtifactError, InputFileError, NoLungError, OutputError
 from covidseg.io import Scan, read_scan, write_like
 from covidseg.lungs import lung_masks
+from covidseg.mil import PatchNet
 from covidseg.mutual import Round
 from covidseg.pipeline import Run
 from covidseg.predict import export_run, load_predictor, read_report
@@ -143,16 +144,8 @@ def test_the_stored_segmenter_and_settings_come_back(tiny_run: Run) -> None:
     assert predictor.lung_net is not None
     assert same_weights(predictor.lung_net, tiny_run.lung_net())
     assert predictor.profile == TINY
-    assert same_weights(predictor.patch_net, tiny_run.mil(tiny_run.best())[0])
-    for net in (predictor.segmenter, predictor.patch_net, predictor.lung_net):
+    for net in (predictor.segmenter, predictor.lung_net):
         assert not net.training
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_the_patch_net_is_that_of_the_best_round(copied: Path, tiny_run: Run, number: int) -> None:
-    assert not same_weights(tiny_run.mil(1)[0], tiny_run.mil(2)[0])
-    edit(copied, lambda content: content.update(best_round=number))
-    assert same_weights(load_predictor(copied).patch_net, tiny_run.mil(number)[0])
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -162,7 +155,7 @@ def test_the_report_names_the_best_round(copied: Path, tiny_run: Run, number: in
     run.rounds = lambda: [Round(float(k == number), 0.0, 0.0) for k in (1, 2)]  # type: ignore[method-assign]
     write_run(run, "a test")
     assert json.loads((copied / "run.json").read_text(encoding="utf-8"))["best_round"] == number
-    assert same_weights(load_predictor(copied).patch_net, tiny_run.mil(number)[0])
+    assert read_report(copied)[2]["patches"] == stage_name(tiny_run, f"mil{number}")
 
 
 @pytest.fixture
@@ -226,8 +219,11 @@ def test_damaged_weights_are_refused(copied: Path, tiny_run: Run, tmp_path: Path
         path.unlink()
     else:
         path.with_name(f"{path.name}.sha256").unlink()
-    with pytest.raises(ArtifactError):
-        load_predictor(copied)
+    if stage == "patches":
+        load_predictor(copied)  # needs the two other nets only
+    else:
+        with pytest.raises(ArtifactError):
+            load_predictor(copied)
     with pytest.raises(ArtifactError):
         export_run(copied, tmp_path / "exported")
     assert not (tmp_path / "exported" / "run.json").exists(), "half an export is no run"
@@ -248,11 +244,10 @@ def edit(copied: Path, change: object) -> None:
     lambda c: c["settings"]["lung_net"].update(channels=[4, 8, 16]), lambda c: c["settings"].pop("method"),
     lambda c: c["settings"]["lung_net"]["paint"].update(unheard_of=1), lambda c: c["stages"].pop("lung_net"),
     lambda c: c.pop("best_round"), lambda c: c.update(best_round=7), lambda c: c["settings"].pop("true_lungs"),
-    lambda c: c["settings"]["mil"].update(width=5), lambda c: c["settings"]["mil"]["curriculum"].pop("order")],
+    lambda c: c["settings"]["mil"]["curriculum"].pop("order")],
     ids=["no stages", "no settings", "no segmenter", "no part", "no name", "unknown setting", "text", "another net",
          "no settings of the lung net", "another lung net", "no method", "unknown paint",
-         "no lung net", "no best round", "no such round", "no choice of lungs", "another patch net",
-         "no order of the curriculum"])
+         "no lung net", "no best round", "no such round", "no choice of lungs", "no order of the curriculum"])
 def test_a_report_that_does_not_fit_is_refused(copied: Path, change: object) -> None:
     edit(copied, change)
     with pytest.raises(ArtifactError):
@@ -290,7 +285,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 def test_an_exported_run_predicts_bit_for_bit_as_the_run(exported: Path, tiny_run: Run, tiny_phantom: Path) -> None:
     a, b = load_predictor(tiny_run.folder), load_predictor(exported)
     assert b.profile == a.profile == TINY
-    for name in ("segmenter", "patch_net", "lung_net"):
+    for name in ("segmenter", "lung_net"):
         assert same_weights(getattr(a, name), getattr(b, name))
     for number in (0, 3):
         scan = read_scan(tiny_phantom / "im" / f"phantom_0{number}.nii.gz")
@@ -341,10 +336,13 @@ def test_an_export_can_be_exported_again(exported: Path, tmp_path: Path) -> None
 
 
 def test_the_patch_net_of_the_best_round_is_exported(copied: Path, tiny_run: Run, tmp_path: Path) -> None:
+    assert not same_weights(tiny_run.mil(1)[0], tiny_run.mil(2)[0])
     for number in (1, 2):
         edit(copied, lambda content, best=number: content.update(best_round=best))
         export_run(copied, tmp_path / f"round{number}")
-        assert same_weights(load_predictor(tmp_path / f"round{number}").patch_net, tiny_run.mil(number)[0])
+        stored, _ = load_arrays(tmp_path / f"round{number}" / "stages" / "patches.safetensors")
+        found = load_net(PatchNet(TINY.mil), {name.removeprefix("net."): value for name, value in stored.items()})
+        assert same_weights(found, tiny_run.mil(number)[0])
 
 
 def test_a_run_is_never_exported_onto_itself(copied: Path, tmp_path: Path) -> None:
@@ -354,6 +352,43 @@ def test_a_run_is_never_exported_onto_itself(copied: Path, tmp_path: Path) -> No
         with pytest.raises(OutputError, match="overwrite the run"):
             export_run(copied, out)
     assert files_in(copied) == before
+
+
+def test_the_same_run_is_exported_anew(copied: Path, tmp_path: Path) -> None:
+    out = tmp_path / "nets"
+    export_run(copied, out)
+    before = files_in(out)
+    (out / "stages" / "segmenter.safetensors").write_bytes(b"damaged")
+    edit(copied, lambda content: content.update(finished="later"))
+    export_run(copied, out)
+    assert json.loads(files_in(out).pop("run.json"))["finished"] == "later"
+    assert {**files_in(out), "run.json": b""} == {**before, "run.json": b""}
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c.update(seed=1), lambda c: c["data"].update(phantom_00="another scan"),
+    lambda c: c.update(labelled_slices=39), lambda c: c["settings"]["segmenter"].update(rate=0.123),
+    lambda c: c.update(best_round=3 - c["best_round"])], ids=["seed", "data", "labels", "settings", "round"])
+def test_an_export_of_another_run_is_never_replaced(copied: Path, tmp_path: Path, change: object) -> None:
+    out = tmp_path / "nets"
+    export_run(copied, out)
+    before = files_in(out)
+    edit(copied, change)
+    with pytest.raises(OutputError, match=r"nets: holds another run\. Name another folder"):
+        export_run(copied, out)
+    assert files_in(out) == before
+
+
+@pytest.mark.parametrize("there", ["a run", b"", b"[]", b"\xff"], ids=["a run", "empty", "list", "bytes"])
+def test_an_export_replaces_exports_only(exported: Path, copied: Path, tmp_path: Path, there: str | bytes) -> None:
+    """A training folder of the very same run would lose its stages from the report."""
+    out = copied if there == "a run" else tmp_path
+    if isinstance(there, bytes):
+        (out / "run.json").write_bytes(there)
+    before = files_in(out)
+    with pytest.raises(OutputError, match="holds another run"):
+        export_run(exported, out)
+    assert files_in(out) == before
 
 
 def test_an_export_needs_a_run_and_room(tiny_run: Run, tmp_path: Path) -> None:
@@ -372,4 +407,7 @@ def test_a_damaged_export_is_refused(exported: Path, tmp_path: Path, file: str) 
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ArtifactError, match=f"{file}.safetensors"):
-        load_predictor(copy)
+        export_run(copy, tmp_path / "again")
+    if file != "patches":  # which a prediction does not need
+        with pytest.raises(ArtifactError, match=f"{file}.safetensors"):
+            load_predictor(copy)

@@ -28,6 +28,7 @@ from covidseg.prepare import (
     make_crops,
     normalise,
     uncrop,
+    uncrop_all,
     weak_set,
     with_true_lungs,
 )
@@ -176,6 +177,24 @@ def test_a_mask_comes_back_where_it_was(box, size):
     assert 2 * (back & expected).sum() / (back.sum() + expected.sum()) > 0.985
     # Half a pixel of displacement would show in the centre of mass.
     assert np.argwhere(back).mean(axis=0) == pytest.approx(np.argwhere(expected).mean(axis=0), abs=0.2)
+
+
+def test_maps_come_back_into_their_own_slices(first):
+    pixels, lungs = first
+    found = np.array([2, 5, 7])
+    crops = make_crops(pixels[found], lungs[found], SMALL)
+    for maps in (crops.images, crops.lungs):
+        full = uncrop_all(maps, crops.boxes, found, pixels.shape)
+        assert full.dtype == np.float32
+        assert full.shape == pixels.shape
+        assert np.flatnonzero(full.any(axis=(1, 2))).tolist() == found.tolist()
+        for k, small, box in zip(found, maps, crops.boxes, strict=True):
+            np.testing.assert_array_equal(full[k], uncrop(small, box, pixels.shape[1:]))
+    nothing = uncrop_all(np.zeros((0, 80, 80)), np.zeros((0, 4), int), np.zeros(0, int), pixels.shape)
+    assert nothing.shape == pixels.shape
+    assert not nothing.any()
+    with pytest.raises(ValueError, match="shorter"):
+        uncrop_all(crops.images, crops.boxes[:2], found, pixels.shape)
 
 
 def test_crops_of_a_volume(first):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tiny import STAGES, TINY, finished_run
+from tiny import STAGES, TINY, finished_run, stage_name
 
 from covidseg import DISCLAIMER
 from covidseg.evaluate import Evaluation, StageResult
@@ -27,9 +27,11 @@ from covidseg.report import (
     environment,
     evaluation_json,
     evaluation_markdown,
-    evaluation_table,
     format_figure,
+    scores_from,
     scores_json,
+    scores_table,
+    spread,
     write_run,
 )
 
@@ -84,7 +86,7 @@ def test_markdown_table_has_a_row_for_each_stage_and_a_cell_for_each_heading() -
 
 def test_terminal_table_shows_names_figures_and_the_disclaimer() -> None:
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(evaluation_table(EVALUATION, "a title"))
+    console.print(scores_table("a title", [(s.name, s.micro(), s.macro()) for s in EVALUATION.stages]))
     text = console.export_text()
     assert "a title" in text
     assert text.index("first") < text.index("second")
@@ -96,6 +98,19 @@ def test_terminal_table_shows_names_figures_and_the_disclaimer() -> None:
 def test_format_figure() -> None:
     assert format_figure(0.12345) == "0.123"
     assert format_figure(NAN) == "–"
+
+
+def test_spread_is_mean_and_sample_deviation() -> None:
+    assert spread(np.array([0.1, 0.3])) == "0.200 ± 0.141"
+    assert spread(np.array([0.1, np.nan])) == "0.100"
+    assert spread(np.array([np.nan])) == "–"
+
+
+def test_figures_come_back_from_their_json() -> None:
+    scores = Scores(0.1234, 1.0, NAN, 0.0, 0.9999)
+    again = scores_from(strict(json.dumps(scores_json(scores))))
+    assert np.isnan(again.ppv)
+    assert replace(again, ppv=0.5) == replace(scores, ppv=0.5)
 
 
 def test_environment_names_versions_but_neither_machine_nor_user() -> None:
@@ -153,3 +168,22 @@ def test_a_report_is_whole_though_only_the_last_stage_was_read(tiny_run: Run, tm
         content.pop("command", None)
         content.pop("finished")
     assert second == first
+
+
+@pytest.mark.parametrize("harm", ["deleted", "damaged"])
+def test_a_report_does_without_stages_that_are_gone(tiny_run: Run, tmp_path: Path, harm: str) -> None:
+    """Whoever needs room deletes the maps of early stages: what they took is unknown then, and nothing is trained."""
+    folder = Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
+    for stage in ("threshold", "cam1", "mil1"):
+        path = folder / "stages" / stage_name(tiny_run, stage)
+        if harm == "deleted":
+            path.unlink()
+        else:
+            path.write_bytes(b"no safetensors")
+    before = strict((folder / "run.json").read_text(encoding="utf-8"))
+    lines: list[str] = []
+    run = Run(tiny_run.data, TINY, 0, folder, "cpu", lines.append)
+    content = strict(write_run(run, "x").read_text(encoding="utf-8"))
+    assert lines == []
+    assert [stage for stage, seconds in content["seconds"].items() if seconds is None] == ["threshold", "cam1", "mil1"]
+    assert content["stages"] == before["stages"]

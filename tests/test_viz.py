@@ -17,7 +17,6 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from covidseg import viz
-from covidseg.evaluate import Evaluation, StageResult
 
 SIDE = 40
 
@@ -212,13 +211,3 @@ def test_curriculum_plot_shows_counts_and_purity() -> None:
     assert [line.get_ydata()[-1] for line in right.lines] == [0.9, 1.0]
     assert left.get_xlabel()
     assert right.get_ylabel()
-
-
-def test_score_bars_hold_the_figures_of_the_table() -> None:
-    counts = np.array([[50, 50, 50, 850]])  # Dice, PPV and sensitivity one half
-    stages = [StageResult("one", "none", 0.5, counts), StageResult("two", "none", 0.5, counts)]
-    for average in ("micro", "macro"):
-        figure = viz.score_bars(Evaluation(stages, 1.0, 1), average=average)
-        assert [bar.get_width() for bar in figure.axes[0].patches] == [0.5] * 6
-        assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["one", "two"]
-        assert average in figure.axes[0].get_xlabel()

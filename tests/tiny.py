@@ -1,4 +1,4 @@
-"""Small things that several test modules share: a profile that trains in a second, toy slices, one trained run."""
+"""Small things that several test modules share: settings that train in a second, toy slices, one trained run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from covidseg.baselines.ad3d_mil import Ad3dMilSettings
+from covidseg.baselines.decovnet import DeCoVNetSettings
+from covidseg.baselines.slabs import SlabSettings
 from covidseg.classify import ClassifierSettings
 from covidseg.dataset import load_dataset
 from covidseg.lungnet import LungNetSettings
@@ -18,12 +21,17 @@ from covidseg.prepare import Crops, PrepareSettings, WeakSet
 from covidseg.profiles import Profile
 from covidseg.refine import SegmenterSettings
 from covidseg.report import write_run
+from covidseg.systems import Rivals
 
 TINY = Profile(
     "quick", prepare=PrepareSettings(size=80), lung_net=LungNetSettings(steps=8, size=64, channels=(4, 8), batch=4),
     classifier=ClassifierSettings(width=4, steps=8, batch=4),
     mil=MilSettings(width=4, steps=8, batch=4), mutual=MutualSettings(rounds=2, stop=0.0),
     segmenter=SegmenterSettings(channels=(4, 8), steps=8, batch=4))
+SLAB = SlabSettings(depth=2, size=40, step=2)
+TINY_RIVALS = Rivals(DeCoVNetSettings(steps=2, batch=4), Ad3dMilSettings(steps=2, batch=4),
+                     DeCoVNetSettings(dims=3, slab=SLAB, steps=2, batch=4),
+                     Ad3dMilSettings(dims=3, slab=SLAB, steps=2, batch=4))
 STAGES = ("threshold", "lung_net", "weak", "classifier1", "cam1", "mil1", "classifier2", "cam2", "mil2", "rounds",
           "fine", "segmenter")
 
