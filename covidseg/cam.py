@@ -16,7 +16,7 @@ from pytorch_grad_cam import GradCAM, LayerCAM
 from torch import Tensor
 from torch.nn import functional as F
 
-from covidseg.classify import Classifier
+from covidseg.classify import Classifier, Committee
 from covidseg.prepare import Crops
 from covidseg.train import net_input
 
@@ -93,8 +93,14 @@ def layer_cam(net: Classifier, crops: Crops, settings: CamSettings = CamSettings
     return _averaged(LayerCAM, [net.middle, net.coarse], net, crops, settings)
 
 
-def activation_maps(net: Classifier, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
-    """The map that the later stages use: Grad-CAM and LayerCAM mixed, ``(N, S, S)`` float32 in [0, 1]."""
+def activation_maps(net: Classifier | Committee, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
+    """The map that the later stages use: Grad-CAM and LayerCAM mixed, ``(N, S, S)`` float32 in [0, 1].
+
+    That of a committee is the mean over its members.
+    """
+    if isinstance(net, Committee):
+        members = [activation_maps(member, crops, settings) for member in net.members]  # type: ignore[arg-type]
+        return members[0] if len(members) == 1 else scale_by_top(np.mean(members, axis=0), crops.lungs, settings.top)
     share = settings.layer_share
     maps = np.zeros(crops.images.shape, np.float32)
     if share < 1:

@@ -46,6 +46,7 @@ class ClassifierSettings:
         temperature: of the log-sum-exp pooling; larger looks at fewer pixels.
         flip_weight: weight of the loss that asks the evidence map to move along when the picture is flipped.
         outside_weight: weight of the loss that keeps evidence inside the lung.
+        members: classifiers in the committee, see :class:`Committee`.
         paint: vessels painted on lesion-free slices, which mostly come from the ends of the lungs: without them the
             net learns that thick vessels mean a lesion. No lesion is painted for the classifier.
     """
@@ -57,9 +58,12 @@ class ClassifierSettings:
     temperature: float = 1.0
     flip_weight: float = 0.5
     outside_weight: float = 0.1
+    members: int = 1
     paint: PaintSettings = field(default_factory=lambda: PaintSettings(share=0.0))
 
     def __post_init__(self) -> None:
+        if self.members < 1:
+            raise SettingsError("a committee needs at least one classifier", remedy="Set members to 1 or more")
         if self.paint.share:
             raise SettingsError("lesions painted for the classifier would contradict its slice labels",
                                 remedy="Set the share of its paint to 0; vessels may stay")
@@ -160,9 +164,40 @@ def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSet
     return average.net.eval()  # type: ignore[return-value]
 
 
+class Committee(nn.Module):
+    """Classifiers that differ in nothing but their seed; logits and maps are averaged.
+
+    Slice labels fix the verdict and leave open what it is read from, so that now and then a training ends in a net with
+    right labels and a useless map. The mean over a few nets seldom does (deep ensembles: Lakshminarayanan et al.,
+    NeurIPS 2017). ``forward`` is that of :class:`Classifier`.
+    """
+
+    def __init__(self, settings: ClassifierSettings = ClassifierSettings()) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(Classifier(settings) for _ in range(settings.members))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.stack([member(inputs) for member in self.members]).mean(dim=0)
+
+
+def train_committee(data: WeakSet, settings: ClassifierSettings = ClassifierSettings(), *,
+                    start: Committee | None = None, lesson: Lesson | None = None, seed: int = 0,
+                    device: torch.device = torch.device("cpu"), log: Log = print,
+                    name: str = "classifier") -> Committee:
+    """Trains each member with a seed of its own; arguments as of :func:`train_classifier`."""
+    committee = Committee(settings)
+    for k, member in enumerate(committee.members):
+        trained = train_classifier(
+            data, settings, start=None if start is None else start.members[k],  # type: ignore[arg-type]
+            lesson=lesson, seed=seed + 1000 * k, device=device, log=log,
+            name=name if settings.members == 1 else f"{name} ({k + 1} of {settings.members})")
+        member.load_state_dict(trained.state_dict())
+    return committee.to(device).eval()
+
+
 @torch.no_grad()
-def slice_probabilities(net: Classifier, crops: Crops, *, batch: int = 32) -> np.ndarray:
-    """Probability of a lesion for each slice, ``(N,)`` float32."""
+def slice_probabilities(net: nn.Module, crops: Crops, *, batch: int = 32) -> np.ndarray:
+    """Probability of a lesion for each slice, ``(N,)`` float32, by a classifier or a committee."""
     device = next(net.parameters()).device
     result = []
     for start in range(0, len(crops), batch):

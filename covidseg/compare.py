@@ -73,7 +73,10 @@ def _keys(names: list[str], run: Run, test: Dataset, rivals: Rivals) -> dict[str
 
 
 def _result(name: str, run: Run, trained: Trained | None, evaluation: Evaluation) -> Record:
-    """What one system reached with one seed, as plain JSON values; counts are *hit false missed rest* of a slice."""
+    """What one system reached with one seed, as plain JSON values; counts are *hit false missed rest* of a slice.
+
+    ``levels`` are *hit false* of the pooled slices for outlines drawn at 0, 0.01, ... 1.
+    """
     answer = evaluation.stages[-1]
     return {
         "system": name, "seed": run.seed,
@@ -82,12 +85,21 @@ def _result(name: str, run: Run, trained: Trained | None, evaluation: Evaluation
         "counts": {slice_name: " ".join(str(n) for n in row)
                    for slice_name, row in zip(evaluation.names, answer.counts.tolist(), strict=True)},
         "reliability": None if answer.reliability is None else answer.reliability.round(1).tolist(),
+        "levels": None if answer.levels is None else [" ".join(map(str, row[:2])) for row in answer.levels.tolist()],
     }
 
 
 def counts_of(results: Sequence[Record]) -> np.ndarray:
     """Counts of one system's answers, ``(seeds, N, 4)`` int64."""
     return np.array([[row.split() for row in result["counts"].values()] for result in results], np.int64)
+
+
+def levels_of(results: Sequence[Record]) -> np.ndarray | None:
+    """Pooled counts of one system at the levels 0 to 1, ``(seeds, 101, 4)``; None where they were not kept."""
+    if any(result.get("levels") is None for result in results):
+        return None
+    marked = np.array([[row.split() for row in result["levels"]] for result in results], np.int64)
+    return np.concatenate([marked, marked[:, :1] - marked], axis=2)  # at level 0 everything is marked
 
 
 def patients_of(results: Sequence[Record]) -> np.ndarray | None:

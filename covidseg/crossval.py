@@ -14,12 +14,12 @@ from torch import nn
 
 from covidseg.dataset import Dataset
 from covidseg.errors import DatasetError
-from covidseg.evaluate import BINS, Evaluation, StageResult
+from covidseg.evaluate import BINS, STEPS, Evaluation, StageResult
 from covidseg.metrics import confusion, read_truth
 from covidseg.pipeline import Run
 from covidseg.prepare import Crops, WeakSet, crop_masks, uncrop
 from covidseg.refine import lesion_probabilities, trusting
-from covidseg.statistics import reliability_sums
+from covidseg.statistics import level_counts, reliability_sums
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ def cross_validated(run: Run, data: Dataset, *, folds: int = 5) -> Evaluation:
     fold = split_folds(slices.patients, folds)
     threshold = trusting(run.profile.segmenter).threshold
     counts = np.concatenate([confusion(np.zeros_like(mask)[None], mask[None]) for mask in slices.full])
-    sums = np.zeros((BINS, 3))
+    sums, levels = np.zeros((BINS, 3)), np.zeros((STEPS + 1, 4), np.int64)
+    for place in set(range(len(slices.full))) - set(slices.places.tolist()):  # no lung, no prediction
+        levels += level_counts(np.zeros(slices.full[place].shape), slices.full[place], STEPS)
     for k in range(folds):
         net = _train(run, slices, np.flatnonzero(fold != k), f"fold {k + 1} of {folds}")
         unseen = np.flatnonzero(fold == k)
@@ -109,10 +111,11 @@ def cross_validated(run: Run, data: Dataset, *, folds: int = 5) -> Evaluation:
         for n, small, lung, box in zip(unseen, lesion_probabilities(net, part), part.lungs, part.boxes, strict=True):
             place = slices.places[n]
             mask = slices.full[place]
-            probability, inside = uncrop(small, box, mask.shape), uncrop(lung, box, mask.shape) > 0.5
+            probability, inside = uncrop(small, box, mask.shape).clip(0, 1), uncrop(lung, box, mask.shape) > 0.5
             counts[place] = confusion(probability[None] >= threshold, mask[None])[0]
-            sums += reliability_sums(probability[inside].clip(0, 1), mask[inside], BINS)
-    row = StageResult("Segmenter", "pixel masks", threshold, counts, sums)
+            sums += reliability_sums(probability[inside], mask[inside], BINS)
+            levels += level_counts(probability, mask, STEPS)
+    row = StageResult("Segmenter", "pixel masks", threshold, counts, sums, levels)
     return Evaluation([row], float("nan"), len(counts), names=slices.names)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from covidseg.cam import CamSettings, activation_maps
-from covidseg.classify import Classifier, auc, slice_probabilities
+from covidseg.classify import Classifier, Committee, auc, slice_probabilities
 from covidseg.dataset import Dataset
 from covidseg.fine import fuse
 from covidseg.io import read_mask, read_scan
@@ -25,9 +25,10 @@ from covidseg.mil import patch_probabilities
 from covidseg.pipeline import Run
 from covidseg.prepare import Crops, crop_masks, uncrop_all
 from covidseg.refine import lesion_probabilities, trusting
-from covidseg.statistics import reliability_sums
+from covidseg.statistics import level_counts, reliability_sums
 
 BINS = 10  # of the calibration
+STEPS = 100  # levels at which an outline could be drawn
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class StageResult:
         threshold: fixed in advance; NaN where it is found in each slice.
         counts: ``(N, 4)`` confusion counts of every measured slice.
         reliability: ``(bins, 3)`` of the map inside the lungs, see :func:`covidseg.statistics.reliability_sums`.
+        levels: ``(101, 4)`` pooled counts at every level, see :func:`covidseg.statistics.level_counts`.
     """
 
     name: str
@@ -47,6 +49,7 @@ class StageResult:
     threshold: float
     counts: np.ndarray
     reliability: np.ndarray | None = None
+    levels: np.ndarray | None = None
 
     def macro(self) -> Scores:
         """Mean over slices with a lesion."""
@@ -85,7 +88,7 @@ class Evaluation:
         return hit / lesion if lesion else float("nan"), (hit + false) / pixels if pixels else float("nan")
 
 
-def believed_maps(net: Classifier, crops: Crops, ill: np.ndarray, settings: CamSettings) -> np.ndarray:
+def believed_maps(net: Classifier | Committee, crops: Crops, ill: np.ndarray, settings: CamSettings) -> np.ndarray:
     """Activation maps of the slices that the classifier calls ill, 0 in the others.
 
     Each map is scaled to its own maximum, so that it would be as strong in a slice without a lesion.
@@ -155,7 +158,7 @@ class Outliner:
 def stage_outliner(run: Run) -> Outliner:
     """Stages 3 to 6 of a run, classifier and patches as they are after its best round. Trains what is missing."""
     p, best = run.profile, run.best()
-    classifier, (patch_net, _), segmenter = run.classifier(best), run.mil(best), run.segmenter()
+    classifier, (patch_net, _), segmenter = run.committee(best), run.mil(best), run.segmenter()
 
     def maps(crops: Crops, volume: bool) -> Maps:
         probability = slice_probabilities(classifier, crops)
@@ -193,6 +196,7 @@ def measure(run: Run, test: Dataset, outliners: Sequence[Outliner], *, progress:
     """
     counts: list[list[list[np.ndarray]]] = [[[] for _ in outliner.rows] for outliner in outliners]
     sums = [[np.zeros((BINS, 3)) for _ in outliner.rows] for outliner in outliners]
+    levels = [[np.zeros((STEPS + 1, 4), np.int64) for _ in outliner.rows] for outliner in outliners]
     verdicts: list[list[np.ndarray]] = [[] for _ in outliners]
     lung_counts, labels, names = list[np.ndarray](), list[np.ndarray](), list[str]()
     for case in tqdm(test.cases, desc="measuring", unit="volume", disable=not progress):
@@ -213,17 +217,18 @@ def measure(run: Run, test: Dataset, outliners: Sequence[Outliner], *, progress:
             if probability is not None:
                 verdicts[n].append(probability[seen])
             for k, ((_, _, threshold), small) in enumerate(zip(outliner.rows, maps, strict=True)):
-                full = uncrop_all(small, crops.boxes, found, mask.shape)[truth.slices]
+                full = uncrop_all(small, crops.boxes, found, mask.shape)[truth.slices].clip(0, 1)
                 level = 0.5 if np.isnan(threshold) else threshold
                 counts[n][k].append(confusion(full >= level, mask[truth.slices]))
-                sums[n][k] += reliability_sums(full[lungs].clip(0, 1), mask[truth.slices][lungs], BINS)
+                sums[n][k] += reliability_sums(full[lungs], mask[truth.slices][lungs], BINS)
+                levels[n][k] += level_counts(full, mask[truth.slices], STEPS)
     all_labels, inside = np.concatenate(labels), np.concatenate(lung_counts)
     results = []
     for n, outliner in enumerate(outliners):
         judged = verdicts[n] and len(set(all_labels)) == 2
         area = auc(np.concatenate(verdicts[n]), all_labels) if judged else float("nan")
-        stages = [StageResult(*row, np.concatenate(each), reliability)
-                  for row, each, reliability in zip(outliner.rows, counts[n], sums[n], strict=True)]
+        stages = [StageResult(*row, np.concatenate(each), *both)
+                  for row, each, *both in zip(outliner.rows, counts[n], sums[n], levels[n], strict=True)]
         results.append(Evaluation(stages, area, len(inside), inside, tuple(names)))
     return results
 

@@ -3,12 +3,18 @@
 A threshold finds healthy lungs well and loses consolidated ones, which are as bright as the chest wall. Slices
 without a lesion have good threshold masks; consolidation painted into them (:mod:`covidseg.paint`) hides parts of a
 lung whose true outline is known: it is the mask before painting. A net that sees the painted picture and is asked for
-the unpainted mask learns to complete diseased lungs. No mask drawn by hand takes part.
-(DeCoVNet, too, trains its lung net on masks that no one drew: Wang et al., IEEE TMI 2020. Painting is added here.)
+the unpainted mask learns to complete diseased lungs. Painted organs are the counter-example: bright as well, but even
+and smooth, and no part of the lung.
+
+Lesion-free slices tend to come from the ends of the lungs. A second generation therefore learns from all slices, those
+with a lesion as the first generation completed them: there it meets the hilum and the heart. No mask drawn by hand
+takes part. (DeCoVNet, too, trains its lung net on masks that no one drew: Wang et al., IEEE TMI 2020. Painting and the
+second generation are added here.)
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from covidseg.lungs import fill_holes
-from covidseg.paint import PaintSettings, paint_lesions, places
+from covidseg.paint import PaintSettings, Places, paint_lesions, paint_organ, places
 from covidseg.prepare import Crops, WeakSet
 from covidseg.train import Average, Log, Progress, jitter, learning_rate, on_device, seed_everything
 from covidseg.unet import make_unet
@@ -30,6 +36,7 @@ class LungNetSettings:
 
     Attributes:
         steps: optimiser steps; 0 does without the net and keeps the threshold mask.
+        again: steps of the second generation, which starts afresh; 0 does without.
         size: side of the crops that it works on, in pixels; a multiple of 16.
         channels: channels of the U-Net's levels.
         batch: slices a step.
@@ -38,6 +45,8 @@ class LungNetSettings:
         shift: ... and shifted by up to this much.
         paint: what is painted; radii reach up to ``thick`` times the lung's largest depth.
         thick: see ``paint``. Thin rims of lung at the diaphragm get small blobs, or the net takes in the liver.
+        organs: probability that an organ is painted into a lung; it is cut out of the wanted mask.
+        organ: smallest and largest radius of an organ.
         keep: threshold lung stays lung down to this probability of the net.
         add: what the threshold left out becomes lung from this probability on ...
         add_thin: ... and from this one in slices with little lung, where liver and spleen look like consolidation.
@@ -47,6 +56,7 @@ class LungNetSettings:
     """
 
     steps: int = 600
+    again: int = 0
     size: int = 160
     channels: tuple[int, ...] = (16, 32, 64, 128, 128)
     batch: int = 12
@@ -57,7 +67,9 @@ class LungNetSettings:
         share=0.75, vessels=0.0, scattered=1.0, count=(1, 3), radius=(0.025, 0.31), faint=0.0, haze=(0.3, 0.3, 0.8),
         solid=(0.85, 1.08), solid_share=0.65, outer=50.0, depth=0.03))
     thick: float = 2.0
-    keep: float = 0.2
+    organs: float = 0.4
+    organ: tuple[float, float] = (0.04, 0.17)
+    keep: float = 0.35
     add: float = 0.6
     add_thin: float = 0.7
     little: float = 0.18
@@ -99,38 +111,73 @@ def _window(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return torch.minimum((bent - low).clamp(min=-0.3) / (1 - low), 1.5 - 0.6 * uniform())
 
 
+@dataclass(frozen=True)
+class _Lung:
+    """One slice to learn from: picture and wanted mask ``(s, s)``, where its pixels lie, largest blob to be painted."""
+
+    picture: np.ndarray
+    mask: np.ndarray
+    place: Places | None
+    reach: float
+
+    def painted(self, settings: LungNetSettings, random: np.random.Generator) -> np.ndarray:
+        """Picture and wanted mask, ``(2, s, s)`` float32, with an organ and lesions painted in now and then."""
+        picture, mask, smallest = self.picture, self.mask, settings.paint.radius[0]
+        if self.place is not None and random.random() < settings.organs:
+            picture, mask = paint_organ(picture, mask, settings.organ, random, self.place)
+        # Slices from the ends of the lung are painted less often: there the liver is the common bright neighbour.
+        if self.place is not None and mask.any() \
+                and random.random() < settings.paint.share * min(1.0, 4 * self.mask.mean()):
+            radii = replace(settings.paint, radius=(smallest, self.reach))
+            picture, _ = paint_lesions(picture, mask, radii, random, self.place)
+        return np.stack([picture, mask]).astype(np.float32)
+
+
+def _lungs_of(crops: Crops, settings: LungNetSettings) -> list[_Lung]:
+    """Slices in the size that the net works on."""
+    pictures = _shrink(crops.images, settings.size)[:, 0].numpy()
+    masks = _shrink(crops.lungs, settings.size)[:, 0].numpy() > 0.5
+    smallest, largest = settings.paint.radius
+    lungs = []
+    for picture, mask in zip(pictures, masks, strict=True):
+        depth = settings.thick * ndi.distance_transform_edt(mask).max() / settings.size
+        lungs.append(_Lung(picture, mask, places(mask) if mask.any() else None,
+                           max(1.2 * smallest, min(largest, depth))))
+    return lungs
+
+
 def train_lung_net(data: WeakSet, settings: LungNetSettings = LungNetSettings(), *, seed: int = 0,
                    device: torch.device = torch.device("cpu"), log: Log = print) -> nn.Module:
-    """Trains the lung net on the lesion-free slices and their threshold masks.
+    """Trains the lung net: first on the lesion-free slices and their threshold masks, then on all slices.
+
+    In the second generation the wanted masks of slices with a lesion are what the first one made of them. Half of each
+    batch has a lesion then.
 
     Returns:
         The averaged net in evaluation mode: ``(B, 1, s, s)`` normalised crops to logits.
     """
+    free, ill = (data.crops.take(np.flatnonzero(data.labels == label)) for label in (0, 1))
+    net = _generation([_lungs_of(free, settings)], settings, settings.steps, seed, device, log, "lungs")
+    if settings.again and len(ill):
+        pools = [_lungs_of(free, settings), _lungs_of(robust_lungs(net, ill, settings), settings)]
+        net = _generation(pools, settings, settings.again, seed + 1, device, log, "lungs-2")
+    return net
+
+
+def _generation(pools: list[list[_Lung]], settings: LungNetSettings, steps: int, seed: int, device: torch.device,
+                log: Log, name: str) -> nn.Module:
+    """Trains a net from scratch on slices that are drawn from each of the pools in turn."""
     generator = seed_everything(seed)
     random = np.random.default_rng(seed)
     net = on_device(make_lung_net(settings), device)
     average = Average(net).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
-    schedule = learning_rate(optimizer, settings.steps)
-    progress = Progress("lungs", settings.steps, 6, log)
-    free = np.flatnonzero(data.labels == 0)
-    pictures = _shrink(data.crops.images[free], settings.size)[:, 0].numpy()
-    masks = _shrink(data.crops.lungs[free], settings.size)[:, 0].numpy() > 0.5
-    where = [places(mask) if mask.any() else None for mask in masks]
-    small = settings.paint.radius[0]
-    reach = [max(1.2 * small, min(settings.paint.radius[1],
-                                  settings.thick * ndi.distance_transform_edt(mask).max() / settings.size))
-             for mask in masks]
-    for step in range(1, settings.steps + 1):
-        pairs = []
-        for k in random.integers(len(free), size=settings.batch):
-            picture, place = pictures[k], where[k]
-            # Slices from the ends of the lung are painted less often: there the liver is the common bright neighbour.
-            if place is not None and random.random() < settings.paint.share * min(1.0, 4 * masks[k].mean()):
-                radii = replace(settings.paint, radius=(small, reach[k]))
-                picture, _ = paint_lesions(picture, masks[k], radii, random, place)
-            pairs.append(np.stack([picture, masks[k]]).astype(np.float32))
-        maps = _move(torch.from_numpy(np.stack(pairs)), settings, generator)           # (B, 2, s, s)
+    schedule = learning_rate(optimizer, steps)
+    progress = Progress(name, steps, 6, log)
+    for step in range(1, steps + 1):
+        drawn = [pool[random.integers(len(pool))] for _, pool in zip(range(settings.batch), itertools.cycle(pools))]
+        pairs = np.stack([lung.painted(settings, random) for lung in drawn])
+        maps = _move(torch.from_numpy(pairs), settings, generator)                     # (B, 2, s, s)
         maps = torch.cat([_window(maps[:, :1], generator), maps[:, 1:]], dim=1)
         picture, target = jitter(maps, generator).to(device).split(1, dim=1)
         logits = net(picture)

@@ -128,6 +128,20 @@ def _field(lung: np.ndarray, place: Places, settings: PaintSettings, texture: np
     return soft, level
 
 
+def _ellipse(shape: tuple[int, ...], row: int, column: int, radius: float, longest: float,
+             random: np.random.Generator) -> np.ndarray:
+    """Signed distance, in pixels, from a randomly turned ellipse of the area of a circle with that radius.
+
+    Args:
+        longest: largest ratio of its axes.
+    """
+    angle, stretch = random.uniform(0, np.pi), random.uniform(1.0, longest)
+    rows, columns = np.indices(shape)
+    along = (rows - row) * np.sin(angle) + (columns - column) * np.cos(angle)
+    across = (rows - row) * np.cos(angle) - (columns - column) * np.sin(angle)
+    return np.hypot(along / np.sqrt(stretch), across * np.sqrt(stretch)) - radius
+
+
 def _blob(lung: np.ndarray, place: Places, settings: PaintSettings, texture: np.ndarray, warp: np.ndarray,
           random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """A warped ellipse that likes the chest wall: softness and level, ``(S, S)`` each."""
@@ -138,11 +152,7 @@ def _blob(lung: np.ndarray, place: Places, settings: PaintSettings, texture: np.
     row, column = divmod(int(np.searchsorted(total, random.random() * total[-1], side="right")), side)
     # Small lesions are commoner than large ones: the logarithm of the radius is uniform.
     radius = float(np.exp(random.uniform(*np.log(settings.radius)))) * side
-    angle, stretch = random.uniform(0, np.pi), random.uniform(1.0, 2.0)
-    rows, columns = np.indices(lung.shape)
-    along = (rows - row) * np.sin(angle) + (columns - column) * np.cos(angle)
-    across = (rows - row) * np.cos(angle) - (columns - column) * np.sin(angle)
-    distance = np.hypot(along / np.sqrt(stretch), across * np.sqrt(stretch)) - radius + 0.3 * radius * warp
+    distance = _ellipse(lung.shape, row, column, radius, 2.0, random) + 0.3 * radius * warp
     solid = random.random() < settings.solid_share
     edge = (random.uniform(0.003, 0.009) if solid else random.uniform(0.005, 0.019)) * side
     level = (random.uniform(*settings.solid) if solid else _haze(settings, random)) * (1 + 0.15 * texture)
@@ -218,6 +228,32 @@ def paint_vessels(image: np.ndarray, lung: np.ndarray, settings: PaintSettings, 
             radius = max(0.6, radius * (1 - 3.2 * step / side) * (0.7 if random.random() < 0.04 else 1))
     canvas *= lung
     return (image * (1 - canvas) + canvas * np.maximum(image, random.uniform(0.8, 1.1))).astype(np.float32)
+
+
+def paint_organ(image: np.ndarray, lung: np.ndarray, radius: tuple[float, float], random: np.random.Generator,
+                place: Places | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Lets an organ bulge into a lung, as the dome of the liver and the heart do: bright, even, with a plain outline.
+
+    Args:
+        image: ``(S, S)`` normalised.
+        lung: ``(S, S)`` bool, not empty.
+        radius: smallest and largest, as fractions of the side.
+        random: source of randomness.
+        place: from :func:`places`, if it is known already.
+
+    Returns:
+        The painted picture, ``(S, S)`` float32, and what is left of the lung, ``(S, S)`` bool.
+    """
+    place = places(lung) if place is None else place
+    side = len(lung)
+    away = np.where(lung, np.clip(place.depth / 0.1, 0.1, 1), 0).ravel().cumsum()  # seldom at the chest wall
+    row, column = divmod(int(np.searchsorted(away, random.random() * away[-1], side="right")), side)
+    size = random.uniform(*radius) * side
+    distance = _ellipse(lung.shape, row, column, size, 1.7, random)
+    soft = _step(distance + 0.06 * size * noise(random, side, 0.3), random.uniform(0.004, 0.02) * side)
+    level = random.uniform(0.88, 1.08) + 0.02 * noise(random, side, 0.02)
+    painted = image * (1 - soft) + soft * np.maximum(image, level)
+    return painted.astype(np.float32), lung & (soft < 0.5)
 
 
 class Painter:

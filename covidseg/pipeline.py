@@ -19,7 +19,7 @@ from torch import nn
 
 from covidseg.artifacts import Arrays, Store, fingerprint, load_net, net_arrays
 from covidseg.cam import activation_maps, coarse_labels
-from covidseg.classify import Classifier, train_classifier
+from covidseg.classify import Classifier, Committee, train_committee
 from covidseg.curriculum import Phase
 from covidseg.dataset import Dataset, load_dataset
 from covidseg.fine import FineLabels, fine_labels
@@ -139,18 +139,22 @@ class Run:
             return load_net(empty(), arrays).to(self.device)
         return self._once(stage + key, load)
 
-    def classifier(self, number: int = 1) -> Classifier:
-        """Stage 2: the slice classifier, after round ``number`` of the exchange; round 1 saw slice labels only."""
+    def committee(self, number: int = 1) -> Committee:
+        """Stage 2: the slice classifiers, after round ``number`` of the exchange; round 1 saw slice labels only."""
         settings, stage = self.profile.classifier, f"classifier{number}"
 
-        def train() -> Classifier:
+        def train() -> Committee:
             if number == 1:
-                return train_classifier(self.weak(), settings, seed=self.seed, device=self.device, log=self.log)
+                return train_committee(self.weak(), settings, seed=self.seed, device=self.device, log=self.log)
             gentle = replace(self._later(settings), rate=self.profile.mutual.gentle * settings.rate)
-            return train_classifier(
-                self.weak(), gentle, start=self.classifier(number - 1), lesson=self._lesson(number),
+            return train_committee(
+                self.weak(), gentle, start=self.committee(number - 1), lesson=self._lesson(number),
                 seed=self.seed + number - 1, device=self.device, log=self.log, name=f"classifier-{number}")
-        return self._net(stage, lambda: Classifier(settings), train)  # type: ignore[return-value]
+        return self._net(stage, lambda: Committee(settings), train)  # type: ignore[return-value]
+
+    def classifier(self, number: int = 1) -> Classifier:
+        """The first of the committee, to look at; in the quick profile it is the only one."""
+        return self.committee(number).members[0]  # type: ignore[return-value]
 
     def _lesson(self, number: int) -> Lesson:
         """What the patches of the round before teach the classifier in round ``number``."""
@@ -165,7 +169,7 @@ class Run:
         stage = f"cam{number}"
 
         def make() -> tuple[Arrays, dict[str, Any]]:
-            maps = activation_maps(self.classifier(number), self.weak().crops, self.profile.cam)
+            maps = activation_maps(self.committee(number), self.weak().crops, self.profile.cam)
             return {"cam": maps.astype(np.float16)}, {}
         return self._once(stage, lambda: self.store.get(stage, self.key(stage), make)[0]["cam"].astype(np.float32))
 

@@ -49,7 +49,8 @@ PROFILES = {
                      mutual=MutualSettings(again=0.4), segmenter=SegmenterSettings(steps=220)),
     # Longer training of wider nets: for real scans, on a GPU if there is one. See results/ for what it takes.
     "full": Profile(
-        "full", lung_net=LungNetSettings(steps=1500, add=0.5, add_thin=0.6), mil=MilSettings(steps=300),
+        "full", lung_net=LungNetSettings(steps=600, again=1500, add=0.5, add_thin=0.6),
+        classifier=ClassifierSettings(members=5), mil=MilSettings(steps=300),
         segmenter=SegmenterSettings(channels=(16, 32, 64, 128, 128), steps=1000)),
 }
 

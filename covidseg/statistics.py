@@ -179,6 +179,30 @@ def calibration(sums: np.ndarray) -> Calibration:
 
 # --- what the functions above share -----------------------------------------------------------------------------
 
+def level_counts(probabilities: np.ndarray, truth: np.ndarray, steps: int = 100) -> np.ndarray:
+    """Confusion counts for every level at which an outline could be drawn; add up those of several slices with ``+``.
+
+    Args:
+        probabilities: any shape, in [0, 1].
+        truth: same shape, bool.
+        steps: levels are ``k / steps`` for ``k = 0, 1, ..., steps``; lesion from the level on.
+
+    Returns:
+        ``(steps + 1, 4)`` int64: hit, false, missed, rest.
+    """
+    if probabilities.shape != truth.shape or truth.dtype != bool or steps < 1:
+        raise ValueError(f"probabilities {probabilities.shape}, truth {truth.shape} {truth.dtype} and {steps} steps: "
+                         "wanted are equal shapes, a bool truth and at least one step")
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():
+        raise ValueError("probabilities outside [0, 1] or NaN")
+    # The levels in the type of the map, as in ``map >= level``: 0.3 is not the same number in both.
+    levels = np.linspace(0, 1, steps + 1).astype(probabilities.dtype)
+    bins = np.searchsorted(levels, probabilities.ravel(), side="right") - 1
+    hit, false = (np.bincount(bins[chosen], minlength=steps + 1)[::-1].cumsum()[::-1]
+                  for chosen in (truth.ravel(), ~truth.ravel()))
+    return np.stack([hit, false, hit[0] - hit, false[0] - false], axis=1).astype(np.int64)
+
+
 def _column(figure: str) -> int:
     if figure not in NAMES:
         raise ValueError(f"figure {figure!r} is none of {', '.join(NAMES)}")

@@ -97,7 +97,7 @@ def _otsu(run: Run, rivals: Rivals) -> Trained:
 
 def _grad_cam(run: Run, rivals: Rivals) -> Trained:
     """Plain Grad-CAM of the classifier before any exchange: last block, one scale."""
-    net, plain = run.classifier(), replace(run.profile.cam, layer_share=0.0, scales=(1.0,))
+    net, plain = run.committee(), replace(run.profile.cam, layer_share=0.0, scales=(1.0,))
 
     def maps(crops: Crops, volume: bool) -> Maps:
         probability = slice_probabilities(net, crops)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from covidseg.cam import CamSettings, activation_maps, coarse_labels, grad_cam, layer_cam, scale_by_top
-from covidseg.classify import Classifier, ClassifierSettings
+from covidseg.classify import Classifier, ClassifierSettings, Committee
 from covidseg.prepare import Crops
 from covidseg.train import net_input
 
@@ -181,3 +181,15 @@ def test_coarse_label_codes() -> None:
     assert coarse.dtype == np.uint8
     assert coarse[0, 0].tolist() == [0, 0, 255, 255, 1, 1]
     assert (coarse[1] == 0).all(), "a slice without a lesion is lung throughout"
+
+
+def test_the_map_of_a_committee_is_the_mean_over_its_members(net: Classifier, crops: Crops) -> None:
+    torch.manual_seed(7)
+    both = Committee(ClassifierSettings(width=4, members=2)).eval()
+    both.members[0].load_state_dict(net.state_dict())
+    mean = sum(activation_maps(member, crops, SETTINGS) for member in both.members) / 2  # type: ignore[arg-type]
+    np.testing.assert_allclose(activation_maps(both, crops, SETTINGS), scale_by_top(mean, crops.lungs, SETTINGS.top),
+                               atol=1e-6)
+    alone = Committee(ClassifierSettings(width=4)).eval()
+    alone.members[0].load_state_dict(net.state_dict())
+    np.testing.assert_array_equal(activation_maps(alone, crops, SETTINGS), activation_maps(net, crops, SETTINGS))

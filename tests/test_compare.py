@@ -27,6 +27,7 @@ from covidseg.compare import (
     cost_markdown,
     counts_of,
     differences,
+    levels_of,
     patients_of,
     strongest_earlier,
     table_lines,
@@ -102,6 +103,8 @@ def test_counts_survive_the_round_trip(results: list[Record], run: Run, test_set
         assert counts_of(own).dtype == np.int64
         np.testing.assert_array_equal(counts_of(own), answer.counts[None])
         np.testing.assert_allclose(own[0]["reliability"], answer.reliability, atol=0.05)
+        np.testing.assert_array_equal(levels_of(own), answer.levels[None])
+        assert levels_of([{**own[0], "levels": None}]) is None
         assert own[0]["rows"][-1]["micro"]["dice"] == pytest.approx(answer.micro().dice, abs=1e-4, nan_ok=True)
         assert (own[0]["classifier_auc"] is None) is (name != "extended")
     assert own[0]["counts"].keys() == dict.fromkeys(direct.names).keys()

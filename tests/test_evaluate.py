@@ -143,7 +143,7 @@ def untrained(squares: Dataset) -> SimpleNamespace:
     classifier, patch_net = Classifier(TINY.classifier).eval(), PatchNet(TINY.mil).eval()
     return SimpleNamespace(
         data=squares, profile=profile, best=lambda: 1,
-        classifier=lambda number: classifier, mil=lambda number: (patch_net, []),
+        committee=lambda number: classifier, mil=lambda number: (patch_net, []),
         segmenter=lambda: make_segmenter(TINY.segmenter).eval(), weak=lambda: data, crops=in_lungs(everywhere))
 
 
@@ -296,12 +296,12 @@ def test_maps_are_made_with_the_settings_of_the_run(untrained: SimpleNamespace, 
 
 def test_the_nets_of_the_best_round_are_measured(untrained: SimpleNamespace, squares: Dataset) -> None:
     asked: list[tuple[str, int]] = []
-    classifier, patch_net = untrained.classifier(1), untrained.mil(1)
+    classifier, patch_net = untrained.committee(1), untrained.mil(1)
     untrained.best = lambda: 3
-    untrained.classifier = lambda number: asked.append(("classifier", number)) or classifier
+    untrained.committee = lambda number: asked.append(("committee", number)) or classifier
     untrained.mil = lambda number: asked.append(("mil", number)) or patch_net
     evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
-    assert asked == [("classifier", 3), ("mil", 3)]
+    assert asked == [("committee", 3), ("mil", 3)]
 
 
 @pytest.mark.parametrize("best", [1, 2])
@@ -467,7 +467,7 @@ def test_maps_of_slices_called_healthy_are_empty(untrained: SimpleNamespace, squ
     ill = np.arange(len(crops)) % 2 == 0
     monkeypatch.setattr(evaluate, "activation_maps", lambda net, c, settings: np.ones(c.images.shape, np.float32))
     for called in (ill, ~ill, np.zeros(len(crops), bool)):
-        maps = evaluate.believed_maps(untrained.classifier(1), crops, called, CamSettings())
+        maps = evaluate.believed_maps(untrained.committee(1), crops, called, CamSettings())
         assert (maps.max(axis=(1, 2)) == called).all()
 
 
@@ -541,6 +541,7 @@ def test_each_outliner_together_is_as_it_is_alone(tiny_run: Run, measured: Evalu
     for a, b in zip(alone.stages, measured.stages[1:], strict=True):
         np.testing.assert_array_equal(a.counts, b.counts)
         np.testing.assert_array_equal(a.reliability, b.reliability)
+        np.testing.assert_array_equal(a.levels, b.levels)
     rows = supervised_outliner(tiny_run, tiny_run.supervised(training_truth(tiny_run))).rows
     assert rows == [("Segmenter, true masks", "pixel masks", 0.5)]
 
@@ -556,6 +557,13 @@ def test_calibration_is_that_of_the_map_inside_the_lungs(tiny_run: Run, measured
             expected += reliability_sums(uncrop(each, box, mask.shape[1:])[inside], mask[k][inside], evaluate.BINS)
     np.testing.assert_allclose(measured.stages[-1].reliability, expected)
     assert expected[:, 2].sum() == measured.lungs[:, :2].sum(), "pixels of the lungs, and no other"  # type: ignore[index]
+
+
+def test_counts_at_the_level_of_the_outline_are_those_of_the_table(measured: Evaluation) -> None:
+    for stage in measured.stages:
+        level = 50 if np.isnan(stage.threshold) else round(100 * stage.threshold)
+        np.testing.assert_array_equal(stage.levels[level], stage.counts.sum(axis=0))  # type: ignore[index]
+        assert (np.diff(stage.levels[:, :2], axis=0) <= 0).all(), "the higher, the fewer"  # type: ignore[index]
 
 
 def test_outliners_are_told_what_is_a_volume(untrained: SimpleNamespace, squares: Dataset,

@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage as ndi
 
 from covidseg import paint
-from covidseg.paint import Painter, PaintSettings, paint_lesions, paint_vessels, places
+from covidseg.paint import Painter, PaintSettings, paint_lesions, paint_organ, paint_vessels, places
 from covidseg.prepare import Crops
 
 SIZE = 80
@@ -200,6 +200,32 @@ def test_vessels_of_another_crop_size_cover_the_same_share() -> None:
               for side in SIDES}
     assert all(values.min() > 0.003 for values in shares.values()), "nothing vanishes"
     assert shares[80].mean() == pytest.approx(shares[160].mean(), rel=0.25)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_organ_is_bright_and_even_and_cut_out_of_the_lung(seed: int) -> None:
+    dark = np.full(LUNG.shape, 0.1, np.float32)
+    picture, left = paint_organ(dark, LUNG, (0.08, 0.08), np.random.default_rng(seed))
+    assert picture.dtype == np.float32
+    assert not (left & ~LUNG).any()
+    gone = LUNG & ~left
+    assert 0 < gone.sum() < 1.3 * np.pi * (0.08 * len(LUNG)) ** 2
+    assert (picture[ndi.binary_erosion(gone, iterations=2)] > 0.7).all()
+    core = picture[picture > 0.85]
+    assert len(core) > 20
+    assert np.std(core) < 0.06
+    far = ~ndi.binary_dilation(picture > 0.3, iterations=len(LUNG) // 8)
+    assert far.any()
+    np.testing.assert_allclose(picture[far], 0.1, atol=0.02)
+
+
+def test_an_organ_darkens_nothing_and_its_size_is_a_share_of_the_side() -> None:
+    bright = np.full(LUNG.shape, 1.2, np.float32)
+    assert (paint_organ(bright, LUNG, (0.1, 0.1), np.random.default_rng(0))[0] >= 1.2 - 1e-5).all()
+    everywhere = [np.ones((side, side), bool) for side in (64, 128)]
+    shares = [[1 - paint_organ(lung.astype(np.float32), lung, (0.1, 0.1), np.random.default_rng(seed))[1].mean()
+               for seed in range(12)] for lung in everywhere]
+    assert np.mean(shares[0]) == pytest.approx(np.mean(shares[1]), rel=0.25)
 
 
 def test_places_are_fractions_of_the_side() -> None:

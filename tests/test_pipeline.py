@@ -16,7 +16,7 @@ from tiny import STAGES, TINY, all_stages, finished_run, quiet, same_weights, st
 
 from covidseg import pipeline
 from covidseg.artifacts import load_arrays
-from covidseg.classify import Classifier, ClassifierSettings
+from covidseg.classify import ClassifierSettings, Committee
 from covidseg.curriculum import Phase
 from covidseg.dataset import load_dataset
 from covidseg.errors import DatasetError
@@ -361,19 +361,19 @@ def test_later_rounds_teach_the_classifier_gently(tiny_run: Run, copied: Path,
     run, _ = again(tiny_run, copied, profile=replace(TINY, mutual=mutual), seed=0)
     taught: dict[str, tuple[Any, dict[str, Any]]] = {}
 
-    def classify(data: WeakSet, settings: ClassifierSettings, **rest: Any) -> Classifier:
+    def classify(data: WeakSet, settings: ClassifierSettings, **rest: Any) -> Committee:
         taught["classifier"] = settings, rest
-        return Classifier(settings)
+        return Committee(settings)
 
     def patch(data: WeakSet, prior: np.ndarray, settings: MilSettings, **rest: Any) -> tuple[PatchNet, list[Phase]]:
         taught["mil"] = settings, rest
         return PatchNet(settings), []
-    monkeypatch.setattr(pipeline, "train_classifier", classify)
+    monkeypatch.setattr(pipeline, "train_committee", classify)
     monkeypatch.setattr(pipeline, "train_mil", patch)
     run.mil(2)
     settings, rest = taught["classifier"]
     assert settings == replace(TINY.classifier, steps=4, rate=0.25 * TINY.classifier.rate)
-    assert same_weights(rest["start"], tiny_run.classifier(1))
+    assert same_weights(rest["start"], tiny_run.committee(1))
     lesson = make_lesson(tiny_run.weak(), tiny_run.cam(1), tiny_run.patches(1), mutual, 2)
     assert rest["lesson"].weight == lesson.weight == mutual.weights[0]
     assert np.array_equal(rest["lesson"].teacher, lesson.teacher)

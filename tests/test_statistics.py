@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from covidseg.metrics import NAMES, macro, micro
+from covidseg.metrics import NAMES, confusion, macro, micro
 from covidseg.statistics import (
     FEWEST,
     Difference,
@@ -20,6 +20,7 @@ from covidseg.statistics import (
     bootstrap_interval,
     calibration,
     dice_by_size,
+    level_counts,
     paired_test,
     reliability_sums,
     slice_figures,
@@ -356,3 +357,31 @@ def test_calibration_refuses_what_is_no_probability():
     for value in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="outside"):
             reliability_sums(np.full((2, 3), value), truth)
+
+
+# --- levels -----------------------------------------------------------------------------------------------------
+
+def test_counts_at_every_level_by_hand():
+    p = np.array([0.0, 0.3, 0.5, 0.99, 1.0])
+    truth = np.array([False, True, False, True, True])
+    assert level_counts(p, truth, steps=2).tolist() == [[3, 2, 0, 0], [2, 1, 1, 1], [1, 0, 2, 2]]
+
+
+@given(arrays(np.float32, st.integers(0, 60), elements=st.floats(0, 1, width=32)), st.integers(0, 60),
+       st.integers(0, 100))
+def test_they_are_those_of_an_outline_at_that_level_and_add_up(p, cut, k):
+    truth = np.arange(len(p)) % 3 == 0
+    counts = level_counts(p, truth)
+    assert counts.shape == (101, 4)
+    assert counts[k].tolist() == confusion((p >= k / 100)[None], truth[None])[0].tolist()
+    np.testing.assert_array_equal(level_counts(p[:cut], truth[:cut]) + level_counts(p[cut:], truth[cut:]), counts)
+
+
+def test_levels_want_probabilities_and_a_mask():
+    good = np.zeros(3), np.zeros(3, bool)
+    for bad in ((good[0], np.zeros(4, bool)), (good[0], np.zeros(3)), (np.full(3, 1.1), good[1]),
+                (np.full(3, np.nan), good[1])):
+        with pytest.raises(ValueError, match=r"wanted are|outside"):
+            level_counts(*bad)
+    with pytest.raises(ValueError, match="at least one step"):
+        level_counts(*good, steps=0)
