@@ -28,12 +28,21 @@ Test = Annotated[str | None, typer.Option(
 
 
 def measured_on(data: str, test: str | None) -> tuple[Dataset, str]:
-    """What to measure on and its name: ``test``, or by default the test side of the split of ``data``."""
+    """What to measure on and its name: ``test``, or by default the test side of the split of ``data``.
+
+    Volumes without a lesion mask are left out (most of MosMedData's), unless none has one, which is an error later on.
+    """
     from covidseg.pipeline import open_data
 
     if test is None:
         return open_data(data, "test"), f"{Path(data).name} (test side)"
-    return open_data(test), Path(test).name
+    found = open_data(test)
+    masked = [case.id for case in found.cases if case.mask is not None]
+    if not masked or len(masked) == len(found.cases):
+        return found, Path(test).name
+    console.print(f"{len(found.cases) - len(masked)} of {len(found.cases)} volumes of {Path(test).name} have no lesion "
+                  "mask and are not measured", highlight=False)
+    return found.subset(masked), Path(test).name
 
 
 def recorded(command: str, testing: Dataset, tested: str, run: Run, start: float) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
                   help="Folder for a run of each seed; goes on there if it was stopped.")] = None) -> None:
     """Trains all systems on the same slice labels, measures them on the same slices, and prints Table 1."""
     from covidseg.artifacts import write_text
-    from covidseg.compare import compare, differences, strongest_earlier, table_lines, table_rich
+    from covidseg.compare import compare, differences, strongest_earlier, table_lines, table_rich, volume_table
     from covidseg.pipeline import open_run
     from covidseg.report import write_run
     from covidseg.systems import RIVALS, chosen
@@ -82,6 +82,8 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
     lines, rival = table_lines(results), strongest_earlier(results)
     console.print(table_rich(lines, f"trained on slice labels of {Path(data).name}, measured on {tested}: "
                                     f"{results[0]['slices']} full slices, profile {profile}, seeds {seeds}"))
+    if (volumes := volume_table(results, "Dice of each volume")) is not None:
+        console.print(volumes)
     for sentence in differences(lines, rival) if rival else []:
         console.print(sentence, highlight=False, soft_wrap=True)
     console.print(f"report in {folder / 'table1.json'}", highlight=False)

@@ -108,6 +108,18 @@ def patients_of(results: Sequence[Record]) -> np.ndarray | None:
     return volumes if len(np.unique(volumes)) > 1 else None
 
 
+def volume_dice(results: Sequence[Record]) -> dict[str, np.ndarray]:
+    """Dice of each volume of one system's answers, over the pooled pixels of the volume.
+
+    Returns:
+        Volume -> ``(seeds,)``, NaN where a volume has no lesion and nothing was marked; empty for a single stack.
+    """
+    counts, volumes = counts_of(results), patients_of(results)
+    if volumes is None:
+        return {}
+    return {name: figures(counts[:, volumes == name].sum(axis=1))[:, 0] for name in dict.fromkeys(volumes.tolist())}
+
+
 @dataclass(frozen=True)
 class Line:
     """One system in the table.
@@ -225,6 +237,28 @@ def differences(lines: Sequence[Line], rival: str) -> list[str]:
             f"{line.dice.high:+.3f}), IoU {line.iou.mean:+.3f} ({line.iou.low:+.3f} to {line.iou.high:+.3f}), "
             + ("too few slices for a paired test" if np.isnan(line.p) else f"signed rank test p = {line.p:.1g}")
             for line in lines if line.dice is not None and line.iou is not None]
+
+
+def volume_table(results: Sequence[Record], title: str) -> Table | None:
+    """Dice of every volume and system for a terminal, means over seeds; None for a single stack."""
+    systems = by_system(results)
+    if not systems or patients_of(next(iter(systems.values()))) is None:
+        return None
+    dice = {name: {volume: float(np.mean(each)) for volume, each in volume_dice(own).items()}
+            for name, own in systems.items()}
+    table = Table(title=title, caption=DISCLAIMER, pad_edge=False, padding=(0, 0, 0, 1))
+    table.add_column("volume", overflow="fold")
+    for name in dice:
+        table.add_column(name.replace("-", "\n"), justify="right")
+    for volume in next(iter(dice.values())):
+        table.add_row(volume, *(_dice(each[volume]) for each in dice.values()))
+    table.add_section()
+    table.add_row("mean", *(_dice(float(np.nanmean(list(each.values())))) for each in dice.values()))
+    return table
+
+
+def _dice(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.2f}"
 
 
 def cost_markdown(lines: Sequence[Line]) -> str:

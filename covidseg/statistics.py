@@ -203,6 +203,18 @@ def level_counts(probabilities: np.ndarray, truth: np.ndarray, steps: int = 100)
     return np.stack([hit, false, hit[0] - hit, false[0] - false], axis=1).astype(np.int64)
 
 
+def at_sensitivity(levels: np.ndarray, sensitivity: float) -> int:
+    """The highest level at which at least that share of the lesions is marked.
+
+    Args:
+        levels: ``(L, 4)`` from :func:`level_counts`.
+
+    Returns:
+        Number of the level; 0, where everything is marked, if there is no other.
+    """
+    return int(np.flatnonzero(figures(levels)[:, 3] >= sensitivity)[-1])
+
+
 def _column(figure: str) -> int:
     if figure not in NAMES:
         raise ValueError(f"figure {figure!r} is none of {', '.join(NAMES)}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from covidseg.metrics import figures
 from covidseg.statistics import calibration
 from covidseg.viz import CYCLE, HEAT, draw_heat, draw_slice, legend, new_figure, overlay
 
@@ -104,6 +105,40 @@ def interval_plot(lines: Sequence[Line], published: Mapping[str, float] | None =
     panel.grid(axis="x", color="#dddddd", linewidth=0.8)
     panel.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def operating_curves(levels: Mapping[str, np.ndarray], answers: Mapping[str, np.ndarray] | None = None,
+                     published: Mapping[str, tuple[float, float]] | None = None) -> Figure:
+    """PPV against sensitivity as the level of the outline moves, over lines of equal Dice.
+
+    Args:
+        levels: title of a system -> ``(L, 4)`` counts at ascending levels, see
+            :func:`covidseg.statistics.level_counts`; those of several seeds added up.
+        answers: title -> ``(4,)`` counts at the level that the system uses, drawn as a dot.
+        published: name -> sensitivity and PPV in a published table, drawn as diamonds.
+    """
+    figure, axes = new_figure(1, 1, (6.2, 4.6))
+    panel = axes[0, 0]
+    sensitivity = np.linspace(0.01, 1, 200)
+    for dice in (0.4, 0.5, 0.6, 0.7, 0.8):  # D = 2 PPV s / (PPV + s), solved for PPV
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ppv = dice * sensitivity / (2 * sensitivity - dice)
+        shown = (ppv > 0) & (ppv <= 1)
+        panel.plot(sensitivity[shown], ppv[shown], color="#bbbbbb", linewidth=0.8, zorder=0)
+        panel.annotate(f"Dice {dice:.1f}", (1.0, dice / (2 - dice)), fontsize=7, color="#666666", ha="right",
+                       va="bottom")
+    for k, (name, counts) in enumerate(levels.items()):
+        line = figures(counts)                                                           # (L, 5)
+        panel.plot(line[:, 3], line[:, 2], color=CYCLE[k % len(CYCLE)],
+                   linestyle=("-", "--", "-.", ":")[k // len(CYCLE)], label=name)
+        if answers is not None and name in answers:
+            dot = figures(answers[name])
+            panel.plot(dot[3], dot[2], "o", color=CYCLE[k % len(CYCLE)], markersize=6)
+    for marker, (name, (x, y)) in zip("Dsv^", (published or {}).items(), strict=False):
+        panel.plot(x, y, marker, color="black", markerfacecolor="white", markersize=7, label=f"published: {name}")
+    panel.set(xlabel="sensitivity", ylabel="PPV", xlim=(0, 1.01), ylim=(0, 1.01))
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 

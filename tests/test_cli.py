@@ -17,10 +17,13 @@ from typer.testing import CliRunner, Result
 
 from covidseg import DISCLAIMER, __version__
 from covidseg.cli import app, main
+from covidseg.cli_common import measured_on
 from covidseg.compare import differences, strongest_earlier, table_lines
-from covidseg.errors import InputFileError
+from covidseg.dataset import load_dataset
+from covidseg.errors import DatasetError, InputFileError
 from covidseg.io import read_scan, write_like
 from covidseg.lungs import lung_masks
+from covidseg.metrics import read_truth
 from covidseg.pipeline import Run, find_lungs
 from covidseg.predict import export_run, load_predictor
 from covidseg.prepare import uncrop
@@ -479,6 +482,21 @@ def test_reproduce_on_a_folder_of_its_own(tiny_phantom: Path, tiny_run: Run, tmp
     assert "step" not in again.output, "nothing is trained a second time"
     assert "system:" not in again.output, "nor measured"
     assert check_table(folder, list(SYSTEMS), [0], 10)["results"] == content["results"]
+
+
+def test_volumes_without_a_mask_are_not_measured(tiny_phantom: Path, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    """As in MosMedData, where fifty volumes have one and the normal ones have none."""
+    test = Path(shutil.copytree(tiny_phantom, tmp_path / "measured"))
+    (test / "mask" / SCAN).unlink()
+    data, name = measured_on("unused", str(test))
+    assert name == "measured"
+    assert len(data.cases) == len(load_dataset(tiny_phantom).cases) - 1
+    assert all(case.mask is not None for case in data.cases)
+    assert "1 of 4 volumes of measured" in capsys.readouterr().out.replace("\n", " ")
+    shutil.rmtree(test / "mask")
+    with pytest.raises(DatasetError, match="no lesion mask"):
+        read_truth(measured_on("unused", str(test))[0])
 
 
 def test_reproduce_on_the_split_of_a_registered_set(tiny_phantom: Path, tmp_path: Path,

@@ -33,6 +33,8 @@ from covidseg.compare import (
     table_lines,
     table_markdown,
     table_rich,
+    volume_dice,
+    volume_table,
 )
 from covidseg.crossval import cross_validated
 from covidseg.dataset import Dataset, load_dataset
@@ -334,6 +336,26 @@ def test_lines_follow_from_the_counts() -> None:
         assert line.seconds == (None if name == "masks" else 60.5)
     np.testing.assert_allclose(lines["extended"].auc, [0.8, 0.9])
     assert np.isnan(lines["otsu"].auc).all()
+
+
+def test_dice_of_each_volume() -> None:
+    own = by_system(comparison(2))["extended"]
+    found = volume_dice(own)
+    assert list(found) == [f"v{k}" for k in range(5)]
+    for k, name in enumerate(found):
+        for seed, dice in enumerate(found[name]):
+            hit, false, miss, _ = counts(0.8, 60, seed=seed + 10)[2 * k:2 * k + 2].sum(axis=0)
+            assert dice == pytest.approx(2 * hit / (2 * hit + false + miss), nan_ok=True)
+    assert volume_dice(by_system(comparison(2, STACK))["extended"]) == {}
+    table = volume_table(comparison(2), "volumes")
+    assert table is not None
+    assert table.row_count == 6
+    shown = [list(column.cells) for column in table.columns]
+    assert shown[0] == [*found, "mean"]
+    ours = list(by_system(comparison(2))).index("extended") + 1
+    assert shown[ours][0] == f"{found['v0'].mean():.2f}"
+    assert volume_table(comparison(2, STACK), "slices") is None
+    assert volume_table([], "nothing") is None
 
 
 def test_whole_volumes_are_drawn_and_single_slices_of_a_stack() -> None:

@@ -16,6 +16,7 @@ from covidseg.metrics import NAMES, confusion, macro, micro
 from covidseg.statistics import (
     FEWEST,
     Difference,
+    at_sensitivity,
     bootstrap_difference,
     bootstrap_interval,
     calibration,
@@ -385,3 +386,8 @@ def test_levels_want_probabilities_and_a_mask():
             level_counts(*bad)
     with pytest.raises(ValueError, match="at least one step"):
         level_counts(*good, steps=0)
+
+
+def test_level_for_a_sensitivity():
+    counts = np.array([[10, 90, 0, 0], [9, 30, 1, 60], [7, 10, 3, 80], [7, 9, 3, 81], [0, 0, 10, 90]])
+    assert [at_sensitivity(counts, s) for s in (1.0, 0.95, 0.9, 0.7, 0.1)] == [0, 0, 1, 3, 3]

@@ -112,3 +112,21 @@ def test_size_table_shows_every_bin() -> None:
     assert [label.get_text() for label in panel.get_yticklabels()] == ["a", "b"]
     assert [label.get_text() for label in panel.get_xticklabels()] == [
         "below 100\n1 slice", "100 to 2,000\n12 slices", "from 2,000\n0 slices"]
+
+
+def test_operating_curves_run_through_the_counts() -> None:
+    counts = np.array([[10, 90, 0, 0], [8, 8, 2, 82], [0, 0, 10, 90]])
+    figure = viz_results.operating_curves({"a": counts, "b": 2 * counts}, {"a": counts[1]}, {"paper": (0.85, 0.65)})
+    panel = figure.axes[0]
+    drawn = {drawn.get_label(): drawn for drawn in panel.lines if not drawn.get_label().startswith("_")}
+    assert list(drawn) == ["a", "b", "published: paper"]
+    assert drawn["a"].get_xdata()[:2].tolist() == [1, 0.8]
+    assert drawn["a"].get_ydata()[:2].tolist() == [0.1, 0.5]
+    assert np.isnan(drawn["a"].get_ydata()[2]), "nothing marked has no PPV"
+    assert [[list(one.get_xdata()), list(one.get_ydata())] for one in panel.lines if one.get_marker() == "o"] == [
+        [[0.8], [0.5]]]
+    mark = drawn["published: paper"]
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([0.85], [0.65])
+    halves = next(one for one in panel.lines if one.get_color() == "#bbbbbb")
+    x, y = halves.get_xdata(), halves.get_ydata()
+    np.testing.assert_allclose(2 * x * y / (x + y), 0.4, err_msg="lines of equal Dice")
