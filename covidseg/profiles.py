@@ -75,9 +75,11 @@ def faithful(profile: Profile) -> Profile:
 
     The segmenter then learns from fine labels alone: they count in full, lesion-free slices get lesions of other slices
     (:func:`covidseg.refine.paste_lesions`), and training is short, before the errors of the labels are learned too.
+    Those labels leave out doubtful rims and nothing painted says where a lesion ends, so the outline is drawn lower.
     """
     plain = repainted(profile, share=0.0)
-    segmenter = replace(plain.segmenter, fine_weight=1.0, paste=0.7, steps=min(plain.segmenter.steps, 400))
+    segmenter = replace(plain.segmenter, fine_weight=1.0, paste=0.7, steps=min(plain.segmenter.steps, 400),
+                        threshold=0.1)
     return replace(plain, method="faithful", segmenter=segmenter)
 
 

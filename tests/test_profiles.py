@@ -53,7 +53,7 @@ def test_the_faithful_method_paints_no_lesions_and_is_the_same_otherwise(name: s
     assert faithful.segmenter.paste > 0 == extended.segmenter.paste, "which keeps lesion-free slices from standing out"
     assert faithful.segmenter.steps <= extended.segmenter.steps
     segmenter = replace(faithful.segmenter, **{key: getattr(extended.segmenter, key)
-                                               for key in ("paint", "paste", "fine_weight", "steps")})
+                                               for key in ("paint", "paste", "fine_weight", "steps", "threshold")})
     back = replace(faithful, method="extended", mil=replace(faithful.mil, paint=extended.mil.paint),
                    segmenter=segmenter)
     assert back == extended
