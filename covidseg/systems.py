@@ -8,7 +8,7 @@ two earlier systems were chosen on the same slices as this project's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import nn
@@ -18,6 +18,7 @@ from covidseg.baselines.ad3d_mil import Ad3dMil, Ad3dMilSettings, ad3d_mil_maps
 from covidseg.baselines.decovnet import DeCoVNet, DeCoVNetSettings, decovnet_maps
 from covidseg.baselines.maps import judge_crops
 from covidseg.baselines.training import BaselineSettings, Net, train_baseline
+from covidseg.cam import CamSettings
 from covidseg.classify import slice_probabilities
 from covidseg.errors import ArtifactError, one_of
 from covidseg.evaluate import (
@@ -36,8 +37,12 @@ from covidseg.profiles import Profile, faithful
 
 @dataclass(frozen=True)
 class Rivals:
-    """Settings of the earlier systems: ports to single slices, and the published nets on slabs (``_3d``)."""
+    """Settings of the earlier systems: ports to single slices, and the published nets on slabs (``_3d``).
 
+    ``grad_cam`` is the map of the classifiers as it is drawn without any later stage: last block, one scale.
+    """
+
+    grad_cam: CamSettings = field(default_factory=lambda: CamSettings(layer_share=0.0, outline=0.2))
     decovnet: DeCoVNetSettings = field(default_factory=DeCoVNetSettings)
     ad3d_mil: Ad3dMilSettings = field(default_factory=Ad3dMilSettings)
     decovnet_3d: DeCoVNetSettings = field(default_factory=lambda: DeCoVNetSettings(
@@ -47,7 +52,7 @@ class Rivals:
 
 
 RIVALS = {
-    "quick": Rivals(DeCoVNetSettings(steps=200, rate=1e-3), Ad3dMilSettings(steps=240),
+    "quick": Rivals(CamSettings(layer_share=0.0), DeCoVNetSettings(steps=200, rate=1e-3), Ad3dMilSettings(steps=240),
                     DeCoVNetSettings(dims=3, batch=4, steps=100, rate=1e-3, outline=0.25),
                     Ad3dMilSettings(dims=3, batch=4, steps=100, outline=0.05)),
     "full": Rivals(),
@@ -96,8 +101,8 @@ def _otsu(run: Run, rivals: Rivals) -> Trained:
 
 
 def _grad_cam(run: Run, rivals: Rivals) -> Trained:
-    """Plain Grad-CAM of the classifier before any exchange: last block, one scale."""
-    net, plain = run.committee(), replace(run.profile.cam, layer_share=0.0, scales=(1.0,))
+    """Plain Grad-CAM of the classifiers before any exchange."""
+    net, plain = run.committee(), rivals.grad_cam
 
     def maps(crops: Crops, volume: bool) -> Maps:
         probability = slice_probabilities(net, crops)

@@ -73,7 +73,9 @@ def test_every_system_is_looked_at() -> None:
     assert {system.published for system in SYSTEMS.values()} == {*PUBLISHED, ""}
     assert {len(row) for row in PUBLISHED.values()} == {5}
     for rivals in (*RIVALS.values(), TINY_RIVALS):
-        assert [settings.dims for settings in vars(rivals).values()] == [2, 2, 3, 3]
+        plain, *nets = vars(rivals).values()
+        assert (plain.layer_share, plain.scales) == (0, (1.0,)), "Grad-CAM and nothing else"
+        assert [settings.dims for settings in nets] == [2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("volume", [True, False], ids=["volume", "stack"])

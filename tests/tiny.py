@@ -11,6 +11,7 @@ import torch
 from covidseg.baselines.ad3d_mil import Ad3dMilSettings
 from covidseg.baselines.decovnet import DeCoVNetSettings
 from covidseg.baselines.slabs import SlabSettings
+from covidseg.cam import CamSettings
 from covidseg.classify import ClassifierSettings
 from covidseg.dataset import load_dataset
 from covidseg.lungnet import LungNetSettings
@@ -29,7 +30,8 @@ TINY = Profile(
     mil=MilSettings(width=4, steps=8, batch=4), mutual=MutualSettings(rounds=2, stop=0.0),
     segmenter=SegmenterSettings(channels=(4, 8), steps=8, batch=4))
 SLAB = SlabSettings(depth=2, size=40, step=2)
-TINY_RIVALS = Rivals(DeCoVNetSettings(steps=2, batch=4), Ad3dMilSettings(steps=2, batch=4),
+TINY_RIVALS = Rivals(CamSettings(layer_share=0.0), DeCoVNetSettings(steps=2, batch=4),
+                     Ad3dMilSettings(steps=2, batch=4),
                      DeCoVNetSettings(dims=3, slab=SLAB, steps=2, batch=4),
                      Ad3dMilSettings(dims=3, slab=SLAB, steps=2, batch=4))
 STAGES = ("threshold", "lung_net", "weak", "classifier1", "cam1", "mil1", "classifier2", "cam2", "mil2", "rounds",
