@@ -44,7 +44,7 @@ class Rivals:
 
     grad_cam: CamSettings = field(default_factory=lambda: CamSettings(layer_share=0.0, outline=0.2))
     decovnet: DeCoVNetSettings = field(default_factory=DeCoVNetSettings)
-    ad3d_mil: Ad3dMilSettings = field(default_factory=Ad3dMilSettings)
+    ad3d_mil: Ad3dMilSettings = field(default_factory=lambda: Ad3dMilSettings(outline=0.35))
     decovnet_3d: DeCoVNetSettings = field(default_factory=lambda: DeCoVNetSettings(
         dims=3, batch=6, steps=240, rate=1e-3, outline=0.25))
     ad3d_mil_3d: Ad3dMilSettings = field(default_factory=lambda: Ad3dMilSettings(

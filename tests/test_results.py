@@ -95,3 +95,42 @@ def test_ours_is_ahead_of_both_earlier_systems_on_real_ct() -> None:
         assert line.iou is not None
         assert min(line.dice.low, line.iou.low) > 0
         assert line.p < 0.05
+
+
+ABLATION = "ablate-medseg9-quick"
+# What the book discusses; others may be there as well.
+DISCUSSED = {"whole", "threshold-lungs", "no-curriculum", "random-order", "reversed-order", "patch-10", "patch-grid",
+             "no-zeros", "true-lungs", "no-exchange", "one-way", "faithful", "pixel-masks"}
+
+
+def ablation_faults(content: dict) -> list[str]:
+    """What is missing from, or impossible in, a recorded ablation."""
+    found = [f"no {key}" for key in ("command", "environment", "test_data", "data", "settings", "variants")
+             if not content.get(key)]
+    found += [f"{name} has no sha256" for name, digest in {**content.get("test_data", {}),
+                                                           **content.get("data", {})}.items() if len(digest) != 64]
+    names = [variant["name"] for variant in content.get("variants", [])]
+    found += [f"{name} is missing" for name in sorted(DISCUSSED - set(names))]
+    found += [f"{name} twice" for name in sorted({name for name in names if names.count(name) > 1})]
+    for variant in content.get("variants", []):
+        for row in variant["rows"]:
+            dice, iou = row["micro"]["dice"], row["micro"]["iou"]
+            if dice is None or abs(iou - dice / (2 - dice)) > 2e-4:
+                found.append(f"{variant['name']}, {row['name']}: IoU {iou} does not fit Dice {dice}")
+    return found
+
+
+def test_the_recorded_ablation_is_complete() -> None:
+    content = read(ABLATION)
+    assert ablation_faults(content) == []
+    assert content["command"].startswith("covidseg ablate --data medseg9 --test medseg100")
+
+
+def test_the_check_of_ablations_fires() -> None:
+    content = copy.deepcopy(read(ABLATION))
+    content["variants"] = [one for one in content["variants"] if one["name"] != "no-zeros"]
+    content["variants"].append(content["variants"][1])
+    content["variants"][0]["rows"][0]["micro"]["iou"] += 0.01
+    content["environment"] = {}
+    content["data"]["1"] = "abc"
+    assert len(ablation_faults(content)) == 5
