@@ -11,7 +11,7 @@ import pytest
 
 from covidseg.compare import EARLIER, OURS, by_system, counts_of, table_lines
 from covidseg.metrics import NAMES, macro, micro
-from covidseg.systems import SYSTEMS
+from covidseg.systems import PUBLISHED, SYSTEMS
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = sorted((ROOT / "results").glob("table1-*.json"))
@@ -83,6 +83,21 @@ def test_stages_rank_on_the_phantom_as_on_real_ct(name: str) -> None:
                           for result in own["extended"]]) for row in ("Grad-CAM", "Patch MIL", "Segmenter")}
     floor = np.mean([result["rows"][-1]["micro"]["dice"] for result in own["otsu"]])
     assert floor < mean["Grad-CAM"] < mean["Patch MIL"] < mean["Segmenter"] < 0.95
+
+
+README_ROWS = {"DeCoVNet, single slices": "decovnet", "AD3D-MIL, single slices": "ad3d-mil",
+               "ours, faithful to the abstract": "faithful", "ours, extended by painted lesions": "extended"}
+
+
+def test_the_readme_quotes_the_record() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    quoted = {cells[0].strip(" *"): [cell.strip() for cell in cells[1:]] for line in text.splitlines()
+              if len(cells := line.strip("|").split("|")) == 6 and line.startswith("| ")}
+    lines = {line.key: line for line in table_lines(read(REAL)["results"])}
+    for title, key in README_ROWS.items():
+        assert quoted[title] == [f"{value:.3f}" for value in lines[key].micro.mean(axis=0)], title
+    for name, row in PUBLISHED.items():
+        assert quoted[f"published: {name}"] == [f"{value:.2f}" for value in row], name
 
 
 def test_ours_is_ahead_of_both_earlier_systems_on_real_ct() -> None:
