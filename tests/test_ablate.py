@@ -49,7 +49,8 @@ CHANGES = {
     "no-exchange": {"mutual.exchange", "mil.component_weight", "fine.cam_share"},
     "one-way": {"mutual.exchange"},
     "no-vessels": {"classifier.paint.vessels", "mil.paint.vessels", "segmenter.paint.vessels"},
-    "faithful": {"method", "mil.paint.share", "segmenter.paint.share", "segmenter.fine_weight", "segmenter.paste"},
+    "faithful": {"method", "mil.paint.share", "segmenter.paint.share", "segmenter.fine_weight", "segmenter.paste",
+                 "segmenter.threshold"},
     "no-paint": {"classifier.paint.vessels", "mil.paint.vessels", "segmenter.paint.vessels", "mil.paint.share",
                  "segmenter.paint.share"},
     "pixel-masks": set(),  # the settings stay: what is taught differs, see below
