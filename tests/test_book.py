@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +17,10 @@ import nbformat
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from covidseg.compare import Line, table_lines
+from covidseg.records import read_records
+from covidseg.report import spread
 
 ROOT = Path(__file__).resolve().parents[1]
 HTML = ROOT / "_build" / "html"
@@ -156,6 +162,30 @@ def test_pages_name_no_machine_path(book: Path) -> None:
 def test_every_page_carries_the_disclaimer(book: Path) -> None:
     for page in toc_pages():
         assert "not a medical device" in (book / f"{page}.html").read_text(encoding="utf-8"), page
+
+
+def figures_missing(page: str, lines: Sequence[Line]) -> list[str]:
+    """Systems of a comparison whose figures are not on a page: a row with the title and all five, in order."""
+    text = html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page)))
+    return [line.title for line in lines
+            if " ".join([line.title, *(spread(column) for column in line.micro.T)]) not in text]
+
+
+@pytest.mark.book
+def test_results_page_shows_the_recorded_comparison(book: Path) -> None:
+    record = read_records("table1-medseg9-full")["table1-medseg9-full"]
+    page = (book / "chapters/08_results.html").read_text(encoding="utf-8")
+    assert figures_missing(page, table_lines(record["results"])) == [], "run `make book` again"
+
+
+def test_check_of_the_results_page_fires() -> None:
+    record = read_records("table1-medseg9-full")["table1-medseg9-full"]
+    lines = table_lines(record["results"])
+    page = "".join(f"<tr><td>{line.title}</td>" + "".join(f"<td>{spread(c)}</td>\n" for c in line.micro.T) + "</tr>"
+                   for line in lines)
+    assert figures_missing(page, lines) == []
+    ours = next(line for line in lines if line.key == "extended")
+    assert figures_missing(page.replace(spread(ours.micro[:, 0]), "0.999 ± 0.001"), lines) == [ours.title]
 
 
 def test_page_checks_fire(tmp_path: Path) -> None:
