@@ -157,9 +157,10 @@ def train_lung_net(data: WeakSet, settings: LungNetSettings = LungNetSettings(),
         The averaged net in evaluation mode: ``(B, 1, s, s)`` normalised crops to logits.
     """
     free, ill = (data.crops.take(np.flatnonzero(data.labels == label)) for label in (0, 1))
-    net = _generation([_lungs_of(free, settings)], settings, settings.steps, seed, device, log, "lungs")
+    pools = [_lungs_of(free, settings)]
+    net = _generation(pools, settings, settings.steps, seed, device, log, "lungs")
     if settings.again and len(ill):
-        pools = [_lungs_of(free, settings), _lungs_of(robust_lungs(net, ill, settings), settings)]
+        pools.append(_lungs_of(robust_lungs(net, ill, settings), settings))
         net = _generation(pools, settings, settings.again, seed + 1, device, log, "lungs-2")
     return net
 

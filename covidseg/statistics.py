@@ -161,12 +161,8 @@ def reliability_sums(probabilities: np.ndarray, truth: np.ndarray, bins: int = 1
     Returns:
         ``(bins, 3)`` float64: sum of probabilities, lesion pixels, pixels.
     """
-    if probabilities.shape != truth.shape or truth.dtype != bool or bins < 1:
-        raise ValueError(f"probabilities {probabilities.shape}, truth {truth.shape} {truth.dtype} and {bins} bins: "
-                         "wanted are equal shapes, a bool truth and at least one bin")
+    _check_map(probabilities, truth, bins, "bin")
     p = probabilities.ravel().astype(float)  # sums of many float32 lose digits
-    if not ((p >= 0) & (p <= 1)).all():
-        raise ValueError("probabilities outside [0, 1] or NaN")
     which = np.minimum((p * bins).astype(int), bins - 1)
     return np.stack([np.bincount(which, w, minlength=bins) for w in (p, truth.ravel(), np.ones_like(p))], axis=1)
 
@@ -176,8 +172,6 @@ def calibration(sums: np.ndarray) -> Calibration:
     probability, lesion, count = sums.T
     return Calibration(_ratio(probability, count), _ratio(lesion, count), count.astype(np.int64))
 
-
-# --- what the functions above share -----------------------------------------------------------------------------
 
 def level_counts(probabilities: np.ndarray, truth: np.ndarray, steps: int = 100) -> np.ndarray:
     """Confusion counts for every level at which an outline could be drawn; add up those of several slices with ``+``.
@@ -190,11 +184,7 @@ def level_counts(probabilities: np.ndarray, truth: np.ndarray, steps: int = 100)
     Returns:
         ``(steps + 1, 4)`` int64: hit, false, missed, rest.
     """
-    if probabilities.shape != truth.shape or truth.dtype != bool or steps < 1:
-        raise ValueError(f"probabilities {probabilities.shape}, truth {truth.shape} {truth.dtype} and {steps} steps: "
-                         "wanted are equal shapes, a bool truth and at least one step")
-    if not ((probabilities >= 0) & (probabilities <= 1)).all():
-        raise ValueError("probabilities outside [0, 1] or NaN")
+    _check_map(probabilities, truth, steps, "step")
     # The levels in the type of the map, as in ``map >= level``: 0.3 is not the same number in both.
     levels = np.linspace(0, 1, steps + 1).astype(probabilities.dtype)
     bins = np.searchsorted(levels, probabilities.ravel(), side="right") - 1
@@ -213,6 +203,16 @@ def at_sensitivity(levels: np.ndarray, sensitivity: float) -> int:
         Number of the level; 0, where everything is marked, if there is no other.
     """
     return int(np.flatnonzero(figures(levels)[:, 3] >= sensitivity)[-1])
+
+
+# --- what the functions above share -----------------------------------------------------------------------------
+
+def _check_map(probabilities: np.ndarray, truth: np.ndarray, parts: int, what: str) -> None:
+    if probabilities.shape != truth.shape or truth.dtype != bool or parts < 1:
+        raise ValueError(f"probabilities {probabilities.shape}, truth {truth.shape} {truth.dtype} and {parts} {what}s: "
+                         f"wanted are equal shapes, a bool truth and at least one {what}")
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():
+        raise ValueError("probabilities outside [0, 1] or NaN")
 
 
 def _column(figure: str) -> int:
