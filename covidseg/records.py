@@ -81,11 +81,16 @@ def seeds_markdown(results: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def ablation_markdown(record: Record) -> str:
-    """Table of an ablation: the stages of the whole method, then patches and segmenter of each variant."""
+def ablation_markdown(records: Iterable[Record]) -> str:
+    """Table of an ablation: the stages of the whole method, then patches and segmenter of each variant.
+
+    Args:
+        records: the ablation, and more variants measured on the same slices with the same profile.
+    """
+    variants = [variant for record in records for variant in record["variants"]]
     def cell(value: float | None) -> str:
         return "–" if value is None else f"{value:.3f}"
     lines = ["| variant: stage | Dice | PPV | sensitivity | macro Dice |", "|---|" + "--:|" * 4]
     lines += [f"| {title} | " + " | ".join(cell(row["micro"][f]) for f in ("dice", "ppv", "sensitivity"))
-              + f" | {cell(row['macro']['dice'])} |" for title, row in ablation_rows(record["variants"])]
+              + f" | {cell(row['macro']['dice'])} |" for title, row in ablation_rows(variants)]
     return "\n".join(lines)

@@ -8,9 +8,6 @@ Okabe and Ito, which people with colour-blindness can tell apart.
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +22,6 @@ from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import AbstractPathEffect, withStroke
-from PIL import Image
 
 COLORS = {"lung": "#56B4E9", "coarse": "#CC79A7", "fine": "#009E73", "prediction": "#D55E00", "truth": "#F0E442"}
 # For lines and bars on white, in this order; the yellow of the truth is too pale there.
@@ -203,86 +199,6 @@ def show_stages(image: np.ndarray, lung: np.ndarray, stages: Mapping[str, np.nda
     masks = any(stage.dtype == bool for stage in stages.values())
     legend(figure, ["lung", "truth", *(["prediction"] if masks else [])])
     return figure
-
-
-def browser(images: np.ndarray, masks: Mapping[str, np.ndarray] | None = None, *,
-            titles: Sequence[str] = (), spacing: tuple[float, float] | None = None, name: str = "slice") -> Any:
-    """A slider over slices that needs no kernel: it works in the rendered page as well as in Jupyter and on Colab.
-
-    Args:
-        images: ``(S, H, W)`` HU or normalised.
-        masks: name -> ``(S, H, W)`` bool.
-        titles: text above each slice.
-        spacing: millimetres between rows and columns.
-        name: what is shown, for the description that screen readers read.
-
-    Returns:
-        An ``IPython.display.HTML``.
-    """
-    from IPython.display import HTML
-
-    masks, frames = masks or {}, []
-    for k, image in enumerate(images):
-        figure, axes = new_figure(1, 1, (4.4, 4.6))
-        draw_slice(axes[0, 0], image, spacing)
-        overlay(axes[0, 0], {key: mask[k] for key, mask in masks.items()})
-        if masks:
-            legend(figure, list(masks))
-        title = html.escape(titles[k] if k < len(titles) else f"slice {k}")
-        hidden = "" if k == len(images) // 2 else " hidden"
-        frames.append(f'<figure style="margin:0"{hidden}><img alt="{html.escape(name)}, {title}" '
-                      f'src="data:image/jpeg;base64,{_jpeg(figure)}" style="max-width:100%;height:auto">'
-                      f'<figcaption style="color:inherit">{title}</figcaption></figure>')
-    # A handler on the slider itself: no script element, no ids that could clash with those of another browser.
-    switch = ("const all = this.parentNode.querySelectorAll('figure');"
-              "all.forEach((frame, k) => { frame.hidden = k != this.value; })")
-    return HTML(f'<div class="covidseg-browser" style="max-width:30rem">'
-                f'<input type="range" min="0" max="{len(images) - 1}" value="{len(images) // 2}" '
-                f'aria-label="slice to show" style="width:100%" oninput="{switch}">{"".join(frames)}</div>')
-
-
-def _jpeg(figure: Figure) -> str:
-    """A figure as base64 JPEG: a fifth of the size of PNG for noisy pictures."""
-    raw, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(raw, format="png", dpi=90)
-    Image.open(raw).convert("RGB").save(small, format="jpeg", quality=80)
-    return base64.b64encode(small.getvalue()).decode()
-
-
-def widget(images: np.ndarray, masks: Mapping[str, np.ndarray] | None = None, *,
-           spacing: tuple[float, float] | None = None) -> Any:
-    """Live browser for a running notebook: sliders for the slice and for the display window, switches for masks.
-
-    Args:
-        images: ``(S, H, W)`` HU.
-        masks: name -> ``(S, H, W)`` bool.
-        spacing: millimetres between rows and columns.
-
-    Returns:
-        An ipywidgets ``VBox`` (versions 7.7 and 8).
-    """
-    import ipywidgets as widgets
-
-    masks = masks or {}
-    number = widgets.IntSlider(len(images) // 2, 0, len(images) - 1, description="slice", continuous_update=False)
-    centre = widgets.IntSlider(int(LUNG_WINDOW[0]), -1000, 500, 50, description="centre, HU", continuous_update=False)
-    width = widgets.IntSlider(int(LUNG_WINDOW[1]), 100, 3000, 100, description="width, HU", continuous_update=False)
-    switches = [widgets.Checkbox(True, description=name) for name in masks]
-    picture = widgets.Image(format="png", width=420)
-
-    def draw(*_: Any) -> None:
-        figure, axes = new_figure(1, 1, (4.4, 4.6))
-        half = width.value / 2
-        draw_slice(axes[0, 0], images[number.value], spacing, limits=(centre.value - half, centre.value + half))
-        overlay(axes[0, 0], {s.description: masks[s.description][number.value] for s in switches if s.value})
-        raw = io.BytesIO()
-        figure.savefig(raw, format="png", dpi=95)
-        picture.value = raw.getvalue()
-
-    for control in (number, centre, width, *switches):
-        control.observe(draw, names="value")
-    draw()
-    return widgets.VBox([number, centre, width, widgets.HBox(switches), picture])
 
 
 class TrainingLog:

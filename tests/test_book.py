@@ -174,7 +174,7 @@ def figures_missing(page: str, lines: Sequence[Line]) -> list[str]:
 @pytest.mark.book
 def test_results_page_shows_the_recorded_comparison(book: Path) -> None:
     record = read_records("table1-medseg9-full")["table1-medseg9-full"]
-    page = (book / "chapters/08_results.html").read_text(encoding="utf-8")
+    page = (book / "chapters/09_results.html").read_text(encoding="utf-8")
     assert figures_missing(page, table_lines(record["results"])) == [], "run `make book` again"
 
 

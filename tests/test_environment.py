@@ -195,6 +195,7 @@ def wheel_faults(names: set[str]) -> list[str]:
     """Files that a wheel lacks, and files in it that no package should hold."""
     known = packed_files()
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "covidseg").rglob("*.py")}
+    modules |= {str(path.relative_to(ROOT)) for path in (ROOT / "covidseg" / "quizzes").glob("*.json")}
     own = {name for name in names if ".dist-info/" not in name}
     return [f"lacks {name}" for name in sorted((known | modules) - own)] \
         + [f"has {name}" for name in sorted(own - known - modules)]
@@ -265,7 +266,7 @@ def picture_faults(svg: str) -> list[str]:
 
 
 def test_pipeline_picture_is_described() -> None:
-    assert picture_faults(read("docs/pipeline.svg")) == []
+    assert picture_faults(read("chapters/images/pipeline.svg")) == []
 
 
 def test_picture_check_fires() -> None:

@@ -56,7 +56,7 @@ def test_table_of_an_ablation() -> None:
     variants = [{"name": "whole", "title": "all", "rows": [row("Grad-CAM", 0.4, 0.3), row("Segmenter", 0.7, 0.6)]},
                 {"name": "one-way", "title": "one way",
                  "rows": [row("Grad-CAM", 0.4, 0.3), row("Segmenter", None, 0.6)]}]
-    lines = ablation_markdown({"variants": variants}).splitlines()
+    lines = ablation_markdown([{"variants": variants[:1]}, {"variants": variants[1:]}]).splitlines()
     assert lines[2:] == ["| all: Grad-CAM | 0.400 | 0.500 | 0.500 | 0.300 |",
                          "| all: Segmenter | 0.700 | 0.500 | 0.500 | 0.600 |",
                          "| one way: Segmenter | – | 0.500 | 0.500 | 0.600 |"]
@@ -88,4 +88,4 @@ def test_the_recorded_runs_of_the_project_are_found() -> None:
         assert origin(found).startswith("`covidseg reproduce")
         assert set(by_system(found["results"])) == {one["system"] for one in found["results"]}
     for found in read_records("ablate-*").values():
-        assert {variant["name"] for variant in found["variants"]} <= set(VARIANTS)
+        assert {variant["name"] for variant in found["variants"]} <= {*VARIANTS, "more-labels"}

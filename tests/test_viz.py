@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,52 +120,6 @@ def test_stages_show_maps_in_the_lung_only_and_masks_as_prediction(image: np.nda
     assert viz.COLORS["prediction"] in outline_colors(figure)
     without = viz.show_stages(image / 1000, lung, {"map": lesion.astype(float)}, lesion)
     assert "prediction" not in [text.get_text() for text in without.legends[0].get_texts()]
-
-
-def test_browser_shows_one_described_frame_and_needs_no_script(image: np.ndarray, lesion: np.ndarray) -> None:
-    page = viz.browser(np.stack([image] * 3), {"truth": np.stack([lesion] * 3)}, titles=["<low>", "mid", "high"],
-                       spacing=(1, 1), name="phantom").data
-    frames = re.findall(r"<figure[^>]*>", page)
-    assert [" hidden" in frame for frame in frames] == [True, False, True]
-    assert 'alt="phantom, mid"' in page
-    assert "&lt;low&gt;" in page
-    assert "<script" not in page
-    assert 'max="2" value="1"' in page
-    assert len(re.findall(r"data:image/jpeg;base64,[\w+/=]{1000,}", page)) == 3
-
-
-def test_browser_slider_switches_frames(image: np.ndarray, tmp_path: Path) -> None:
-    """In a real browser, where there is one."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = os.environ.get("COVIDSEG_CHROMIUM") or next((p for n in names if (p := shutil.which(n))), None)
-    if program is None:
-        pytest.skip("no Chromium here: install it, or name it in COVIDSEG_CHROMIUM")
-    from playwright.sync_api import sync_playwright
-
-    file = tmp_path / "browser.html"
-    file.write_text("<body>" + viz.browser(np.stack([image] * 4), titles=list("abcd")).data, encoding="utf-8")
-    with sync_playwright() as playwright:
-        instance = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
-        page = instance.new_page()
-        page.goto(file.as_uri())
-        assert page.inner_text("figure:not([hidden])").strip() == "c"
-        page.locator("input").fill("0")
-        assert page.inner_text("figure:not([hidden])").strip() == "a"
-        instance.close()
-
-
-def test_widget_redraws_when_a_control_moves(image: np.ndarray, lesion: np.ndarray) -> None:
-    box = viz.widget(np.stack([image, image[::-1]]), {"truth": np.stack([lesion] * 2)}, spacing=(1, 1))
-    number, centre, _, switches, picture = box.children
-    seen = [bytes(picture.value)]
-    assert seen[0].startswith(b"\x89PNG")
-    number.value = 0
-    seen.append(bytes(picture.value))
-    centre.value = 0
-    seen.append(bytes(picture.value))
-    switches.children[0].value = False
-    seen.append(bytes(picture.value))
-    assert len(set(seen)) == 4
 
 
 def test_log_prints_keeps_and_reads_the_last_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

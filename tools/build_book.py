@@ -17,6 +17,7 @@ import argparse
 import copy
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -30,10 +31,12 @@ from typing import Any
 
 import nbformat
 import yaml
+from notebooks import students_zip, with_local_pictures, with_solutions
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "_build"
 STAGE = BUILD / "stage"
+STATUS = BUILD / "status.json"
 SOURCES = ("_config.yml", "_toc.yml", "chapters", "docs")
 SLOW_CELL_SECONDS = 60.0
 PACKAGES = ("covidseg", "torch", "torchvision", "numpy", "scipy", "scikit-image", "nibabel", "monai", "jupyter-book")
@@ -154,10 +157,56 @@ def prepare_environment(build: Path) -> None:
     profile = build / "settings" / "ipython" / "profile_default"
     profile.mkdir(exist_ok=True)
     (profile / "ipython_kernel_config.py").write_text("get_config().IPKernelApp.log_level = 'ERROR'\n")
+    # Sliders are drawn beforehand: no kernel stands behind a page.
+    os.environ["COVIDSEG_STATIC"] = "1"
     # Relative to the kernels' folder, so that no chapter can print where the checkout lies.
     os.environ.setdefault("COVIDSEG_RUNS", "runs")
     # Matplotlib announces on standard error that it builds its font cache: have it done before a chapter runs.
     subprocess.run([sys.executable, "-c", "import matplotlib.font_manager"], check=False, capture_output=True)
+
+
+def localise(stage_folder: Path) -> None:
+    """Makes the staged pages independent of other hosts: pictures of the published book become files beside them."""
+    for path in [*stage_folder.glob("chapters/*.ipynb"), *stage_folder.glob("chapters/*.md")]:
+        text = path.read_text(encoding="utf-8")
+        if (local := with_local_pictures(text)) != text:
+            path.write_text(local, encoding="utf-8")
+
+
+def chapter_title(path: Path) -> str:
+    """The first heading of a notebook."""
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown" and (found := re.match(r"# (.+)", cell.source)):
+            return found[1]
+    return path.stem
+
+
+def status_tables(status: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Tables of a build as Markdown, by the name that a page asks for them.
+
+    Args:
+        status: content of ``status.json``.
+        folder: of the staged sources.
+    """
+    runs = [f"| [{chapter_title(folder / (run['chapter'] + '.ipynb'))}]({Path(run['chapter']).name}) | "
+            f"{run['seconds']:.0f} | {run['slowest_seconds']:.0f} | `{run['slowest_cell']}` |"
+            for run in status["chapters"]]
+    total = sum(run["seconds"] for run in status["chapters"])
+    versions = [f"| {name} | {number} |" for name, number in status["versions"].items()]
+    return {"times": "\n".join(["| chapter | seconds | slowest cell, seconds | which |", "|---|--:|--:|---|", *runs,
+                                f"| **all** | **{total:.0f}** | | |"]),
+            "versions": "\n".join(["| package | version |", "|---|---|", f"| Python | {status['python']} |",
+                                   *versions]),
+            "profile": f"Profile `{status['profile']}`, on {status['machine']}, {status['date']}."}
+
+
+def fill_tables(stage_folder: Path, tables: dict[str, str]) -> None:
+    """Puts the tables of the build where staged Markdown pages ask for them, ``<!-- table: NAME -->``."""
+    for path in stage_folder.glob("chapters/*.md"):
+        text = path.read_text(encoding="utf-8")
+        filled = re.sub(r"<!-- table: (\w+) -->", lambda found: tables.get(found[1], "(not measured yet)"), text)
+        if filled != text:
+            path.write_text(filled, encoding="utf-8")
 
 
 def run_chapter(chapter: str, source: Path, target: Path, folder: Path, profile: str) -> ChapterRun:
@@ -220,6 +269,32 @@ def render(stage_folder: Path, build: Path) -> int:
     return 0
 
 
+def write_status(runs: list[ChapterRun], profile: str) -> None:
+    """Keeps what a build measured; chapters that it did not run keep what the last one measured."""
+    before = json.loads(STATUS.read_text(encoding="utf-8")) if STATUS.exists() else {}
+    measured = {run["chapter"]: run for run in before.get("chapters", []) if before.get("profile") == profile}
+    measured |= {run.chapter: asdict(run) for run in runs}
+    status = {"profile": profile, "python": sys.version.split()[0], "date": time.strftime("%Y-%m-%d"),
+              "machine": f"{platform.system()} with {os.cpu_count()} processor cores",
+              "versions": {name: version(name) for name in PACKAGES},
+              "chapters": [measured[chapter] for chapter in chapters_to_run(ROOT) if chapter in measured]}
+    STATUS.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
+
+
+def run_solutions(chapters: list[str], build: Path, profile: str) -> bool:
+    """Runs chapters together with the solutions of their exercises; returns whether all of them worked."""
+    folder, worked = build / "solutions", True
+    folder.mkdir(exist_ok=True)
+    for chapter in chapters:
+        source, target = folder / f"{Path(chapter).name}-source.ipynb", folder / f"{Path(chapter).name}.ipynb"
+        nbformat.write(with_solutions(nbformat.read(ROOT / f"{chapter}.ipynb", as_version=4)), source)
+        run = run_chapter(chapter, source, target, build, profile)
+        worked = worked and not run.error
+        print(f"book: {chapter} with solutions: {run.seconds:.1f} s" + (f", FAILED: {run.error}" if run.error else
+              f"; read {target.relative_to(ROOT)}"), flush=True)
+    return worked
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line of ``make book``; returns the exit status."""
     parser = argparse.ArgumentParser(description="Run the chapters and build the book into _build/html.")
@@ -227,20 +302,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="TEXT", default=[],
                         help="run only chapters whose name contains one of these; the others keep their last outputs")
     parser.add_argument("--no-execute", action="store_true", help="render the chapters that were run last time")
+    parser.add_argument("--solutions", action="store_true",
+                        help="also run the solutions of the exercises, in copies that are not rendered")
     parser.add_argument("--strict-time", action="store_true",
                         help=f"fail if a cell takes longer than {SLOW_CELL_SECONDS:.0f} s")
     options = parser.parse_args(arguments)
 
     begin = time.perf_counter()
     BUILD.mkdir(exist_ok=True)
+    chosen = [chapter for chapter in chapters_to_run(ROOT)
+              if not options.only or any(text in chapter for text in options.only)]
+    if options.solutions:
+        prepare_environment(BUILD)
+        return 0 if run_solutions(chosen, BUILD, options.profile) else 1
     stage(ROOT, STAGE, keep_executed=options.no_execute or bool(options.only))
     failed = False
     if not options.no_execute:
         prepare_environment(BUILD)
         runs: list[ChapterRun] = []
-        for chapter in chapters_to_run(ROOT):
-            if options.only and not any(text in chapter for text in options.only):
-                continue
+        for chapter in chosen:
             target = STAGE / f"{chapter}.ipynb"
             run = run_chapter(chapter, ROOT / f"{chapter}.ipynb", target, BUILD, options.profile)
             runs.append(run)
@@ -253,9 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
                 failed = failed or options.strict_time
                 print(f"book: warning: cell {run.slowest_cell} of {chapter} takes longer than "
                       f"{SLOW_CELL_SECONDS:.0f} s, too long for a class", flush=True)
-        status = {"profile": options.profile, "python": sys.version.split()[0],
-                  "versions": {name: version(name) for name in PACKAGES}, "chapters": [asdict(run) for run in runs]}
-        (BUILD / "status.json").write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
+        write_status(runs, options.profile)
     for chapter in chapters_to_run(STAGE):
         notebook = nbformat.read(STAGE / f"{chapter}.ipynb", as_version=4)
         if cells := machine_paths(notebook, private_folders()):
@@ -263,6 +341,13 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"book: {chapter}: outputs of {', '.join(cells)} name a folder of this machine: print file names")
     if failed:
         return 1
+    localise(STAGE)
+    downloads = STAGE / "chapters" / "downloads"
+    downloads.mkdir(exist_ok=True)
+    (downloads / "covidseg-students.zip").write_bytes(
+        students_zip([ROOT / f"{chapter}.ipynb" for chapter in chapters_to_run(ROOT)]))
+    status = json.loads(STATUS.read_text(encoding="utf-8")) if STATUS.exists() else None
+    fill_tables(STAGE, status_tables(status, STAGE) if status else {})
     if render(STAGE, BUILD):
         return 1
     print(f"book: {(BUILD / 'html' / 'index.html').relative_to(ROOT)} is ready "
