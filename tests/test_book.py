@@ -5,11 +5,9 @@ from __future__ import annotations
 import html
 import importlib.util
 import json
-import os
 import re
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -316,21 +314,6 @@ def page_faults(browser: Any, file: Path, width: int, scheme: str = "light", acc
         return faults + page.evaluate(FAULTS_SCRIPT) + (access_faults(page) if access else [])
     finally:
         page.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium without a window; the tests that want it skip where there is none."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = os.environ.get("COVIDSEG_CHROMIUM") or next((p for n in names if (p := shutil.which(n))), None)
-    if path is None:
-        pytest.skip("no Chromium here: install it, or name it in COVIDSEG_CHROMIUM")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        instance = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        yield instance
-        instance.close()
 
 
 @pytest.mark.book
