@@ -18,7 +18,8 @@ from pathlib import Path
 from build_book import BUILD, ROOT, chapters_to_run
 
 CONSTRAINTS = Path(__file__).with_name("colab-constraints.txt")
-PYTHON = "3.12"
+# Colab's Python; the variable names one that uv does not find by itself and may not download.
+PYTHON = os.environ.get("COVIDSEG_COLAB_PYTHON", "3.12")
 
 
 def constraints(text: str) -> dict[str, str]:
@@ -78,7 +79,7 @@ def main() -> int:
                         "--python", sys.executable, "--out-dir", folder, ROOT], check=True)
         python = make_environment(BUILD / "colab", next(folder.glob("*.whl")))
         found = installed(python, list(wanted))
-        print("colab: Python " + PYTHON + ", " + ", ".join(f"{key} {value}" for key, value in found.items()))
+        print("colab: " + ", ".join(f"{key} {value}" for key, value in found.items()))
         if different := [key for key in wanted if found[key].split("+")[0] != wanted[key]]:
             print(f"colab: installing the package changed {', '.join(different)}: relax its requirements")
             return 1
