@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -254,6 +255,24 @@ def broken_links(root: Path) -> list[str]:
             if not file.exists() or (anchor and file in anchors and unquote(anchor) not in anchors[file]):
                 faults.append(f"{page.relative_to(root)}: {link}")
     return sorted(set(faults))
+
+
+@pytest.mark.book
+@pytest.mark.parametrize("name", [page for page in toc_pages() if (ROOT / f"{page}.ipynb").exists()])
+def test_every_chapter_opens_on_colab(book: Path, name: str) -> None:
+    """The button leads to the source in the repository, which has no outputs."""
+    page = (book / f"{name}.html").read_text(encoding="utf-8")
+    assert f"https://colab.research.google.com/github/covidseg/covidseg/blob/main/{name}.ipynb" in page
+
+
+@pytest.mark.book
+def test_students_find_their_notebooks(book: Path) -> None:
+    page = (book / "chapters/instructor.html").read_text(encoding="utf-8")
+    link = re.search(r'href="([^"]+covidseg-students\.zip)"', page)
+    assert link is not None
+    with zipfile.ZipFile(book / "chapters" / link[1]) as packed:
+        assert packed.namelist() == [f"{Path(page).name}.ipynb" for page in toc_pages()
+                                     if (ROOT / f"{page}.ipynb").exists()]
 
 
 @pytest.mark.book
