@@ -5,11 +5,10 @@ from __future__ import annotations
 import html
 import importlib.util
 import json
-import os
 import re
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -259,6 +258,24 @@ def broken_links(root: Path) -> list[str]:
 
 
 @pytest.mark.book
+@pytest.mark.parametrize("name", [page for page in toc_pages() if (ROOT / f"{page}.ipynb").exists()])
+def test_every_chapter_opens_on_colab(book: Path, name: str) -> None:
+    """The button leads to the source in the repository, which has no outputs."""
+    page = (book / f"{name}.html").read_text(encoding="utf-8")
+    assert f"https://colab.research.google.com/github/covidseg/covidseg/blob/main/{name}.ipynb" in page
+
+
+@pytest.mark.book
+def test_students_find_their_notebooks(book: Path) -> None:
+    page = (book / "chapters/instructor.html").read_text(encoding="utf-8")
+    link = re.search(r'href="([^"]+covidseg-students\.zip)"', page)
+    assert link is not None
+    with zipfile.ZipFile(book / "chapters" / link[1]) as packed:
+        assert packed.namelist() == [f"{Path(page).name}.ipynb" for page in toc_pages()
+                                     if (ROOT / f"{page}.ipynb").exists()]
+
+
+@pytest.mark.book
 def test_no_link_is_broken(book: Path) -> None:
     assert broken_links(book.resolve()) == []
 
@@ -316,21 +333,6 @@ def page_faults(browser: Any, file: Path, width: int, scheme: str = "light", acc
         return faults + page.evaluate(FAULTS_SCRIPT) + (access_faults(page) if access else [])
     finally:
         page.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium without a window; the tests that want it skip where there is none."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = os.environ.get("COVIDSEG_CHROMIUM") or next((p for n in names if (p := shutil.which(n))), None)
-    if path is None:
-        pytest.skip("no Chromium here: install it, or name it in COVIDSEG_CHROMIUM")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        instance = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        yield instance
-        instance.close()
 
 
 @pytest.mark.book
