@@ -6,7 +6,7 @@ advance in the settings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from covidseg.cam import CamSettings, activation_maps
 from covidseg.classify import Classifier, Committee, auc, slice_probabilities
-from covidseg.dataset import Dataset
+from covidseg.dataset import Case, Dataset
 from covidseg.fine import fuse
 from covidseg.io import read_mask, read_scan
 from covidseg.lungs import is_volume, lung_masks
-from covidseg.metrics import Scores, confusion, macro, micro, read_truth
+from covidseg.metrics import Scores, Truth, confusion, macro, micro, read_truth
 from covidseg.mil import patch_probabilities
 from covidseg.pipeline import Run
 from covidseg.prepare import Crops, crop_masks, uncrop_all
@@ -183,6 +183,70 @@ def supervised_outliner(run: Run, net: nn.Module) -> Outliner:
                     lambda crops, volume: (None, [lesion_probabilities(net, crops)]))
 
 
+def _opened(run: Run, test: Dataset) -> Iterator[tuple[Case, Truth, np.ndarray, Crops, bool]]:
+    """Each scan of a test set: its truth, the slices with lung, their crops, and whether they are one volume."""
+    for case in test.cases:
+        truth = read_truth(Dataset(test.root, (case,)))[0]
+        volume = is_volume(truth.scan.pixels)
+        found, crops = run.crops(truth.scan.pixels, volume)
+        if run.profile.true_lungs and case.lung is not None:
+            true_lungs = read_mask(case.lung, like=truth.scan)[found]
+            crops = replace(crops, lungs=crop_masks(true_lungs, crops.boxes, run.profile.prepare.size))
+        yield case, truth, found, crops, volume
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Crops of a test set with their truth, to look at answers slice by slice. Figures come from :func:`measure`.
+
+    Attributes:
+        scans: of each scan all crops in order, whether they are one volume, and which of them are measured.
+        crops: the ``N`` measured slices of all scans.
+        truth: ``(N, S, S)`` bool.
+        names: ``volume:slice`` of each.
+    """
+
+    scans: list[tuple[Crops, bool, np.ndarray]]
+    crops: Crops
+    truth: np.ndarray
+    names: list[str]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """``(N,)`` int, 1 = the crop shows a lesion."""
+        return self.truth.any(axis=(1, 2)).astype(int)
+
+    def maps(self, make: Callable[[Crops, bool], np.ndarray]) -> np.ndarray:
+        """What ``make`` says of every slice, ``(N, ...)``; it gets a whole scan at a time, as slab nets need it."""
+        return np.concatenate([make(crops, volume)[seen] for crops, volume, seen in self.scans])
+
+    def answers(self, outliner: Outliner) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+        """A system's answers.
+
+        Returns:
+            Probability that a slice has a lesion ``(N,)``, None where nothing judges slices; lesion maps
+            ``(N, S, S)`` in [0, 1]; and the masks, cut at the level of the settings.
+        """
+        judged = [(*outliner.maps(crops, volume), seen) for crops, volume, seen in self.scans]
+        maps = np.concatenate([each[-1][seen] for _, each, seen in judged])
+        verdicts = [probability[seen] for probability, _, seen in judged if probability is not None]
+        level = outliner.rows[-1][2]
+        return np.concatenate(verdicts) if verdicts else None, maps, maps >= (0.5 if np.isnan(level) else level)
+
+
+def unseen_slices(run: Run, test: Dataset) -> Unseen:
+    """Crops and truth of the measured slices of a test set in which lungs were found."""
+    scans, truths, names = list[tuple[Crops, bool, np.ndarray]](), list[np.ndarray](), list[str]()
+    for case, truth, found, crops, volume in _opened(run, test):
+        seen = np.isin(found, truth.slices)
+        scans.append((crops, volume, seen))
+        truths.append(crop_masks(truth.mask[found[seen]], crops.boxes[seen], run.profile.prepare.size))
+        names += [f"{case.id}:{k}" for k in found[seen]]
+    parts = [crops.take(seen) for crops, _, seen in scans]
+    crops = Crops(*(np.concatenate([getattr(part, f) for part in parts]) for f in ("images", "lungs", "boxes")))
+    return Unseen(scans, crops, np.concatenate(truths), names)
+
+
 def measure(run: Run, test: Dataset, outliners: Sequence[Outliner], *, progress: bool = False) -> list[Evaluation]:
     """Measures outlines on full slices of a test set: the same lungs and the same counting for all.
 
@@ -199,15 +263,10 @@ def measure(run: Run, test: Dataset, outliners: Sequence[Outliner], *, progress:
     levels = [[np.zeros((STEPS + 1, 4), np.int64) for _ in outliner.rows] for outliner in outliners]
     verdicts: list[list[np.ndarray]] = [[] for _ in outliners]
     lung_counts, labels, names = list[np.ndarray](), list[np.ndarray](), list[str]()
-    for case in tqdm(test.cases, desc="measuring", unit="volume", disable=not progress):
-        truth = read_truth(Dataset(test.root, (case,)))[0]
-        pixels, mask = truth.scan.pixels, truth.mask
+    for case, truth, found, crops, volume in tqdm(_opened(run, test), desc="measuring", unit="volume",
+                                                  total=len(test.cases), disable=not progress):
+        mask = truth.mask
         names += [f"{case.id}:{k}" for k in truth.slices]
-        volume = is_volume(pixels)
-        found, crops = run.crops(pixels, volume)
-        if run.profile.true_lungs and case.lung is not None:
-            true_lungs = read_mask(case.lung, like=truth.scan)[found]
-            crops = replace(crops, lungs=crop_masks(true_lungs, crops.boxes, run.profile.prepare.size))
         lungs = uncrop_all(crops.lungs, crops.boxes, found, mask.shape)[truth.slices] > 0.5
         lung_counts.append(confusion(lungs, mask[truth.slices]))
         seen = np.isin(found, truth.slices)

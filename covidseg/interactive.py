@@ -40,7 +40,7 @@ _SWITCH = ("const box = this.closest('.covidseg-explorer'); let frame = 0;"
            " input.parentNode.querySelector('output').textContent = label;"
            " frame += input.value * input.dataset.stride; });"
            "box.querySelectorAll('figure').forEach((figure, k) => { figure.hidden = k !== frame; })")
-_STYLE = ("<style>.covidseg-explorer{max-width:46rem}.covidseg-explorer figure{margin:0}"
+_STYLE = ("<style>.covidseg-explorer{max-width:46rem}.covidseg-explorer figure{margin:0}.covidseg-explorer figcaption{color:inherit!important;font-weight:400}"
           ".covidseg-explorer label{display:grid;grid-template-columns:minmax(7rem,auto) 1fr 5rem;gap:.6rem;"
           "align-items:center}.covidseg-explorer img{max-width:100%;height:auto}"
           "@media print{.covidseg-explorer label{display:none}"

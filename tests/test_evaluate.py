@@ -31,6 +31,7 @@ from covidseg.evaluate import (
     stage_outliner,
     supervised_outliner,
     training_truth,
+    unseen_slices,
 )
 from covidseg.io import Grid, read_mask, read_scan, write_like
 from covidseg.lungnet import robust_lungs
@@ -577,3 +578,32 @@ def test_outliners_are_told_what_is_a_volume(untrained: SimpleNamespace, squares
     volume = Dataset(squares.root, (replace(case, image=same),))
     measure(untrained, volume, [level_outliner(0.5, 0.5, asked=asked)])  # type: ignore[arg-type]
     assert asked == [False, False, True]
+
+
+def test_answers_slice_by_slice_are_those_that_were_measured(tiny_run: Run, measured: Evaluation) -> None:
+    unseen = unseen_slices(tiny_run, tiny_run.data.subset(["phantom_01", "phantom_02"]))
+    assert set(unseen.names) <= set(measured.names)
+    assert len(unseen.names) == len(unseen.crops) == len(unseen.truth) == len(unseen.labels)
+    outliner = stage_outliner(tiny_run)
+    probability, maps, masks = unseen.answers(outliner)
+    assert probability is not None
+    assert len(probability) == len(maps)
+    np.testing.assert_array_equal(masks, maps >= outliner.rows[-1][2])
+    np.testing.assert_array_equal(maps, unseen.maps(lambda crops, volume: outliner.maps(crops, volume)[1][-1]))
+    # Back in the full slice they are the masks that were counted.
+    rows = [measured.names.index(name) for name in unseen.names]
+    counts = measured.stages[-1].counts[rows]
+    for small, box, (hit, false, *_) in zip(maps, unseen.crops.boxes, counts, strict=True):
+        full = uncrop(small, box, (128, 128)).clip(0, 1)
+        assert (full >= outliner.rows[-1][2]).sum() == hit + false
+
+
+def test_slices_that_are_not_measured_are_not_looked_at(tiny_run: Run) -> None:
+    """A net still reads the whole volume."""
+    one = tiny_run.data.subset(["phantom_01"]).cases[0]
+    some = dict(list(one.labels.items())[3:6])
+    unseen = unseen_slices(tiny_run, Dataset(tiny_run.data.root, (replace(one, labels=some),)))
+    assert set(unseen.names) <= {f"phantom_01:{k}" for k in some}
+    assert len(unseen.scans[0][0]) > len(unseen.names)
+    assert unseen.answers(otsu_outliner())[0] is None
+    assert unseen.answers(otsu_outliner())[2].shape == unseen.truth.shape

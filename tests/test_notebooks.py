@@ -39,11 +39,11 @@ def strip_faults(notebook: NotebookNode) -> list[str]:
 
 
 def opening_faults(notebook: NotebookNode, setup: str) -> list[str]:
-    """Deviations from the four cells that open every chapter; ``setup`` is the source of the second."""
-    opening = ("title", "colab-setup", "imports", "parameters")
-    if tuple(cell.id for cell in notebook.cells[:4]) != opening:
+    """Deviations from the cells that open every chapter; ``setup`` is the source of the one that installs."""
+    opening = ("title", "idea", "colab-setup", "imports", "parameters")
+    if tuple(cell.id for cell in notebook.cells[:5]) != opening:
         return [f"the first cells must be {', '.join(opening)}"]
-    title, colab, imports, parameters = notebook.cells[:4]
+    title, _, colab, imports, parameters = notebook.cells[:5]
     faults = []
     if not re.match(r"# \S", title.source) or not re.search(r"^- ", title.source, re.MULTILINE):
         faults.append("title: must start with a heading and list what the reader can do afterwards")
@@ -92,7 +92,7 @@ def welcome() -> NotebookNode:
 
 
 def setup_source() -> str:
-    return nbformat.read(WELCOME, as_version=4).cells[1].source
+    return next(cell.source for cell in nbformat.read(WELCOME, as_version=4).cells if cell.id == "colab-setup")
 
 
 def test_there_are_chapters() -> None:
@@ -123,14 +123,14 @@ def test_setup_installs_on_colab_only_and_names_the_gpu() -> None:
 
 
 def test_strip_check_fires(welcome: NotebookNode) -> None:
-    welcome.cells[2].outputs = [nbformat.v4.new_output("stream", text="left over")]
-    welcome.cells[3].metadata["papermill"] = {"duration": 1}
+    welcome.cells[3].outputs = [nbformat.v4.new_output("stream", text="left over")]
+    welcome.cells[4].metadata["papermill"] = {"duration": 1}
     welcome.metadata["papermill"] = {"input_path": "somewhere"}
     del welcome.metadata["kernelspec"]["language"]
     assert strip_faults(welcome) == [
         "imports: has outputs, run `make strip`", "parameters: has metadata papermill, run `make strip`",
         f"kernelspec must be {KERNEL}", "notebook has metadata papermill"]
-    welcome.cells[3].metadata["tags"] = ["injected-parameters"]
+    welcome.cells[4].metadata["tags"] = ["injected-parameters"]
     welcome.nbformat_minor = 4
     assert {"parameters: was injected by papermill, remove it", "notebook format must be 4.5"} <= set(
         strip_faults(welcome))
@@ -139,13 +139,13 @@ def test_strip_check_fires(welcome: NotebookNode) -> None:
 def test_opening_check_fires(welcome: NotebookNode) -> None:
     setup = setup_source()
     welcome.cells[0].source = "No heading"
-    welcome.cells[1].source += "\n# changed"
-    welcome.cells[2].source = "import covidseg"
-    welcome.cells[3].source = 'profile = "full"\nseed = 0'
+    welcome.cells[2].source += "\n# changed"
+    welcome.cells[3].source = "import covidseg"
+    welcome.cells[4].source = 'profile = "full"\nseed = 0'
     assert [fault.split(":")[0] for fault in opening_faults(welcome, setup)] == [
         "title", "colab-setup", "imports", "parameters"]
     del welcome.cells[1]
-    assert opening_faults(welcome, setup) == ["the first cells must be title, colab-setup, imports, parameters"]
+    assert opening_faults(welcome, setup) == ["the first cells must be title, idea, colab-setup, imports, parameters"]
 
 
 def test_id_check_fires(welcome: NotebookNode) -> None:
@@ -157,8 +157,8 @@ def test_id_check_fires(welcome: NotebookNode) -> None:
 
 def test_picture_check_fires(welcome: NotebookNode) -> None:
     welcome.cells[0].source += "\n![](picture.png)"
-    welcome.cells[2].source += "\nplt.show()"
-    welcome.cells[3].metadata["tags"] = ["parameters", "figure"]
+    welcome.cells[3].source += "\nplt.show()"
+    welcome.cells[4].metadata["tags"] = ["parameters", "figure"]
     assert picture_faults(welcome) == [
         "title: a picture has no alternative text", "imports: draws, so it needs the tag figure",
         "parameters: needs mystnb.image.alt that says what is to be seen"]
