@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv book html test lint strip lock clean distclean FORCE
+.PHONY: help venv book html pdf solutions colab test lint strip lock clean distclean FORCE
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -27,6 +27,15 @@ book: $(READY)  ## Run every chapter and build the book into _build/html
 
 html: $(READY)  ## Build the pages again from chapters that have run already
 	$(BIN)/python tools/build_book.py --no-execute $(BOOK_ARGS)
+
+pdf: $(READY)  ## Print the built book into _build/covidseg-book.pdf (needs Chromium)
+	$(BIN)/python tools/book_pdf.py
+
+solutions: $(READY)  ## Run the solutions of all exercises after their chapters
+	$(BIN)/python tools/build_book.py --solutions $(BOOK_ARGS)
+
+colab: $(READY)  ## Run every chapter on Colab's versions, outside the repository
+	$(BIN)/python tools/colab_check.py
 
 test: $(READY)  ## Run the tests (those of the built book skip when there is none)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

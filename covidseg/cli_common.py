@@ -22,9 +22,22 @@ Method = Annotated[str, typer.Option(help="extended (lesions painted on lesion-f
                                           "(no painted lesion, as in the abstract).")]
 Seed = Annotated[int, typer.Option(help="Seed of all stages.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Data = Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`.")]
+Data = Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`; `medseg` trains on "
+                                        "medseg2 and measures on medseg1.")]
 Test = Annotated[str | None, typer.Option(
     help="Folder or name to measure on; default: the test side of the set's own split.")]
+
+
+# Names that stand for two sets, one to train on and one to measure on: MedSeg's second and first, as in Table 1.
+PAIRS = {"medseg": ("medseg2", "medseg1")}
+
+
+def sides(data: str, test: str | None) -> tuple[str, str | None]:
+    """Training set and measured set; a name of :data:`PAIRS` stands for both, unless it is a folder."""
+    if data in PAIRS and not Path(data).is_dir():
+        first, second = PAIRS[data]
+        return first, test or second
+    return data, test
 
 
 def measured_on(data: str, test: str | None) -> tuple[Dataset, str]:

@@ -12,7 +12,7 @@ import numpy as np
 import typer
 
 from covidseg import DISCLAIMER
-from covidseg.cli_common import Data, Device, Method, Profile, Seed, Test, console, measured_on, recorded
+from covidseg.cli_common import Data, Device, Method, Profile, Seed, Test, console, measured_on, recorded, sides
 from covidseg.errors import SettingsError
 
 
@@ -63,6 +63,7 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
     from covidseg.report import write_run
     from covidseg.systems import RIVALS, chosen
 
+    data, test = sides(data, test)
     names = chosen(systems.split(",") if systems else None)  # a misspelt name ends it here, before anything is trained
     folder = out or Path("runs") / f"{Path(data).name}-{profile}"
     testing, tested = measured_on(data, test)
@@ -116,6 +117,7 @@ def ablate_command(
     from covidseg.pipeline import open_run
     from covidseg.report import scores_from, scores_table
 
+    data, test = sides(data, test)
     asked = only.split(",") if only else None
     chosen(asked)  # a misspelt name ends it here, before anything is trained
     folder = out or Path("runs") / f"{Path(data).name}-{profile}-{method}-seed{seed}"

@@ -1,9 +1,11 @@
-"""Shared fixtures: a small phantom, made once per run, and the folder of real scans where there is one."""
+"""Shared fixtures: a small phantom, made once per run, real scans and a browser where there are any."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # The tests' nets are tiny: threads would spend their time waiting for each other. Must be set before torch starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,3 +40,17 @@ def realct() -> Path:
     if not folder.is_dir():
         pytest.fail(f"COVIDSEG_REALCT names {folder}, which is no folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window; the tests that want it skip where there is none."""
+    import book_pdf
+
+    program = book_pdf.chromium()
+    if program is None:
+        pytest.skip("no Chromium here: install it, or name it in COVIDSEG_CHROMIUM")
+    with book_pdf.sync_playwright() as playwright:
+        instance = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        yield instance
+        instance.close()

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from covidseg import DISCLAIMER, __version__
 from covidseg.cli import app, main
-from covidseg.cli_common import measured_on
+from covidseg.cli_common import PAIRS, measured_on, sides
 from covidseg.compare import differences, strongest_earlier, table_lines
 from covidseg.dataset import load_dataset
 from covidseg.errors import DatasetError, InputFileError
@@ -28,6 +28,7 @@ from covidseg.pipeline import Run, find_lungs
 from covidseg.predict import export_run, load_predictor
 from covidseg.prepare import uncrop
 from covidseg.profiles import PROFILES
+from covidseg.registry import load_registry
 from covidseg.report import write_run
 from covidseg.systems import RIVALS, SYSTEMS
 
@@ -497,6 +498,21 @@ def test_volumes_without_a_mask_are_not_measured(tiny_phantom: Path, tmp_path: P
     shutil.rmtree(test / "mask")
     with pytest.raises(DatasetError, match="no lesion mask"):
         read_truth(measured_on("unused", str(test))[0])
+
+
+def test_one_name_stands_for_both_sets_of_the_published_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without the data there is nothing to train: the error names the set that has to be fetched first."""
+    assert sides("medseg", None) == ("medseg2", "medseg1")
+    assert sides("medseg", "zenodo20") == ("medseg2", "zenodo20")
+    assert sides("phantom", None) == ("phantom", None)
+    assert {name for pair in PAIRS.values() for name in pair} <= set(load_registry())
+    monkeypatch.setenv("COVIDSEG_DATA", str(tmp_path))
+    for command in ("reproduce", "ablate"):
+        with pytest.raises(DatasetError, match="covidseg data get medseg1"):
+            invoke(command, "--data", "medseg")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "medseg").mkdir()
+    assert sides("medseg", None) == ("medseg", None), "a folder of that name is itself"
 
 
 def test_reproduce_on_the_split_of_a_registered_set(tiny_phantom: Path, tmp_path: Path,

@@ -182,20 +182,20 @@ def test_a_setting_is_one_of_a_few() -> None:
 # --- the wheel ---------------------------------------------------------------------------------------------------
 
 def packed_files() -> set[str]:
-    """What has to come along with the modules: the nets, recorded runs, registry, splits and licences."""
+    """What has to come along with the modules: nets, recorded runs, registry, splits, licences, quizzes."""
     nets = {f"stages/{net}.safetensors{end}" for net in ("segmenter", "patches", "lung_net") for end in ("", ".sha256")}
     weights = {f"covidseg/weights/{name}" for name in {"run.json", "MODEL_CARD.md", *nets}}
     data = {f"covidseg/_data/{folder.name}/{path.relative_to(folder)}"
             for folder in (ROOT / "results", ROOT / "data/splits", ROOT / "data/licences")
             for path in folder.rglob("*") if path.is_file()}
-    return {*weights, *data, "covidseg/_data/registry.toml"}
+    quizzes = {str(path.relative_to(ROOT)) for path in (ROOT / "covidseg" / "quizzes").glob("*.json")}
+    return {*weights, *data, *quizzes, "covidseg/_data/registry.toml"}
 
 
 def wheel_faults(names: set[str]) -> list[str]:
     """Files that a wheel lacks, and files in it that no package should hold."""
     known = packed_files()
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "covidseg").rglob("*.py")}
-    modules |= {str(path.relative_to(ROOT)) for path in (ROOT / "covidseg" / "quizzes").glob("*.json")}
     own = {name for name in names if ".dist-info/" not in name}
     return [f"lacks {name}" for name in sorted((known | modules) - own)] \
         + [f"has {name}" for name in sorted(own - known - modules)]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +26,6 @@ def explorer() -> Explorer:
     return explore(draw, {"level": [0.1, 0.2, 0.3], "side": ["left", "right"]}, start={"level": 0.3}, name="a line")
 
 
-@pytest.fixture
-def chromium() -> Iterator[Any]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = os.environ.get("COVIDSEG_CHROMIUM") or next((p for n in names if (p := shutil.which(n))), None)
-    if program is None:
-        pytest.skip("no Chromium here: install it, or name it in COVIDSEG_CHROMIUM")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        instance = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
-        yield instance
-        instance.close()
-
-
 def test_page_holds_all_frames_and_shows_one(explorer: Explorer) -> None:
     page = explorer.page()
     frames = re.findall(r"<figure[^>]*>", page)
@@ -54,10 +37,10 @@ def test_page_holds_all_frames_and_shows_one(explorer: Explorer) -> None:
     assert page.count("class=montage") == 6
 
 
-def test_frames_follow_the_sliders_in_a_browser(explorer: Explorer, chromium: Any, tmp_path: Path) -> None:
+def test_frames_follow_the_sliders_in_a_browser(explorer: Explorer, browser: Any, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     file.write_text(f"<body>{explorer.page()}{explorer.page()}</body>", encoding="utf-8")  # two must not interfere
-    page = chromium.new_page()
+    page = browser.new_page()
     page.goto(file.as_uri())
     first, second = page.locator(".covidseg-explorer").all()
     first.locator("input").nth(0).fill("0")
@@ -69,14 +52,14 @@ def test_frames_follow_the_sliders_in_a_browser(explorer: Explorer, chromium: An
     assert second.locator("figure:visible").inner_text() == "right at 0.3 <ok>"
 
 
-def test_without_scripts_and_on_paper_a_montage_stands(explorer: Explorer, chromium: Any, tmp_path: Path) -> None:
+def test_without_scripts_and_on_paper_a_montage_stands(explorer: Explorer, browser: Any, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     file.write_text(f"<body>{explorer.page()}</body>", encoding="utf-8")
-    plain = chromium.new_context(java_script_enabled=False).new_page()
+    plain = browser.new_context(java_script_enabled=False).new_page()
     plain.goto(file.as_uri())
     assert plain.locator("figure:visible").count() == 6
     assert plain.locator("input:visible").count() == 0
-    paper = chromium.new_page()
+    paper = browser.new_page()
     paper.goto(file.as_uri())
     assert paper.locator("figure:visible").count() == 1
     paper.emulate_media(media="print")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +50,8 @@ def test_text_names_answers_and_folds_the_right_one() -> None:
     assert "<summary>Answer</summary>a &lt;b&gt;: because</details>" in text
 
 
-def test_quiz_answers_back_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quiz_answers_back_in_a_browser(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real output of a cell, put into a page as the book does, with no network."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = os.environ.get("COVIDSEG_CHROMIUM") or next((p for n in names if (p := shutil.which(n))), None)
-    if program is None:
-        pytest.skip("no Chromium here: install it, or name it in COVIDSEG_CHROMIUM")
-    from playwright.sync_api import sync_playwright
-
     shown: list[Any] = []
     monkeypatch.setattr("jupyterquiz.dynamic.display.display", shown.append)
     monkeypatch.setattr("IPython.display.display", shown.append)
@@ -69,16 +61,13 @@ def test_quiz_answers_back_in_a_browser(tmp_path: Path, monkeypatch: pytest.Monk
     file.write_text(f"<body>{page_html}</body>", encoding="utf-8")
     first = quiz.questions("00_welcome")[0]
     right = next(a for a in first["answers"] if a["correct"])
-    with sync_playwright() as playwright:
-        instance = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
-        page, asked = instance.new_page(), []
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(file.as_uri())
-        page.wait_for_timeout(1200)  # the quiz looks for MathJax after half a second
-        page.get_by_text(right["answer"], exact=True).first.click()
-        assert page.get_by_text(right["feedback"][:30]).first.is_visible()
-        assert [url for url in asked if url.startswith("http")] == []
-        plain = instance.new_context(java_script_enabled=False).new_page()
-        plain.goto(file.as_uri())
-        assert plain.locator("noscript ol > li, ol > li").first.is_visible()
-        instance.close()
+    page, asked = browser.new_page(), []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.as_uri())
+    page.wait_for_timeout(1200)  # the quiz looks for MathJax after half a second
+    page.get_by_text(right["answer"], exact=True).first.click()
+    assert page.get_by_text(right["feedback"][:30]).first.is_visible()
+    assert [url for url in asked if url.startswith("http")] == []
+    plain = browser.new_context(java_script_enabled=False).new_page()
+    plain.goto(file.as_uri())
+    assert plain.locator("noscript ol > li, ol > li").first.is_visible()

@@ -85,7 +85,8 @@ def test_stages_rank_on_the_phantom_as_on_real_ct(name: str) -> None:
     assert floor < mean["Grad-CAM"] < mean["Patch MIL"] < mean["Segmenter"] < 0.95
 
 
-README_ROWS = {"DeCoVNet, single slices": "decovnet", "AD3D-MIL, single slices": "ad3d-mil",
+README_ROWS = {"for comparison:* the same U-Net taught with masks": "masks",
+               "DeCoVNet, single slices": "decovnet", "AD3D-MIL, single slices": "ad3d-mil",
                "ours, faithful to the abstract": "faithful", "ours, extended by painted lesions": "extended"}
 
 

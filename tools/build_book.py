@@ -31,7 +31,8 @@ from typing import Any
 
 import nbformat
 import yaml
-from notebooks import students_zip, with_local_pictures, with_solutions
+from notebooks import students_zip, with_solutions
+from pages import fill_tables, localise, mended, status_tables, trim_mathjax
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "_build"
@@ -165,50 +166,6 @@ def prepare_environment(build: Path) -> None:
     subprocess.run([sys.executable, "-c", "import matplotlib.font_manager"], check=False, capture_output=True)
 
 
-def localise(stage_folder: Path) -> None:
-    """Makes the staged pages independent of other hosts: pictures of the published book become files beside them."""
-    for path in [*stage_folder.glob("chapters/*.ipynb"), *stage_folder.glob("chapters/*.md")]:
-        text = path.read_text(encoding="utf-8")
-        if (local := with_local_pictures(text)) != text:
-            path.write_text(local, encoding="utf-8")
-
-
-def chapter_title(path: Path) -> str:
-    """The first heading of a notebook."""
-    for cell in nbformat.read(path, as_version=4).cells:
-        if cell.cell_type == "markdown" and (found := re.match(r"# (.+)", cell.source)):
-            return found[1]
-    return path.stem
-
-
-def status_tables(status: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Tables of a build as Markdown, by the name that a page asks for them.
-
-    Args:
-        status: content of ``status.json``.
-        folder: of the staged sources.
-    """
-    runs = [f"| [{chapter_title(folder / (run['chapter'] + '.ipynb'))}]({Path(run['chapter']).name}) | "
-            f"{run['seconds']:.0f} | {run['slowest_seconds']:.0f} | `{run['slowest_cell']}` |"
-            for run in status["chapters"]]
-    total = sum(run["seconds"] for run in status["chapters"])
-    versions = [f"| {name} | {number} |" for name, number in status["versions"].items()]
-    return {"times": "\n".join(["| chapter | seconds | slowest cell, seconds | which |", "|---|--:|--:|---|", *runs,
-                                f"| **all** | **{total:.0f}** | | |"]),
-            "versions": "\n".join(["| package | version |", "|---|---|", f"| Python | {status['python']} |",
-                                   *versions]),
-            "profile": f"Profile `{status['profile']}`, on {status['machine']}, {status['date']}."}
-
-
-def fill_tables(stage_folder: Path, tables: dict[str, str]) -> None:
-    """Puts the tables of the build where staged Markdown pages ask for them, ``<!-- table: NAME -->``."""
-    for path in stage_folder.glob("chapters/*.md"):
-        text = path.read_text(encoding="utf-8")
-        filled = re.sub(r"<!-- table: (\w+) -->", lambda found: tables.get(found[1], "(not measured yet)"), text)
-        if filled != text:
-            path.write_text(filled, encoding="utf-8")
-
-
 def run_chapter(chapter: str, source: Path, target: Path, folder: Path, profile: str) -> ChapterRun:
     """Runs one notebook from ``source`` to ``target`` in ``folder``; a failed one is written too, with its error."""
     # Imported here: papermill takes a second, and the functions above are used by tests without it.
@@ -229,13 +186,6 @@ def run_chapter(chapter: str, source: Path, target: Path, folder: Path, profile:
     nbformat.write(tidy(executed), target)
     return ChapterRun(chapter, round(seconds, 1), slowest, round(times.get(slowest, 0.0), 1),
                       stderr_cells(executed), error)
-
-
-def without_thebe(page: str) -> str:
-    """A page without the scripts of Thebe: the book does not offer it, and they come twice, a script error."""
-    page = re.sub(r"<script>const THEBE_JS_URL.*?</script>", "", page, flags=re.DOTALL)
-    page = re.sub(r'<script[^>]*src="[^"]*sphinx-thebe\.js[^"]*"[^>]*></script>', "", page)
-    return re.sub(r'<script type="text/x-thebe-config">.*?</script>', "", page, flags=re.DOTALL)
 
 
 def render(stage_folder: Path, build: Path) -> int:
@@ -261,8 +211,9 @@ def render(stage_folder: Path, build: Path) -> int:
         return 1
     for page in html.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
-        if (clean := without_thebe(text)) != text:
+        if (clean := mended(text)) != text:
             page.write_text(clean, encoding="utf-8")
+    trim_mathjax(html / "_static" / "mathjax")
     shutil.rmtree(build / "html", ignore_errors=True)
     shutil.move(html, build / "html")
     shutil.rmtree(out, ignore_errors=True)
