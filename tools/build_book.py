@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "_build"
 STAGE = BUILD / "stage"
 STATUS = BUILD / "status.json"
-SOURCES = ("_config.yml", "_toc.yml", "chapters", "docs")
+SOURCES = ("_config.yml", "_toc.yml", "CHANGELOG.md", "chapters", "docs")
 SLOW_CELL_SECONDS = 60.0
 PACKAGES = ("covidseg", "torch", "torchvision", "numpy", "scipy", "scikit-image", "nibabel", "monai", "jupyter-book")
 
