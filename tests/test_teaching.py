@@ -109,6 +109,23 @@ def test_pictures_of_the_published_book_are_in_this_one(page: Path) -> None:
     assert [name for name in picture_files(page.read_text(encoding="utf-8")) if not (IMAGES / name).exists()] == []
 
 
+def reading_minutes(guide: str) -> dict[str, int]:
+    """Number of each chapter -> minutes of reading and trying, from the table for instructors."""
+    return {found[1]: int(found[2]) for found in re.finditer(r"^\| (\d+) [^|]+\| (\d+) \| \d+ \|", guide, re.MULTILINE)}
+
+
+def test_instructors_and_students_are_told_the_same_time(chapter: tuple[Path, NotebookNode]) -> None:
+    guide = reading_minutes((ROOT / "chapters" / "instructor.md").read_text(encoding="utf-8"))
+    told = re.search(r"\*\*Time:\*\* about (\d+) minutes", chapter[1].cells[0].source)
+    assert told is not None
+    assert guide[str(int(chapter[0].name[:2]))] == int(told[1])
+
+
+def test_times_for_instructors_are_read() -> None:
+    assert reading_minutes("| chapter | a | b |\n| 5 Patches | 60 | 40 | |\n| 12 Limits | 45 | 5 | x |\n") == {
+        "5": 60, "12": 45}
+
+
 # --- the checks fire, and the tools do what they say -------------------------------------------------------------
 
 @pytest.fixture
