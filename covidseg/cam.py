@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pytorch_grad_cam import GradCAM, LayerCAM
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -85,11 +84,15 @@ def grad_cam(net: Classifier, crops: Crops, settings: CamSettings = CamSettings(
     Returns:
         ``(N, S, S)`` float32 in [0, 1], 0 outside the lung.
     """
+    from pytorch_grad_cam import GradCAM  # takes seconds to import, and most programs read their maps from store
+
     return _averaged(GradCAM, [net.coarse], net, crops, settings)
 
 
 def layer_cam(net: Classifier, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
     """LayerCAM of the last two blocks, ``(N, S, S)`` float32 in [0, 1]."""
+    from pytorch_grad_cam import LayerCAM
+
     return _averaged(LayerCAM, [net.middle, net.coarse], net, crops, settings)
 
 

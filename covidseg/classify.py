@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.functional.classification import binary_auroc
 
 from covidseg.errors import SettingsError
 from covidseg.mutual import Lesson
@@ -210,4 +209,6 @@ def slice_probabilities(net: nn.Module, crops: Crops, *, batch: int = 32) -> np.
 
 def auc(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve; 0.5 is guessing."""
+    from torchmetrics.functional.classification import binary_auroc  # seconds to import
+
     return float(binary_auroc(torch.from_numpy(probabilities), torch.from_numpy(labels)))

@@ -116,7 +116,7 @@ class Run:
         return self._once("weak", load)
 
     def crops(self, pixels: np.ndarray, volume: bool | None = None) -> tuple[np.ndarray, Crops]:
-        """Finds and crops the lungs of new slices just as those of the training slices.
+        """Finds and crops the lungs of new slices just as those of the training slices; stored, like the stages.
 
         Args:
             pixels: ``(S, H, W)`` HU or display values.
@@ -125,7 +125,13 @@ class Run:
         Returns:
             Numbers of the slices that have lung, and their crops.
         """
-        return find_lungs(pixels, self.lung_net(), self.profile, volume)
+        def make() -> tuple[Arrays, dict[str, Any]]:
+            found, crops = find_lungs(pixels, self.lung_net(), self.profile, volume)
+            return {"found": found, "images": crops.images, "lungs": crops.lungs, "boxes": crops.boxes}, {}
+        values = hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
+        key = fingerprint(self.key("lung_net"), pixels.shape, pixels.dtype.str, values, volume)
+        arrays, _ = self.store.get("crops", key, make)
+        return arrays["found"], Crops(arrays["images"], arrays["lungs"], arrays["boxes"])
 
     def lungs(self, pixels: np.ndarray, volume: bool | None = None) -> np.ndarray:
         """Completed lung masks of whole slices, ``(S, H, W)`` bool; arguments as of :meth:`crops`."""

@@ -483,3 +483,21 @@ def test_a_folder_without_a_split_cannot_be_split(tiny_phantom: Path) -> None:
         open_data(str(tiny_phantom), "train")
     with pytest.raises(DatasetError, match="neither a data folder"):
         open_data(str(tiny_phantom / "nowhere"))
+
+
+def test_crops_of_new_slices_are_stored_and_the_same_again(tiny_run: Run, copied: Path, tiny_phantom: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = again(tiny_run, copied)
+    pixels = read_scan(tiny_phantom / "im" / "phantom_00.nii.gz").pixels
+    found, crops = run.crops(pixels)
+    assert len(found) == len(crops) > 0
+    monkeypatch.setattr("covidseg.pipeline.find_lungs", lambda *_: pytest.fail("was to be read from store"))
+    twice, stored = run.crops(pixels)
+    assert (twice == found).all()
+    for name in ("images", "lungs", "boxes"):
+        assert np.array_equal(getattr(stored, name), getattr(crops, name))
+        assert getattr(stored, name).dtype == getattr(crops, name).dtype
+    with pytest.raises(pytest.fail.Exception):
+        run.crops(pixels + 1)  # other values are another scan
+    with pytest.raises(pytest.fail.Exception):
+        run.crops(pixels, volume=False)
