@@ -40,15 +40,17 @@ _SWITCH = ("const box = this.closest('.covidseg-explorer'); let frame = 0;"
            " input.parentNode.querySelector('output').textContent = label;"
            " frame += input.value * input.dataset.stride; });"
            "box.querySelectorAll('figure').forEach((figure, k) => { figure.hidden = k !== frame; })")
+# A selection of the frames side by side, each with the choice that it stands for.
+_MONTAGE = (".covidseg-explorer label,.covidseg-explorer figure:not(.montage){display:none}"
+            ".covidseg-explorer figure.montage{display:inline-block!important;width:32%;vertical-align:top}"
+            ".covidseg-explorer figure.montage::before{content:attr(data-choice);display:block;text-align:center}")
 _STYLE = ("<style>.covidseg-explorer{max-width:46rem}.covidseg-explorer figure{margin:0}"
           ".covidseg-explorer figcaption{color:inherit!important;font-weight:400}"
           ".covidseg-explorer label{display:grid;grid-template-columns:minmax(7rem,auto) 1fr 5rem;gap:.6rem;"
           "align-items:center}.covidseg-explorer img{max-width:100%;height:auto}"
-          "@media print{.covidseg-explorer label{display:none}"
-          ".covidseg-explorer figure.montage{display:inline-block!important;width:32%}}</style>"
+          f"@media print{{{_MONTAGE}}}</style>"
           # Where scripts are off, the sliders cannot move anything.
-          "<noscript><style>.covidseg-explorer label{display:none}"
-          ".covidseg-explorer figure.montage{display:inline-block!important;width:32%}</style></noscript>")
+          f"<noscript><style>{_MONTAGE}</style></noscript>")
 
 
 def is_static() -> bool:
@@ -74,12 +76,12 @@ class Explorer:
                    for label, values in self.controls.items()]
 
     def frame(self, places: Sequence[int]) -> tuple[Figure, str, str]:
-        """Figure, caption and description of one choice; ``places`` are positions in the lists of values."""
+        """Figure, caption and choice in words; ``places`` are positions in the lists of values."""
         chosen = [values[k] for values, k in zip(self.controls.values(), places, strict=True)]
         drawn = self.draw(*chosen)
         figure, caption = drawn if isinstance(drawn, tuple) else (drawn, "")
-        settings = ", ".join(f"{label} {value}" for label, value in zip(self.controls, chosen, strict=True))
-        return figure, caption, f"{self.name}; {settings}" + (f"; {caption}" if caption else "")
+        return figure, caption, ", ".join(f"{label} {value}"
+                                          for label, value in zip(self.controls, chosen, strict=True))
 
     def page(self) -> str:
         """HTML with all frames, drawn now.
@@ -97,8 +99,10 @@ class Explorer:
         montage = set(np.linspace(0, count - 1, min(MONTAGE, count)).round().astype(int).tolist())
         frames = []
         for number, places in enumerate(itertools.product(*(range(n) for n in sizes))):
-            figure, caption, description = self.frame(places)
-            frames.append(f'<figure{" class=montage" * (number in montage)}{" hidden" * (number != first)}>'
+            figure, caption, choice = self.frame(places)
+            description = "; ".join(filter(None, (self.name, choice, caption)))
+            frames.append(f'<figure data-choice="{html.escape(choice)}"{" class=montage" * (number in montage)}'
+                          f'{" hidden" * (number != first)}>'
                           f'<img alt="{html.escape(description)}" src="data:image/jpeg;base64,{_jpeg(figure)}">'
                           f"<figcaption>{html.escape(caption)}</figcaption></figure>")
         inputs = []
@@ -123,7 +127,7 @@ class Explorer:
         picture, caption = widgets.Image(format="png"), widgets.HTML()
 
         def draw(*_: Any) -> None:
-            figure, text, _description = self.frame([slider.value for slider in sliders])
+            figure, text, _choice = self.frame([slider.value for slider in sliders])
             picture.value, caption.value = _png(figure), html.escape(text)
 
         for slider in sliders:

@@ -64,6 +64,12 @@ def test_without_scripts_and_on_paper_a_montage_stands(explorer: Explorer, brows
     assert paper.locator("figure:visible").count() == 1
     paper.emulate_media(media="print")
     assert paper.locator("figure:visible").count() == 6
+    assert paper.evaluate("getComputedStyle(document.querySelector('figure'), '::before').content") == (
+        '"level 0.1, side left"')
+    many = tmp_path / "many.html"
+    many.write_text(f"<body>{explore(draw, {'level': range(9), 'side': ['left']}, name='x').page()}</body>")
+    paper.goto(many.as_uri())
+    assert paper.locator("figure:visible").count() == 6, "the frame of the slider stands aside"
 
 
 def test_widget_draws_what_its_sliders_say(explorer: Explorer) -> None:

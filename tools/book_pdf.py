@@ -46,7 +46,7 @@ def print_page(browser: Browser, file: Path) -> tuple[str, bytes]:
         page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true })")
         page.wait_for_timeout(800)  # formulas and quizzes
         title = re.sub(r"\s*#$", "", page.locator("article h1, main h1").first.inner_text()).strip()
-        return title, page.pdf(format="A4", print_background=True, prefer_css_page_size=True)
+        return title, page.pdf(format="A4", scale=0.72, print_background=True, prefer_css_page_size=True)
     finally:
         page.close()
 
