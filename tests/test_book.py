@@ -259,7 +259,7 @@ def broken_links(root: Path) -> list[str]:
 
 
 @pytest.mark.book
-@pytest.mark.parametrize("name", [page for page in toc_pages() if (ROOT / f"{page}.ipynb").exists()])
+@pytest.mark.parametrize("name", builder.chapters_to_run(ROOT))
 def test_every_chapter_opens_on_colab(book: Path, name: str) -> None:
     """The button leads to the source in the repository, which has no outputs."""
     page = (book / f"{name}.html").read_text(encoding="utf-8")
@@ -272,8 +272,7 @@ def test_students_find_their_notebooks(book: Path) -> None:
     link = re.search(r'href="([^"]+covidseg-students\.zip)"', page)
     assert link is not None
     with zipfile.ZipFile(book / "chapters" / link[1]) as packed:
-        assert packed.namelist() == [f"{Path(page).name}.ipynb" for page in toc_pages()
-                                     if (ROOT / f"{page}.ipynb").exists()]
+        assert packed.namelist() == [f"{Path(name).name}.ipynb" for name in builder.chapters_to_run(ROOT)]
 
 
 @pytest.mark.book
@@ -316,7 +315,7 @@ def access_faults(page: Any) -> list[str]:
             if one["impact"] in ("serious", "critical") for node in one["nodes"]]
 
 
-def page_faults(browser: Any, file: Path, width: int, scheme: str = "light", access: bool = True) -> list[str]:
+def page_faults(browser: Any, file: Path, width: int, scheme: str = "light") -> list[str]:
     """What goes wrong when a page is opened ``width`` pixels wide, in a light or dark scheme, with no network."""
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     faults: list[str] = []
@@ -333,7 +332,7 @@ def page_faults(browser: Any, file: Path, width: int, scheme: str = "light", acc
         page.goto(file.as_uri(), wait_until="load")
         # A quiz is built after half a second, and formulas are set meanwhile.
         page.wait_for_timeout(900 if page.locator(".math, [id*=Quiz]").count() else 300)
-        return faults + page.evaluate(FAULTS_SCRIPT) + (access_faults(page) if access else [])
+        return faults + page.evaluate(FAULTS_SCRIPT) + access_faults(page)
     finally:
         page.close()
 
@@ -349,7 +348,7 @@ def test_page_opens_without_faults(book: Path, browser: Any, name: str, width: i
 
 
 def teaching_pages() -> list[str]:
-    return [page for page in toc_pages() if (ROOT / f"{page}.ipynb").exists()][1:]
+    return builder.chapters_to_run(ROOT)[1:]
 
 
 @pytest.mark.book

@@ -9,14 +9,11 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat import NotebookNode
+from notebooks import tags
 
 CHAPTERS = sorted((Path(__file__).resolve().parents[1] / "chapters").glob("*.ipynb"))
 WELCOME = CHAPTERS[0]
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
-
-
-def tags(cell: NotebookNode) -> list[str]:
-    return cell.metadata.get("tags", [])
 
 
 def strip_faults(notebook: NotebookNode) -> list[str]:
