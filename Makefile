@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv book html pdf solutions colab test lint strip lock clean distclean FORCE
+.PHONY: help venv book html pdf solutions colab bench test lint strip lock clean distclean FORCE
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -13,6 +13,7 @@ PYTHON ?=
 CANDIDATES := python3.12 python3.11 python3.13 python3 python
 PYTEST_ARGS ?=
 BOOK_ARGS ?=
+BENCH_ARGS ?=
 
 help:  ## Show this list
 	@printf 'covidseg: what make can do. The first run makes %s, with about 5 GB of pinned packages.\n\n' '$(VENV)'
@@ -21,6 +22,7 @@ help:  ## Show this list
 	@printf '\n  PYTHON=python3.12 make venv      choose the interpreter\n'
 	@printf '  make test PYTEST_ARGS="-k lungs" pass options to pytest\n'
 	@printf '  make book BOOK_ARGS="--only 02"  pass options to tools/build_book.py\n'
+	@printf '  make bench BENCH_ARGS="--only lungs" measure only some things\n'
 
 book: $(READY)  ## Run every chapter and build the book into _build/html
 	$(BIN)/python tools/build_book.py $(BOOK_ARGS)
@@ -36,6 +38,10 @@ solutions: $(READY)  ## Run the solutions of all exercises after their chapters
 
 colab: $(READY)  ## Run every chapter on Colab's versions, outside the repository
 	$(BIN)/python tools/colab_check.py
+
+bench: $(READY)  ## Measure speed and memory side by side with other ways, into results/bench-*.json
+	VIRTUAL_ENV='$(CURDIR)/$(VENV)' $(BIN)/uv pip install --quiet --require-hashes -r requirements-bench.lock
+	PYTHONPATH=tools $(BIN)/python -m bench $(BENCH_ARGS)
 
 test: $(READY)  ## Run the tests (those of the built book skip when there is none)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -100,6 +106,9 @@ lock: $(READY)  ## Resolve pyproject.toml again into requirements.lock
 	     --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
 	     | sed "s/ ; sys_platform == 'linux'//"; } > requirements-bootstrap.new  # uv is needed off Linux too
 	mv requirements-bootstrap.new requirements-bootstrap.txt
+	$(BIN)/uv pip compile --group pyproject.toml:bench --constraints requirements.lock --universal \
+	  --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
+	  -o requirements-bench.lock
 
 clean:  ## Remove what book and tests made (keeps the environment)
 	rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

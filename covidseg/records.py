@@ -94,3 +94,30 @@ def ablation_markdown(records: Iterable[Record]) -> str:
     lines += [f"| {title} | " + " | ".join(cell(row["micro"][f]) for f in ("dice", "ppv", "sensitivity"))
               + f" | {cell(row['macro']['dice'])} |" for title, row in ablation_rows(variants)]
     return "\n".join(lines)
+
+
+def bench_markdown(record: Record, kind: str = "comparisons") -> str:
+    """Table of a recorded benchmark, see ``tools/bench``.
+
+    Args:
+        kind: ``comparisons``, ratio first; ``limits``, figures that have to stay below a limit, without the exponents
+            of growth, which are drawn; or ``roofline``, training stages.
+    """
+    rows = [row for section in record["sections"].values() for row in section.get(kind, [])]
+    reached = {True: "yes", False: "**no**", None: ""}
+    if kind == "comparisons":
+        head = "| times as good | goal | reached | what | covidseg | other | unit | other way |"
+        lines = [f"| **{row['ratio']:.1f}** | {'' if row['goal'] is None else format(row['goal'], 'g')} | "
+                 f"{reached[row['met']]} | {row['task']} | {row['ours']:.3g} | {row['other']:.3g} | {row['unit']} | "
+                 f"{row['other_name']} |" for row in rows]
+        return "\n".join([head, "|--:|--:|---|---|--:|--:|---|---|", *lines])
+    if kind == "roofline":
+        head = "| training | slices a second | ms a step | the layers need, ms | share |"
+        lines = [f"| {row['stage']} | {row['slices_per_second']:.1f} | {row['step_ms']:.0f} | {row['bound_ms']:.0f} | "
+                 f"{row['share']:.0%} |" for row in record["sections"]["training"]["roofline"]]
+        return "\n".join([head, "|---|--:|--:|--:|--:|", *lines])
+    head = "| value | limit | kept | unit | what |"
+    lines = [f"| **{row['value']:.4g}** | {'' if row['limit'] is None else format(row['limit'], 'g')} | "
+             f"{reached[row['met']]} | {row['unit']} | {row['task']} |"
+             for row in rows if "exponent" not in row["task"]]
+    return "\n".join([head, "|--:|--:|---|---|---|", *lines])

@@ -1,0 +1,90 @@
+"""How fast could a training step be? A roofline: the machine's arithmetic and memory against what the layers need.
+
+A layer cannot be faster than its multiplications at the speed of a large matrix product, nor than reading its input and
+weights and writing its output at the speed of a large copy (Williams et al., CACM 2009). The sum over all layers,
+three times for a training step (forward, and backward to the input and to the weights), is a bound for a library that
+runs layer by layer. What a measured step takes beyond it goes to preparing batches, losses, optimiser, and to layers
+that do not reach the machine's speed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.measure import wait
+
+BACKWARD_AND_FORWARD = 3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Speeds that were measured: operations a second and bytes a second."""
+
+    operations: float
+    bandwidth: float
+
+
+@dataclass
+class Work:
+    """What the layers of a net did while :func:`counted` watched: operations and bytes of each call, forward only."""
+
+    operations: list[float] = field(default_factory=list)
+    bytes: list[float] = field(default_factory=list)
+
+    def seconds(self, machine: Machine) -> tuple[float, float]:
+        """Least seconds of training with these layers, and the part of it that is arithmetic alone."""
+        bound = sum(max(o / machine.operations, b / machine.bandwidth)
+                    for o, b in zip(self.operations, self.bytes, strict=True))
+        return (BACKWARD_AND_FORWARD * bound, BACKWARD_AND_FORWARD * sum(self.operations) / machine.operations)
+
+
+def measure_machine(device: torch.device, side: int = 2048, copies: int = 1 << 26) -> Machine:
+    """Best of several large matrix products (float32, or bfloat16 on a GPU, as the nets compute) and large copies."""
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a = torch.randn(side, side, device=device, dtype=kind)
+    b = torch.empty(copies, device=device)
+    target = torch.empty_like(b)
+
+    def best(work: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(6):
+            wait(device)
+            start = time.perf_counter()
+            work()
+            wait(device)
+            times.append(time.perf_counter() - start)
+        return min(times)
+    return Machine(2 * side ** 3 / best(lambda: a @ a), 2 * b.nbytes / best(lambda: target.copy_(b)))
+
+
+def operations_of(layer: nn.Module, output: Tensor) -> float:
+    """Multiplications and additions of one call of a layer; 0 for layers that only pass numbers on."""
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        return 2.0 * output.numel() * layer.weight[0].numel()
+    if isinstance(layer, nn.ConvTranspose2d):
+        return 2.0 * output.numel() * layer.weight[:, 0].numel() / (layer.stride[0] * layer.stride[1])
+    return 0.0
+
+
+def counted(work: Callable[[], Any]) -> Work:
+    """Calls ``work`` and counts all layers without layers inside that run with gradients."""
+    seen = Work()
+
+    def count(layer: nn.Module, inputs: Any, output: Any) -> None:
+        if next(layer.children(), None) is not None or not isinstance(output, Tensor) or not torch.is_grad_enabled():
+            return
+        seen.operations.append(operations_of(layer, output))
+        weights = sum(parameter.nbytes for parameter in layer.parameters())
+        seen.bytes.append(weights + output.nbytes + sum(i.nbytes for i in inputs if isinstance(i, Tensor)))
+    hook = nn.modules.module.register_module_forward_hook(count)
+    try:
+        work()
+    finally:
+        hook.remove()
+    return seen
