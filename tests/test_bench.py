@@ -143,7 +143,8 @@ def test_machine_is_measured() -> None:
 
 def faults(content: dict) -> list[str]:
     """What is missing from, or contradicts itself in, a recorded benchmark."""
-    found = [f"no {key}" for key in ("command", "device", "environment", "sections", "finished") if not content.get(key)]
+    found = [f"no {key}" for key in ("command", "device", "environment", "sections", "finished")
+             if not content.get(key)]
     found += [f"environment lacks {key}" for key in ("python", "packages", "processor", "cores", "threads")
               if not content.get("environment", {}).get(key)]
     if content.get("small"):

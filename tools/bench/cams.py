@@ -28,7 +28,8 @@ def of_resnet(setup: Setup) -> tuple[Callable[[], np.ndarray], Callable[[], np.n
     net = resnet18(weights=None).eval().to(setup.device)  # weights not frozen, as in the library's own examples
     side = setup.size(224, 64)
     pictures = torch.randn(setup.size(32, 2), 3, side, side, device=setup.device)
-    trunk = torch.nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2, net.layer3, net.layer4)
+    trunk = torch.nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool,
+                                net.layer1, net.layer2, net.layer3, net.layer4)
     cut = Cut(trunk, [], lambda last, _: net.fc(net.avgpool(last).flatten(1))[:, CLASS])
     targets = [ClassifierOutputTarget(CLASS)] * len(pictures)
 

@@ -51,7 +51,7 @@ def run(setup: Setup) -> dict[str, Any]:
         "comparisons": [Comparison(
             "predict, from file to file", "MONAI sliding window, U-Net of equal size", "ms a slice",
             1e3 * max(ours, 1e-9), 1e3 * theirs / lengths[0],
-            note="ours: lungs, lung net (2 views) and segmenter (4 views) on one crop, and writing the mask; there: one "
+            note="ours: lungs, lung net (2 views) and segmenter (4 views) on one crop, writing included; there: one "
                  "view of each window of the slice, nothing written").as_json()],
         "limits": [Limit(f"predict: growth of peak memory from {first['slices']} to {last['slices']} slices", "%",
                          round(grown, 2), 5).as_json(),
