@@ -20,16 +20,21 @@ that lies broadly against the chest wall without a hazy rim, which no threshold 
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from scipy import ndimage as ndi
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from skimage.filters import threshold_otsu
 from skimage.measure import regionprops
-from skimage.morphology import convex_hull_image, disk, opening
+from skimage.morphology import convex_hull_image
 from skimage.segmentation import watershed
 from skimage.transform import resize
+
+from covidseg.morphology import bounding_box, closing, erode, fill_holes, opening, sizes
 
 
 @dataclass(frozen=True)
@@ -79,31 +84,110 @@ def lung_masks(pixels: np.ndarray, settings: LungSettings = LungSettings(),
     Returns:
         ``(S, H, W)`` bool. A slice without lung is all False.
     """
-    if volume is None:
-        volume = is_volume(pixels)
-    regions = [_regions(_to_grid(image, settings.grid), settings) for image in pixels]
-    if volume:
-        aerated = _largest_in_3d(np.stack([r.aerated for r in regions]), settings)
-    else:
-        aerated = np.stack([_large_enough(r, settings) for r in regions])
-    aerated = np.stack([_without_trachea(a, r.body) for a, r in zip(aerated, regions, strict=True)])
+    passes = LungPasses(settings, volume)
+    for image in pixels:
+        passes.look(image)
     masks = np.zeros(pixels.shape, dtype=bool)
-    for mask, lung, region in zip(masks, aerated, regions, strict=True):
-        if lung.any():
-            found = _complete(lung, region, settings)
-            # Bilinear enlargement cut at one half keeps the outline smooth.
-            mask[:] = resize(found.astype(np.float32), mask.shape, order=1) > 0.5
+    for k, mask in enumerate(masks):
+        mask[:] = passes.mask(k)
     return masks
+
+
+class LungPasses:
+    """Lung masks of slices that come one after another, twice at most, and are never all held at once.
+
+    What is lung in a volume depends on all of its slices. The first pass looks at each of them and keeps little of it:
+    packed outlines, a few kilobytes a slice, and which components touch those of the slice before. After it, masks can
+    be had in any order, without the slices.
+
+    Args:
+        settings: see :class:`LungSettings`.
+        volume: whether the slices are one body in order. Default: measured as by :func:`is_volume`.
+    """
+
+    def __init__(self, settings: LungSettings = LungSettings(), volume: bool | None = None) -> None:
+        self.settings = settings
+        self._volume, self._neighbours = volume, _Neighbours()
+        self._shape: tuple[int, ...] = (0, 0)
+        self._packed: list[bytes] = []
+        self._areas: list[np.ndarray] = []   # of each slice: pixels of the components of its aerated lung, from 1 on
+        self._bodies: list[int] = []         # of each slice: pixels of the body
+        self._touching: list[np.ndarray] = []  # (2, T) components of the slice before and of this one that touch
+        self._last: np.ndarray | None = None
+        self._kept: list[np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def look(self, image: np.ndarray) -> None:
+        """First pass: the next slice, ``(H, W)``, in order and all of one shape."""
+        if self._volume is None:
+            self._neighbours.look(image)
+        region = _regions(_to_grid(image, self.settings.grid), self.settings)
+        labels, count = ndi.label(region.aerated)
+        touch = np.zeros((0 if self._last is None else int(self._last.max()) + 1, count + 1), dtype=bool)
+        if self._last is not None:
+            touch[self._last, labels] = True
+        self._shape, self._last, self._kept = image.shape, labels, None
+        self._areas.append(sizes(labels))
+        self._bodies.append(int(region.body.sum()))
+        self._touching.append(np.argwhere(touch[1:, 1:]).T + 1)
+        self._packed.append(region.packed())
+
+    def mask(self, k: int) -> np.ndarray:
+        """Second pass: the lung in slice ``k``, ``(H, W)`` bool; all False where there is none."""
+        if self._kept is None:
+            self._kept = self._in_3d() if self.is_volume() else self._in_each()
+        if not self._kept[k].any():
+            return np.zeros(self._shape, dtype=bool)
+        region = _Regions.unpacked(self._packed[k], _grid_shape(self._shape, self.settings.grid))
+        lung = _without_trachea(self._kept[k][ndi.label(region.aerated)[0]], region.body)
+        return _enlarge(_complete(lung, region, self.settings), self._shape)
+
+    def is_volume(self) -> bool:
+        """Whether the slices seen so far are taken for one body in order."""
+        return self._neighbours.alike() if self._volume is None else self._volume
+
+    def _in_each(self) -> list[np.ndarray]:
+        """Which components of each slice are large enough to be lung by themselves."""
+        return [areas > self.settings.smallest * body for areas, body in zip(self._areas, self._bodies, strict=True)]
+
+    def _in_3d(self) -> list[np.ndarray]:
+        """Which components of each slice belong to the largest ones in three dimensions."""
+        first = np.cumsum([0, *map(len, self._areas)])  # number of each slice's background among those of all slices
+        pairs = np.concatenate([touch + first[[k - 1, k], None] for k, touch in enumerate(self._touching)], axis=1)
+        areas = np.concatenate(self._areas)
+        links = coo_array((np.ones(pairs.shape[1], bool), tuple(pairs)), shape=(len(areas), len(areas)))
+        body = connected_components(links, directed=False)[1]
+        volumes = np.bincount(body, areas)
+        kept = (volumes > self.settings.smallest_3d * volumes.max())[body] & (areas > 0)
+        return np.split(kept, first[1:-1])
 
 
 def is_volume(pixels: np.ndarray) -> bool:
     """Whether neighbouring slices of ``(S, H, W)`` look alike, as in a volume, or are unrelated pictures."""
-    if len(pixels) < 2:
-        return False
-    small = [_to_grid(image, 32).ravel() for image in pixels]  # about 1024 numbers each
-    small = [values for values in small if values.std() > 0]
-    likeness = [np.corrcoef(a, b)[0, 1] for a, b in pairwise(small)]
-    return bool(likeness) and bool(np.median(likeness) > 0.9)
+    neighbours = _Neighbours()
+    for image in pixels:
+        neighbours.look(image)
+    return neighbours.alike()
+
+
+class _Neighbours:
+    """How much each slice looks like the one before; constant slices, which look like nothing, are left out."""
+
+    def __init__(self) -> None:
+        self._last: np.ndarray | None = None
+        self._likeness: list[float] = []
+
+    def look(self, image: np.ndarray) -> None:
+        small = _to_grid(image, 32).ravel()  # about 1024 numbers
+        if small.std() > 0:
+            if self._last is not None:
+                self._likeness.append(np.corrcoef(self._last, small)[0, 1])
+            self._last = small
+
+    def alike(self) -> bool:
+        return bool(self._likeness) and bool(np.median(self._likeness) > 0.9)
 
 
 @dataclass(frozen=True)
@@ -114,18 +198,40 @@ class _Regions:
     aerated: np.ndarray
     diseased: np.ndarray
 
+    def packed(self) -> bytes:
+        """One bit a pixel, compressed."""
+        return zlib.compress(np.packbits([self.body, self.aerated, self.diseased]), 1)
+
+    @classmethod
+    def unpacked(cls, packed: bytes, shape: tuple[int, ...]) -> _Regions:
+        bits = np.unpackbits(np.frombuffer(zlib.decompress(packed), np.uint8), count=3 * shape[0] * shape[1])
+        return cls(*bits.view(bool).reshape(3, *shape))
+
+
+def _grid_shape(shape: tuple[int, ...], side: int) -> tuple[int, ...]:
+    """Shape of the working grid, whose longer side has ``side`` pixels at most."""
+    scale = min(1.0, side / max(shape))
+    return tuple(max(1, round(n * scale)) for n in shape)
+
 
 def _to_grid(image: np.ndarray, side: int) -> np.ndarray:
     """Averages a slice down so that its longer side has ``side`` pixels; smaller slices stay as they are."""
     image = image.astype(np.float32)
-    scale = side / max(image.shape)
-    if scale >= 1:
+    shape = _grid_shape(image.shape, side)
+    if shape == image.shape:
         return image
-    factor = round(1 / scale)
-    if image.shape[0] == image.shape[1] == factor * side:  # the usual 512 -> 256: a plain block mean is fastest
-        return image.reshape(side, factor, side, factor).mean(axis=(1, 3))
-    shape = tuple(max(1, round(n * scale)) for n in image.shape)
+    factor = image.shape[0] // side
+    if image.shape == (factor * side, factor * side):  # the usual 512 -> 256: a plain block mean is fastest
+        rows = sum(image[:, k::factor] for k in range(factor))
+        return sum(rows[k::factor] for k in range(factor)) / np.float32(factor ** 2)
     return resize(image, shape, order=1, anti_aliasing=True, preserve_range=True).astype(np.float32)
+
+
+def _enlarge(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """From the working grid to a slice of ``shape``: bilinear, cut at one half, which keeps the outline smooth."""
+    if shape == (2 * mask.shape[0], 2 * mask.shape[1]):  # here the nearest pixel has 9/16 of the weight and decides
+        return mask.repeat(2, axis=0).repeat(2, axis=1)
+    return resize(mask.astype(np.float32), shape, order=1) > 0.5
 
 
 def _regions(image: np.ndarray, settings: LungSettings) -> _Regions:
@@ -135,36 +241,20 @@ def _regions(image: np.ndarray, settings: LungSettings) -> _Regions:
         return _Regions(nothing, nothing, nothing)
     otsu = threshold_otsu(smooth)
     # The opening cuts what only touches the patient: table, tubes, text.
-    bright, count = ndi.label(opening(smooth > otsu, disk(3)))
+    bright, count = ndi.label(opening(smooth > otsu, 3))
     if count == 0:
         return _Regions(nothing, nothing, nothing)
-    flesh = bright == 1 + np.argmax(np.bincount(bright.ravel())[1:])
-    body = opening(ndi.binary_fill_holes(_close(flesh, 4)), disk(6))
+    flesh = bright == np.argmax(sizes(bright))
+    body = opening(fill_holes(closing(flesh, 4)), 6)
     dark = body & (smooth < otsu)
     if dark.sum() < 30:
         return _Regions(body, nothing, nothing)
     air, tissue = np.percentile(smooth[dark], 10), np.median(smooth[flesh])
     level = (smooth - air) / (tissue - air)  # 0 air, 1 soft tissue
-    inside = ndi.distance_transform_edt(body) > settings.skin
-    aerated = opening(inside & (level < settings.air_level), disk(1))
-    diseased = opening(inside & (level < settings.lesion_level) & ~aerated, disk(settings.rim))
+    inside = erode(body, settings.skin)
+    aerated = opening(inside & (level < settings.air_level), 1)
+    diseased = opening(inside & (level < settings.lesion_level) & ~aerated, settings.rim)
     return _Regions(body, aerated, diseased)
-
-
-def _largest_in_3d(aerated: np.ndarray, settings: LungSettings) -> np.ndarray:
-    labels, count = ndi.label(aerated)
-    if count == 0:
-        return aerated
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    return (sizes > settings.smallest_3d * sizes.max())[labels]
-
-
-def _large_enough(region: _Regions, settings: LungSettings) -> np.ndarray:
-    labels, _ = ndi.label(region.aerated)
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    return (sizes > settings.smallest * region.body.sum())[labels]
 
 
 def _without_trachea(aerated: np.ndarray, body: np.ndarray) -> np.ndarray:
@@ -174,51 +264,49 @@ def _without_trachea(aerated: np.ndarray, body: np.ndarray) -> np.ndarray:
         return aerated
     columns = np.flatnonzero(body.any(axis=0))
     middle, width = columns.mean(), np.ptp(columns)
-    keep = aerated.copy()
-    for part in regionprops(labels):
+    small = sizes(labels) < 0.012 * body.sum()
+    windpipe = np.zeros(count + 1, dtype=bool)
+    for part in regionprops(labels * small[labels]):
         central = abs(part.centroid[1] - middle) < 0.12 * width
-        if central and part.area < 0.012 * body.sum() and part.solidity > 0.88 and part.eccentricity < 0.85:
-            keep[labels == part.label] = False
+        windpipe[part.label] = central and part.eccentricity < 0.85 and part.solidity > 0.88
+    keep = aerated & ~windpipe[labels]
     return keep if keep.any() else aerated
-
-
-def fill_holes(mask: np.ndarray, largest: float) -> np.ndarray:
-    """Fills holes of up to ``largest`` pixels."""
-    holes, _ = ndi.label(~mask & ndi.binary_fill_holes(mask))
-    sizes = np.bincount(holes.ravel())
-    small = sizes <= largest
-    small[0] = False
-    return mask | small[holes]
 
 
 def _complete(lung: np.ndarray, region: _Regions, settings: LungSettings) -> np.ndarray:
     """Adds what disease, vessels and the pleura hide to the aerated lung of one slice."""
-    labels, _ = ndi.label(lung | region.diseased)
-    touching = np.unique(labels[lung])
-    whole = np.isin(labels, touching)
-    depth = ndi.distance_transform_edt(region.body)
+    labels, count = ndi.label(lung | region.diseased)
+    touching = np.zeros(count + 1, dtype=bool)
+    touching[labels[lung]] = True
+    depth = None
     result = np.zeros_like(lung)
-    for side in _sides(whole):
-        severe = (side & ~lung).sum() > settings.diseased * side.sum()
+    for box, side in _sides(touching[labels]):
+        severe = (side & ~lung[box]).sum() > settings.diseased * side.sum()
         radius = settings.close_diseased if severe else settings.close
-        filled = fill_holes(_close(side, radius), settings.largest_hole) & region.body
+        filled = fill_holes(closing(side, radius), settings.largest_hole) & region.body[box]
         if severe and settings.hull_depth and filled.sum() > 50:
-            shallow = depth < np.percentile(depth[filled], settings.hull_depth)
-            filled |= convex_hull_image(filled) & region.body & shallow
-        result |= filled
+            if depth is None:
+                depth = ndi.distance_transform_edt(region.body)
+            shallow = depth[box] < np.percentile(depth[box][filled], settings.hull_depth)
+            filled |= convex_hull_image(filled) & region.body[box] & shallow
+        result[box] |= filled
     return result
 
 
-def _sides(whole: np.ndarray) -> list[np.ndarray]:
-    """Left and right lung apart, also where they touch in front of the heart; small pieces stay as they are."""
+def _sides(whole: np.ndarray) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
+    """Left and right lung apart, also where they touch in front of the heart; small pieces stay as they are.
+
+    Yields:
+        A box of rows and columns with one pixel around the side, as far as the slice goes, and the side inside it.
+    """
     labels, count = ndi.label(whole)
-    sides = []
-    for k in range(1, count + 1):
-        piece = labels == k
+    area, breadth = whole.sum(), whole.any(axis=0).sum()
+    for k, found in enumerate(ndi.find_objects(labels), start=1):
+        box = tuple(slice(max(0, part.start - 1), part.stop + 1) for part in found)
+        piece = labels[box] == k
         columns = np.flatnonzero(piece.any(axis=0))
-        wide = len(columns) > max(80, 0.55 * whole.any(axis=0).sum()) and piece.sum() > 0.5 * whole.sum()
-        if not wide:
-            sides.append(piece)
+        if len(columns) <= max(80, 0.55 * breadth) or piece.sum() <= 0.5 * area:
+            yield box, piece
             continue
         # One seed at the thickest place of each half; the watershed meets where the bridge is thinnest.
         distance = ndi.distance_transform_edt(piece)
@@ -229,13 +317,4 @@ def _sides(whole: np.ndarray) -> list[np.ndarray]:
             spot[half] = distance[half]
             seeds[np.unravel_index(spot.argmax(), spot.shape)] = seed
         parts = watershed(-distance, seeds, mask=piece)
-        sides += [parts == 1, parts == 2]
-    return sides
-
-
-def _close(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Closing with a disk, by two distance transforms: its cost does not grow with the radius."""
-    padded = np.pad(mask, radius + 1)
-    grown = ndi.distance_transform_edt(~padded) <= radius
-    closed = ndi.distance_transform_edt(grown) > radius
-    return closed[radius + 1:-radius - 1, radius + 1:-radius - 1]
+        yield from ((box, parts == 1), (box, parts == 2))
