@@ -73,10 +73,3 @@ def fill_holes(mask: np.ndarray, largest: float = np.inf) -> np.ndarray:
         small[edge] = False
     small[0] = False
     return mask | small[outside]
-
-
-def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, slice]:
-    """Rows and columns that hold a mask that is not empty, and ``margin`` more where the slice has them."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return (slice(max(0, int(rows[0]) - margin), int(rows[-1]) + 1 + margin),
-            slice(max(0, int(columns[0]) - margin), int(columns[-1]) + 1 + margin))
