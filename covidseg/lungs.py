@@ -20,11 +20,14 @@ that lies broadly against the chest wall without a hazy rim, which no threshold 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from scipy import ndimage as ndi
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from covidseg.errors import NoLungError
 from covidseg.lungslice import LungSettings, Regions, complete, enlarge, grid_shape, regions, to_grid, without_trachea
 from covidseg.morphology import sizes
 
@@ -121,6 +124,12 @@ class LungPasses:
         volumes = np.bincount(body, areas)
         kept = (volumes > self.settings.smallest_3d * volumes.max())[body] & (areas > 0)
         return np.split(kept, first[1:-1])
+
+
+def no_lung(path: Path) -> NoLungError:
+    """The error for a scan that shows no lung."""
+    return NoLungError("no lung was found in any slice", path=path,
+                       remedy="covidseg expects chest CT with air in the lungs darker than tissue")
 
 
 def is_volume(pixels: np.ndarray) -> bool:

@@ -15,10 +15,12 @@ import nibabel as nib
 import numpy as np
 from isal import igzip
 from nibabel.orientations import apply_orientation
+from tqdm import tqdm
 
 from covidseg.errors import OutputError
 from covidseg.files import whole_file
 from covidseg.io import write_like
+from covidseg.lungs import LungPasses, LungSettings, no_lung
 from covidseg.nifti import Grid, open_voxels, read_header, read_voxels
 
 
@@ -108,6 +110,50 @@ def slice_writer(path: Path, grid: Grid, dtype: type = np.uint8) -> Iterator[Cal
             stream.write(plane.astype(dtype, copy=False).tobytes(order="F"))
         yield write
         _complete(count, grid.shape[2], path)
+
+
+def look(reader: SliceReader, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
+         progress: bool = False) -> LungPasses:
+    """First pass over a scan: all that the lung masks of its slices need.
+
+    Args:
+        volume: as of :func:`covidseg.lungs.lung_masks`.
+        progress: show it, if it takes long and there is a terminal.
+    """
+    passes = LungPasses(settings, volume)
+    for image in shown(reader, "lungs", progress):
+        passes.look(image)
+    return passes
+
+
+def write_lungs(path: Path, target: Path, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
+                progress: bool = False) -> tuple[int, int]:
+    """Writes the threshold lung mask of a scan; arguments as of :func:`look`.
+
+    Returns:
+        How many slices show lung, and how many there are.
+
+    Raises:
+        InputFileError: the scan cannot be read.
+        NoLungError: there is no lung in any slice.
+        OutputError: the mask cannot be written.
+    """
+    reader = SliceReader(path)
+    passes = look(reader, settings, volume, progress=progress)
+    found = 0
+    with slice_writer(target, reader.grid) as write:
+        for position in range(len(reader)):
+            mask = passes.mask(position)
+            found += bool(mask.any())
+            write(mask)
+        if not found:
+            raise no_lung(path)
+    return found, len(reader)
+
+
+def shown(slices: SliceReader, what: str, progress: bool) -> Iterator[np.ndarray]:
+    """The slices, with a bar that shows how far they are, if it takes long and there is a terminal."""
+    return iter(tqdm(slices, desc=what, unit="slice", delay=2, leave=False, disable=None if progress else True))
 
 
 def _complete(count: int, wanted: int, path: Path) -> None:
