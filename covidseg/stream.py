@@ -23,6 +23,8 @@ from covidseg.io import write_like
 from covidseg.lungs import LungPasses, LungSettings, no_lung
 from covidseg.nifti import Grid, open_voxels, read_header, read_voxels
 
+PATIENCE = 2  # seconds without a bar that shows progress
+
 
 class SliceReader:
     """The upright slices of a file, one after another in the order in which they are stored, as often as wanted.
@@ -153,7 +155,7 @@ def write_lungs(path: Path, target: Path, settings: LungSettings = LungSettings(
 
 def shown(slices: SliceReader, what: str, progress: bool) -> Iterator[np.ndarray]:
     """The slices, with a bar that shows how far they are, if it takes long and there is a terminal."""
-    return iter(tqdm(slices, desc=what, unit="slice", delay=2, leave=False, disable=None if progress else True))
+    return iter(tqdm(slices, desc=what, unit="slice", delay=PATIENCE, leave=False, disable=None if progress else True))
 
 
 def _complete(count: int, wanted: int, path: Path) -> None:

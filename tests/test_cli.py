@@ -339,7 +339,7 @@ def test_train_predict_evaluate_in_a_row(tiny_phantom: Path, tiny_run: Run, tmp_
                        "--threshold", "0.3")
     assert predicted.exit_code == 0
     assert flat(DISCLAIMER) in flat(predicted.output)
-    assert sorted(p.name for p in out.iterdir()) == [SCAN, "phantom_01_probability.nii.gz", "parts", "predictions.csv"]
+    assert sorted(p.name for p in out.iterdir()) == ["parts", SCAN, "phantom_01_probability.nii.gz", "predictions.csv"]
     given, mask = nib.load(tiny_phantom / "im" / SCAN), nib.load(out / SCAN)
     maps = stored(out / "phantom_01_probability.nii.gz")
     assert mask.shape == given.shape == maps.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import itertools
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
-from covidseg.errors import InputFileError, OutputError
-from covidseg.io import read_scan, write_like
-from covidseg.stream import SliceReader, slice_writer
+from covidseg import stream
+from covidseg.errors import InputFileError, NoLungError, OutputError
+from covidseg.io import read_mask, read_scan, write_like
+from covidseg.lungs import lung_masks
+from covidseg.stream import SliceReader, shown, slice_writer, write_lungs
 
 ORIENTATIONS = ["".join(letters) for order in itertools.permutations(("RL", "AP", "IS"))
                 for letters in itertools.product(*order)]
@@ -162,6 +165,42 @@ def test_a_full_disk_and_a_file_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="No space left"), slice_writer(tmp_path / "mask.nii.gz", reader.grid):
         raise OSError(28, "No space left on device")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "scan.nii.gz"]
+
+
+@pytest.mark.parametrize(("terminal", "progress"), [(True, True), (True, False), (False, True)])
+def test_progress_is_shown_on_a_terminal_only(terminal: bool, progress: bool, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    reader, screen = SliceReader(save(tmp_path / "scan.nii.gz")), Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert len(list(shown(reader, "lungs", progress))) == len(reader)
+    assert screen.getvalue() == "", "nothing for what is done at once"
+    monkeypatch.setattr(stream, "PATIENCE", 0)
+    assert len(list(shown(reader, "lungs", progress))) == len(reader)
+    assert ("lungs" in screen.getvalue()) == (terminal and progress)
+
+
+@pytest.mark.parametrize("order", ["LPS", "LPI", "SPL"])
+def test_lungs_of_a_file_are_those_of_its_array(order: str, tiny_phantom: Path, tmp_path: Path) -> None:
+    image = nib.load(tiny_phantom / "im" / "phantom_01.nii.gz")
+    turn = ornt_transform(nib.io_orientation(image.affine), axcodes2ornt(order))
+    nib.save(image.as_reoriented(turn), tmp_path / "scan.nii.gz")
+    scan = read_scan(tmp_path / "scan.nii.gz")
+    for volume in (None, True, False):
+        expected = lung_masks(scan.pixels, volume=volume)
+        found, slices = write_lungs(scan.path, tmp_path / "mask.nii.gz", volume=volume)
+        assert np.array_equal(read_mask(tmp_path / "mask.nii.gz", like=scan), expected)
+        assert (found, slices) == (expected.any(axis=(1, 2)).sum(), len(expected))
+
+
+def test_no_lung_no_file(tmp_path: Path) -> None:
+    path = save(tmp_path / "scan.nii.gz")
+    with pytest.raises(NoLungError, match=r"scan\.nii\.gz.*no lung"):
+        write_lungs(path, tmp_path / "out" / "mask.nii.gz")
+    assert not list(tmp_path.glob("out/*"))
 
 
 PEAK = """
