@@ -96,7 +96,8 @@ def _faults(path: Path) -> Iterator[None]:
         yield
     except (OSError, EOFError, ValueError, OverflowError, zlib.error, IsalError,  # type: ignore[misc]
             nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
-        raise InputFileError(f"cannot be read as NIfTI ({error})", path=path,
+        reason = str(error).replace(str(path), path.name)  # the error itself says where, reports must not
+        raise InputFileError(f"cannot be read as NIfTI ({reason})", path=path,
                              remedy="The file is damaged or incomplete: copy or download it again") from error
 
 

@@ -131,10 +131,12 @@ class PartRun:
         self.write_report()
 
     def report(self) -> Report:
-        """What was done so far."""
+        """What was done so far, in this run or, if that is not looked at yet, before."""
+        own = {scan_id(scan) for scan in self.files}
+        scans = {name: entry for name, entry in self._known.items() if name in own} | self._entries
         return {"note": DISCLAIMER, "part": self.part.number, "parts": self.part.count, "made": self.made,
                 "inputs": fingerprint(sorted(map(scan_id, self.targets))),
-                "complete": len(self._entries) == len(self.files), "scans": list(self._entries.values())}
+                "complete": len(self._entries) == len(self.files), "scans": [scans[name] for name in sorted(scans)]}
 
     def write_report(self) -> None:
         """Writes what was done so far beside the masks; a part without scans has a report as well."""

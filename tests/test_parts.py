@@ -107,6 +107,23 @@ def test_a_report_says_what_was_found_and_not_where(predictor: Predictor, scans:
         assert entry["seconds"] >= 0
 
 
+@pytest.mark.parametrize("harm", [b"", b"not a scan", b"\x1f\x8b", None])
+def test_no_fault_names_a_folder(predictor: Predictor, scans: list[Path], tmp_path: Path, harm: bytes | None) -> None:
+    scan = scans[0].parent / "broken.nii.gz"
+    scan.unlink()
+    if harm is None:
+        scan.mkdir()
+    else:
+        scan.write_bytes(harm)
+    work = PartRun(predictor, Part(), {scan: tmp_path / "out" / scan.name}, tmp_path / "out", LEVEL)
+    with pytest.raises(InputFileError, match="secret-folder"):
+        work.predict(scan)
+    text = (tmp_path / "out" / "parts" / "part-1-of-1.json").read_text(encoding="utf-8")
+    assert '"status": "failed"' in text
+    assert "secret-folder" not in text
+    assert str(tmp_path) not in text
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_the_table_is_the_same_however_many_parts(predictor: Predictor, scans: list[Path], tmp_path: Path,
                                                   count: int) -> None:
@@ -208,6 +225,20 @@ def test_a_part_that_was_stopped_goes_on(predictor: Predictor, scans: list[Path]
         merge(out)
     assert run(predictor, scans, out)[1] == ["phantom_01", "phantom_02", "phantom_03"]
     assert len(merge(out)) == 5
+
+
+def test_a_part_that_is_stopped_again_forgets_nothing(predictor: Predictor, scans: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(predictor, scans, out)
+    again = PartRun(predictor, Part(), {scan: out / scan.name for scan in scans}, out, LEVEL)
+    with pytest.raises(InputFileError):
+        again.predict(again.files[0])  # and then it is stopped
+    report, = reports(out)
+    assert not report["complete"]
+    assert len(report["scans"]) == 5
+    assert run(predictor, scans, out)[1] == []
+    part = PartRun(predictor, Part(2, 3), {scan: out / scan.name for scan in scans}, out, LEVEL)
+    assert [entry["name"] for entry in part.report()["scans"]] == ["phantom_00", "phantom_03"], "only its own"
 
 
 def test_without_a_folder_there_is_no_report(predictor: Predictor, scans: list[Path], tmp_path: Path) -> None:
