@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from covidseg.pipeline import Run
 
 console, errors = Console(), Console(stderr=True)
+state = {"debug": False}  # whether errors are shown with their trace
 
 Profile = Annotated[str, typer.Option(help="quick (minutes on a CPU) or full (for a GPU, or patience).")]
 Method = Annotated[str, typer.Option(help="extended (lesions painted on lesion-free slices as well) or faithful "

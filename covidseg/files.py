@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,11 +14,17 @@ from covidseg.errors import OutputError
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, suffix: str = "") -> None:
-    """Calls ``write`` with a temporary name in the folder of ``path``, then renames the result to ``path``.
+    """Calls ``write`` with the temporary name of :func:`whole_file`; arguments and errors are the same."""
+    with whole_file(path, suffix=suffix) as temporary:
+        write(temporary)
+
+
+@contextmanager
+def whole_file(path: Path, *, suffix: str = "") -> Iterator[Path]:
+    """A temporary file in the folder of ``path``, to be written inside the ``with`` block, then renamed to ``path``.
 
     Args:
         path: target; its folder is made if it is missing.
-        write: writes the file it is given.
         suffix: ending of the temporary name, for libraries that go by it.
 
     Raises:
@@ -29,7 +36,7 @@ def write_whole(path: Path, write: Callable[[Path], object], *, suffix: str = ""
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=suffix)
         os.close(handle)
         temporary = Path(name)
-        write(temporary)
+        yield temporary
         # mkstemp lets only the owner read; the result gets the permissions of an ordinary new file.
         mask = os.umask(0)
         os.umask(mask)

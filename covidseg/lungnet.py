@@ -23,7 +23,7 @@ from scipy import ndimage as ndi
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from covidseg.lungs import fill_holes
+from covidseg.morphology import fill_holes
 from covidseg.paint import PaintSettings, Places, paint_lesions, paint_organ, places
 from covidseg.prepare import Crops, WeakSet
 from covidseg.train import Average, Log, Progress, jitter, learning_rate, on_device, seed_everything

@@ -174,6 +174,11 @@ def make_crops(pixels: np.ndarray, lungs: np.ndarray, settings: PrepareSettings)
     return Crops(np.array(images, np.float32).reshape(shape), crop_masks(lungs, boxes, settings.size), boxes)
 
 
+def join_crops(parts: list[Crops]) -> Crops:
+    """The slices of several crops, one after another."""
+    return Crops(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "lungs", "boxes")))
+
+
 def weak_set(dataset: Dataset, settings: PrepareSettings = PrepareSettings(),
              lung_settings: LungSettings = LungSettings(), *, progress: bool = False) -> WeakSet:
     """Reads the labelled slices of a data folder; opens images and labels only, never a mask.
@@ -198,8 +203,7 @@ def weak_set(dataset: Dataset, settings: PrepareSettings = PrepareSettings(),
     if set(labels) != {0, 1}:
         raise DatasetError("training needs slices with and without a lesion, and lungs in both", path=dataset.root,
                            remedy="Add volumes or correct has_lesion in the label table")
-    merged = Crops(*(np.concatenate([getattr(c, f) for c in crops]) for f in ("images", "lungs", "boxes")))
-    return WeakSet(merged, np.array(labels), np.array(patients), np.array(names))
+    return WeakSet(join_crops(crops), np.array(labels), np.array(patients), np.array(names))
 
 
 def with_true_lungs(dataset: Dataset, data: WeakSet) -> WeakSet:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any, cast
+
+import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def make_unet(inputs: int, channels: tuple[int, ...]) -> nn.Module:
@@ -19,3 +24,18 @@ def make_unet(inputs: int, channels: tuple[int, ...]) -> nn.Module:
     trunk = UNet(spatial_dims=2, in_channels=inputs, out_channels=channels[0], channels=channels,
                  strides=(2,) * (len(channels) - 1), num_res_units=1, norm="batch", act="relu")
     return nn.Sequential(trunk, nn.BatchNorm2d(channels[0]), nn.ReLU(), nn.Conv2d(channels[0], 1, 1))
+
+
+def for_prediction(net: nn.Module) -> nn.Module:
+    """A copy of a trained net of :func:`make_unet` that is faster and says the same, but for rounding.
+
+    In evaluation mode a batch norm multiplies and adds constants, which fit into the convolution before it; and
+    convolutions are faster where the channels of a pixel lie together in memory. Logits differ in the last digits.
+    """
+    net = copy.deepcopy(net).eval()
+    for layer in cast("list[Any]", list(net.modules())):
+        adn = getattr(layer, "adn", None)  # MONAI's name for what follows a convolution
+        if adn is not None and hasattr(adn, "N"):
+            layer.conv = fuse_conv_bn_eval(layer.conv, adn.N, isinstance(layer.conv, nn.ConvTranspose2d))
+            adn.N = nn.Identity()
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -187,7 +187,32 @@ def no_split_to_reproduce(root: Path, phantom: Path, run: Run) -> tuple[list[obj
     return ["reproduce", "--data", phantom, "--out", root / "out"], "no split"
 
 
+def predict_part(root: Path, phantom: Path, run: Run, part: str) -> tuple[list[object], str]:
+    return ["predict", "--run", run.folder, phantom / "im", "-o", root / "out", f"--part={part}"], "part"
+
+
+def part_0(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    return predict_part(root, phantom, run, "0/4")
+
+
+def part_5_of_4(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    return predict_part(root, phantom, run, "5/4")
+
+
+def part_x(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    return predict_part(root, phantom, run, "x")
+
+
+def part_in_one_file(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    return ["predict", "--run", run.folder, phantom / "im" / SCAN, "-o", root / "out.nii", "--part=1/2"], "one file"
+
+
+def nothing_to_merge(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
+    return ["merge", root / "out"], "no reports"
+
+
 @pytest.mark.parametrize(("code", "case"), [
+    (9, part_0), (9, part_5_of_4), (9, part_x), (9, part_in_one_file), (4, nothing_to_merge),
     (3, missing_scan), (3, broken_scan), (3, no_run), (3, other_shape), (4, empty_folder), (4, no_split),
     (6, damaged_weights), (7, no_lung), (7, no_lung_to_predict), (8, cannot_write), (8, cannot_store),
     (9, no_such_profile), (9, no_such_method), (9, no_such_profile_to_reproduce),
@@ -203,7 +228,7 @@ def test_every_fault_ends_with_one_line_and_its_code(
     assert len(message.strip().splitlines()) == 1
     assert named in message
     assert "Traceback" not in message
-    assert not list(tmp_path.glob("out/*"))
+    assert {path.name for path in tmp_path.glob("out/*")} <= {"parts", "predictions.csv"}, "no result"
 
 
 def test_several_scans_do_not_fit_into_one_file(tiny_phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -235,8 +260,8 @@ def test_debug_is_off_again_in_the_next_call(tmp_path: Path, monkeypatch: pytest
     assert run_main(monkeypatch, "lungs", tmp_path / "x.nii.gz", "-o", tmp_path / "o") == 3
 
 
-@pytest.mark.parametrize("command", [[], ["lungs"], ["train"], ["predict"], ["export"], ["evaluate"], ["reproduce"],
-                                     ["ablate"], ["data"]])
+@pytest.mark.parametrize("command", [[], ["lungs"], ["train"], ["predict"], ["merge"], ["export"], ["evaluate"],
+                                     ["reproduce"], ["ablate"], ["data"]])
 def test_help_works_everywhere(command: list[str]) -> None:
     result = invoke(*command, "--help")
     assert result.exit_code == 0
@@ -281,7 +306,7 @@ def test_a_bad_file_is_reported_and_the_others_go_on(command: str, tiny_phantom:
     assert "b.nii.gz" in output.err
     assert "[1/3]" in output.out
     assert "[3/3]" in output.out
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.nii.gz")) == ["a.nii.gz", "c.nii.gz"]
 
 
 def test_names_with_brackets_are_printed_as_they_are(tiny_phantom: Path, tmp_path: Path,
@@ -314,7 +339,7 @@ def test_train_predict_evaluate_in_a_row(tiny_phantom: Path, tiny_run: Run, tmp_
                        "--threshold", "0.3")
     assert predicted.exit_code == 0
     assert flat(DISCLAIMER) in flat(predicted.output)
-    assert sorted(p.name for p in out.iterdir()) == [SCAN, "phantom_01_probability.nii.gz"]
+    assert sorted(p.name for p in out.iterdir()) == ["parts", SCAN, "phantom_01_probability.nii.gz", "predictions.csv"]
     given, mask = nib.load(tiny_phantom / "im" / SCAN), nib.load(out / SCAN)
     maps = stored(out / "phantom_01_probability.nii.gz")
     assert mask.shape == given.shape == maps.shape

@@ -110,6 +110,37 @@ def test_float64_becomes_float32_and_scaled_values_are_applied(tmp_path):
     assert scan.value_range == (2 * stored_values.min() - 1024, 2 * stored_values.max() - 1024)
 
 
+@pytest.mark.parametrize("dtype", [">i2", ">f4", ">u2"])
+@pytest.mark.parametrize("name", ["big.nii", "big.nii.gz"])
+def test_both_byte_orders(tmp_path, dtype, name):
+    values = np.arange(120).reshape(6, 5, 4)
+    header = nib.Nifti1Header(endianness=">")
+    header.set_data_dtype(dtype)
+    nib.save(nib.Nifti1Image(values.astype(dtype), np.diag((-0.7, -0.8, 5.0, 1.0)), header), tmp_path / name)
+    assert nib.load(tmp_path / name).get_data_dtype() == dtype
+    scan = read_scan(tmp_path / name)
+    np.testing.assert_array_equal(scan.pixels, values.transpose(2, 1, 0))
+    assert scan.value_range == (0, 119)
+
+
+@pytest.mark.parametrize(("stored_type", "slope", "inter"), [
+    ("<i2", 2, -1024), ("<i2", 0.1, 3), ("<u1", 1, -1000), ("<f4", 0.5, 7), ("<f8", 1, 0), (">i2", 1 / 3, 0)])
+def test_values_are_converted_block_by_block_as_by_nibabel(tmp_path, stored_type, slope, inter):
+    values = np.random.default_rng(0).integers(0, 200, (128, 129, 130)).astype(stored_type)  # two blocks and a bit
+    assert values.size > 2 << 20
+    header = nib.Nifti1Header(endianness=stored_type[0])
+    header.set_data_dtype(stored_type)
+    image = nib.Nifti1Image(values, np.diag((-0.7, -0.8, 5.0, 1.0)), header)
+    nib.save(image, tmp_path / "scaled.nii")
+    with (tmp_path / "scaled.nii").open("r+b") as stream:  # nibabel rescales on saving
+        stream.seek(112)
+        stream.write(np.array([slope, inter], f"{stored_type[0]}f4").tobytes())
+    expected = np.asanyarray(nib.load(tmp_path / "scaled.nii").dataobj).astype(np.float32).transpose(2, 1, 0)
+    pixels = read_scan(tmp_path / "scaled.nii").pixels
+    assert pixels.dtype == np.float32
+    np.testing.assert_array_equal(pixels, expected)
+
+
 @pytest.mark.parametrize(("lowest", "unit"), [(-1024, "HU"), (-201, "HU"), (-200, "display"), (0, "display")])
 def test_the_unit_follows_from_the_lowest_value(tmp_path, lowest, unit):
     values = np.full((6, 5, 4), 100, np.int16)
@@ -196,6 +227,12 @@ def test_voxels_that_are_no_numbers(tmp_path, bad):
     check_refused(save(tmp_path / "nan.nii.gz", values), "not numbers")
 
 
+def test_numbers_that_float32_cannot_hold(tmp_path):
+    values = np.zeros((6, 5, 4))
+    values[1, 2, 3] = 1e300
+    check_refused(save(tmp_path / "large.nii.gz", values), "not numbers")
+
+
 def test_no_affine_is_not_replaced_by_an_invented_one(tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((6, 5, 4), np.int16), None), tmp_path / "bare.nii.gz")
     assert nib.load(tmp_path / "bare.nii.gz").affine.shape == (4, 4)  # nibabel would go on with a made-up one
@@ -235,6 +272,52 @@ def test_one_flipped_bit_never_gives_other_voxels_in_silence(tmp_path):
         except InputFileError:
             refused += 1
     assert refused == 40
+
+
+def packed(tmp_path: Path) -> tuple[Path, bytes]:
+    """A compressed scan, and its bytes."""
+    noise = np.random.default_rng(3).integers(-1000, 400, (20, 20, 10)).astype(np.int16)
+    path = save(tmp_path / "packed.nii.gz", noise)
+    return path, path.read_bytes()
+
+
+@pytest.mark.parametrize("position", range(-8, 0))
+def test_every_byte_of_checksum_and_length_counts(tmp_path, position):
+    path, raw = packed(tmp_path)
+    for bit in range(8):
+        flipped = bytearray(raw)
+        flipped[position] ^= 1 << bit
+        path.write_bytes(flipped)
+        check_refused(path, "cannot be read")
+
+
+def test_bytes_after_the_end(tmp_path):
+    path, raw = packed(tmp_path)
+    expected = read_scan(path).pixels
+    path.write_bytes(raw + b"more than there should be")
+    check_refused(path, "cannot be read")
+    path.write_bytes(raw + bytes(512))  # blocks of a tape
+    np.testing.assert_array_equal(read_scan(path).pixels, expected)
+    path.write_bytes(raw + gzip.compress(bytes(9)))  # a second part, whole
+    np.testing.assert_array_equal(read_scan(path).pixels, expected)
+    path.write_bytes(raw + gzip.compress(bytes(9))[:-3])
+    check_refused(path, "cannot be read")
+
+
+def test_a_file_in_several_compressed_parts(tmp_path):
+    path, raw = packed(tmp_path)
+    expected, plain = read_scan(path).pixels, gzip.decompress(raw)
+    path.write_bytes(gzip.compress(plain[:700]) + gzip.compress(plain[700:]))
+    np.testing.assert_array_equal(read_scan(path).pixels, expected)
+
+
+def test_a_header_that_promises_more_than_the_file_can_hold_reserves_nothing(tmp_path):
+    for name in ("large.nii", "large.nii.gz"):
+        path = save(tmp_path / name, np.zeros((6, 5, 4), np.int16))
+        raw = bytearray(path.read_bytes() if name.endswith(".nii") else gzip.decompress(path.read_bytes()))
+        raw[40:48] = np.array([3, 30000, 30000, 30000], "<i2").tobytes()  # 54 TB
+        path.write_bytes(raw if name.endswith(".nii") else gzip.compress(raw))
+        check_refused(path, "cannot be read", "bytes are said to be in a file of")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -7,12 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy import ndimage as ndi
+from skimage.morphology import disk
+from skimage.morphology import opening as gray_opening
 from skimage.transform import resize
 
+from covidseg import lungslice
 from covidseg.dataset import load_dataset
 from covidseg.evaluate import evaluate_lungs
 from covidseg.io import read_mask, read_scan
-from covidseg.lungs import LungSettings, is_volume, lung_masks
+from covidseg.lungs import LungPasses, LungSettings, is_volume, lung_masks
 from covidseg.metrics import read_truth
 from covidseg.phantom import PhantomPatient, PhantomSettings, make_patient
 
@@ -346,6 +349,112 @@ def test_a_volume_drops_small_components_that_a_stack_keeps(healthy):
     as_volume = lung_masks(pixels, volume=True)
     assert not as_volume[0][gas & ~healthy.lung[0]].any()
     np.testing.assert_array_equal(lung_masks(pixels), as_volume)  # told by the slices themselves
+
+
+def largest_in_3d(aerated: np.ndarray, share: float) -> np.ndarray:
+    labels, _ = ndi.label(aerated)
+    areas = np.bincount(labels.ravel())
+    areas[0] = 0
+    return (areas > share * areas.max())[labels]
+
+
+def test_components_in_3d_are_found_slice_by_slice(monkeypatch):
+    """The components that two slices at a time lead to are those of the whole volume."""
+    rng = np.random.default_rng(0)
+    kept = []
+    for trial in range(20):
+        noise = ndi.gaussian_filter(rng.normal(size=(7, 40, 50)), (0.5, 2, 2))
+        aerated = noise > (0.2 + 0.1 * (trial % 5)) * noise.std()
+        aerated[trial % 7] &= trial % 2 == 0  # every other volume has a gap
+        volume = iter([lungslice.Regions(np.ones_like(a), a, np.zeros_like(a)) for a in aerated])
+        monkeypatch.setattr("covidseg.lungs.regions", lambda image, settings, volume=volume: next(volume))
+        monkeypatch.setattr("covidseg.lungs.without_trachea", lambda lung, body: lung)
+        monkeypatch.setattr("covidseg.lungs.complete", lambda lung, region, settings: lung)
+        found = lung_masks(np.zeros(aerated.shape), LungSettings(smallest_3d=0.3), volume=True)
+        assert np.array_equal(found, largest_in_3d(aerated, 0.3))
+        kept.append((found.sum() / aerated.sum()) < 0.98)
+    assert sum(kept) > 5, "there is something to drop"
+
+
+def test_masks_can_be_had_in_any_order_and_without_the_slices(ill, found):
+    passes = LungPasses()
+    for image in ill.hu:
+        passes.look(image.copy())
+    assert len(passes) == len(found)
+    assert passes.is_volume()
+    for k in (MIDDLE, 0, 9, MIDDLE):
+        assert np.array_equal(passes.mask(k), found[k])
+    kept = sum(map(len, passes._packed))
+    assert kept < 0.05 * len(found) * 256 * 256, "packed, and a fraction of a byte for each pixel"
+
+
+def test_no_slices_have_no_masks():
+    assert lung_masks(np.zeros((0, 64, 64))).shape == (0, 64, 64)
+
+
+# --- fast ways to say the same ----------------------------------------------------------------------------------
+
+def plain_closing(mask: np.ndarray, radius: int) -> np.ndarray:
+    padded = np.pad(mask, radius + 1)
+    grown = ndi.distance_transform_edt(~padded) <= radius
+    return (ndi.distance_transform_edt(grown) > radius)[radius + 1:-radius - 1, radius + 1:-radius - 1]
+
+
+def plain_fill_holes(mask: np.ndarray, largest: float = np.inf) -> np.ndarray:
+    holes, _ = ndi.label(~mask & ndi.binary_fill_holes(mask))
+    areas = np.bincount(holes.ravel())
+    small = areas <= largest
+    small[0] = False
+    return mask | small[holes]
+
+
+def block_mean(image: np.ndarray, side: int) -> np.ndarray:
+    factor = max(1, image.shape[0] // side)
+    return image.astype(np.float32).reshape(-1, factor, image.shape[1] // factor, factor).mean(axis=(1, 3))
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Calls ``lung_masks`` with the building blocks in place that their definitions ask for."""
+    def masks(*arguments):
+        with monkeypatch.context() as patched:
+            patched.setattr(lungslice, "opening", lambda mask, radius: gray_opening(mask, disk(radius)))
+            patched.setattr(lungslice, "closing", plain_closing)
+            patched.setattr(lungslice, "fill_holes", plain_fill_holes)
+            patched.setattr(lungslice, "erode", lambda mask, radius: ndi.distance_transform_edt(mask) > radius)
+            patched.setattr("covidseg.lungs.to_grid", block_mean)
+            patched.setattr("covidseg.lungs.enlarge", lambda mask, shape:
+                            resize(mask.astype(np.float32), shape, order=1) > 0.5)
+            return lung_masks(*arguments)
+    return masks
+
+
+@pytest.mark.parametrize("volume", [True, False])
+def test_fast_steps_give_the_masks_of_plain_ones(ill, plain, volume):
+    large = ill.hu[2:6].repeat(2, axis=1).repeat(2, axis=2)
+    large += np.random.default_rng(0).integers(-30, 30, large.shape).astype(np.int16)
+    cut = large[:, 150:406, 100:356]  # the body reaches all four edges
+    for pixels in (large, cut, display(large)):
+        assert np.array_equal(lung_masks(pixels, LungSettings(), volume), plain(pixels, LungSettings(), volume))
+
+
+@pytest.mark.realct
+def test_fast_steps_give_the_masks_of_plain_ones_on_real_scans(realct, plain):
+    for case in load_dataset(realct / "medseg9").cases[:3]:
+        pixels = read_scan(case.image).pixels[::9]
+        masks = lung_masks(pixels, LungSettings(), False)
+        assert np.array_equal(masks, plain(pixels, LungSettings(), False))
+        assert masks.any()
+
+
+def test_a_slice_is_averaged_down_and_a_mask_enlarged(ill):
+    for side in (256, 128, 64, 32):
+        image = ill.hu[MIDDLE].astype(np.float32) / 3
+        np.testing.assert_allclose(lungslice.to_grid(image, side), block_mean(image, side), rtol=1e-5, atol=1e-3)
+        assert np.array_equal(lungslice.to_grid(ill.hu[MIDDLE], side), block_mean(ill.hu[MIDDLE], side))
+    for shape in ((512, 512), (256, 256), (400, 400), (768, 768)):
+        assert np.array_equal(lungslice.enlarge(ill.lung[MIDDLE], shape),
+                              resize(ill.lung[MIDDLE].astype(np.float32), shape, order=1) > 0.5)
 
 
 def test_true_lungs_of_the_phantom_are_read_upright(tiny_phantom):

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from nibabel.orientations import axcodes2ornt, ornt_transform
 from tiny import TINY, finished_run, quiet, same_weights, stage_name, weights
 
-from covidseg import predict
+from covidseg import predict, stream
 from covidseg.artifacts import load_arrays, load_net
 from covidseg.errors import ArtifactError, InputFileError, NoLungError, OutputError
-from covidseg.io import Scan, read_scan, write_like
+from covidseg.io import Scan, read_mask, read_scan, write_like
 from covidseg.lungs import lung_masks
 from covidseg.mil import PatchNet
 from covidseg.mutual import Round
-from covidseg.pipeline import Run
-from covidseg.predict import export_run, load_predictor, read_report
-from covidseg.prepare import Crops, lung_box, make_crops, uncrop
+from covidseg.pipeline import Run, find_lungs
+from covidseg.predict import Predictor, export_run, load_predictor, read_report
+from covidseg.prepare import Crops, lung_box, make_crops, uncrop, uncrop_all
+from covidseg.refine import lesion_probabilities
 from covidseg.report import write_run
 
 ORDERS = ["RAS", "LPS", "LAS", "SPL", "ARI"]
@@ -130,6 +134,139 @@ def test_many_slices_are_predicted_in_parts(tiny_run: Run, tiny_phantom: Path) -
     assert len(same) >= 5
     np.testing.assert_allclose(thrice[same], once[same], atol=1e-5)
     assert (thrice[20:] > 0).any()
+
+
+def plainly(predictor: Predictor, pixels: np.ndarray, volume: bool | None = None) -> np.ndarray:
+    """Probabilities by the stages one after another, each for all slices, with the nets as they were trained."""
+    found, crops = find_lungs(pixels, predictor.lung_net, predictor.profile, volume)
+    return uncrop_all(lesion_probabilities(predictor.segmenter, crops), crops.boxes, found, pixels.shape)
+
+
+def test_probabilities_are_those_of_the_stages(tiny_run: Run, interrupted: Scan) -> None:
+    predictor = load_predictor(tiny_run.folder)
+    longer = replace(interrupted, pixels=np.concatenate([interrupted.pixels] * 4))  # more than two batches
+    assert len(longer.pixels) > 2 * predict.BATCH
+    for volume in (True, False):
+        maps, expected = predictor.probabilities(longer, volume), plainly(predictor, longer.pixels, volume)
+        np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-6)
+        assert np.array_equal(maps > 0, expected > 0)
+        assert maps.any()
+
+
+@pytest.mark.slow
+@pytest.mark.realct
+def test_probabilities_of_the_package_s_nets_on_real_scans(realct: Path) -> None:
+    predictor = load_predictor()
+    level = predictor.profile.segmenter.threshold
+    for name in ("2", "7"):
+        scan = read_scan(realct / "medseg9" / "im" / f"{name}.nii.gz")
+        maps, expected = predictor.probabilities(scan), plainly(predictor, scan.pixels)
+        np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-6)
+        assert np.array_equal(maps >= level, expected >= level)
+        assert (maps >= level).any()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("volume", [None, False])
+def test_a_file_is_predicted_slice_by_slice_as_its_array_is(
+        tiny_run: Run, tiny_phantom: Path, tmp_path: Path, order: str, volume: bool | None) -> None:
+    path = reordered(tiny_phantom / "im" / "phantom_01.nii.gz", order, tmp_path / f"{order}.nii.gz")
+    predictor, scan = load_predictor(tiny_run.folder), read_scan(path)
+    maps = predictor.probabilities(scan, volume)
+    level = float(np.median(maps[maps > 0]))
+    made = predictor.predict_file(path, tmp_path / "mask.nii.gz", level, tmp_path / "maps.nii.gz", volume)
+    # A file from head to feet goes through the nets in other batches, which moves the last digit.
+    written = read_scan(tmp_path / "maps.nii.gz").pixels
+    np.testing.assert_allclose(written, maps, rtol=0, atol=1e-6)
+    assert np.array_equal(read_mask(tmp_path / "mask.nii.gz", like=scan), written >= np.float32(level))
+    assert (made.slices, made.lesion_slices) == (10, (written >= np.float32(level)).any(axis=(1, 2)).sum())
+    assert made.lesion_ml == pytest.approx((written >= np.float32(level)).sum() * np.prod(scan.spacing) / 1000)
+    predictor.predict_file(path, tmp_path / "again.nii.gz", level, volume=volume)
+    assert (tmp_path / "again.nii.gz").read_bytes() == (tmp_path / "mask.nii.gz").read_bytes()
+
+
+def test_the_threshold_of_a_file_is_that_of_the_run(tiny_run: Run, tiny_phantom: Path, tmp_path: Path) -> None:
+    predictor = load_predictor(tiny_run.folder)
+    scan = tiny_phantom / "im" / "phantom_01.nii.gz"
+    predictor.predict_file(scan, tmp_path / "mask.nii.gz")
+    expected = predictor.probabilities(read_scan(scan)) >= TINY.segmenter.threshold
+    assert np.array_equal(read_mask(tmp_path / "mask.nii.gz"), expected)
+
+
+def test_nothing_is_written_of_a_scan_without_lungs_or_with_damage(tiny_run: Run, tiny_phantom: Path,
+                                                                   tmp_path: Path) -> None:
+    predictor = load_predictor(tiny_run.folder)
+    nib.save(nib.Nifti1Image(np.zeros((64, 64, 3), np.int16), np.eye(4)), tmp_path / "empty.nii.gz")
+    raw = (tiny_phantom / "im" / "phantom_01.nii.gz").read_bytes()
+    (tmp_path / "harmed.nii.gz").write_bytes(raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:])
+    for name, error in (("empty", NoLungError), ("harmed", InputFileError)):
+        with pytest.raises(error, match=name):
+            predictor.predict_file(tmp_path / f"{name}.nii.gz", tmp_path / "out" / "m.nii.gz", None,
+                                   tmp_path / "out" / "p.nii.gz")
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_damage_between_the_two_passes_is_seen(tiny_run: Run, tiny_phantom: Path, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(shutil.copy(tiny_phantom / "im" / "phantom_01.nii.gz", tmp_path))
+    raw = path.read_bytes()
+
+    def then_harm(*arguments: object, **options: object) -> object:
+        passes = stream.look(*arguments, **options)  # type: ignore[arg-type]
+        path.write_bytes(raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:])
+        return passes
+    monkeypatch.setattr(predict, "look", then_harm)
+    with pytest.raises(InputFileError, match=path.name):
+        load_predictor(tiny_run.folder).predict_file(path, tmp_path / "out" / "m.nii.gz")
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_the_fingerprint_tells_nets_and_settings_apart(tiny_run: Run, tmp_path: Path) -> None:
+    predictor = load_predictor(tiny_run.folder)
+    export_run(tiny_run.folder, tmp_path / "nets")
+    assert load_predictor(tmp_path / "nets").fingerprint() == predictor.fingerprint()
+    profile = predictor.profile
+    others = [replace(predictor, profile=replace(profile, lungs=replace(profile.lungs, rim=3))),
+              replace(predictor, profile=replace(profile, lung_net=replace(profile.lung_net, keep=0.3))),
+              replace(predictor, lung_net=None), replace(predictor, lung_net=predictor.segmenter)]
+    changed = load_predictor(tiny_run.folder)
+    with torch.no_grad():
+        next(changed.segmenter.parameters()).view(-1)[0] += 1e-3
+    assert len({other.fingerprint() for other in (predictor, changed, *others)}) == 6
+    # What was learned from and how is another matter: it shows in the weights.
+    assert replace(predictor, profile=replace(profile, cam=replace(profile.cam, layer_share=0.9))).fingerprint() \
+        == predictor.fingerprint()
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from covidseg.predict import load_predictor
+torch.set_num_threads(1)
+predictor = load_predictor(Path(sys.argv[1]))
+peaks = []  # kilobytes
+for scan in sys.argv[2:4]:
+    predictor.predict_file(Path(scan), Path(sys.argv[4]), None, Path(sys.argv[4]).with_name("p.nii.gz"))
+    peaks.append(int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]))
+print(peaks[1] - peaks[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to ask")
+def test_memory_does_not_grow_with_the_number_of_slices(tiny_run: Run, tiny_phantom: Path, tmp_path: Path) -> None:
+    scan = read_scan(tiny_phantom / "im" / "phantom_01.nii.gz")
+    paths = []
+    for repeats in (2, 40):
+        image = np.tile(scan.pixels.transpose(2, 1, 0), repeats)
+        paths.append(tmp_path / f"{repeats}.nii.gz")
+        nib.save(nib.Nifti1Image(image, scan.grid.affine), paths[-1])
+    done = subprocess.run([sys.executable, "-c", PEAK, tiny_run.folder, *paths, tmp_path / "m.nii.gz"],
+                          capture_output=True, text=True, check=True)
+    whole = image.size * 4 / 2 ** 20
+    assert whole > 24
+    assert int(done.stdout) / 1024 < 6, "the probabilities of the longer one alone would need four times as much"
 
 
 def test_a_scan_without_lungs_is_refused(tiny_run: Run, tmp_path: Path) -> None:

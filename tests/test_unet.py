@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from covidseg.unet import make_unet
+from covidseg.unet import for_prediction, make_unet
 
 CHANNELS = [(4, 8), (4, 8, 16), (4, 8, 16, 16)]
 
@@ -70,3 +70,27 @@ def test_each_half_of_the_logits_can_be_reached() -> None:
             loss.backward()
             optimizer.step()
         assert loss.item() < 0.1
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_the_form_for_prediction_says_the_same(inputs: int, channels: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    net = make_unet(inputs, channels)
+    with torch.no_grad():
+        for layer in net.modules():  # batch norms as training leaves them behind
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.weight.uniform_(0.5, 2)
+                layer.bias.normal_()
+                layer.running_mean.normal_()  # type: ignore[union-attr]
+                layer.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    fast = for_prediction(net.eval())
+    norms = [sum(isinstance(layer, nn.BatchNorm2d) for layer in each.modules()) for each in (net, fast)]
+    assert norms[1] == 1 < norms[0], "only that of the head is left"
+    picture = torch.randn(3, inputs, 32, 32)
+    with torch.no_grad():
+        expected, found = net(picture).sigmoid(), fast(picture).sigmoid()
+    assert expected.std() > 0.005
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items()), "the net is left alone"

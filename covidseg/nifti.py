@@ -1,0 +1,197 @@
+"""What NIfTI files hold: the header, read by nibabel, and the voxels, decompressed once and straight into place.
+
+nibabel stops decompressing after the last voxel, before the checksum of the file, and so misses damage; it also needs
+memory for a second copy. Here the file is read to its end, whatever part of it is kept.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import nibabel as nib
+import numpy as np
+from isal import igzip
+from isal.igzip_lib import IsalError
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.volumeutils import apply_read_scaling
+
+from covidseg.errors import InputFileError
+
+SUFFIXES = (".nii", ".nii.gz")
+# Upright order: slices towards the head (S), rows towards the back (P), columns towards the left (L).
+UPRIGHT = ("S", "P", "L")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a file lays out its voxels: all that is needed to write a result that fits the input.
+
+    Attributes:
+        shape: stored array shape, three axes (a two-dimensional file counts as one slice).
+        affine: ``(4, 4)`` matrix from voxel indices to millimetres.
+        two_dimensional: whether the file itself has only two axes.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    two_dimensional: bool = False
+
+    def to_upright(self) -> np.ndarray:
+        """nibabel orientation transform from the stored axes to the upright ones, ``(3, 2)``."""
+        return ornt_transform(io_orientation(self.affine), axcodes2ornt(UPRIGHT))
+
+    def from_upright(self) -> np.ndarray:
+        """The transform back, from the upright axes to the stored ones."""
+        return ornt_transform(axcodes2ornt(UPRIGHT), io_orientation(self.affine))
+
+    def in_slices(self) -> bool:
+        """Whether the file holds one upright slice after another, from feet to head or from head to feet."""
+        return int(self.to_upright()[2, 0]) == 0
+
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres between slices, rows and columns."""
+        upright = self.affine @ inv_ornt_aff(self.to_upright(), self.shape)
+        slices, rows, columns = np.sqrt((upright[:3, :3] ** 2).sum(axis=0)).tolist()
+        return slices, rows, columns
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about its voxels.
+
+    Attributes:
+        path: the file.
+        grid: how it lays them out.
+        stored: their type in the file.
+        offset: bytes before the first of them.
+        slope: a value is the stored one times ``slope`` plus ``inter``.
+        inter: see ``slope``.
+    """
+
+    path: Path
+    grid: Grid
+    stored: np.dtype
+    offset: int
+    slope: float
+    inter: float
+
+    def dtype(self) -> np.dtype:
+        """Type of the values: the stored one, but float32 where that is floating point or has to be scaled."""
+        return np.dtype(np.float32) if self.scaled() or self.stored.kind == "f" else self.stored
+
+    def scaled(self) -> bool:
+        """Whether values differ from what is stored."""
+        return (self.slope, self.inter) != (1, 0)
+
+
+@contextmanager
+def _faults(path: Path) -> Iterator[None]:
+    """Every way in which a damaged file fails becomes an InputFileError."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, OverflowError, zlib.error, IsalError,  # type: ignore[misc]
+            nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
+        reason = str(error).replace(str(path), path.name)  # the error itself says where, reports must not
+        raise InputFileError(f"cannot be read as NIfTI ({reason})", path=path,
+                             remedy="The file is damaged or incomplete: copy or download it again") from error
+
+
+def read_header(path: Path) -> Header:
+    """Reads the header of a ``.nii`` or ``.nii.gz`` file of one grey-value volume.
+
+    Raises:
+        InputFileError: the file is missing, not NIfTI, not one grey-value volume, or has no usable affine.
+    """
+    if not path.exists():
+        raise InputFileError("no such file", path=path, remedy="Check the spelling of the path")
+    if path.is_dir():
+        raise InputFileError("is a folder, not a scan", path=path, remedy="Name the NIfTI files inside it")
+    if not path.name.lower().endswith(SUFFIXES):
+        raise InputFileError("is not a NIfTI file (.nii or .nii.gz)", path=path,
+                             remedy="Convert DICOM series or pictures to NIfTI first, for instance with dcm2niix")
+    with _faults(path):
+        image: Any = nib.load(path)
+        affine, proxy, shape = image.affine, image.dataobj, tuple(int(n) for n in image.shape)
+    if proxy.dtype.kind not in "iuf":
+        raise InputFileError("holds colour or complex voxels", path=path, remedy="Give a grey-value CT")
+    whole = shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    two_dimensional = len(shape) == 2
+    if two_dimensional:
+        shape = (*shape, 1)
+    if len(shape) != 3 or min(shape) < 1:
+        raise InputFileError(f"has shape {whole}, not one volume", path=path,
+                             remedy="Split series over time into one file each")
+    invented = not image.header["sform_code"] and not image.header["qform_code"]  # nibabel then makes one up
+    if invented or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9 \
+            or np.isnan(io_orientation(affine)).any():
+        raise InputFileError("has no usable affine, so its orientation and spacing are unknown", path=path,
+                             remedy="Export it again with orientation, or set the affine with nibabel")
+    grid = Grid((shape[0], shape[1], shape[2]), np.asarray(affine, dtype=np.float64), two_dimensional)
+    return Header(path, grid, proxy.dtype, int(proxy.offset), float(proxy.slope), float(proxy.inter))
+
+
+@contextmanager
+def open_voxels(header: Header) -> Iterator[Callable[[np.ndarray], None]]:
+    """Opens a file at its first voxel, and reads it to its end in the end, so that its checksum is tested.
+
+    Yields:
+        A function that fills an array, contiguous in Fortran's order as the file is, with the values that come next.
+
+    Raises:
+        InputFileError: the file is damaged or incomplete, or holds NaN.
+    """
+    path, size = header.path, header.path.stat().st_size
+    compressed = path.name.lower().endswith(".gz")
+    wanted = header.offset + header.stored.itemsize * int(np.prod(header.grid.shape, dtype=object))
+    with _faults(path):
+        if wanted > (1032 if compressed else 1) * size:  # more than deflate can compress; nothing is reserved for it
+            raise EOFError(f"{wanted} bytes are said to be in a file of {size}")
+    with _faults(path), cast(BinaryIO, igzip.open(path)) if compressed else path.open("rb") as stream:
+        stream.seek(header.offset)
+        yield lambda target: _fill(stream, target.reshape(-1, order="F"), header)
+        while stream.read(1 << 20):
+            pass
+
+
+def _fill(stream: BinaryIO, values: np.ndarray, header: Header) -> None:
+    """Fills ``(n,)`` values, in blocks where they have to be converted."""
+    if values.dtype == header.stored and not header.scaled():
+        _read(stream, values)
+    else:
+        for start in range(0, len(values), 1 << 20):
+            raw = np.empty(min(1 << 20, len(values) - start), header.stored)
+            _read(stream, raw)
+            with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is refused
+                values[start:start + len(raw)] = apply_read_scaling(raw, header.slope, header.inter)
+    if values.dtype.kind == "f" and not (np.isfinite(values.min()) and np.isfinite(values.max())):
+        raise InputFileError("holds voxels that are not numbers (NaN or infinite)", path=header.path,
+                             remedy="Export the scan again, or set those voxels to air (-1024 HU)")
+
+
+def _read(stream: BinaryIO, target: np.ndarray) -> None:
+    """Fills all bytes of a contiguous array, little by little, since a gzip stream makes a copy of each piece."""
+    left = target.view(np.uint8).data
+    while left:
+        count = stream.readinto(left[:1 << 18])  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError(f"{len(left)} bytes are missing")
+        left = left[count:]
+
+
+def read_voxels(header: Header) -> np.ndarray:
+    """All values of a file, ``(i, j, k)`` as stored, in Fortran's order; the only copy of them that is made.
+
+    Raises:
+        InputFileError: see :func:`open_voxels`.
+    """
+    with open_voxels(header) as fill:
+        array = np.empty(header.grid.shape, header.dtype(), order="F")
+        fill(array)
+    return array
