@@ -70,6 +70,15 @@ def rooflines(stages: list[dict[str, Any]]) -> Table:
     return table
 
 
+def write_record(path: Path, sections: dict[str, Any], small: bool, device: torch.device) -> None:
+    """Writes what was measured so far: if a later section fails, the earlier ones are there."""
+    content = {"note": DISCLAIMER, "command": "make bench", "device": device.type, "small": small,
+               "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+               "environment": {**environment(device), "processor": processor(), "cores": os.cpu_count()},
+               "sections": sections}
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the sections and writes ``bench-DEVICE.json``; a section that was not asked for keeps its last figures."""
     parser = argparse.ArgumentParser(prog="bench", description="Measure covidseg's speed side by side.")
@@ -83,21 +92,16 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.out / f"bench-{device.type}.json"
     before = json.loads(path.read_text(encoding="utf-8"))["sections"] if path.exists() and options.only else {}
     wanted = options.only or (ON_GPU if device.type == "cuda" else SECTIONS)
-    measured: dict[str, Any] = {}
+    sections = dict(before)
     with tempfile.TemporaryDirectory() as folder:
         setup = Setup(device, Path(folder), options.rounds, options.small)
         for name in wanted:
             end, start = ticking(name), time.monotonic()
             load = round(os.getloadavg()[0], 2)  # others at work would show here
-            measured[name] = importlib.import_module(f"bench.{name}").run(setup)
-            measured[name] |= {"seconds": round(time.monotonic() - start, 1), "load_before": load}
+            measured = importlib.import_module(f"bench.{name}").run(setup)
+            sections[name] = {**measured, "seconds": round(time.monotonic() - start, 1), "load_before": load}
             end()
-    sections = {name: {**before, **measured}[name] for name in SECTIONS if name in {**before, **measured}}
-    content = {"note": DISCLAIMER, "command": "make bench", "device": device.type, "small": options.small,
-               "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-               "environment": {**environment(device), "processor": processor(), "cores": os.cpu_count()},
-               "sections": sections}
-    write_text(path, json.dumps(content, indent=1) + "\n")
+            write_record(path, {name: sections[name] for name in SECTIONS if name in sections}, options.small, device)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(ratios(sections))
     console.print(limits(sections))

@@ -34,7 +34,7 @@ def sliding_window(path: Path, device: str) -> float:
 
 def run(setup: Setup) -> dict[str, Any]:
     side = setup.size(512, 192)
-    lengths = [75, 150, 300, 600] if not setup.small else [4, 8]
+    lengths = [40, 80, 160, 320] if not setup.small else [4, 8]
     rows = []
     for slices in lengths:
         path = write_volume(setup.folder / f"predict-{slices}.nii.gz", slices, side)

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from covidseg.io import Grid, write_like
+from covidseg.io import Grid
 from covidseg.lungs import lung_masks
 from covidseg.phantom import PhantomSettings, is_healthy, make_patient
 from covidseg.prepare import Crops, PrepareSettings, WeakSet, make_crops
+from covidseg.stream import slice_writer
 
 
 @cache
@@ -38,7 +39,9 @@ def volume(slices: int, size: int = 512) -> np.ndarray:
 def write_volume(path: Path, slices: int, size: int = 512) -> Path:
     """The volume as a compressed NIfTI file in the voxel order that most files have; kept if it is there."""
     if not path.exists():
-        write_like(volume(slices, size), Grid((size, size, slices), np.diag((-0.7, -0.7, 1.0, 1.0))), path)
+        with slice_writer(path, Grid((size, size, slices), np.diag((-0.7, -0.7, 1.0, 1.0))), np.int16) as write:
+            for image in volume(slices, size):
+                write(image)
     return path
 
 
