@@ -1,7 +1,11 @@
 """Bags of patches: how one label for many patches teaches each of them.
 
 A slice is a bag; each component of its coarse label is a smaller one. A bag's probability comes from the scores of its
-patches, pooled by attention (Ilse et al., ICML 2018, eq. 8) so that the patches that matter count most.
+patches, pooled by attention (Ilse et al., ICML 2018, eqs. 8-9) so that the patches that matter count most.
+
+Bags are rows of an array, padded to the longest (:func:`bag_probability`). For bags of very unequal
+size there is the same without padding: all patches in one vector, each with the number of its bag
+(:func:`flat_bag_probability`, :func:`flat_attention_pool`).
 """
 
 from __future__ import annotations
@@ -9,11 +13,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 from scipy import ndimage as ndi
-from torch import Tensor
+from torch import Tensor, nn
 
 from covidseg.patches import patch_values
 
 COMPONENTS = 4  # bags of a slice besides the slice itself
+
+
+def gated_attention(h: Tensor, v: nn.Linear, u: nn.Linear, w: nn.Linear) -> Tensor:
+    """Attention logits ``w' (tanh(V h) * sigmoid(U h))`` (eq. 9 of Ilse et al.), ``(...)``, of ``h`` ``(..., d)``."""
+    return w(v(h).tanh() * u(h).sigmoid())[..., 0]
 
 
 def bag_probability(scores: Tensor, attention: Tensor, members: Tensor, pooling: str = "attention") -> Tensor:
@@ -33,6 +42,51 @@ def bag_probability(scores: Tensor, attention: Tensor, members: Tensor, pooling:
     pooled = (weights * scores).sum(dim=1).sigmoid()
     powers = (scores.sigmoid() ** 4 * members).sum(dim=1) / members.sum(dim=1).clamp(min=1)
     return 0.5 * pooled + 0.5 * (powers + 1e-8) ** 0.25
+
+
+def flat_bag_probability(scores: Tensor, attention: Tensor, bag: Tensor, bags: int,
+                         pooling: str = "attention") -> Tensor:
+    """:func:`bag_probability` of ragged bags.
+
+    Args:
+        scores, attention: ``(M,)`` logits of the patches of all bags.
+        bag: ``(M,)`` int64 in ``0 .. bags - 1``, the bag of each patch, in any order.
+        pooling: ``attention`` weighs the scores, ``mean`` does not.
+
+    Returns:
+        ``(bags,)`` in (0, 1); what is said of a bag without patches means nothing.
+    """
+    weights = segment_softmax(attention if pooling == "attention" else torch.zeros_like(attention), bag, bags)
+    pooled = _segment_sum(weights * scores, bag, bags).sigmoid()
+    sizes = torch.bincount(bag, minlength=bags).clamp(min=1)
+    powers = _segment_sum(scores.sigmoid() ** 4, bag, bags) / sizes
+    return 0.5 * pooled + 0.5 * (powers + 1e-8) ** 0.25
+
+
+def flat_attention_pool(h: Tensor, logits: Tensor, bag: Tensor, bags: int) -> Tensor:
+    """Embeddings of ragged bags, the attention-weighted means of those of their patches (eq. 8 of Ilse et al.).
+
+    Args:
+        h: ``(M, d)`` embeddings of the patches of all bags.
+        logits: ``(M,)`` of :func:`gated_attention`.
+        bag: ``(M,)`` int64 in ``0 .. bags - 1``, the bag of each patch, in any order.
+
+    Returns:
+        ``(bags, d)``; a bag without patches is 0.
+    """
+    return _segment_sum(segment_softmax(logits, bag, bags)[:, None] * h, bag, bags)
+
+
+def segment_softmax(logits: Tensor, bag: Tensor, bags: int) -> Tensor:
+    """Softmax of ``(M,)`` logits within each bag."""
+    # The largest logit of each bag keeps the exponentials finite; it cancels, so it needs no gradient.
+    top = logits.new_full((bags,), -torch.inf).scatter_reduce(0, bag, logits.detach(), "amax")
+    powers = (logits - top[bag]).exp()
+    return powers / _segment_sum(powers, bag, bags)[bag]
+
+
+def _segment_sum(values: Tensor, bag: Tensor, bags: int) -> Tensor:
+    return values.new_zeros(bags, *values.shape[1:]).index_add(0, bag, values)
 
 
 def component_bags(cam: np.ndarray, ids: np.ndarray, labels: np.ndarray, threshold: float) -> np.ndarray:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from covidseg.bags import bag_probability, component_bags, component_loss
+from covidseg.bags import bag_probability, component_bags, component_loss, gated_attention
 from covidseg.curriculum import CurriculumSettings, Phase, plan_phase
 from covidseg.errors import SettingsError, one_of
 from covidseg.paint import Painter, PaintSettings
@@ -99,7 +99,6 @@ class PatchNet(nn.Module):
                                  nn.Conv2d(4 * w, 4 * w, 3, padding=3, dilation=3), nn.ReLU())              # 56 px
         self.embed = nn.Sequential(nn.Linear(7 * w, 4 * w), nn.ReLU(), nn.Dropout(0.1))
         self.score = nn.Linear(4 * w, 1)
-        # Gated attention: w' (tanh(V h) * sigmoid(U h)), eq. 9 of Ilse et al.
         self.attend_v, self.attend_u = nn.Linear(4 * w, 2 * w), nn.Linear(4 * w, 2 * w)
         self.attend_w = nn.Linear(2 * w, 1)
 
@@ -117,8 +116,7 @@ class PatchNet(nn.Module):
     def judge(self, described: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and attention logits, two of ``(...)``, of patches described by ``(..., 7w)`` of :meth:`describe`."""
         h = self.embed(described)                                                      # (B, P + 1, 4w)
-        attention = self.attend_w(self.attend_v(h).tanh() * self.attend_u(h).sigmoid())
-        return self.score(h)[..., 0], attention[..., 0]
+        return self.score(h)[..., 0], gated_attention(h, self.attend_v, self.attend_u, self.attend_w)
 
     def forward(self, inputs: Tensor, ids: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
         return self.judge(self.describe(self.features(inputs), ids, int(ids.max()) if count is None else count))

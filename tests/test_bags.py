@@ -5,8 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from covidseg.bags import COMPONENTS, bag_probability, component_bags
+from covidseg.bags import (
+    COMPONENTS,
+    bag_probability,
+    component_bags,
+    flat_attention_pool,
+    flat_bag_probability,
+    gated_attention,
+    segment_softmax,
+)
 from covidseg.patches import square_ids
 
 Bag = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -66,6 +75,69 @@ def test_one_ill_patch_raises_the_bag_more_than_the_mean() -> None:
 def test_a_bag_without_members_stays_finite() -> None:
     scores = torch.zeros(1, 16)
     assert torch.isfinite(bag_probability(scores, scores, torch.zeros_like(scores, dtype=torch.bool))).all()
+
+
+def ragged(order: bool) -> tuple[torch.Tensor, ...]:
+    """Seven bags of 1 to 300 patches, padded and flat, in order or shuffled: scores, attention, members; flat, bag."""
+    source = torch.Generator().manual_seed(3)
+    sizes = torch.tensor([300, 1, 25, 7, 120, 2, 60])
+    members = torch.zeros(7, 300, dtype=torch.bool)
+    for row, size in zip(members, sizes.tolist(), strict=True):
+        row[torch.randperm(300, generator=source)[:size]] = True
+    scores, attention = 3 * torch.randn(2, 7, 300, generator=source)
+    flat = members.flatten().nonzero()[:, 0]
+    if not order:
+        flat = flat[torch.randperm(len(flat), generator=source)]
+    return scores, attention, members, flat, flat // 300
+
+
+@pytest.mark.parametrize("order", [True, False])
+@pytest.mark.parametrize("pooling", ["attention", "mean"])
+def test_flat_bags_equal_padded_ones_forward_and_backward(pooling: str, order: bool) -> None:
+    scores, attention, members, flat, bag = ragged(order)
+    leaves = [scores.requires_grad_(True), *([attention.requires_grad_(True)] if pooling == "attention" else [])]
+    padded = bag_probability(scores, attention, members, pooling)
+    found = flat_bag_probability(scores.flatten()[flat], attention.flatten()[flat], bag, 7, pooling)
+    torch.testing.assert_close(found, padded, atol=1e-6, rtol=0)
+    weigh = torch.linspace(-1, 2, 7)
+    for one, other in zip(*(torch.autograd.grad((weigh * p).sum(), leaves) for p in (found, padded)), strict=True):
+        assert other.abs().max() > 1e-3
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def plain_pool(h: torch.Tensor, logits: torch.Tensor, bag: torch.Tensor, bags: int) -> torch.Tensor:
+    """A loop over bags."""
+    return torch.stack([logits[bag == k].softmax(0) @ h[bag == k] for k in range(bags)])
+
+
+def test_flat_attention_pools_each_bag_alone() -> None:
+    source = torch.Generator().manual_seed(4)
+    *_, bag = ragged(False)
+    h = torch.randn(len(bag), 5, generator=source, requires_grad=True)
+    torch.manual_seed(5)
+    layers = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(3, 1)
+    logits = gated_attention(h, *layers)
+    by_formula = torch.stack([layers[2](torch.tanh(layers[0](one)) * torch.sigmoid(layers[1](one)))[0] for one in h])
+    torch.testing.assert_close(logits, by_formula)
+    weights = [h, *(p for layer in layers for p in layer.parameters())]
+    found, expected = flat_attention_pool(h, logits, bag, 7), plain_pool(h, logits, bag, 7)
+    assert found.shape == (7, 5)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    weigh = torch.randn(7, 5, generator=source)
+    for one, other in zip(*(torch.autograd.grad((weigh * z).sum(), weights, retain_graph=True)
+                            for z in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_segments_sum_to_one_however_large_their_logits() -> None:
+    *_, bag = ragged(False)
+    logits = torch.linspace(-1e4, 1e4, len(bag))
+    weights = segment_softmax(logits, bag, 8)  # the last bag is empty
+    assert torch.isfinite(weights).all()
+    torch.testing.assert_close(torch.zeros(8).index_add(0, bag, weights), torch.tensor([1.0] * 7 + [0.0]))
+    torch.testing.assert_close(segment_softmax(logits / 1e4 + 77, bag, 7), segment_softmax(logits / 1e4, bag, 7))
+    assert torch.isfinite(flat_bag_probability(logits, logits, bag, 8)).all()
+    assert (flat_attention_pool(logits[:, None], logits, bag, 8)[7] == 0).all()
 
 
 def spots() -> tuple[np.ndarray, list[tuple[slice, slice]]]:
