@@ -118,6 +118,7 @@ class PatchNet(nn.Module):
     def judge(self, described: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and attention logits, two of ``(...)``, of patches described by ``(..., 7w)`` of :meth:`describe`."""
         h = self.embed(described)                                                      # (B, P + 1, 4w)
+        # Before the score: the gradients of h add up in this order, and recorded nets depend on its last bits.
         attention = gated_attention(h, self.attend_v, self.attend_u, self.attend_w)
         return self.score(h)[..., 0], attention
 
