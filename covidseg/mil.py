@@ -35,6 +35,8 @@ from covidseg.train import (
     seed_everything,
 )
 
+CACHED = 4  # slices whose features are computed at a time on a CPU: they then stay in its cache
+
 
 @dataclass(frozen=True)
 class MilSettings:
@@ -116,7 +118,9 @@ class PatchNet(nn.Module):
     def judge(self, described: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and attention logits, two of ``(...)``, of patches described by ``(..., 7w)`` of :meth:`describe`."""
         h = self.embed(described)                                                      # (B, P + 1, 4w)
-        return self.score(h)[..., 0], gated_attention(h, self.attend_v, self.attend_u, self.attend_w)
+        # Before the score: the gradients of h add up in this order, and recorded nets depend on its last bits.
+        attention = gated_attention(h, self.attend_v, self.attend_u, self.attend_w)
+        return self.score(h)[..., 0], attention
 
     def forward(self, inputs: Tensor, ids: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
         return self.judge(self.describe(self.features(inputs), ids, int(ids.max()) if count is None else count))
@@ -217,19 +221,24 @@ def patch_scores(net: PatchNet, crops: Crops, ids: np.ndarray, count: int | None
     return _scores(net, crops, [ids], [int(ids.max(initial=0)) if count is None else count], batch)[0]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _scores(net: PatchNet, crops: Crops, maps: list[np.ndarray], counts: list[int], batch: int) -> list[np.ndarray]:
     """:func:`patch_scores` for several maps of patch numbers; the features of a slice are computed once."""
     device, was_training = next(net.parameters()).device, net.training
     net.eval()
+    few = CACHED if device.type == "cpu" else batch
     parts = [[np.zeros((0, count + 1), np.float32)] for count in counts]
     for start in range(0, len(crops), batch):
-        part = slice(start, start + batch)
-        features = net.features(net_input(torch.from_numpy(crops.images[part])[:, None].to(device),
-                                          torch.from_numpy(crops.lungs[part])[:, None].float().to(device)))
-        for ids, count, result in zip(maps, counts, parts, strict=True):
-            numbers = torch.from_numpy(ids[part].astype(np.int64)).to(device)
-            result.append(net.judge(net.describe(features, numbers, count))[0].sigmoid().cpu().numpy())
+        described: list[list[Tensor]] = [[] for _ in maps]
+        for first in range(start, min(start + batch, len(crops)), few):
+            part = slice(first, min(first + few, start + batch))
+            features = net.features(net_input(torch.from_numpy(crops.images[part])[:, None].to(device),
+                                              torch.from_numpy(crops.lungs[part])[:, None].float().to(device)))
+            for ids, count, found in zip(maps, counts, described, strict=True):
+                numbers = torch.from_numpy(ids[part].astype(np.int64)).to(device)
+                found.append(net.describe(features, numbers, count))
+        for found, result in zip(described, parts, strict=True):
+            result.append(net.judge(torch.cat(found))[0].sigmoid().cpu().numpy())
     net.train(was_training)
     return [np.concatenate(result) for result in parts]
 

@@ -73,14 +73,14 @@ def pool(maps: Tensor, ids: Tensor, count: int) -> Tensor:
 
     Args:
         maps: ``(B, C, H, W)``.
-        ids: ``(B, S, S)`` int64 patch numbers; if ``H < S``, every ``S / H``-th pixel is read.
+        ids: ``(B, S, T)`` int64 patch numbers; of a map ``n`` times as coarse, every ``n``-th pixel is read.
         count: largest patch number.
 
     Returns:
         ``(B, count + 1, C)``, at least float32; entry 0 is what belongs to no patch, patches without a pixel are 0.
     """
-    batch, channels, height = maps.shape[:3]
-    step = ids.shape[-1] // height
+    batch, channels = maps.shape[:2]
+    step = ids.shape[-1] // maps.shape[-1]
     flat = ids[:, ::step, ::step] + (count + 1) * torch.arange(batch, device=ids.device)[:, None, None]
     flat = flat.reshape(-1)
     # Half precision would lose the small values of a long sum.

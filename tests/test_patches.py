@@ -171,6 +171,14 @@ def test_pooling_equals_a_plain_loop(step: int, reading: str) -> None:
     torch.testing.assert_close(slopes, by_hand)
 
 
+def test_maps_need_not_be_square() -> None:
+    ids = torch.arange(8).repeat_interleave(2)[None].repeat(24, 1)[None] + 1               # (1, 24, 16): 8 stripes
+    for step in (1, 2):
+        maps = torch.rand(1, 3, 24 // step, 16 // step, generator=torch.Generator().manual_seed(0))
+        stripes = maps.reshape(1, 3, 24 // step, 8, 2 // step).mean(dim=(2, 4))
+        torch.testing.assert_close(pool(maps, ids, 8)[:, 1:], stripes.permute(0, 2, 1))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_pooling_sums_in_full_precision(dtype: torch.dtype) -> None:
     """A patch of 400 pixels: a sum in half precision would stop growing long before the last of them."""
