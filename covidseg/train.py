@@ -1,4 +1,4 @@
-"""What the training loops of all stages share: seeds, balanced batches, augmentation, an averaged net.
+"""What the training loops of all stages share: seeds, balanced batches made ahead, augmentation, an averaged net.
 
 There is no trainer class. Each stage has its own short loop in its own module and takes these parts from here.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from covidseg.errors import SettingsError, one_of
 
 Log = Callable[[str], None]
+Batch = tuple[Tensor, ...]
 
 
 def seed_everything(seed: int) -> torch.Generator:
@@ -71,6 +74,54 @@ def balanced_batches(labels: np.ndarray, patients: np.ndarray, batch: int, steps
             slices = pool[int(torch.randint(len(pool), (1,), generator=generator))]
             picks.append(slices[int(torch.randint(len(slices), (1,), generator=generator))])
         yield torch.stack(picks)
+
+
+def overlapped(batches: Iterator[Batch], device: torch.device, *, ahead: int = 2,
+               hold: Collection[int] = ()) -> Iterator[Batch]:
+    """The same batches on a device, the next ones being made in a thread of their own while a net computes.
+
+    One thread makes all of them in turn, so that random numbers are drawn in the order in which a plain loop draws
+    them. It computes on one core; NumPy and torch let go of Python's lock meanwhile.
+
+    Args:
+        batches: makes each batch when asked for it; what it raises, the consumer gets.
+        device: where the batches are wanted.
+        ahead: so many batches are made before they are asked for.
+        hold: numbers, from 1, of batches that are begun only when they are asked for, because what they are made of
+            changes until then.
+    """
+    begun: deque[Future[Batch | None]] = deque()
+    number = asked = 0
+    worker = ThreadPoolExecutor(1, "batches")
+    try:
+        threads = torch.get_num_threads()
+        worker.submit(_use_one_core, device).result()
+        torch.set_num_threads(threads)                      # torch gives the last number set to threads yet to come
+        while True:
+            asked += 1
+            while number < asked + ahead and (number < asked or number + 1 not in hold):
+                number += 1
+                begun.append(worker.submit(_next_batch, batches, pinned=device.type == "cuda"))
+            batch = begun.popleft().result()
+            if batch is None:
+                return
+            yield tuple(part.to(device, non_blocking=True) for part in batch)
+    finally:
+        worker.shutdown(cancel_futures=True)
+
+
+def _next_batch(batches: Iterator[Batch], pinned: bool) -> Batch | None:
+    """The next batch, None after the last; in pinned memory, from where a GPU fetches it while it computes."""
+    batch = next(batches, None)
+    return tuple(part.pin_memory() for part in batch) if pinned and batch is not None else batch
+
+
+def _use_one_core(device: torch.device) -> None:
+    """Makes the thread that calls it leave the other cores to the net, and use the same GPU."""
+    torch.get_num_threads()                                 # the first question in a thread undoes what was set before
+    torch.set_num_threads(1)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def augment(maps: Tensor, generator: torch.Generator) -> Tensor:

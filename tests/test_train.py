@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from covidseg.train import (
     jitter,
     learning_rate,
     net_input,
+    overlapped,
     pick_device,
     seed_everything,
 )
@@ -80,6 +84,85 @@ def test_batches_depend_on_the_seed_alone() -> None:
         return torch.stack(list(balanced_batches(LABELS, PATIENTS, 8, 10, generator(seed))))
     assert torch.equal(batches(1), batches(1))
     assert not torch.equal(batches(1), batches(2))
+
+
+CPU = torch.device("cpu")
+
+
+class Making:
+    """Batches of one number each, and a record of which were begun and where."""
+
+    def __init__(self, count: int = 6, fails_at: int = 0) -> None:
+        self.count, self.fails_at, self.begun = count, fails_at, list[int]()
+        self.threads, self.cores = set[str](), set[int]()
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        for number in range(1, self.count + 1):
+            self.begun.append(number)
+            self.threads.add(threading.current_thread().name)
+            self.cores.add(torch.get_num_threads())
+            if number == self.fails_at:
+                raise ValueError(f"batch {number}")
+            yield (torch.tensor([float(number)]),)
+
+    def settled(self) -> list[int]:
+        """What was begun, once nothing new is."""
+        before = -1
+        while before != len(self.begun):
+            before = len(self.begun)
+            time.sleep(0.05)
+        return self.begun
+
+
+def helpers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_overlapped_batches_come_in_order_from_one_other_thread_that_keeps_ahead() -> None:
+    making, cores = Making(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for number, (batch,) in enumerate(overlapped(iter(making), CPU), start=1):
+            assert batch.item() == number
+            assert making.settled() == list(range(1, min(number + 2, 6) + 1))
+        other: list[int] = []
+        thread = threading.Thread(target=lambda: other.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert torch.get_num_threads() == 2
+        assert other == [2], "no other thread is held to one core"
+    finally:
+        torch.set_num_threads(cores)
+    assert number == 6
+    assert making.threads == {"batches_0"}
+    assert making.cores == {1}
+    assert not helpers()
+
+
+def test_a_held_batch_is_begun_only_when_it_is_asked_for() -> None:
+    making = Making()
+    batches = overlapped(iter(making), CPU, hold={2, 5})
+    seen = []
+    for _ in range(6):
+        next(batches)
+        seen.append(len(making.settled()))
+    assert seen == [1, 4, 4, 4, 6, 6]
+
+
+def test_faults_of_the_other_thread_reach_the_loop_after_the_batches_before_it() -> None:
+    batches = overlapped(iter(Making(fails_at=3)), CPU)
+    assert [next(batches)[0].item() for _ in range(2)] == [1, 2]
+    with pytest.raises(ValueError, match="batch 3"):
+        next(batches)
+    assert not helpers()
+
+
+def test_leaving_the_loop_ends_the_thread() -> None:
+    for (batch,) in overlapped(iter(Making(count=10**6)), CPU):
+        assert helpers()
+        if batch.item() == 3:
+            break
+    assert not helpers()
 
 
 def symmetries(image: torch.Tensor) -> list[torch.Tensor]:
