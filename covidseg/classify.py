@@ -32,6 +32,7 @@ from covidseg.train import (
     net_input,
     on_device,
     overlapped,
+    run_net,
     seed_everything,
 )
 
@@ -146,11 +147,11 @@ def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSet
     batches = overlapped(_batches(data, settings, lesson, generator), device)
     for step, (maps, target) in enumerate(batches, start=1):                      # (B, 2 or 4, S, S), (B,)
         inputs = net_input(maps[:, :1], maps[:, 1:2])
-        evidence = net.maps(inputs)                                               # (B, 1, S/8, S/8)
+        evidence = run_net(net.maps, inputs)                                      # (B, 1, S/8, S/8)
         loss_class = F.binary_cross_entropy_with_logits(net.pool(evidence, inputs[:, 1:])[:, 0], target)
         # Flipped, a part of the batch has to give the flipped map (equivariance: Wang et al., CVPR 2020, SEAM).
         part = max(1, len(inputs) // 3)
-        flipped = net.maps(inputs[:part].flip(3)).flip(3)
+        flipped = run_net(net.maps, inputs[:part].flip(3)).flip(3)
         loss_flip = (evidence[:part].sigmoid() - flipped.sigmoid()).abs().mean()
         outside = 1 - F.adaptive_max_pool2d(inputs[:, 1:], evidence.shape[-2:])
         loss_outside = (evidence.sigmoid() * outside).mean()

@@ -27,7 +27,18 @@ from torch.nn import functional as F
 from covidseg.lungs import fill_holes
 from covidseg.paint import PaintSettings, Places, paint_lesions, paint_organ, places
 from covidseg.prepare import Crops, WeakSet
-from covidseg.train import Average, Batch, Log, Progress, jitter, learning_rate, on_device, overlapped, seed_everything
+from covidseg.train import (
+    Average,
+    Batch,
+    Log,
+    Progress,
+    jitter,
+    learning_rate,
+    on_device,
+    overlapped,
+    run_net,
+    seed_everything,
+)
 from covidseg.unet import make_unet
 
 
@@ -190,7 +201,7 @@ def _generation(pools: list[list[_Lung]], settings: LungNetSettings, steps: int,
     batches = overlapped(_batches(pools, settings, steps, seed, generator), device)
     for step, (maps,) in enumerate(batches, start=1):                                  # (B, 2, s, s)
         picture, target = maps.split(1, dim=1)
-        logits = net(picture)
+        logits = run_net(net, picture)
         p = logits.sigmoid()
         overlap = 1 - (2 * (p * target).sum() + 1) / ((p + target).sum() + 1)          # soft Dice
         loss = F.binary_cross_entropy_with_logits(logits, target) + overlap

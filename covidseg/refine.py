@@ -31,6 +31,7 @@ from covidseg.train import (
     net_input,
     on_device,
     overlapped,
+    run_net,
     seed_everything,
 )
 from covidseg.unet import make_unet
@@ -186,7 +187,7 @@ def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
             log(f"{name}: fine labels refreshed after step {step - 1}")
         maps, exact = next(batches)                                               # (B, 4, S, S), (B,)
         picture, lung, target, weight = maps.split(1, dim=1)
-        logits = net(net_input(picture, lung))                                    # (B, 1, S, S)
+        logits = run_net(net, net_input(picture, lung))                           # (B, 1, S, S)
         loss = exact_loss(logits[exact], target[exact], lung[exact], settings)
         loss_fine = robust_loss(logits[~exact], target[~exact], (weight * lung)[~exact], settings)
         optimizer.zero_grad()

@@ -124,6 +124,28 @@ def _use_one_core(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def run_net(function: Callable[..., Tensor], *inputs: Tensor, half: bool | None = None) -> Tensor:
+    """Runs a net, or a method of it, on a batch; all training loops run theirs through here.
+
+    On a GPU it computes in bfloat16 where torch thinks it safe (automatic mixed precision: Micikevicius et al., ICLR
+    2018), and losses, which are computed from the result, stay in float32.
+
+    Args:
+        function: takes the inputs and returns one tensor ``(B, ...)``.
+        inputs: ``(B, ...)`` each.
+        half: whether to compute in bfloat16; by default on GPUs that are made for it.
+
+    Returns:
+        ``(B, ...)`` in full precision.
+    """
+    device = inputs[0].device
+    if half is None:  # older GPUs imitate bfloat16 and are slower for it
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        outputs = function(*inputs)
+    return outputs.float() if half else outputs
+
+
 def augment(maps: Tensor, generator: torch.Generator) -> Tensor:
     """Random flips and transpositions of whole batches, and :func:`jitter`.
 

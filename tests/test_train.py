@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 import time
@@ -22,6 +23,7 @@ from covidseg.train import (
     net_input,
     overlapped,
     pick_device,
+    run_net,
     seed_everything,
 )
 
@@ -276,6 +278,57 @@ def test_average_copies_counters_and_shares_nothing_with_the_net() -> None:
     assert average.net[0].weight.max() == 0
     picture = torch.rand(1, 1, 4, 4)
     assert torch.equal(average(picture), average.net(picture))
+
+
+def wide_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 1, 1))
+
+
+def test_a_net_on_the_cpu_is_run_as_it_is() -> None:
+    net, inputs = wide_net(), torch.rand(4, 2, 12, 12)
+    expected = copy.deepcopy(net)(inputs)
+    assert torch.equal(run_net(net, inputs), expected)
+    assert torch.equal(run_net(lambda a, b: a + b, inputs, inputs), 2 * inputs)
+
+
+def test_in_half_precision_the_net_computes_in_bfloat16_and_all_that_comes_out_is_full() -> None:
+    net, inputs = wide_net(), torch.rand(4, 2, 12, 12)
+    inside: list[torch.dtype] = []
+    net[3].register_forward_hook(lambda module, given, result: inside.append(result.dtype))
+    plain = copy.deepcopy(net)(inputs)
+    logits = run_net(net, inputs, half=True)
+    assert inside == [torch.float32, torch.bfloat16]
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, plain)
+    torch.testing.assert_close(logits, plain, atol=0.02, rtol=0.02)
+    # A loss that refuses half precision takes the result, and gradients arrive in full.
+    nn.functional.binary_cross_entropy(logits.sigmoid(), torch.ones_like(logits)).backward()
+    assert {p.grad.dtype for p in net.parameters()} == {torch.float32}
+    assert net[1].running_mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("made_for_it", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_only_gpus_made_for_it_compute_in_half_precision(monkeypatch: pytest.MonkeyPatch, made_for_it: bool,
+                                                         expected: torch.dtype) -> None:
+    """What torch is asked for on a GPU; there need not be one."""
+    asked: list[tuple[str, torch.dtype, bool]] = []
+
+    class Spy:
+        def __init__(self, kind: str, dtype: torch.dtype, enabled: bool) -> None:
+            asked.append((kind, dtype, enabled))
+
+        def __enter__(self) -> None: ...
+        def __exit__(self, *fault: object) -> None: ...
+
+    class OnGpu:
+        device = torch.device("cuda")
+    monkeypatch.setattr(torch, "autocast", Spy)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+                        or made_for_it)
+    outputs = run_net(lambda inputs: torch.zeros(1, dtype=torch.bfloat16 if made_for_it else torch.float32), OnGpu())
+    assert asked == [("cuda", torch.bfloat16, made_for_it)]
+    assert outputs.dtype == torch.float32
 
 
 def test_learning_rate_rises_to_the_peak_and_falls_to_almost_nothing() -> None:
