@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from covidseg.distributed import average_gradients
 from covidseg.errors import SettingsError
 from covidseg.mutual import Lesson
 from covidseg.paint import Painter, PaintSettings
@@ -166,6 +167,7 @@ def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSet
             loss, losses["lesson"] = loss + lesson.weight * loss_lesson, loss_lesson.item()
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(net)
         optimizer.step()
         schedule.step()
         average.update(net)

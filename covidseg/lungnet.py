@@ -24,6 +24,7 @@ from scipy import ndimage as ndi
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from covidseg.distributed import average_gradients, from_first
 from covidseg.lungs import fill_holes
 from covidseg.paint import PaintSettings, Places, paint_lesions, paint_organ, places
 from covidseg.prepare import Crops, WeakSet
@@ -172,7 +173,8 @@ def train_lung_net(data: WeakSet, settings: LungNetSettings = LungNetSettings(),
     pools = [_lungs_of(free, settings)]
     net = _generation(pools, settings, settings.steps, seed, device, log, "lungs")
     if settings.again and len(ill):
-        pools.append(_lungs_of(robust_lungs(net, ill, settings), settings))
+        completed = from_first(lambda: robust_lungs(net, ill, settings).lungs)
+        pools.append(_lungs_of(replace(ill, lungs=completed), settings))
         net = _generation(pools, settings, settings.again, seed + 1, device, log, "lungs-2")
     return net
 
@@ -207,6 +209,7 @@ def _generation(pools: list[list[_Lung]], settings: LungNetSettings, steps: int,
         loss = F.binary_cross_entropy_with_logits(logits, target) + overlap
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(net)
         optimizer.step()
         schedule.step()
         average.update(net)

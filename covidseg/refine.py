@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from covidseg.distributed import average_gradients, from_first
 from covidseg.fine import certainty
 from covidseg.paint import NO_PAINT, Painter, PaintSettings
 from covidseg.prepare import Crops, WeakSet
@@ -181,7 +182,7 @@ def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
     batches = overlapped(_batches(data, stacked, settings, generator), device, hold=refresh)
     for step in range(1, settings.steps + 1):
         if step in refresh:                                                       # its batch is not begun yet
-            opinion = torch.from_numpy(lesion_probabilities(average.net, data.crops.take(ill)))
+            opinion = torch.from_numpy(from_first(lambda: lesion_probabilities(average.net, data.crops.take(ill))))
             stacked[2][ill] = settings.keep * stacked[2][ill] + (1 - settings.keep) * opinion
             stacked[3][ill] = torch.from_numpy(certainty(stacked[2][ill].numpy()))
             log(f"{name}: fine labels refreshed after step {step - 1}")
@@ -192,6 +193,7 @@ def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
         loss_fine = robust_loss(logits[~exact], target[~exact], (weight * lung)[~exact], settings)
         optimizer.zero_grad()
         (loss + settings.fine_weight * loss_fine).backward()
+        average_gradients(net)
         optimizer.step()
         schedule.step()
         average.update(net)
