@@ -3,11 +3,13 @@
 Grad-CAM (Selvaraju et al., ICCV 2017, eqs. 1-2) weighs each channel ``k`` of a layer by the mean gradient of the
 class score, ``alpha_k = mean_ij d y / d A_k(i, j)``, and keeps what speaks for the class:
 ``M = ReLU(sum_k alpha_k A_k)``. LayerCAM (Jiang et al., IEEE TIP 2021, eqs. 4-5) gives every position a weight of its
-own, its positive gradient, and so can read earlier, finer layers. The library pytorch-grad-cam does the arithmetic.
+own, its positive gradient, and so can read earlier, finer layers. :mod:`covidseg.activations` does the arithmetic;
+:mod:`covidseg.cam_library` leaves it to the library pytorch-grad-cam and gets the same maps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from covidseg.activations import Cut, class_activation_maps
 from covidseg.classify import Classifier, Committee
 from covidseg.prepare import Crops
 from covidseg.train import net_input
@@ -43,35 +46,41 @@ class CamSettings:
     outline: float = 0.1
 
 
-def _score(output: Tensor) -> Tensor:
-    return output[0]  # the one logit of a slice
+def _cut(net: Classifier, methods: Sequence[str]) -> Cut:
+    """The classifier cut before the last block for LayerCAM, which reads the block before as well, or behind it."""
+    def score(last: Tensor, inputs: Tensor) -> Tensor:
+        return net.pool(net.evidence(last), inputs[:, 1:2])[:, 0]  # the one logit of a slice
+
+    def early(inputs: Tensor) -> Tensor:
+        return net.middle(net.fine(inputs))
+
+    return Cut(early, [net.coarse], score) if "layer" in methods else Cut(lambda x: net.coarse(early(x)), [], score)
 
 
-def _averaged(method: type, layers: list[torch.nn.Module], net: Classifier, crops: Crops,
-              settings: CamSettings) -> np.ndarray:
-    """One method over all scales and both mirror images, ``(N, S, S)`` in [0, 1], 0 outside the lung."""
+def _averaged(net: Classifier, crops: Crops, settings: CamSettings, methods: Sequence[str]) -> list[np.ndarray]:
+    """Each method over all scales and both mirror images, ``(N, S, S)`` in [0, 1], 0 outside the lung."""
     device = next(net.parameters()).device
-    maps = np.zeros(crops.images.shape, np.float32)
+    result = [np.zeros(crops.images.shape, np.float32) for _ in methods]
     side = crops.images.shape[-1]
-    net.eval()
-    with method(model=net, target_layers=layers) as cam:
-        for start in range(0, len(crops), settings.batch):
-            part = slice(start, start + settings.batch)
-            lungs = torch.from_numpy(crops.lungs[part])[:, None].float()
-            whole = net_input(torch.from_numpy(crops.images[part])[:, None], lungs)
-            for scale in settings.scales:
-                size = round(side * scale / 8) * 8  # the trunk's stride
-                scaled = F.interpolate(whole, size=(size, size), mode="bilinear", align_corners=False).to(device)
-                # The averaged net's weights are frozen, so the graph has to start at the picture.
-                scaled.requires_grad_(True)
-                targets = [_score] * len(scaled)
-                both = (cam(input_tensor=scaled, targets=targets)
-                        + cam(input_tensor=scaled.flip(3), targets=targets)[..., ::-1])      # (B, size, size)
-                back = F.interpolate(torch.from_numpy(both.copy())[:, None], size=(side, side), mode="bilinear",
-                                     align_corners=False)[:, 0].numpy()
-                maps[part] += back / (2 * len(settings.scales))
-    maps *= crops.lungs
-    return scale_by_top(maps, crops.lungs, settings.top)
+    cut = _cut(net.eval(), methods)
+    for start in range(0, len(crops), settings.batch):
+        part = slice(start, start + settings.batch)
+        lungs = torch.from_numpy(crops.lungs[part])[:, None].float()
+        whole = net_input(torch.from_numpy(crops.images[part])[:, None], lungs).to(device)
+        for scale in settings.scales:
+            size = round(side * scale / 8) * 8  # the trunk's stride
+            scaled = _resized(whole, size)
+            straight, mirrored = (class_activation_maps(cut, way, methods) for way in (scaled, scaled.flip(3)))
+            for maps, one, other in zip(result, straight, mirrored, strict=True):
+                both = torch.from_numpy(one + other[..., ::-1])[:, None]                   # (B, 1, size, size)
+                maps[part] += _resized(both, side)[:, 0].numpy() / (2 * len(settings.scales))
+    return [scale_by_top(maps * crops.lungs, crops.lungs, settings.top) for maps in result]
+
+
+def _resized(maps: Tensor, size: int) -> Tensor:
+    if maps.shape[-1] == size:
+        return maps
+    return F.interpolate(maps, size=(size, size), mode="bilinear", align_corners=False)
 
 
 def grad_cam(net: Classifier, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
@@ -84,16 +93,12 @@ def grad_cam(net: Classifier, crops: Crops, settings: CamSettings = CamSettings(
     Returns:
         ``(N, S, S)`` float32 in [0, 1], 0 outside the lung.
     """
-    from pytorch_grad_cam import GradCAM  # takes seconds to import, and most programs read their maps from store
-
-    return _averaged(GradCAM, [net.coarse], net, crops, settings)
+    return _averaged(net, crops, settings, ["grad"])[0]
 
 
 def layer_cam(net: Classifier, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
     """LayerCAM of the last two blocks, ``(N, S, S)`` float32 in [0, 1]."""
-    from pytorch_grad_cam import LayerCAM
-
-    return _averaged(LayerCAM, [net.middle, net.coarse], net, crops, settings)
+    return _averaged(net, crops, settings, ["layer"])[0]
 
 
 def activation_maps(net: Classifier | Committee, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
@@ -104,13 +109,15 @@ def activation_maps(net: Classifier | Committee, crops: Crops, settings: CamSett
     if isinstance(net, Committee):
         members = [activation_maps(member, crops, settings) for member in net.members]  # type: ignore[arg-type]
         return members[0] if len(members) == 1 else scale_by_top(np.mean(members, axis=0), crops.lungs, settings.top)
-    share = settings.layer_share
-    maps = np.zeros(crops.images.shape, np.float32)
-    if share < 1:
-        maps += (1 - share) * grad_cam(net, crops, settings)
-    if share > 0:
-        maps += share * layer_cam(net, crops, settings)
-    return scale_by_top(maps, crops.lungs, settings.top) if 0 < share < 1 else maps
+    shares = {"grad": 1 - settings.layer_share, "layer": settings.layer_share}
+    methods = [method for method, share in shares.items() if share > 0]
+    found = _averaged(net, crops, settings, methods)
+    if len(found) == 1:
+        return found[0]
+    mixed = np.zeros(crops.images.shape, np.float32)
+    for method, maps in zip(methods, found, strict=True):
+        mixed += shares[method] * maps
+    return scale_by_top(mixed, crops.lungs, settings.top)
 
 
 def scale_by_top(maps: np.ndarray, lungs: np.ndarray, top: float) -> np.ndarray:

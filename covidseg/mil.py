@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy import ndimage as ndi
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from covidseg.bags import bag_probability, component_bags, component_loss
 from covidseg.curriculum import CurriculumSettings, Phase, plan_phase
 from covidseg.errors import SettingsError, one_of
 from covidseg.paint import Painter, PaintSettings
@@ -34,8 +34,6 @@ from covidseg.train import (
     on_device,
     seed_everything,
 )
-
-COMPONENTS = 4  # bags of a slice besides the slice itself
 
 
 @dataclass(frozen=True)
@@ -112,50 +110,18 @@ class PatchNet(nn.Module):
         far = F.interpolate(self.far(middle), size=middle.shape[2:], mode="bilinear", align_corners=False)
         return [near, torch.cat([middle, far], dim=1)]
 
-    def judge(self, features: list[Tensor], ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Scores and attention logits ``(B, count + 1)`` of the patches ``ids`` from :meth:`features`."""
-        h = self.embed(torch.cat([pool(f, ids, count) for f in features], dim=2))      # (B, P + 1, 4w)
+    def describe(self, features: list[Tensor], ids: Tensor, count: int) -> Tensor:
+        """The patches ``ids``, described by :meth:`features` averaged over each, ``(B, count + 1, 7w)``."""
+        return torch.cat([pool(f, ids, count) for f in features], dim=2)
+
+    def judge(self, described: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and attention logits, two of ``(...)``, of patches described by ``(..., 7w)`` of :meth:`describe`."""
+        h = self.embed(described)                                                      # (B, P + 1, 4w)
         attention = self.attend_w(self.attend_v(h).tanh() * self.attend_u(h).sigmoid())
         return self.score(h)[..., 0], attention[..., 0]
 
     def forward(self, inputs: Tensor, ids: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
-        return self.judge(self.features(inputs), ids, int(ids.max()) if count is None else count)
-
-
-def bag_probability(scores: Tensor, attention: Tensor, members: Tensor, pooling: str = "attention") -> Tensor:
-    """Probability of a bag from its patches: half pooled scores, half a power mean that follows the worst patch.
-
-    Args:
-        scores: ``(B, P)`` patch logits.
-        attention: ``(B, P)`` attention logits.
-        members: ``(B, P)`` bool, the patches of the bag.
-        pooling: ``attention`` weighs the scores, ``mean`` does not.
-
-    Returns:
-        ``(B,)`` in (0, 1).
-    """
-    weights = (attention if pooling == "attention" else torch.zeros_like(attention))
-    weights = weights.masked_fill(~members, -1e4).softmax(dim=1)
-    pooled = (weights * scores).sum(dim=1).sigmoid()
-    powers = (scores.sigmoid() ** 4 * members).sum(dim=1) / members.sum(dim=1).clamp(min=1)
-    return 0.5 * pooled + 0.5 * (powers + 1e-8) ** 0.25
-
-
-def component_bags(cam: np.ndarray, ids: np.ndarray, labels: np.ndarray, settings: MilSettings) -> np.ndarray:
-    """Which patches belong to which coarse component: ``(N, P + 1)`` int, 0 none, 1.. the largest components.
-
-    Components are dilated a little first: a bag should hold the lesion's rim as well.
-    """
-    number = np.zeros((len(ids), int(ids.max()) + 1), np.int64)
-    for k in np.flatnonzero(labels == 1):
-        parts, _ = ndi.label(ndi.binary_dilation(cam[k] >= settings.component, iterations=2))
-        sizes = np.bincount(parts.ravel())
-        sizes[0] = 0
-        for rank, part in enumerate(np.argsort(sizes)[::-1][:COMPONENTS], start=1):
-            if sizes[part] > 0:
-                share = patch_values((parts == part)[None], ids[k:k + 1], number.shape[1] - 1)[0]
-                number[k][(share > 0.5) & (np.arange(len(share)) > 0)] = rank
-    return number
+        return self.judge(self.describe(self.features(inputs), ids, int(ids.max()) if count is None else count))
 
 
 def patch_ids(crops: Crops, cam: np.ndarray | None, settings: MilSettings) -> np.ndarray:
@@ -195,7 +161,7 @@ def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSetting
     ids = patch_ids(data.crops, cam, settings)                                         # (N, S, S)
     count = int(ids.max())
     prior, members = patch_values(cam, ids), instances(ids)                            # (N, P + 1)
-    bags = torch.from_numpy(component_bags(cam, ids, data.labels, settings))
+    bags = torch.from_numpy(component_bags(cam, ids, data.labels, settings.component))
     images, lungs, numbers = (torch.from_numpy(part.astype(np.float32))
                               for part in (data.crops.images, data.crops.lungs, ids))
     labels = torch.from_numpy(data.labels).float()
@@ -232,7 +198,7 @@ def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSetting
                               for part in (admitted & (target >= 0.5), admitted & (target < 0.5))]).mean()
         loss = bag + settings.zeros * zero + weight * taught
         if settings.component_weight:
-            loss = loss + settings.component_weight * _component_loss(scores, attention, bags[index].to(device),
+            loss = loss + settings.component_weight * component_loss(scores, attention, bags[index].to(device),
                                                                       settings.pooling)
         optimizer.zero_grad()
         loss.backward()
@@ -241,18 +207,6 @@ def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSetting
         average.update(net)
         progress.step(step, bag=bag.item(), free=zero.item(), taught=taught.item())
     return average.net.eval(), phases  # type: ignore[return-value]
-
-
-def _component_loss(scores: Tensor, attention: Tensor, bags: Tensor, pooling: str) -> Tensor:
-    """Cross entropy of all coarse components against "holds a lesion", mean over the components of the batch."""
-    losses = []
-    for rank in range(1, COMPONENTS + 1):
-        members = bags == rank
-        there = members.any(dim=1)
-        if bool(there.any()):
-            p = bag_probability(scores[there], attention[there], members[there], pooling)
-            losses.append(-p.clamp(min=1e-6).log())
-    return torch.cat(losses).mean() if losses else scores.sum() * 0
 
 
 def patch_scores(net: PatchNet, crops: Crops, ids: np.ndarray, count: int | None = None, *,
@@ -277,7 +231,7 @@ def _scores(net: PatchNet, crops: Crops, maps: list[np.ndarray], counts: list[in
                                           torch.from_numpy(crops.lungs[part])[:, None].float().to(device)))
         for ids, count, result in zip(maps, counts, parts, strict=True):
             numbers = torch.from_numpy(ids[part].astype(np.int64)).to(device)
-            result.append(net.judge(features, numbers, count)[0].sigmoid().cpu().numpy())
+            result.append(net.judge(net.describe(features, numbers, count))[0].sigmoid().cpu().numpy())
     net.train(was_training)
     return [np.concatenate(result) for result in parts]
 

@@ -77,15 +77,16 @@ def pool(maps: Tensor, ids: Tensor, count: int) -> Tensor:
         count: largest patch number.
 
     Returns:
-        ``(B, count + 1, C)``; entry 0 is what belongs to no patch, patches without a pixel are 0.
+        ``(B, count + 1, C)``, at least float32; entry 0 is what belongs to no patch, patches without a pixel are 0.
     """
     batch, channels, height = maps.shape[:3]
     step = ids.shape[-1] // height
     flat = ids[:, ::step, ::step] + (count + 1) * torch.arange(batch, device=ids.device)[:, None, None]
     flat = flat.reshape(-1)
-    values = maps.permute(0, 2, 3, 1).reshape(-1, channels)
-    sums = torch.zeros(batch * (count + 1), channels, device=maps.device, dtype=maps.dtype).index_add(0, flat, values)
-    sizes = torch.bincount(flat, minlength=len(sums)).clamp(min=1).to(maps.dtype)
+    # Half precision would lose the small values of a long sum.
+    values = maps.permute(0, 2, 3, 1).reshape(-1, channels).to(torch.promote_types(maps.dtype, torch.float32))
+    sums = torch.zeros(batch * (count + 1), channels, device=maps.device, dtype=values.dtype).index_add(0, flat, values)
+    sizes = torch.bincount(flat, minlength=len(sums)).clamp(min=1).to(values.dtype)
     return (sums / sizes[:, None]).reshape(batch, count + 1, channels)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from covidseg.cam import CamSettings, activation_maps, coarse_labels, grad_cam, layer_cam, scale_by_top
+from covidseg.cam_library import activation_maps_library, grad_cam_library, layer_cam_library
 from covidseg.classify import Classifier, ClassifierSettings, Committee
 from covidseg.prepare import Crops
 from covidseg.train import net_input
@@ -95,6 +96,20 @@ def test_layer_cam_equals_its_definition_averaged_over_the_mirror_image(net: Cla
     maps = layer_cam(net, crops)
     np.testing.assert_allclose(maps, mirror_mean(layer_by_definition, net, crops), atol=1e-4)
     assert np.abs(maps - grad_cam(net, crops)).max() > 0.1, "it is another method"
+
+
+@pytest.mark.parametrize("settings", [
+    SETTINGS, CamSettings(scales=(0.75, 1.25)), CamSettings(batch=4), CamSettings(layer_share=0.0),
+    CamSettings(layer_share=1.0)], ids=["plain", "scales", "batch", "grad", "layer"])
+@pytest.mark.parametrize(("fast", "library"), [
+    (grad_cam, grad_cam_library), (layer_cam, layer_cam_library), (activation_maps, activation_maps_library)])
+def test_equals_the_library(fast: Method, library: Method, settings: CamSettings, net: Classifier,
+                            crops: Crops) -> None:
+    maps = fast(net, crops, settings)
+    np.testing.assert_allclose(maps, library(net, crops, settings), atol=1e-6)
+    assert maps.std() > 0.05
+    on = net.to(memory_format=torch.channels_last)  # as trained nets come
+    np.testing.assert_allclose(fast(on, crops, settings), library(on, crops, settings), atol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.3, SETTINGS.layer_share])
@@ -188,6 +203,10 @@ def test_the_map_of_a_committee_is_the_mean_over_its_members(net: Classifier, cr
     both = Committee(ClassifierSettings(width=4, members=2)).eval()
     both.members[0].load_state_dict(net.state_dict())
     mean = sum(activation_maps(member, crops, SETTINGS) for member in both.members) / 2  # type: ignore[arg-type]
+    np.testing.assert_allclose(activation_maps(both, crops, SETTINGS), scale_by_top(mean, crops.lungs, SETTINGS.top),
+                               atol=1e-6)
+    mean = np.mean([activation_maps_library(member, crops, SETTINGS) for member in both.members],  # type: ignore[arg-type]
+                   axis=0)
     np.testing.assert_allclose(activation_maps(both, crops, SETTINGS), scale_by_top(mean, crops.lungs, SETTINGS.top),
                                atol=1e-6)
     alone = Committee(ClassifierSettings(width=4)).eval()

@@ -13,11 +13,8 @@ from covidseg.classify import auc
 from covidseg.curriculum import CurriculumSettings
 from covidseg.errors import SettingsError
 from covidseg.mil import (
-    COMPONENTS,
     MilSettings,
     PatchNet,
-    bag_probability,
-    component_bags,
     patch_ids,
     patch_probabilities,
     patch_scores,
@@ -31,64 +28,6 @@ from covidseg.prepare import Crops
 ALONE = CurriculumSettings(paces=(0.0,), weights=(0.0,), trust=(1.0,))
 SMALL = MilSettings(width=4, steps=8, batch=4, paint=NO_PAINT)
 ENOUGH = MilSettings(width=8, steps=60, batch=8, rate=5e-3, component_weight=0.0, curriculum=ALONE, paint=NO_PAINT)
-
-Bag = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def by_hand(scores: np.ndarray, attention: np.ndarray, inside: np.ndarray, pooling: str) -> float:
-    """Half pooled scores (Ilse et al., eq. 8), half the fourth-power mean, over the members of one bag."""
-    s, a = scores[inside].astype(float), attention[inside].astype(float)
-    share = np.exp(a) / np.exp(a).sum() if pooling == "attention" else np.full(len(s), 1 / len(s))
-    pooled = 1 / (1 + np.exp(-(share * s).sum()))
-    powers = np.mean((1 / (1 + np.exp(-s))) ** 4) ** 0.25
-    return 0.5 * pooled + 0.5 * powers
-
-
-@pytest.fixture
-def bag() -> Bag:
-    source = torch.Generator().manual_seed(0)
-    scores = 2 * torch.randn(3, 36, generator=source)
-    return scores, torch.randn(3, 36, generator=source), torch.rand(3, 36, generator=source) < 0.5
-
-
-@pytest.mark.parametrize("pooling", ["attention", "mean"])
-def test_bag_probability_equals_its_formula(bag: Bag, pooling: str) -> None:
-    found = bag_probability(*bag, pooling)
-    expected = [by_hand(*(part[k].numpy() for part in bag), pooling) for k in range(3)]
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
-
-
-def test_only_attention_pooling_looks_at_the_attention(bag: Bag) -> None:
-    scores, attention, members = bag
-    assert torch.equal(bag_probability(scores, attention, members, "mean"),
-                       bag_probability(scores, -attention, members, "mean"))
-    assert not torch.allclose(bag_probability(scores, attention, members), bag_probability(scores, -attention, members))
-
-
-@pytest.mark.parametrize("pooling", ["attention", "mean"])
-def test_only_members_count(bag: Bag, pooling: str) -> None:
-    scores, attention, members = bag
-    loud_scores = torch.where(members, scores, torch.full_like(scores, 30.0))
-    loud_attention = torch.where(members, attention, torch.full_like(scores, 30.0))
-    torch.testing.assert_close(bag_probability(loud_scores, loud_attention, members, pooling),
-                               bag_probability(*bag, pooling))
-    scores.requires_grad_(True)
-    bag_probability(scores, attention, members, pooling).sum().backward()
-    assert (scores.grad[~members] == 0).all()
-    assert (scores.grad[members] > 0).all()
-
-
-def test_one_ill_patch_raises_the_bag_more_than_the_mean() -> None:
-    scores = torch.full((1, 64), -5.0)
-    before = bag_probability(scores, torch.zeros_like(scores), torch.ones_like(scores, dtype=torch.bool)).item()
-    scores[0, 18] = 5.0
-    after = bag_probability(scores, torch.zeros_like(scores), torch.ones_like(scores, dtype=torch.bool)).item()
-    assert after - before > 5 * (scores.sigmoid().mean().item() - before)
-
-
-def test_a_bag_without_members_stays_finite() -> None:
-    scores = torch.zeros(1, 16)
-    assert torch.isfinite(bag_probability(scores, scores, torch.zeros_like(scores, dtype=torch.bool))).all()
 
 
 @pytest.fixture
@@ -106,6 +45,34 @@ def test_a_score_and_an_attention_for_every_patch(reading: str, net: PatchNet) -
     assert scores.shape == attention.shape == (4, int(found.max()) + 1)
     assert net(torch.rand(4, 2, 40, 40), ids, 99)[0].shape == (4, 100)
     assert scores[0].std() > 0
+
+
+def test_patches_are_judged_one_by_one_by_their_description(net: PatchNet) -> None:
+    data, _ = toy(2)
+    ids = torch.from_numpy(square_ids(data.crops.lungs).astype(np.int64))
+    inputs, count = torch.rand(2, 2, 40, 40), int(ids.max())
+    described = net.describe(net.features(inputs), ids, count)
+    assert described.shape == (2, count + 1, 7 * SMALL.width)
+    whole = net(inputs, ids)
+    for part, expected in zip(net.judge(described), whole, strict=True):
+        assert torch.equal(part, expected)
+    chosen = torch.tensor([5, 3, 8])  # a few patches of one slice, in any order
+    for part, expected in zip(net.judge(described[1, chosen]), whole, strict=True):
+        torch.testing.assert_close(part, expected[1, chosen])
+
+
+def test_mixed_precision_describes_patches_in_full_precision(net: PatchNet) -> None:
+    data, _ = toy(2)
+    ids = torch.from_numpy(square_ids(data.crops.lungs).astype(np.int64))
+    inputs, count = torch.rand(2, 2, 40, 40), int(ids.max())
+    with torch.autocast("cpu", torch.bfloat16):
+        features = net.features(inputs)
+        described = net.describe(features, ids, count)
+        scores, _ = net.judge(described)
+    assert features[1].dtype == torch.bfloat16
+    assert described.dtype == torch.float32
+    torch.testing.assert_close(described, net.describe([f.float() for f in features], ids, count))
+    torch.testing.assert_close(scores.float(), net(inputs, ids)[0], atol=0.03, rtol=0.03)
 
 
 @pytest.mark.parametrize("reading", ["pixels", "grid"])
@@ -160,41 +127,6 @@ def test_a_grid_without_the_activation_map_is_refused(net: PatchNet) -> None:
 def test_bad_settings_are_refused(change: dict, named: str) -> None:
     with pytest.raises(SettingsError, match=named):
         MilSettings(**change)
-
-
-def spots() -> tuple[np.ndarray, list[tuple[slice, slice]]]:
-    """Activation of five separate boxes, listed from the largest to the smallest, in two equal slices."""
-    boxes = [(slice(5, 20), slice(5, 25)), (slice(25, 40), slice(5, 20)), (slice(25, 40), slice(30, 40)),
-             (slice(5, 15), slice(40, 50)), (slice(45, 50), slice(45, 50))]
-    cam = np.zeros((2, 60, 60), np.float32)
-    for box in boxes:
-        cam[(slice(None), *box)] = 0.3
-    return cam, boxes
-
-
-def test_the_largest_components_are_bags_and_the_rest_is_none() -> None:
-    cam, boxes = spots()
-    ids = square_ids(np.ones(cam.shape, bool))
-    bags = component_bags(cam, ids, np.array([1, 0]), SMALL)
-    assert bags.shape == (2, ids.max() + 1)
-    assert (bags[1] == 0).all(), "a slice without a lesion has no coarse lesions"
-    for rank, box in enumerate(boxes[:COMPONENTS], start=1):
-        inside = np.zeros((60, 60), bool)
-        inside[box] = True
-        # Two pixels of rim take in no further square of five.
-        assert set(np.flatnonzero(bags[0] == rank)) == set(np.unique(ids[0][inside]))
-    assert bags[0].max() == COMPONENTS, "the fifth has no bag"
-    assert bags[0][0] == 0
-    assert (bags[0] == 0).sum() > 10
-
-
-def test_components_take_in_a_rim_and_start_at_the_threshold() -> None:
-    cam, (box, *_) = spots()
-    cam[:, 5:20, 21:25] = 0.0   # the last squares are now covered in one of five columns, the rim adds two
-    ids = square_ids(np.ones(cam.shape, bool))
-    covered = set(np.unique(ids[0][box]))
-    assert set(np.flatnonzero(component_bags(cam, ids, np.array([1, 1]), SMALL)[0] == 1)) == covered
-    assert not component_bags(cam, ids, np.array([1, 1]), replace(SMALL, component=0.31)).any()
 
 
 def lung_of(data_labels: np.ndarray, crops: Crops, label: int) -> np.ndarray:

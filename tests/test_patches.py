@@ -171,6 +171,19 @@ def test_pooling_equals_a_plain_loop(step: int, reading: str) -> None:
     torch.testing.assert_close(slopes, by_hand)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pooling_sums_in_full_precision(dtype: torch.dtype) -> None:
+    """A patch of 400 pixels: a sum in half precision would stop growing long before the last of them."""
+    maps = (1 + torch.rand(1, 2, 20, 20, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_(True)
+    means = pool(maps, torch.ones(1, 20, 20, dtype=torch.int64), 1)
+    assert means.dtype == torch.float32
+    expected = maps.detach().double().mean((2, 3)).float()
+    torch.testing.assert_close(means[:, 1], expected, rtol=1e-6, atol=0)
+    assert not torch.allclose(maps.detach().flatten(2).cumsum(2)[..., -1].float() / 400, expected, rtol=1e-4)
+    slopes, = torch.autograd.grad(means.sum(), maps)
+    torch.testing.assert_close(slopes.float(), torch.full_like(maps, 1 / 400).float())
+
+
 def test_pooling_does_not_care_how_patches_are_numbered() -> None:
     found = square_ids(random_lungs(2))
     count = int(found.max())
