@@ -70,10 +70,15 @@ def joined(device: torch.device, wait: timedelta = WAIT) -> Iterator[None]:
     except ValueError as error:
         raise SettingsError(f"this process should be one of several and was not told where the others are ({error})",
                             remedy="Start it by torchrun, or without the variable WORLD_SIZE") from error
-    yield
-    with _exchange():
-        dist.all_reduce(torch.zeros(1))  # nobody leaves before the first process has written everything
-        dist.destroy_process_group()     # after a fault the end of the process does that
+    well = False
+    try:
+        yield
+        with _exchange():
+            dist.all_reduce(torch.zeros(1))  # nobody leaves before the first process has written everything
+        well = True
+    finally:
+        if well or device.type == "cpu":     # after a fault GPUs might wait for the one that is gone
+            dist.destroy_process_group()
 
 
 def processes() -> int:
@@ -219,6 +224,6 @@ def with_whole_batch_norms(net: nn.Module) -> None:
     for module in list(net.modules()):
         for name, child in module.named_children():
             if type(child) is nn.BatchNorm2d:
-                whole = WholeBatchNorm2d(child.num_features, child.eps, child.momentum)
+                whole = WholeBatchNorm2d(child.num_features, child.eps, child.momentum).to(child.weight)
                 whole.load_state_dict(child.state_dict())
                 setattr(module, name, whole)
