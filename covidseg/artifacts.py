@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from covidseg import __version__
+from covidseg.distributed import from_first, is_first
 from covidseg.errors import ArtifactError
 from covidseg.files import write_whole
 
@@ -100,8 +101,21 @@ def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
         return {name: stored.get_tensor(name) for name in stored.keys()}, notes  # noqa: SIM118
 
 
+def _load_or_drop(path: Path) -> tuple[Arrays, dict[str, Any]] | None:
+    """A stored result; None if it is not stored, or was damaged, in which case the file is deleted."""
+    if path.exists():
+        try:
+            return load_arrays(path)
+        except ArtifactError:
+            path.unlink(missing_ok=True)
+    return None
+
+
 class Store:
-    """A folder of stage results. ``store.get`` computes a result once and reads it from then on."""
+    """A folder of stage results. ``store.get`` computes a result once and reads it from then on.
+
+    Of several processes the first alone reads and writes it: what it has stored, all have stored.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -119,18 +133,17 @@ class Store:
         notes also hold ``seconds``, what this stage took without the stages before it.
         """
         path = self.path(stage, key)
-        if path.exists():
-            try:
-                return load_arrays(path)
-            except ArtifactError:
-                path.unlink(missing_ok=True)
+        stored = from_first(lambda: _load_or_drop(path))
+        if stored is not None:
+            return stored
         start, outer, self._within = time.monotonic(), self._within, 0.0
         arrays, notes = make()
         seconds = time.monotonic() - start
         notes = {**notes, "seconds": round(seconds - self._within, 2)}
         self._within = outer + seconds
-        save_arrays(path, arrays, notes)
-        return arrays, notes
+        if is_first():
+            save_arrays(path, arrays, notes)
+        return from_first(lambda: (arrays, notes))
 
     def seconds(self, stage: str, key: str) -> float:
         """What a stored stage took, without the stages before it; reads neither its arrays nor its checksum.

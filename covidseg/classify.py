@@ -9,6 +9,7 @@ The evidence is pooled inside the lung only; half mean, half log-sum-exp, so tha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from covidseg.distributed import average_gradients
 from covidseg.errors import SettingsError
 from covidseg.mutual import Lesson
 from covidseg.paint import Painter, PaintSettings
 from covidseg.prepare import Crops, WeakSet
 from covidseg.train import (
     Average,
+    Batch,
     Log,
     Progress,
     augment,
@@ -29,6 +32,8 @@ from covidseg.train import (
     learning_rate,
     net_input,
     on_device,
+    overlapped,
+    run_net,
     seed_everything,
 )
 
@@ -107,6 +112,19 @@ class Classifier(nn.Module):
         return self.pool(self.maps(inputs), inputs[:, 1:2])
 
 
+def _batches(data: WeakSet, settings: ClassifierSettings, lesson: Lesson | None,
+             generator: torch.Generator) -> Iterator[Batch]:
+    """Batches of all steps: picture, lung and, with a lesson, teacher and taught, ``(B, 2 or 4, S, S)``; labels."""
+    parts = [data.crops.images, data.crops.lungs] + ([] if lesson is None else [lesson.teacher, lesson.taught])
+    stacked = [torch.from_numpy(np.asarray(part, np.float32)) for part in parts]
+    labels = torch.from_numpy(data.labels).float()
+    painter = Painter(data.crops, settings.paint)
+    for index in balanced_batches(data.labels, data.patients, settings.batch, settings.steps, generator):
+        maps = torch.stack([part[index] for part in stacked], dim=1)
+        maps = painter(maps, index, labels[index] == 0, generator)
+        yield augment(maps, generator), labels[index]
+
+
 def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSettings(), *,
                      start: Classifier | None = None, lesson: Lesson | None = None, seed: int = 0,
                      device: torch.device = torch.device("cpu"), log: Log = print,
@@ -127,21 +145,14 @@ def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSet
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
     schedule = learning_rate(optimizer, settings.steps)
     progress = Progress(name, settings.steps, 6, log)
-    parts = [data.crops.images, data.crops.lungs] + ([] if lesson is None else [lesson.teacher, lesson.taught])
-    stacked = [torch.from_numpy(np.asarray(part, np.float32)) for part in parts]
-    labels = torch.from_numpy(data.labels).float()
-    painter = Painter(data.crops, settings.paint)
-    batches = balanced_batches(data.labels, data.patients, settings.batch, settings.steps, generator)
-    for step, index in enumerate(batches, start=1):
-        maps = torch.stack([part[index] for part in stacked], dim=1)              # (B, 2 or 4, S, S)
-        maps = painter(maps, index, labels[index] == 0, generator)
-        maps = augment(maps, generator).to(device)
-        inputs, target = net_input(maps[:, :1], maps[:, 1:2]), labels[index].to(device)
-        evidence = net.maps(inputs)                                               # (B, 1, S/8, S/8)
+    batches = overlapped(_batches(data, settings, lesson, generator), device)
+    for step, (maps, target) in enumerate(batches, start=1):                      # (B, 2 or 4, S, S), (B,)
+        inputs = net_input(maps[:, :1], maps[:, 1:2])
+        evidence = run_net(net.maps, inputs)                                      # (B, 1, S/8, S/8)
         loss_class = F.binary_cross_entropy_with_logits(net.pool(evidence, inputs[:, 1:])[:, 0], target)
         # Flipped, a part of the batch has to give the flipped map (equivariance: Wang et al., CVPR 2020, SEAM).
         part = max(1, len(inputs) // 3)
-        flipped = net.maps(inputs[:part].flip(3)).flip(3)
+        flipped = run_net(net.maps, inputs[:part].flip(3)).flip(3)
         loss_flip = (evidence[:part].sigmoid() - flipped.sigmoid()).abs().mean()
         outside = 1 - F.adaptive_max_pool2d(inputs[:, 1:], evidence.shape[-2:])
         loss_outside = (evidence.sigmoid() * outside).mean()
@@ -156,6 +167,7 @@ def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSet
             loss, losses["lesson"] = loss + lesson.weight * loss_lesson, loss_lesson.item()
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(net)
         optimizer.step()
         schedule.step()
         average.update(net)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -13,10 +14,7 @@ from rich.markup import escape
 from covidseg import DISCLAIMER, __version__, cli_measure, cli_predict
 from covidseg.cli_common import Device, Method, Profile, Seed, console, errors, state
 from covidseg.cli_data import app as data_app
-from covidseg.errors import CovidsegError
-
-if TYPE_CHECKING:
-    from covidseg.pipeline import Run
+from covidseg.errors import CovidsegError, SettingsError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help=f"COVID-19 lesions in chest CT from slice labels alone.\n\n{DISCLAIMER}")
@@ -36,10 +34,14 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def _options(debug: Debug = False,
+def _options(context: typer.Context, debug: Debug = False,
              version: Annotated[bool, typer.Option("--version", help="Print the version and stop.",
                                                    callback=_version, is_eager=True)] = False) -> None:
     state["debug"] = debug
+    # As covidseg.distributed.several() has it, which takes seconds to import.
+    if os.environ.get("WORLD_SIZE", "1") != "1" and context.invoked_subcommand != "train":
+        raise SettingsError(f"`{context.invoked_subcommand}` runs in one process, only `train` in several",
+                            remedy="Start it without torchrun")
 
 
 @app.command()
@@ -48,11 +50,16 @@ def train(data: Annotated[str, typer.Option(help="A data folder, or a name from 
           profile: Profile = "quick", method: Method = "extended", seed: Seed = 0, device: Device = "auto",
           part: Annotated[str, typer.Option(help="all volumes, or one side of the set's split: train, test.")] = "all",
           ) -> None:
-    """Trains all stages on slice labels."""
-    _train(data, out, profile, method, seed, device, None if part == "all" else part)
+    """Trains all stages on slice labels. With several GPUs: torchrun --nproc-per-node 2 -m covidseg train ..."""
+    from covidseg.distributed import is_first, joined
+    from covidseg.train import pick_device
+
+    with joined(pick_device(device)):
+        console.quiet = not is_first()
+        _train(data, out, profile, method, seed, device, None if part == "all" else part)
 
 
-def _train(data: str, out: Path, profile: str, method: str, seed: int, device: str, part: str | None) -> Run:
+def _train(data: str, out: Path, profile: str, method: str, seed: int, device: str, part: str | None) -> None:
     from covidseg.pipeline import open_run
     from covidseg.report import write_run
 
@@ -65,7 +72,6 @@ def _train(data: str, out: Path, profile: str, method: str, seed: int, device: s
     name = Path(data).name
     write_run(run, f"covidseg train --data {name} --profile {profile} --method {method} --seed {seed}")
     console.print(f"run finished in {time.monotonic() - start:.0f} s, in {out}", highlight=False)
-    return run
 
 
 @app.command("export")

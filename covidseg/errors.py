@@ -71,6 +71,12 @@ class SettingsError(CovidsegError):
     exit_code = 9
 
 
+class ProcessError(CovidsegError):
+    """Another process of a training in several processes ended or does not answer."""
+
+    exit_code = 10
+
+
 def one_of(value: Any, known: Iterable[Any], what: str) -> None:
     """Checks a setting that names one of a few things.
 

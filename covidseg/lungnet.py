@@ -15,6 +15,7 @@ second generation are added here.)
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,10 +24,22 @@ from scipy import ndimage as ndi
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from covidseg.distributed import average_gradients, from_first
 from covidseg.morphology import fill_holes
 from covidseg.paint import PaintSettings, Places, paint_lesions, paint_organ, places
 from covidseg.prepare import Crops, WeakSet
-from covidseg.train import Average, Log, Progress, jitter, learning_rate, on_device, seed_everything
+from covidseg.train import (
+    Average,
+    Batch,
+    Log,
+    Progress,
+    jitter,
+    learning_rate,
+    on_device,
+    overlapped,
+    run_net,
+    seed_everything,
+)
 from covidseg.unet import make_unet
 
 
@@ -160,33 +173,43 @@ def train_lung_net(data: WeakSet, settings: LungNetSettings = LungNetSettings(),
     pools = [_lungs_of(free, settings)]
     net = _generation(pools, settings, settings.steps, seed, device, log, "lungs")
     if settings.again and len(ill):
-        pools.append(_lungs_of(robust_lungs(net, ill, settings), settings))
+        completed = from_first(lambda: robust_lungs(net, ill, settings).lungs)
+        pools.append(_lungs_of(replace(ill, lungs=completed), settings))
         net = _generation(pools, settings, settings.again, seed + 1, device, log, "lungs-2")
     return net
+
+
+def _batches(pools: list[list[_Lung]], settings: LungNetSettings, steps: int, seed: int,
+             generator: torch.Generator) -> Iterator[Batch]:
+    """Batches of all steps, slices drawn from each of the pools in turn: picture and wanted mask, ``(B, 2, s, s)``."""
+    random = np.random.default_rng(seed)
+    for _ in range(steps):
+        drawn = [pool[random.integers(len(pool))] for _, pool in zip(range(settings.batch), itertools.cycle(pools))]
+        pairs = np.stack([lung.painted(settings, random) for lung in drawn])
+        maps = _move(torch.from_numpy(pairs), settings, generator)
+        maps = torch.cat([_window(maps[:, :1], generator), maps[:, 1:]], dim=1)
+        yield (jitter(maps, generator),)
 
 
 def _generation(pools: list[list[_Lung]], settings: LungNetSettings, steps: int, seed: int, device: torch.device,
                 log: Log, name: str) -> nn.Module:
     """Trains a net from scratch on slices that are drawn from each of the pools in turn."""
     generator = seed_everything(seed)
-    random = np.random.default_rng(seed)
     net = on_device(make_lung_net(settings), device)
     average = Average(net).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
     schedule = learning_rate(optimizer, steps)
     progress = Progress(name, steps, 6, log)
-    for step in range(1, steps + 1):
-        drawn = [pool[random.integers(len(pool))] for _, pool in zip(range(settings.batch), itertools.cycle(pools))]
-        pairs = np.stack([lung.painted(settings, random) for lung in drawn])
-        maps = _move(torch.from_numpy(pairs), settings, generator)                     # (B, 2, s, s)
-        maps = torch.cat([_window(maps[:, :1], generator), maps[:, 1:]], dim=1)
-        picture, target = jitter(maps, generator).to(device).split(1, dim=1)
-        logits = net(picture)
+    batches = overlapped(_batches(pools, settings, steps, seed, generator), device)
+    for step, (maps,) in enumerate(batches, start=1):                                  # (B, 2, s, s)
+        picture, target = maps.split(1, dim=1)
+        logits = run_net(net, picture)
         p = logits.sigmoid()
         overlap = 1 - (2 * (p * target).sum() + 1) / ((p + target).sum() + 1)          # soft Dice
         loss = F.binary_cross_entropy_with_logits(logits, target) + overlap
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(net)
         optimizer.step()
         schedule.step()
         average.update(net)

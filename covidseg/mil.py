@@ -10,6 +10,7 @@ The bags alone leave much open, so the class activation map joins in, a little a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,12 +20,14 @@ from torch.nn import functional as F
 
 from covidseg.bags import bag_probability, component_bags, component_loss, gated_attention
 from covidseg.curriculum import CurriculumSettings, Phase, plan_phase
+from covidseg.distributed import average_gradients, from_first
 from covidseg.errors import SettingsError, one_of
 from covidseg.paint import Painter, PaintSettings
 from covidseg.patches import PATCH, grid_ids, instances, patch_values, pool, spread, square_ids
 from covidseg.prepare import Crops, WeakSet
 from covidseg.train import (
     Average,
+    Batch,
     Log,
     Progress,
     augment,
@@ -32,6 +35,8 @@ from covidseg.train import (
     learning_rate,
     net_input,
     on_device,
+    overlapped,
+    run_net,
     seed_everything,
 )
 
@@ -135,6 +140,17 @@ def patch_ids(crops: Crops, cam: np.ndarray | None, settings: MilSettings) -> np
     return grid_ids(crops.lungs, (cam >= settings.component) & crops.lungs, patch=settings.patch)
 
 
+def _batches(data: WeakSet, ids: np.ndarray, settings: MilSettings, generator: torch.Generator) -> Iterator[Batch]:
+    """Batches of all steps: picture, lung, painted lesion, patch numbers, ``(B, 4, S, S)``; the slices, ``(B,)``."""
+    images, lungs, numbers = (torch.from_numpy(part.astype(np.float32))
+                              for part in (data.crops.images, data.crops.lungs, ids))
+    free = torch.from_numpy(data.labels) == 0
+    painter = Painter(data.crops, settings.paint)
+    for index in balanced_batches(data.labels, data.patients, settings.batch, settings.steps, generator):
+        maps = torch.stack([images[index], lungs[index], torch.zeros_like(images[index]), numbers[index]], dim=1)
+        yield augment(painter(maps, index, free[index], generator), generator), index
+
+
 def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSettings(), *, start: PatchNet | None = None,
               seed: int = 0, device: torch.device = torch.device("cpu"),
               log: Log = print,
@@ -159,51 +175,50 @@ def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSetting
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
     schedule = learning_rate(optimizer, settings.steps)
     progress = Progress(name, settings.steps, 8, log)
-    painter = Painter(data.crops, settings.paint)
     ids = patch_ids(data.crops, cam, settings)                                         # (N, S, S)
     count = int(ids.max())
     prior, members = patch_values(cam, ids), instances(ids)                            # (N, P + 1)
-    bags = torch.from_numpy(component_bags(cam, ids, data.labels, settings.component))
-    images, lungs, numbers = (torch.from_numpy(part.astype(np.float32))
-                              for part in (data.crops.images, data.crops.lungs, ids))
-    labels = torch.from_numpy(data.labels).float()
+    bags = component_bags(cam, ids, data.labels, settings.component)
+    of_slices = [torch.from_numpy(part).to(device) for part in (data.labels.astype(np.float32), members, bags)]
     ill = np.flatnonzero(data.labels == 1)  # only their patches can be admitted
     candidates = members & (data.labels == 1)[:, None]
     paces = len(settings.curriculum.paces)
     phases: list[Phase] = []
-    batches = balanced_batches(data.labels, data.patients, settings.batch, settings.steps, generator)
-    for step, index in enumerate(batches, start=1):
+    batches = overlapped(_batches(data, ids, settings, generator), device)
+    for step, (maps, index) in enumerate(batches, start=1):                            # (B, 4, S, S), (B,)
         if (step - 1) * paces // settings.steps == len(phases):                        # phases of equal length
             opinion = prior.copy()
             if phases or start is not None:
-                opinion[ill] = patch_scores(average.net, data.crops.take(ill),  # type: ignore[arg-type]
-                                            ids[ill], count)
+                opinion[ill] = from_first(lambda: patch_scores(
+                    average.net, data.crops.take(ill), ids[ill], count))  # type: ignore[arg-type]
             phases.append(plan_phase(prior, opinion, candidates, settings.curriculum, len(phases), seed=seed))
             log(f"{name} phase {len(phases)}: pace {phases[-1].pace:.1f}, {phases[-1].admitted.sum()} admitted")
-        phase, weight = phases[-1], settings.curriculum.weights[len(phases) - 1]
-        maps = torch.stack([images[index], lungs[index], torch.zeros_like(images[index]), numbers[index]], dim=1)
-        maps = painter(maps, index, labels[index] == 0, generator)                     # (B, 4, S, S)
-        picture, lung, painted, number = augment(maps, generator).to(device).split(1, dim=1)
+            lesson = [torch.from_numpy(part).to(device) for part in (phases[-1].target, phases[-1].admitted)]
+            weight = settings.curriculum.weights[len(phases) - 1]
+        picture, lung, painted, number = maps.split(1, dim=1)
         own = number[:, 0].long()                                                      # patch numbers move along
-        scores, attention = net(net_input(picture, lung), own, count)                  # (B, P + 1)
-        inside, free = torch.from_numpy(members)[index].to(device), (labels[index] == 0).to(device)
-        y = torch.maximum(labels[index].to(device), painted.amax(dim=(1, 2, 3)))       # a painted slice is ill
+        described = run_net(lambda inputs, numbers: net.describe(net.features(inputs), numbers, count),
+                            net_input(picture, lung), own)                             # (B, P + 1, 7w)
+        scores, attention = net.judge(described)                                       # (B, P + 1)
+        label, inside, parts = (part[index] for part in of_slices)
+        free = label == 0
+        y = torch.maximum(label, painted.amax(dim=(1, 2, 3)))                          # a painted slice is ill
         bag = F.binary_cross_entropy(bag_probability(scores, attention, inside, settings.pooling), y)
         # A slice without a lesion labels all its patches, and so does one whose lesions were painted.
         exact = F.binary_cross_entropy_with_logits(scores, pool(painted, own, count)[..., 0], reduction="none")
         known = inside & free[:, None]
         zero = (exact * known).sum() / known.sum().clamp(min=1)
-        target, admitted = (torch.from_numpy(a)[index].to(device) for a in (phase.target, phase.admitted))
+        target, admitted = (part[index] for part in lesson)
         soft = F.binary_cross_entropy_with_logits(scores, target, reduction="none")
         # Both classes weigh the same, however few lesion patches were admitted.
         taught = torch.stack([(soft * part).sum() / part.sum().clamp(min=1)
                               for part in (admitted & (target >= 0.5), admitted & (target < 0.5))]).mean()
         loss = bag + settings.zeros * zero + weight * taught
         if settings.component_weight:
-            loss = loss + settings.component_weight * component_loss(scores, attention, bags[index].to(device),
-                                                                      settings.pooling)
+            loss = loss + settings.component_weight * component_loss(scores, attention, parts, settings.pooling)
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(net)
         optimizer.step()
         schedule.step()
         average.update(net)

@@ -9,6 +9,7 @@ same loop with radiologists' masks, and nothing painted, is the upper bound.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from covidseg.distributed import average_gradients, from_first
 from covidseg.fine import certainty
 from covidseg.paint import NO_PAINT, Painter, PaintSettings
 from covidseg.prepare import Crops, WeakSet
 from covidseg.train import (
     Average,
+    Batch,
     Log,
     Progress,
     augment,
@@ -28,6 +31,8 @@ from covidseg.train import (
     learning_rate,
     net_input,
     on_device,
+    overlapped,
+    run_net,
     seed_everything,
 )
 from covidseg.unet import make_unet
@@ -134,6 +139,21 @@ def exact_loss(logits: Tensor, target: Tensor, inside: Tensor, settings: Segment
     return entropy + settings.dice_weight * (1 - (2 * (p * target).sum() + 1) / ((p + target).sum() + 1))
 
 
+def _batches(data: WeakSet, stacked: list[Tensor], settings: SegmenterSettings,
+             generator: torch.Generator) -> Iterator[Batch]:
+    """Batches of all steps: picture, lung, target and weight, ``(B, 4, S, S)``; which slices are exact, ``(B,)`` bool.
+
+    Args:
+        stacked: the four maps of all slices, ``(N, S, S)`` each, read anew for each batch.
+    """
+    painter = Painter(data.crops, settings.paint)
+    for index in balanced_batches(data.labels, data.patients, settings.batch, settings.steps, generator):
+        maps = torch.stack([part[index] for part in stacked], dim=1)
+        exact = torch.from_numpy(data.labels)[index] == 0
+        maps = paste_lesions(painter(maps, index, exact, generator), exact, settings.paste, generator)
+        yield augment(maps, generator), exact
+
+
 def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
                     settings: SegmenterSettings = SegmenterSettings(), *, seed: int = 0,
                     device: torch.device = torch.device("cpu"), log: Log = print,
@@ -154,28 +174,26 @@ def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
     average = Average(net).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
     schedule = learning_rate(optimizer, settings.steps)
-    painter = Painter(data.crops, settings.paint)
     progress = Progress(name, settings.steps, 6, log)
     stacked = [torch.from_numpy(np.array(part, np.float32))
                for part in (data.crops.images, data.crops.lungs, targets, weights)]
     ill = np.flatnonzero(data.labels == 1)
     refresh = {round(share * settings.steps) + 1 for share in settings.refresh}
-    for step, index in enumerate(balanced_batches(data.labels, data.patients, settings.batch, settings.steps,
-                                                  generator), start=1):
-        if step in refresh:
-            opinion = torch.from_numpy(lesion_probabilities(average.net, data.crops.take(ill)))
+    batches = overlapped(_batches(data, stacked, settings, generator), device, hold=refresh)
+    for step in range(1, settings.steps + 1):
+        if step in refresh:                                                       # its batch is not begun yet
+            opinion = torch.from_numpy(from_first(lambda: lesion_probabilities(average.net, data.crops.take(ill))))
             stacked[2][ill] = settings.keep * stacked[2][ill] + (1 - settings.keep) * opinion
             stacked[3][ill] = torch.from_numpy(certainty(stacked[2][ill].numpy()))
             log(f"{name}: fine labels refreshed after step {step - 1}")
-        maps = torch.stack([part[index] for part in stacked], dim=1)              # (B, 4, S, S)
-        exact = torch.from_numpy(data.labels)[index] == 0
-        maps = paste_lesions(painter(maps, index, exact, generator), exact, settings.paste, generator)
-        picture, lung, target, weight = augment(maps, generator).to(device).split(1, dim=1)
-        logits = net(net_input(picture, lung))                                    # (B, 1, S, S)
+        maps, exact = next(batches)                                               # (B, 4, S, S), (B,)
+        picture, lung, target, weight = maps.split(1, dim=1)
+        logits = run_net(net, net_input(picture, lung))                           # (B, 1, S, S)
         loss = exact_loss(logits[exact], target[exact], lung[exact], settings)
         loss_fine = robust_loss(logits[~exact], target[~exact], (weight * lung)[~exact], settings)
         optimizer.zero_grad()
         (loss + settings.fine_weight * loss_fine).backward()
+        average_gradients(net)
         optimizer.step()
         schedule.step()
         average.update(net)

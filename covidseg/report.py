@@ -16,6 +16,7 @@ from rich.table import Table
 
 from covidseg import DISCLAIMER, __version__
 from covidseg.artifacts import file_hash, write_text
+from covidseg.distributed import is_first
 from covidseg.errors import ArtifactError
 from covidseg.evaluate import Evaluation
 from covidseg.metrics import Scores
@@ -39,6 +40,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 def write_run(run: Run, command: str) -> Path:
     """Writes ``run.json``, which makes a folder of stages a run that ``covidseg predict`` can use.
 
+    Of several processes all have to call it, since the first asks the others about stages that it has to read.
+
     ``seconds`` holds what each stage took when it was made, also if that was in an earlier run in the same folder; null
     for a stage whose file was deleted or damaged since, which the stages after it, once stored, can do without.
 
@@ -54,7 +57,8 @@ def write_run(run: Run, command: str) -> Path:
         "labelled_slices": run.data.labels(), "settings": profile_json(run.profile),
         "stages": {stage: run.store.path(stage, run.key(stage)).name for stage in stages}, "best_round": run.best(),
     }
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    if is_first():
+        write_text(path, json.dumps(content, indent=2) + "\n")
     return path
 
 

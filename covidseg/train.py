@@ -1,4 +1,4 @@
-"""What the training loops of all stages share: seeds, balanced batches, augmentation, an averaged net.
+"""What the training loops of all stages share: seeds, balanced batches made ahead, augmentation, an averaged net.
 
 There is no trainer class. Each stage has its own short loop in its own module and takes these parts from here.
 """
@@ -8,16 +8,20 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from covidseg.distributed import gathered, own_gpu, own_share, several, with_whole_batch_norms
 from covidseg.errors import SettingsError, one_of
 
 Log = Callable[[str], None]
+Batch = tuple[Tensor, ...]
 
 
 def seed_everything(seed: int) -> torch.Generator:
@@ -29,24 +33,28 @@ def seed_everything(seed: int) -> torch.Generator:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` takes a CUDA GPU if there is one, else the CPU.
+    """``auto`` takes a CUDA GPU if there is one, else the CPU. Of several processes each takes another GPU.
 
     Raises:
-        SettingsError: there is no such device.
+        SettingsError: there is no such device, or there are fewer GPUs than processes.
     """
     one_of(name, ("auto", "cpu", "cuda"), "device")
     if name == "cuda" and not torch.cuda.is_available():
         raise SettingsError("torch finds no CUDA GPU here", remedy="Take --device cpu, or auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return own_gpu() if name == "cuda" and several() else torch.device(name)
 
 
 Net = TypeVar("Net", bound=nn.Module)
 
 
 def on_device(net: Net, device: torch.device) -> Net:
-    """The net on a device, its weights with channels last: a third faster in convolutions on a CPU."""
+    """The net on a device, its weights with channels last: a third faster in convolutions on a CPU.
+
+    Where several processes train it, its batch normalisations are replaced by those of the whole batch.
+    """
+    with_whole_batch_norms(net)
     return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -71,6 +79,78 @@ def balanced_batches(labels: np.ndarray, patients: np.ndarray, batch: int, steps
             slices = pool[int(torch.randint(len(pool), (1,), generator=generator))]
             picks.append(slices[int(torch.randint(len(slices), (1,), generator=generator))])
         yield torch.stack(picks)
+
+
+def overlapped(batches: Iterator[Batch], device: torch.device, *, ahead: int = 2,
+               hold: Collection[int] = ()) -> Iterator[Batch]:
+    """The same batches on a device, the next ones being made in a thread of their own while a net computes.
+
+    One thread makes all of them in turn, so that random numbers are drawn in the order in which a plain loop draws
+    them. It computes on one core; NumPy and torch let go of Python's lock meanwhile.
+
+    Args:
+        batches: makes each batch when asked for it; what it raises, the consumer gets.
+        device: where the batches are wanted.
+        ahead: so many batches are made before they are asked for.
+        hold: numbers, from 1, of batches that are begun only when they are asked for, because what they are made of
+            changes until then.
+    """
+    begun: deque[Future[Batch | None]] = deque()
+    number = asked = 0
+    worker = ThreadPoolExecutor(1, "batches")
+    try:
+        threads = torch.get_num_threads()
+        worker.submit(_use_one_core, device).result()
+        torch.set_num_threads(threads)                      # torch gives the last number set to threads yet to come
+        while True:
+            asked += 1
+            while number < asked + ahead and (number < asked or number + 1 not in hold):
+                number += 1
+                begun.append(worker.submit(_next_batch, batches, pinned=device.type == "cuda"))
+            batch = begun.popleft().result()
+            if batch is None:
+                return
+            yield tuple(part.to(device, non_blocking=True) for part in batch)
+    finally:
+        worker.shutdown(cancel_futures=True)
+
+
+def _next_batch(batches: Iterator[Batch], pinned: bool) -> Batch | None:
+    """The next batch, None after the last; in pinned memory, from where a GPU fetches it while it computes."""
+    batch = next(batches, None)
+    return tuple(part.pin_memory() for part in batch) if pinned and batch is not None else batch
+
+
+def _use_one_core(device: torch.device) -> None:
+    """Makes the thread that calls it leave the other cores to the net, and use the same GPU."""
+    torch.get_num_threads()                                 # the first question in a thread undoes what was set before
+    torch.set_num_threads(1)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def run_net(function: Callable[..., Tensor], *inputs: Tensor, half: bool | None = None) -> Tensor:
+    """Runs a net, or a method of it, on a batch; all training loops run theirs through here.
+
+    Of several processes each runs it on a share of the batch, and all of them get the whole result.
+
+    On a GPU it computes in bfloat16 where torch thinks it safe (automatic mixed precision: Micikevicius et al., ICLR
+    2018), and losses, which are computed from the result, stay in float32.
+
+    Args:
+        function: takes the inputs and returns one tensor ``(B, ...)``.
+        inputs: ``(B, ...)`` each.
+        half: whether to compute in bfloat16; by default on GPUs that are made for it.
+
+    Returns:
+        ``(B, ...)`` in full precision.
+    """
+    device = inputs[0].device
+    if half is None:  # older GPUs imitate bfloat16 and are slower for it
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        outputs = function(*map(own_share, inputs))
+    return gathered(outputs.float() if half else outputs, len(inputs[0]))
 
 
 def augment(maps: Tensor, generator: torch.Generator) -> Tensor:

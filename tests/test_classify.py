@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import quiet, same_weights, toy, weights
+from tiny import in_turn, quiet, same_weights, toy, weights
 from torch import nn
 from torch.nn import functional as F
 
@@ -160,6 +160,15 @@ def test_training_repeats_bit_for_bit_with_the_seed() -> None:
     first = train_classifier(data, SMALL, seed=3, log=quiet)
     assert same_weights(first, train_classifier(data, SMALL, seed=3, log=quiet))
     assert not same_weights(first, train_classifier(data, SMALL, seed=4, log=quiet))
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_batches_made_ahead_are_those_made_in_turn(monkeypatch: pytest.MonkeyPatch, taught: bool) -> None:
+    data, disks = toy(12)
+    lesson = Lesson(disks.astype(np.float32), data.crops.lungs, 1.0) if taught else None
+    ahead = train_classifier(data, SMALL, lesson=lesson, seed=3, log=quiet)
+    monkeypatch.setattr("covidseg.classify.overlapped", in_turn)
+    assert same_weights(ahead, train_classifier(data, SMALL, lesson=lesson, seed=3, log=quiet))
 
 
 def test_training_goes_on_from_given_weights() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import quiet, same_weights
+from tiny import in_turn, quiet, same_weights
 from torch import nn
 
 from covidseg.lungnet import LungNetSettings, lung_probabilities, make_lung_net, robust_lungs, train_lung_net
@@ -159,6 +159,13 @@ def test_the_seed_fixes_the_weights() -> None:
     assert same_weights(nets[0], nets[1])
     assert not same_weights(nets[0], nets[2])
     assert not nets[0].training
+
+
+def test_batches_made_ahead_are_those_made_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(SMALL, again=3, paint=replace(SMALL.paint, share=1.0))
+    ahead = train_lung_net(mixed(), settings, seed=3, log=quiet)
+    monkeypatch.setattr("covidseg.lungnet.overlapped", in_turn)
+    assert same_weights(ahead, train_lung_net(mixed(), settings, seed=3, log=quiet))
 
 
 def test_training_leaves_the_slices_as_they_are() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import quiet, same_weights, toy, weights
+from tiny import in_turn, quiet, same_weights, toy, weights
 
 from covidseg.classify import auc
 from covidseg.curriculum import CurriculumSettings
@@ -246,6 +246,15 @@ def test_without_paint_nothing_is_ever_painted(monkeypatch: pytest.MonkeyPatch) 
     train_mil(data, disks.astype(np.float32), replace(SMALL, paint=PaintSettings()), log=quiet)
     assert set(painted) == {"paint_lesions", "paint_vessels"}
     assert len(painted) <= 2 * SMALL.steps * SMALL.batch // 2, "slices with a lesion stay as they are"
+
+
+def test_batches_made_ahead_are_those_made_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, disks = toy(12)
+    settings = replace(SMALL, paint=PaintSettings())
+    ahead, phases = train_mil(data, disks.astype(np.float32), settings, seed=2, log=quiet)
+    assert len(phases) > 1
+    monkeypatch.setattr("covidseg.mil.overlapped", in_turn)
+    assert same_weights(ahead, train_mil(data, disks.astype(np.float32), settings, seed=2, log=quiet)[0])
 
 
 @pytest.mark.parametrize("reading", ["pixels", "grid"])

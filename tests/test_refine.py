@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import quiet, same_weights, toy
+from tiny import in_turn, quiet, same_weights, toy
 from torch.nn import functional as F
 
 from covidseg.fine import certainty
@@ -23,6 +23,7 @@ from covidseg.refine import (
     train_segmenter,
     trusting,
 )
+from covidseg.train import overlapped
 
 SMALL = SegmenterSettings(channels=(4, 8), steps=6, batch=4)
 ENTROPY_ONLY = SegmenterSettings(dice_weight=0.0)
@@ -158,6 +159,21 @@ def test_fine_labels_are_refreshed_when_the_settings_say_so() -> None:
     # Nothing but the old labels in the mixture, which were certain: as good as no refreshment.
     same = train_segmenter(data, disks, weights, replace(SMALL, refresh=(0.34,), keep=1.0), seed=2, log=quiet)
     assert same_weights(nets[1], same)
+
+
+def test_batches_made_ahead_are_those_made_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those after the fine labels were refreshed, which must not be made of the old ones."""
+    data, disks = toy(12)
+    doubtful = np.where(disks, np.float32(0.6), np.float32(0.2))
+    settings = replace(SMALL, steps=12, refresh=(0.3, 0.6), paste=0.5)
+
+    def trained() -> torch.nn.Module:
+        return train_segmenter(data, doubtful, np.ones_like(doubtful), settings, seed=2, log=quiet)
+    ahead, real = trained(), overlapped
+    monkeypatch.setattr("covidseg.refine.overlapped", in_turn)
+    assert same_weights(ahead, trained())
+    monkeypatch.setattr("covidseg.refine.overlapped", lambda batches, device, hold: real(batches, device))
+    assert not same_weights(ahead, trained()), "what they are held for matters"
 
 
 def test_a_refreshment_weighs_each_pixel_by_its_certainty() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import threading
+import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,7 +21,9 @@ from covidseg.train import (
     jitter,
     learning_rate,
     net_input,
+    overlapped,
     pick_device,
+    run_net,
     seed_everything,
 )
 
@@ -80,6 +86,85 @@ def test_batches_depend_on_the_seed_alone() -> None:
         return torch.stack(list(balanced_batches(LABELS, PATIENTS, 8, 10, generator(seed))))
     assert torch.equal(batches(1), batches(1))
     assert not torch.equal(batches(1), batches(2))
+
+
+CPU = torch.device("cpu")
+
+
+class Making:
+    """Batches of one number each, and a record of which were begun and where."""
+
+    def __init__(self, count: int = 6, fails_at: int = 0) -> None:
+        self.count, self.fails_at, self.begun = count, fails_at, list[int]()
+        self.threads, self.cores = set[str](), set[int]()
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        for number in range(1, self.count + 1):
+            self.begun.append(number)
+            self.threads.add(threading.current_thread().name)
+            self.cores.add(torch.get_num_threads())
+            if number == self.fails_at:
+                raise ValueError(f"batch {number}")
+            yield (torch.tensor([float(number)]),)
+
+    def settled(self) -> list[int]:
+        """What was begun, once nothing new is."""
+        before = -1
+        while before != len(self.begun):
+            before = len(self.begun)
+            time.sleep(0.05)
+        return self.begun
+
+
+def helpers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_overlapped_batches_come_in_order_from_one_other_thread_that_keeps_ahead() -> None:
+    making, cores = Making(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for number, (batch,) in enumerate(overlapped(iter(making), CPU), start=1):
+            assert batch.item() == number
+            assert making.settled() == list(range(1, min(number + 2, 6) + 1))
+        other: list[int] = []
+        thread = threading.Thread(target=lambda: other.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert torch.get_num_threads() == 2
+        assert other == [2], "no other thread is held to one core"
+    finally:
+        torch.set_num_threads(cores)
+    assert number == 6
+    assert making.threads == {"batches_0"}
+    assert making.cores == {1}
+    assert not helpers()
+
+
+def test_a_held_batch_is_begun_only_when_it_is_asked_for() -> None:
+    making = Making()
+    batches = overlapped(iter(making), CPU, hold={2, 5})
+    seen = []
+    for _ in range(6):
+        next(batches)
+        seen.append(len(making.settled()))
+    assert seen == [1, 4, 4, 4, 6, 6]
+
+
+def test_faults_of_the_other_thread_reach_the_loop_after_the_batches_before_it() -> None:
+    batches = overlapped(iter(Making(fails_at=3)), CPU)
+    assert [next(batches)[0].item() for _ in range(2)] == [1, 2]
+    with pytest.raises(ValueError, match="batch 3"):
+        next(batches)
+    assert not helpers()
+
+
+def test_leaving_the_loop_ends_the_thread() -> None:
+    for (batch,) in overlapped(iter(Making(count=10**6)), CPU):
+        assert helpers()
+        if batch.item() == 3:
+            break
+    assert not helpers()
 
 
 def symmetries(image: torch.Tensor) -> list[torch.Tensor]:
@@ -193,6 +278,57 @@ def test_average_copies_counters_and_shares_nothing_with_the_net() -> None:
     assert average.net[0].weight.max() == 0
     picture = torch.rand(1, 1, 4, 4)
     assert torch.equal(average(picture), average.net(picture))
+
+
+def wide_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 1, 1))
+
+
+def test_a_net_on_the_cpu_is_run_as_it_is() -> None:
+    net, inputs = wide_net(), torch.rand(4, 2, 12, 12)
+    expected = copy.deepcopy(net)(inputs)
+    assert torch.equal(run_net(net, inputs), expected)
+    assert torch.equal(run_net(lambda a, b: a + b, inputs, inputs), 2 * inputs)
+
+
+def test_in_half_precision_the_net_computes_in_bfloat16_and_all_that_comes_out_is_full() -> None:
+    net, inputs = wide_net(), torch.rand(4, 2, 12, 12)
+    inside: list[torch.dtype] = []
+    net[3].register_forward_hook(lambda module, given, result: inside.append(result.dtype))
+    plain = copy.deepcopy(net)(inputs)
+    logits = run_net(net, inputs, half=True)
+    assert inside == [torch.float32, torch.bfloat16]
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, plain)
+    torch.testing.assert_close(logits, plain, atol=0.02, rtol=0.02)
+    # A loss that refuses half precision takes the result, and gradients arrive in full.
+    nn.functional.binary_cross_entropy(logits.sigmoid(), torch.ones_like(logits)).backward()
+    assert {p.grad.dtype for p in net.parameters()} == {torch.float32}
+    assert net[1].running_mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("made_for_it", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_only_gpus_made_for_it_compute_in_half_precision(monkeypatch: pytest.MonkeyPatch, made_for_it: bool,
+                                                         expected: torch.dtype) -> None:
+    """What torch is asked for on a GPU; there need not be one."""
+    asked: list[tuple[str, torch.dtype, bool]] = []
+
+    class Spy:
+        def __init__(self, kind: str, dtype: torch.dtype, enabled: bool) -> None:
+            asked.append((kind, dtype, enabled))
+
+        def __enter__(self) -> None: ...
+        def __exit__(self, *fault: object) -> None: ...
+
+    class OnGpu:
+        device = torch.device("cuda")
+    monkeypatch.setattr(torch, "autocast", Spy)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+                        or made_for_it)
+    outputs = run_net(lambda inputs: torch.zeros(1, dtype=torch.bfloat16 if made_for_it else torch.float32), OnGpu())
+    assert asked == [("cuda", torch.bfloat16, made_for_it)]
+    assert outputs.dtype == torch.float32
 
 
 def test_learning_rate_rises_to_the_peak_and_falls_to_almost_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from covidseg.profiles import Profile
 from covidseg.refine import SegmenterSettings
 from covidseg.report import write_run
 from covidseg.systems import Rivals
+from covidseg.train import Batch
 
 TINY = Profile(
     "quick", prepare=PrepareSettings(size=80), lung_net=LungNetSettings(steps=8, size=64, channels=(4, 8), batch=4),
@@ -61,6 +63,11 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     """Bit for bit."""
     first, second = weights(a), weights(b)
     return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def in_turn(batches: Iterator[Batch], device: torch.device, *, hold: Collection[int] = ()) -> Iterator[Batch]:
+    """What :func:`covidseg.train.overlapped` has to agree with: each batch is made when it is asked for."""
+    return batches
 
 
 def toy(count: int, size: int = 40, seed: int = 0) -> tuple[WeakSet, np.ndarray]:

@@ -53,7 +53,7 @@ def windows(setup: Setup) -> list[Comparison]:
 
 
 def ragged_bags(setup: Setup) -> tuple[Tensor, Tensor]:
-    """Embeddings ``(M, 64)`` of the patches of all bags, and the bag of each, ``(M,)``: 10 to 40 % of a slice is lung."""
+    """Embeddings ``(M, 64)`` of the patches of all bags, and the bag of each, ``(M,)``; lungs fill 10 to 40 %."""
     random = np.random.default_rng(0)
     bags, most = setup.size(64, 4), setup.size(10_000, 100)
     sizes = random.integers(most // 10, 4 * most // 10 + 1, bags)

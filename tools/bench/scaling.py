@@ -70,7 +70,7 @@ def worker() -> None:
 
     from bench.training import silent, soft_targets, step_seconds
     from bench.volumes import weak_set
-    from covidseg.distributed import group, rank
+    from covidseg.distributed import is_first, joined
     from covidseg.fine import certainty
     from covidseg.profiles import profile_named
     from covidseg.refine import train_segmenter
@@ -79,14 +79,14 @@ def worker() -> None:
     data = weak_set()
     targets = soft_targets(data)
     settings = replace(profile_named("quick").segmenter, refresh=())
-    with group():
-        device = pick_device("cpu")
+    device = pick_device("cpu")
+    with joined(device):
 
         def training(n: int) -> None:
             train_segmenter(data, targets, certainty(targets), replace(settings, steps=n), device=device, log=silent)
         training(2)
         seconds = step_seconds(training, device, max(1, steps // 6), steps)
-        if rank() == 0:
+        if is_first():
             target.write_text(str(1e3 * seconds))
 
 
