@@ -323,6 +323,9 @@ def test_only_gpus_made_for_it_compute_in_half_precision(monkeypatch: pytest.Mon
 
     class OnGpu:
         device = torch.device("cuda")
+
+        def __len__(self) -> int:
+            return 1
     monkeypatch.setattr(torch, "autocast", Spy)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
                         or made_for_it)
