@@ -40,7 +40,7 @@ colab: $(READY)  ## Run every chapter on Colab's versions, outside the repositor
 	$(BIN)/python tools/colab_check.py
 
 bench: $(READY)  ## Measure speed and memory side by side with other ways, into results/bench-*.json
-	VIRTUAL_ENV='$(CURDIR)/$(VENV)' $(BIN)/uv pip install --quiet --require-hashes -r requirements-bench.lock
+	VIRTUAL_ENV='$(CURDIR)/$(VENV)' $(BIN)/uv pip install --no-config --quiet --require-hashes -r requirements-bench.lock
 	PYTHONPATH=tools $(BIN)/python -m bench $(BENCH_ARGS)
 
 test: $(READY)  ## Run the tests (those of the built book skip when there is none)

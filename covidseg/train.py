@@ -129,6 +129,11 @@ def _use_one_core(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def made_for_half(device: torch.device) -> bool:
+    """Whether a device is a GPU that computes in bfloat16; older ones imitate it, and are slower for it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def run_net(function: Callable[..., Tensor], *inputs: Tensor, half: bool | None = None) -> Tensor:
     """Runs a net, or a method of it, on a batch; all training loops run theirs through here.
 
@@ -146,8 +151,7 @@ def run_net(function: Callable[..., Tensor], *inputs: Tensor, half: bool | None 
         ``(B, ...)`` in full precision.
     """
     device = inputs[0].device
-    if half is None:  # older GPUs imitate bfloat16 and are slower for it
-        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    half = made_for_half(device) if half is None else half
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         outputs = function(*map(own_share, inputs))
     return gathered(outputs.float() if half else outputs, len(inputs[0]))

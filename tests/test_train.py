@@ -20,6 +20,7 @@ from covidseg.train import (
     balanced_batches,
     jitter,
     learning_rate,
+    made_for_half,
     net_input,
     overlapped,
     pick_device,
@@ -308,30 +309,11 @@ def test_in_half_precision_the_net_computes_in_bfloat16_and_all_that_comes_out_i
     assert net[1].running_mean.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("made_for_it", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_only_gpus_made_for_it_compute_in_half_precision(monkeypatch: pytest.MonkeyPatch, made_for_it: bool,
-                                                         expected: torch.dtype) -> None:
-    """What torch is asked for on a GPU; there need not be one."""
-    asked: list[tuple[str, torch.dtype, bool]] = []
-
-    class Spy:
-        def __init__(self, kind: str, dtype: torch.dtype, enabled: bool) -> None:
-            asked.append((kind, dtype, enabled))
-
-        def __enter__(self) -> None: ...
-        def __exit__(self, *fault: object) -> None: ...
-
-    class OnGpu:
-        device = torch.device("cuda")
-
-        def __len__(self) -> int:
-            return 1
-    monkeypatch.setattr(torch, "autocast", Spy)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
-                        or made_for_it)
-    outputs = run_net(lambda inputs: torch.zeros(1, dtype=torch.bfloat16 if made_for_it else torch.float32), OnGpu())
-    assert asked == [("cuda", torch.bfloat16, made_for_it)]
-    assert outputs.dtype == torch.float32
+@pytest.mark.parametrize("native", [True, False])
+def test_only_gpus_made_for_it_compute_in_half_precision(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert made_for_half(torch.device("cuda")) == native
+    assert not made_for_half(CPU)
 
 
 def test_learning_rate_rises_to_the_peak_and_falls_to_almost_nothing() -> None:
