@@ -4,7 +4,7 @@ A teaching and reproduction package. Every stage of the method is a flat module:
 
 ``io, dataset -> lungs -> prepare -> classify -> cam -> patches, mil -> fine -> refine -> metrics``
 
-with ``artifacts`` and ``train`` beneath and ``keys``, ``pipeline``, ``viz`` and ``cli`` above.
+with ``artifacts``, ``train`` and ``distributed`` beneath and ``keys``, ``pipeline``, ``viz`` and ``cli`` above.
 
 **Not a medical device.** Nothing here may be used for diagnosis or treatment.
 """
