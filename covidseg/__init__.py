@@ -4,8 +4,8 @@ A teaching and reproduction package. Every stage of the method is a flat module:
 
 ``io, dataset -> lungs -> prepare -> classify -> cam -> patches, mil -> fine -> refine -> metrics``
 
-with ``nifti``, ``morphology``, ``artifacts`` and ``train`` beneath and ``keys``, ``pipeline``, ``stream``, ``parts``,
-``viz`` and ``cli`` above.
+with ``nifti``, ``morphology``, ``artifacts``, ``train`` and ``distributed`` beneath and ``keys``, ``pipeline``,
+``stream``, ``parts``, ``viz`` and ``cli`` above.
 
 **Not a medical device.** Nothing here may be used for diagnosis or treatment.
 """

@@ -219,3 +219,16 @@ def test_rivals_are_pinned_in_step_with_everything_else() -> None:
     assert theirs["lungmask"] == {"==0.2.22"}
     assert "torchmil" in theirs
     assert {name: versions for name, versions in theirs.items() if name in ours and versions != ours[name]} == {}
+
+
+def readme_rows(content: dict) -> list[str]:
+    """Lines of the README's table: what has a goal, ratio first."""
+    return [f"| **{row['ratio']:.1f}** | {row['goal']:g} | {row['task']} | {row['other_name']} |"
+            for section in content["sections"].values() for row in section.get("comparisons", [])
+            if row["goal"] is not None]
+
+
+def test_readme_shows_the_record() -> None:
+    content = json.loads((ROOT / "results" / "bench-cpu.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [row for row in readme_rows(content) if row not in readme] == []
