@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from covidseg.activations import Cut, class_activation_maps
 from covidseg.classify import Classifier, Committee
-from covidseg.prepare import Crops
+from covidseg.prepare import Crops, slices_at_once
 from covidseg.train import net_input
 
 
@@ -63,8 +63,9 @@ def _averaged(net: Classifier, crops: Crops, settings: CamSettings, methods: Seq
     result = [np.zeros(crops.images.shape, np.float32) for _ in methods]
     side = crops.images.shape[-1]
     cut = _cut(net.eval(), methods)
-    for start in range(0, len(crops), settings.batch):
-        part = slice(start, start + settings.batch)
+    batch = slices_at_once(settings.batch, side)
+    for start in range(0, len(crops), batch):
+        part = slice(start, start + batch)
         lungs = torch.from_numpy(crops.lungs[part])[:, None].float()
         whole = net_input(torch.from_numpy(crops.images[part])[:, None], lungs).to(device)
         for scale in settings.scales:

@@ -24,7 +24,7 @@ from covidseg.distributed import average_gradients, from_first
 from covidseg.errors import SettingsError, one_of
 from covidseg.paint import Painter, PaintSettings
 from covidseg.patches import PATCH, grid_ids, instances, patch_values, pool, spread, square_ids
-from covidseg.prepare import Crops, WeakSet
+from covidseg.prepare import Crops, WeakSet, slices_at_once
 from covidseg.train import (
     Average,
     Batch,
@@ -241,7 +241,8 @@ def _scores(net: PatchNet, crops: Crops, maps: list[np.ndarray], counts: list[in
     """:func:`patch_scores` for several maps of patch numbers; the features of a slice are computed once."""
     device, was_training = next(net.parameters()).device, net.training
     net.eval()
-    few = CACHED if device.type == "cpu" else batch
+    batch = slices_at_once(batch, crops.images.shape[-1])
+    few = slices_at_once(CACHED, crops.images.shape[-1]) if device.type == "cpu" else batch
     parts = [[np.zeros((0, count + 1), np.float32)] for count in counts]
     for start in range(0, len(crops), batch):
         described: list[list[Tensor]] = [[] for _ in maps]

@@ -86,6 +86,14 @@ class WeakSet:
         return len(self.labels)
 
 
+def slices_at_once(batch: int, side: int) -> int:
+    """How many slices go through a net together: ``batch`` up to 160 pixels, fewer of larger ones.
+
+    With as many pixels in each batch, time grows no faster than the number of pixels, and memory not at all.
+    """
+    return max(1, min(batch, batch * 160 ** 2 // side ** 2))
+
+
 def normalise(image: np.ndarray, lung: np.ndarray) -> np.ndarray:
     """Scales a slice by two points measured in it, so that its unit and display window no longer matter.
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from covidseg.distributed import average_gradients, from_first
 from covidseg.fine import certainty
 from covidseg.paint import NO_PAINT, Painter, PaintSettings
-from covidseg.prepare import Crops, WeakSet
+from covidseg.prepare import Crops, WeakSet, slices_at_once
 from covidseg.train import (
     Average,
     Batch,
@@ -210,6 +210,7 @@ def lesion_probabilities(net: nn.Module, crops: Crops, *, batch: int = 16) -> np
     """
     device = next(net.parameters()).device
     result = []
+    batch = slices_at_once(batch, crops.images.shape[-1])
     for start in range(0, len(crops), batch):
         part = slice(start, start + batch)
         lung = torch.from_numpy(crops.lungs[part])[:, None].float().to(device)

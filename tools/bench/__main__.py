@@ -99,7 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
             end, start = ticking(name), time.monotonic()
             load = round(os.getloadavg()[0], 2)  # others at work would show here
             measured = importlib.import_module(f"bench.{name}").run(setup)
-            sections[name] = {**measured, "seconds": round(time.monotonic() - start, 1), "load_before": load}
+            sections[name] = {**measured, "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                              "seconds": round(time.monotonic() - start, 1), "load_before": load}
             end()
             write_record(path, {name: sections[name] for name in SECTIONS if name in sections}, options.small, device)
     console = Console(width=None if sys.stdout.isatty() else 160)
