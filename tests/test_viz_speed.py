@@ -23,7 +23,7 @@ def test_ratios_are_bars_with_their_goal() -> None:
 
 def test_growth_is_drawn_as_multiples_beside_the_linear_line() -> None:
     def rows(factor: float) -> list[dict]:
-        return [{"slices": 12 * k, "side": 256, "seconds": 0.5 * k ** factor, "memory_mb": 7.0} for k in (1, 2, 4)]
+        return [{"slices": 12 * k, "side": 256, "seconds": 0.5 * k ** factor, "memory_mb": 7.0 * k} for k in (1, 2, 4)]
     points = {"one": {"slices": rows(1), "pixels": rows(1)}, "two": {"slices": rows(0.5), "pixels": rows(2)}}
     left, right = growth_curves(points).axes
     assert [line.get_label() for line in left.lines] == ["one", "two", "linear growth"]
@@ -31,7 +31,7 @@ def test_growth_is_drawn_as_multiples_beside_the_linear_line() -> None:
     np.testing.assert_allclose(right.lines[1].get_ydata(), [1, 4, 16])
     assert [tick.get_text() for tick in left.get_xticklabels()] == ["12", "24", "48"]
     memory = growth_curves(points, "memory_mb").axes[0]
-    np.testing.assert_allclose(memory.lines[0].get_ydata(), [1, 1, 1])
+    np.testing.assert_allclose(memory.lines[0].get_ydata(), [1, 1.4, 2.8])  # 7, 14 and 28 MB, the first drawn as 10
     assert "memory" in memory.get_ylabel()
 
 
