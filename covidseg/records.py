@@ -104,12 +104,14 @@ def bench_markdown(record: Record, kind: str = "comparisons") -> str:
             of growth, which are drawn; or ``roofline``, training stages.
     """
     rows = [row for section in record["sections"].values() for row in section.get(kind, [])]
+    def figure(value: float) -> str:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     reached = {True: "yes", False: "**no**", None: ""}
     if kind == "comparisons":
         head = "| times as good | goal | reached | what | covidseg | other | unit | other way |"
         lines = [f"| **{row['ratio']:.1f}** | {'' if row['goal'] is None else format(row['goal'], 'g')} | "
-                 f"{reached[row['met']]} | {row['task']} | {row['ours']:.3g} | {row['other']:.3g} | {row['unit']} | "
-                 f"{row['other_name']} |" for row in rows]
+                 f"{reached[row['met']]} | {row['task']} | {figure(row['ours'])} | {figure(row['other'])} | "
+                 f"{row['unit']} | {row['other_name']} |" for row in rows]
         return "\n".join([head, "|--:|--:|---|---|--:|--:|---|---|", *lines])
     if kind == "roofline":
         head = "| training | slices a second | ms a step | the layers need, ms | share |"
@@ -117,7 +119,7 @@ def bench_markdown(record: Record, kind: str = "comparisons") -> str:
                  f"{row['share']:.0%} |" for row in record["sections"]["training"]["roofline"]]
         return "\n".join([head, "|---|--:|--:|--:|--:|", *lines])
     head = "| value | limit | kept | unit | what |"
-    lines = [f"| **{row['value']:.4g}** | {'' if row['limit'] is None else format(row['limit'], 'g')} | "
+    lines = [f"| **{figure(row['value'])}** | {'' if row['limit'] is None else format(row['limit'], 'g')} | "
              f"{reached[row['met']]} | {row['unit']} | {row['task']} |"
              for row in rows if "exponent" not in row["task"]]
     return "\n".join([head, "|--:|--:|---|---|---|", *lines])
