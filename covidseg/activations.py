@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from covidseg.errors import one_of
+from covidseg.prepare import slices_in_cache
 
 METHODS = ("grad", "layer")
-CACHED = 8  # pictures that go through the stem at a time on a CPU: its activations then stay in the cache
 Layer = tuple[np.ndarray, np.ndarray]  # activations and gradients, (B, K, h, w) each
 
 
@@ -40,7 +40,7 @@ class Cut:
 
 def read_layers(cut: Cut, inputs: Tensor) -> list[Layer]:
     """Activations and gradients of every layer of the cut, the last one last."""
-    parts = inputs.split(CACHED if inputs.device.type == "cpu" else max(1, len(inputs)))
+    parts = inputs.split(max(1, slices_in_cache(len(inputs), inputs.shape[-1], inputs.device)))
     with torch.no_grad():
         layers = [torch.cat([cut.stem(part) for part in parts])]
     with torch.enable_grad():

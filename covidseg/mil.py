@@ -24,7 +24,7 @@ from covidseg.distributed import average_gradients, from_first
 from covidseg.errors import SettingsError, one_of
 from covidseg.paint import Painter, PaintSettings
 from covidseg.patches import PATCH, grid_ids, instances, patch_values, pool, spread, square_ids
-from covidseg.prepare import Crops, WeakSet, slices_at_once
+from covidseg.prepare import Crops, WeakSet, slices_at_once, slices_in_cache
 from covidseg.train import (
     Average,
     Batch,
@@ -39,8 +39,6 @@ from covidseg.train import (
     run_net,
     seed_everything,
 )
-
-CACHED = 4  # slices whose features are computed at a time on a CPU: they then stay in its cache
 
 
 @dataclass(frozen=True)
@@ -242,7 +240,7 @@ def _scores(net: PatchNet, crops: Crops, maps: list[np.ndarray], counts: list[in
     device, was_training = next(net.parameters()).device, net.training
     net.eval()
     batch = slices_at_once(batch, crops.images.shape[-1])
-    few = slices_at_once(CACHED, crops.images.shape[-1]) if device.type == "cpu" else batch
+    few = slices_in_cache(batch, crops.images.shape[-1], device)
     parts = [[np.zeros((0, count + 1), np.float32)] for count in counts]
     for start in range(0, len(crops), batch):
         described: list[list[Tensor]] = [[] for _ in maps]

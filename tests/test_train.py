@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import platform
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -47,6 +50,19 @@ def test_a_seed_fixes_every_source_of_chance() -> None:
     first, again, other = draws(5), draws(5), draws(6)
     assert first == again
     assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
+@pytest.mark.parametrize("keep", [True, False])
+def test_memory_of_one_step_serves_the_next(keep: bool) -> None:
+    # Pages that the system has to fill, in a process of its own: 100 blocks of 40 MB are a million.
+    code = ("import resource, torch; from covidseg.train import keep_freed_memory; "
+            f"assert {keep} is False or keep_freed_memory(); torch.ones(10_000_000); "
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; "
+            "[float(torch.ones(10_000_000)[0]) for _ in range(100)]; "
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)")
+    faults = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert (faults < 50_000) == keep
 
 
 @pytest.mark.parametrize("available", [True, False])
