@@ -2,7 +2,8 @@
 
 A stage's key holds its settings, its seed and the key of what it was computed from, so that a changed setting or
 scan leads to another file and nothing stale is ever read. Files are written under a temporary name in the same
-folder and renamed, so that a run that is stopped leaves whole files only and goes on where it stopped.
+folder and renamed, so that a run that is stopped leaves whole files only and goes on where it stopped. Programs that
+share a folder wait for each other's stages.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
@@ -26,6 +28,7 @@ from covidseg import __version__
 from covidseg.distributed import from_first, is_first
 from covidseg.errors import ArtifactError
 from covidseg.files import write_whole
+from covidseg.watch import noted_warnings, peak_memory
 
 Arrays = dict[str, np.ndarray]
 
@@ -70,7 +73,31 @@ def save_arrays(path: Path, arrays: Arrays, notes: dict[str, Any] | None = None)
     plain = {name: np.asarray(value, order="C") for name, value in arrays.items()}
     metadata = {"notes": json.dumps(notes or {})}
     write_whole(path, lambda temporary: save_file(plain, temporary, metadata))
+    write_hash(path)
+
+
+def write_hash(path: Path) -> None:
+    """Writes the sha256 of a file beside it, as the program ``sha256sum`` does.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     write_text(path.with_name(path.name + ".sha256"), f"{file_hash(path)}  {path.name}\n")
+
+
+def check_hash(path: Path, remedy: str = "Run the stage again") -> None:
+    """Compares a file with the sha256 beside it.
+
+    Raises:
+        ArtifactError: one of them is missing, or the file was changed.
+    """
+    beside = path.with_name(path.name + ".sha256")
+    if not path.exists() or not beside.exists():
+        raise ArtifactError("the file or its .sha256 is missing", path=path, remedy=remedy)
+    expected = beside.read_text(encoding="utf-8", errors="replace").split()
+    if not expected or expected[0] != file_hash(path):
+        raise ArtifactError("does not have the checksum it was written with", path=path,
+                            remedy=f"The file is damaged. {remedy}")
 
 
 @contextmanager
@@ -90,13 +117,7 @@ def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
     Raises:
         ArtifactError: the file or its checksum is missing, or the file was changed.
     """
-    check = path.with_name(path.name + ".sha256")
-    if not path.exists() or not check.exists():
-        raise ArtifactError("the file or its .sha256 is missing", path=path, remedy="Run the stage again")
-    expected = check.read_text(encoding="utf-8", errors="replace").split()
-    if not expected or expected[0] != file_hash(path):
-        raise ArtifactError("does not have the checksum it was written with", path=path,
-                            remedy="The file is damaged: delete it and run the stage again")
+    check_hash(path)
     with _opened(path) as (stored, notes):
         return {name: stored.get_tensor(name) for name in stored.keys()}, notes  # noqa: SIM118
 
@@ -114,11 +135,16 @@ def _load_or_drop(path: Path) -> tuple[Arrays, dict[str, Any]] | None:
 class Store:
     """A folder of stage results. ``store.get`` computes a result once and reads it from then on.
 
-    Of several processes the first alone reads and writes it: what it has stored, all have stored.
+    Of several processes of one training the first alone reads and writes it: what it has stored, all have stored. Of
+    several programs that share the folder, one makes a stage and the others wait for it.
+
+    Args:
+        folder: is made when the first result is stored.
+        log: told when this program waits for another one.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, log: Callable[[str], None] = lambda line: None) -> None:
+        self.folder, self.log = folder, log
         self._within = 0.0  # seconds spent on stages that were asked for while another one was being made
 
     def path(self, stage: str, key: str) -> Path:
@@ -130,29 +156,57 @@ class Store:
         """The stored result, or the result of ``make()``, which is stored.
 
         A file that no longer fits its checksum is computed again: the key says that nothing else has changed. The
-        notes also hold ``seconds``, what this stage took without the stages before it.
+        notes also hold ``seconds``, what this stage took without the stages before it, ``peak_memory_mb``, of this
+        process until the stage was done, and ``warnings``, each once.
         """
         path = self.path(stage, key)
-        stored = from_first(lambda: _load_or_drop(path))
-        if stored is not None:
-            return stored
-        start, outer, self._within = time.monotonic(), self._within, 0.0
-        arrays, notes = make()
-        seconds = time.monotonic() - start
-        notes = {**notes, "seconds": round(seconds - self._within, 2)}
-        self._within = outer + seconds
-        if is_first():
-            save_arrays(path, arrays, notes)
-        return from_first(lambda: (arrays, notes))
+        with self.alone(path) if is_first() else nullcontext():
+            stored = from_first(lambda: _load_or_drop(path))
+            if stored is not None:
+                return stored
+            start, outer, self._within = time.monotonic(), self._within, 0.0
+            with noted_warnings() as warned:
+                arrays, notes = make()
+            seconds = time.monotonic() - start
+            notes = {**notes, "seconds": round(seconds - self._within, 2), "peak_memory_mb": peak_memory(),
+                     "warnings": warned}
+            self._within = outer + seconds
+            if is_first():
+                save_arrays(path, arrays, notes)
+            return from_first(lambda: (arrays, notes))
 
-    def seconds(self, stage: str, key: str) -> float:
-        """What a stored stage took, without the stages before it; reads neither its arrays nor its checksum.
+    @contextmanager
+    def alone(self, path: Path) -> Iterator[None]:
+        """Keeps other programs from making the same file meanwhile. A program that dies lets go of it."""
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            # A folder in which no lock can be made is only read, or cannot be written, which is said when it is tried.
+            with suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    lock.acquire(blocking=False)
+                except Timeout:
+                    self.log(f"another program is making {path.name} in this folder; waiting for it")
+                    lock.acquire()
+                for name in (path.name, f"{path.name}.sha256"):  # a program that was killed left what it was writing
+                    for left in path.parent.glob(f".{name}-*"):
+                        left.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
+
+    def notes(self, stage: str, key: str) -> dict[str, Any]:
+        """The notes of a stored stage; reads neither its arrays nor its checksum.
 
         Raises:
             ArtifactError: it is not stored, or cannot be read.
         """
         with _opened(self.path(stage, key)) as (_, notes):
-            return float(notes.get("seconds", 0.0))
+            return notes
+
+    def seconds(self, stage: str, key: str) -> float:
+        """What a stored stage took, without the stages before it; errors as of :meth:`notes`."""
+        return float(self.notes(stage, key).get("seconds", 0.0))
 
 
 def net_arrays(net: nn.Module) -> Arrays:

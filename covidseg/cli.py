@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from covidseg import DISCLAIMER, __version__, cli_measure, cli_predict
-from covidseg.cli_common import Device, Method, Profile, Seed, console, errors, state
+from covidseg.cli_common import Deterministic, Device, Method, Profile, Seed, console, errors, state
 from covidseg.cli_data import app as data_app
 from covidseg.errors import CovidsegError, SettingsError
 
@@ -49,11 +49,13 @@ def train(data: Annotated[str, typer.Option(help="A data folder, or a name from 
           out: Annotated[Path, typer.Option(help="Folder of the run; a run that was stopped goes on there.")],
           profile: Profile = "quick", method: Method = "extended", seed: Seed = 0, device: Device = "auto",
           part: Annotated[str, typer.Option(help="all volumes, or one side of the set's split: train, test.")] = "all",
-          ) -> None:
+          deterministic: Deterministic = False) -> None:
     """Trains all stages on slice labels. With several GPUs: torchrun --nproc-per-node 2 -m covidseg train ..."""
     from covidseg.distributed import is_first, joined
-    from covidseg.train import pick_device
+    from covidseg.train import pick_device, use_deterministic_kernels
 
+    if deterministic:
+        use_deterministic_kernels()
     with joined(pick_device(device)):
         console.quiet = not is_first()
         _train(data, out, profile, method, seed, device, None if part == "all" else part)

@@ -23,6 +23,8 @@ Method = Annotated[str, typer.Option(help="extended (lesions painted on lesion-f
                                           "(no painted lesion, as in the abstract).")]
 Seed = Annotated[int, typer.Option(help="Seed of all stages.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="On a GPU, the same weights each time, if slower; "
+                                                                     "a CPU gives them anyway.")]
 Data = Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`; `medseg` trains on "
                                         "medseg2 and measures on medseg1.")]
 Test = Annotated[str | None, typer.Option(
@@ -63,7 +65,7 @@ def recorded(command: str, testing: Dataset, tested: str, run: Run, start: float
     """What every recorded result says about how it was made; nothing that names the machine or a folder on it."""
     from covidseg.artifacts import file_hash
     from covidseg.profiles import profile_json
-    from covidseg.report import environment
+    from covidseg.watch import environment
 
     return {"note": DISCLAIMER, "command": command, "test": tested, "seconds": round(time.monotonic() - start, 1),
             "environment": environment(run.device), "settings": profile_json(run.profile),

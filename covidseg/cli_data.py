@@ -184,9 +184,11 @@ def _take_by_hand(item: Entry, folder: Path) -> bool:
 
 @app.command()
 def check(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A data folder.")],
-          as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False) -> None:
+          as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+          unit: Annotated[str | None, typer.Option(
+              help="HU or display, where every scan has to hold that.")] = None) -> None:
     """Check every scan, mask and label of a data folder; ends with exit code 4 if anything is wrong."""
-    report = check_folder(folder)
+    report = check_folder(folder, unit)
     if as_json:
         print(json.dumps({"root": str(report.root), "faults": report.all_faults(),
                           "volumes": [vars(v) for v in report.volumes]}, indent=1))

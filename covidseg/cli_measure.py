@@ -12,7 +12,19 @@ import numpy as np
 import typer
 
 from covidseg import DISCLAIMER
-from covidseg.cli_common import Data, Device, Method, Profile, Seed, Test, console, measured_on, recorded, sides
+from covidseg.cli_common import (
+    Data,
+    Deterministic,
+    Device,
+    Method,
+    Profile,
+    Seed,
+    Test,
+    console,
+    measured_on,
+    recorded,
+    sides,
+)
 from covidseg.errors import SettingsError
 
 
@@ -55,14 +67,18 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
                   help="Names of systems, with commas; default: all of them.")] = None,
               device: Device = "auto",
               out: Annotated[Path | None, typer.Option(
-                  help="Folder for a run of each seed; goes on there if it was stopped.")] = None) -> None:
+                  help="Folder for a run of each seed; goes on there if it was stopped.")] = None,
+              deterministic: Deterministic = False) -> None:
     """Trains all systems on the same slice labels, measures them on the same slices, and prints Table 1."""
     from covidseg.artifacts import write_text
     from covidseg.compare import compare, differences, strongest_earlier, table_lines, table_rich, volume_table
     from covidseg.pipeline import open_run
     from covidseg.report import write_run
     from covidseg.systems import RIVALS, chosen
+    from covidseg.train import use_deterministic_kernels
 
+    if deterministic:
+        use_deterministic_kernels()
     data, test = sides(data, test)
     names = chosen(systems.split(",") if systems else None)  # a misspelt name ends it here, before anything is trained
     folder = out or Path("runs") / f"{Path(data).name}-{profile}"

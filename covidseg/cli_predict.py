@@ -18,6 +18,7 @@ Inputs = Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or folders 
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder, or a .nii.gz file for one scan.")]
 Volume = Annotated[bool | None, typer.Option(
     "--volume/--stack", help="Slices of one body in order, or unrelated slices. Default: measured.")]
+Unchecked = Annotated[bool, typer.Option("--unchecked", help="Also take what does not look like chest CT.")]
 
 
 def is_file(out: Path) -> bool:
@@ -84,7 +85,7 @@ def end(failed: CovidsegError | None, files: list[Path]) -> None:
         raise typer.Exit(failed.exit_code)
 
 
-def lungs(inputs: Inputs, out: Out, volume: Volume = None) -> None:
+def lungs(inputs: Inputs, out: Out, volume: Volume = None, unchecked: Unchecked = False) -> None:
     """Writes threshold lung masks; no training needed."""
     from covidseg.stream import write_lungs
 
@@ -92,7 +93,7 @@ def lungs(inputs: Inputs, out: Out, volume: Volume = None) -> None:
     targets = targets_of(out, files)
 
     def work(path: Path) -> str:
-        found, slices = write_lungs(path, targets[path], volume=volume, progress=True)
+        found, slices = write_lungs(path, targets[path], volume=volume, progress=True, check=not unchecked)
         return f"lung in {found} of {slices} slices, wrote {targets[path]}"
 
     end(each(files, work), files)
@@ -108,7 +109,7 @@ def predict(inputs: Inputs, out: Out,
                 "--probability", help="Also write NAME_probability.nii.gz.")] = False,
             part: Annotated[str | None, typer.Option(
                 help="i/n: of all scans, only part i of n, for several machines; see `covidseg merge`.")] = None,
-            device: Device = "auto") -> None:
+            unchecked: Unchecked = False, device: Device = "auto") -> None:
     """Writes lesion masks that lie on their scans voxel by voxel, and a table of what was found.
 
     Scans that are done, by the same nets and with the same settings, are left as they are.
@@ -123,7 +124,8 @@ def predict(inputs: Inputs, out: Out,
     targets = targets_of(out, files_of(inputs))
     predictor = load_predictor(SHIPPED if run is None else run, pick_device(device))
     level = predictor.profile.segmenter.threshold if threshold is None else threshold
-    work = PartRun(predictor, which, targets, None if is_file(out) else out, level, volume, probability)
+    work = PartRun(predictor, which, targets, None if is_file(out) else out, level, volume, probability,
+                   not unchecked)
 
     def predicted(path: Path) -> str:
         entry, before = work.predict(path, progress=True)

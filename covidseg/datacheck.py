@@ -11,8 +11,9 @@ from pathlib import Path
 
 from covidseg.arrange import has_lesion
 from covidseg.dataset import Case, load_dataset
-from covidseg.errors import DatasetError, InputFileError
+from covidseg.errors import DatasetError, InputFileError, NoLungError, one_of
 from covidseg.io import SUFFIXES, Scan, read_mask, read_scan, scan_id
+from covidseg.lungs import LungPasses
 
 # Studies in each folder of MosMedData COVID19_1110, and the studies that have outlines.
 MOSMED_STUDIES = {"CT-0": 254, "CT-1": 684, "CT-2": 125, "CT-3": 45, "CT-4": 2}
@@ -61,16 +62,19 @@ class FolderReport:
         return [*self.faults, *(f"{v.id}: {fault}" for v in self.volumes for fault in v.faults)]
 
 
-def check_folder(root: str | Path) -> FolderReport:
+def check_folder(root: str | Path, unit: str | None = None) -> FolderReport:
     """Reads everything in a data folder and lists what is wrong.
 
     Args:
         root: a data folder as in :mod:`covidseg.dataset`, or MosMedData as its publisher lays it out.
+        unit: ``HU`` or ``display`` where all scans have to have it.
 
     Raises:
         DatasetError: there is no folder, or nothing in it that looks like a data set.
     """
     root = Path(root)
+    if unit is not None:
+        one_of(unit, ("HU", "display"), "unit")
     if (root / "studies").is_dir() and not (root / "im").is_dir():
         return check_mosmed(root)
     faults: list[str] = []
@@ -85,7 +89,7 @@ def check_folder(root: str | Path) -> FolderReport:
     for kind in ("lung", "mask"):
         lonely = sorted(p.name for p in (root / kind).glob("*") if p.name not in known and not p.name.startswith("."))
         faults += [f"{kind}/{name} belongs to no image of the same name in im/" for name in lonely]
-    return FolderReport(root, tuple(_check_case(case) for case in cases), tuple(faults))
+    return FolderReport(root, tuple(_check_case(case, unit) for case in cases), tuple(faults))
 
 
 def _unlabelled(root: Path) -> tuple[Case, ...]:
@@ -97,15 +101,17 @@ def _unlabelled(root: Path) -> tuple[Case, ...]:
                       mask if mask.exists() else None) for image, lung, mask in volumes or stacks)
 
 
-def _check_case(case: Case) -> VolumeReport:
+def _check_case(case: Case, unit: str | None = None) -> VolumeReport:
     try:
-        scan = read_scan(case.image)
+        scan = read_scan(case.image, unit=unit)
     except InputFileError as error:
         return VolumeReport(case.id, case.patient, faults=(str(error),))
     count = scan.pixels.shape[0]
     faults = []
     if scan.value_range[0] == scan.value_range[1]:
         faults.append(f"every voxel has the value {scan.value_range[0]:g}")
+    else:
+        faults += _check_anatomy(scan)
     if outside := [index for index in case.labels if index >= count]:
         faults.append(f"slices {_shorten(outside)} are labelled, but the last slice is {count - 1}")
     for kind, path in (("lung", case.lung), ("mask", case.mask)):
@@ -115,6 +121,18 @@ def _check_case(case: Case) -> VolumeReport:
     return VolumeReport(case.id, case.patient, scan.pixels.shape, scan.spacing, scan.unit, scan.value_range,
                         sum(inside), len(inside) - sum(inside), count - len(inside),
                         case.lung is not None, case.mask is not None, tuple(faults))
+
+
+def _check_anatomy(scan: Scan) -> list[str]:
+    """Whether it looks like chest CT."""
+    passes = LungPasses()
+    for image in scan.pixels:
+        passes.look(image)
+    try:
+        passes.check(scan.path)
+    except (InputFileError, NoLungError) as error:
+        return [str(error)]
+    return []
 
 
 def _check_mask(kind: str, path: Path, scan: Scan, labels: dict[int, int]) -> list[str]:

@@ -41,6 +41,7 @@ def whole_file(path: Path, *, suffix: str = "") -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
+        _flush(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
         raise OutputError(f"cannot be written ({getattr(error, 'strerror', None) or error})", path=path,
@@ -48,3 +49,9 @@ def whole_file(path: Path, *, suffix: str = "") -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Puts the bytes of a file on the disk, so that not even a power cut leaves its new name without them."""
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())

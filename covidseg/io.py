@@ -56,24 +56,30 @@ def scan_id(path: str | Path) -> str:
     return name
 
 
-def read_scan(path: str | Path) -> Scan:
+def read_scan(path: str | Path, *, unit: str | None = None) -> Scan:
     """Reads a CT volume or a stack of slices from NIfTI.
 
     Args:
         path: a ``.nii`` or ``.nii.gz`` file of two or three axes.
+        unit: ``"HU"`` or ``"display"`` where only that will do; by default either.
 
     Returns:
         The scan, upright, in its stored type.
 
     Raises:
-        InputFileError: the file is missing, damaged, not NIfTI, not one grey-value volume, or holds NaN.
+        InputFileError: the file is missing, damaged, not NIfTI, not one grey-value volume, holds NaN, or has another
+            unit.
     """
     path = Path(path)
     header = read_header(path)
     voxels, grid = read_voxels(header), header.grid
     low, high = float(voxels.min()), float(voxels.max())
-    return Scan(apply_orientation(voxels, grid.to_upright()), grid.spacing(), (low, high),
-                "HU" if low < -200 else "display", path, grid)
+    found = "HU" if low < -200 else "display"
+    if unit is not None and unit != found:
+        names = {"HU": "Hounsfield units", "display": "grey levels of a display window"}
+        raise InputFileError(f"holds values from {low:g} to {high:g}, which are not {names.get(unit, unit)}", path=path,
+                             remedy=f"Take it for {names[found]}, or export the scan again")
+    return Scan(apply_orientation(voxels, grid.to_upright()), grid.spacing(), (low, high), found, path, grid)
 
 
 def read_mask(path: str | Path, *, like: Scan | None = None) -> np.ndarray:

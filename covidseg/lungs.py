@@ -27,19 +27,30 @@ from scipy import ndimage as ndi
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from covidseg.errors import NoLungError
-from covidseg.lungslice import LungSettings, Regions, complete, enlarge, grid_shape, regions, to_grid, without_trachea
+from covidseg.errors import InputFileError, NoLungError
+from covidseg.lungslice import (
+    LungSettings,
+    Regions,
+    complete,
+    enlarge,
+    grid_shape,
+    looks_like_ct,
+    regions,
+    to_grid,
+    without_trachea,
+)
 from covidseg.morphology import sizes
 
 
 def lung_masks(pixels: np.ndarray, settings: LungSettings = LungSettings(),
-               volume: bool | None = None) -> np.ndarray:
+               volume: bool | None = None, *, check: Path | None = None) -> np.ndarray:
     """Threshold lung masks of all slices.
 
     Args:
         pixels: ``(S, H, W)`` upright slices, HU or display values of any window.
         settings: see :class:`LungSettings`.
         volume: whether the slices are one body in order. Default: measured by :func:`is_volume`.
+        check: of this file, see :meth:`LungPasses.check`; by default the slices are taken for CT.
 
     Returns:
         ``(S, H, W)`` bool. A slice without lung is all False.
@@ -47,6 +58,8 @@ def lung_masks(pixels: np.ndarray, settings: LungSettings = LungSettings(),
     passes = LungPasses(settings, volume)
     for image in pixels:
         passes.look(image)
+    if check is not None:
+        passes.check(check)
     masks = np.zeros(pixels.shape, dtype=bool)
     for k, mask in enumerate(masks):
         mask[:] = passes.mask(k)
@@ -74,6 +87,7 @@ class LungPasses:
         # in the slice before and in this one that touch.
         self._areas: list[np.ndarray] = []
         self._bodies: list[int] = []
+        self._plausible: list[bool | None] = []
         self._touching: list[np.ndarray] = []
         self._last: np.ndarray | None = None
         self._kept: list[np.ndarray] | None = None
@@ -85,7 +99,8 @@ class LungPasses:
         """First pass: the next slice, ``(H, W)``, in order and all of one shape."""
         if self._volume is None:
             self._neighbours.look(image)
-        region = regions(to_grid(image, self.settings.grid), self.settings)
+        small = to_grid(image, self.settings.grid)
+        region = regions(small, self.settings)
         labels, count = ndi.label(region.aerated)
         before = np.zeros_like(labels) if self._last is None else self._last
         touch = np.zeros((before.max() + 1, count + 1), dtype=bool)
@@ -95,6 +110,23 @@ class LungPasses:
         self._bodies.append(int(region.body.sum()))
         self._touching.append(np.argwhere(touch[1:, 1:]).T + 1)
         self._packed.append(region.packed())
+        self._plausible.append(looks_like_ct(small, region))
+
+    def check(self, path: Path) -> None:
+        """Between the passes: whether the slices look like chest CT at all.
+
+        Raises:
+            InputFileError: they do not; or ...
+            NoLungError: no slice shows any dark region inside a body that could be lung.
+        """
+        if not any(len(areas) > 1 for areas in self._areas):
+            raise no_lung(path)
+        known = [plausible for plausible in self._plausible if plausible is not None]
+        if 2 * sum(known) < len(known):
+            raise InputFileError(
+                f"does not look like chest CT: in {len(known) - sum(known)} of {len(known)} slices the brightness "
+                "inside the body is another", path=path,
+                remedy="Give CT, not MR or photographs, in HU or a window that shows lungs; --unchecked lets it pass")
 
     def mask(self, k: int) -> np.ndarray:
         """Second pass: the lung in slice ``k``, ``(H, W)`` bool; all False where there is none."""

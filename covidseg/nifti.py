@@ -25,6 +25,7 @@ from covidseg.errors import InputFileError
 SUFFIXES = (".nii", ".nii.gz")
 # Upright order: slices towards the head (S), rows towards the back (P), columns towards the left (L).
 UPRIGHT = ("S", "P", "L")
+SPACING = (0.01, 200.0)  # mm; no CT has less or more, though stacks of single slices come with odd distances
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,10 @@ def read_header(path: Path) -> Header:
         raise InputFileError("has no usable affine, so its orientation and spacing are unknown", path=path,
                              remedy="Export it again with orientation, or set the affine with nibabel")
     grid = Grid((shape[0], shape[1], shape[2]), np.asarray(affine, dtype=np.float64), two_dimensional)
+    if not all(SPACING[0] <= step <= SPACING[1] for step in grid.spacing()):
+        raise InputFileError(
+            f"has voxels of {' x '.join(f'{step:.3g}' for step in grid.spacing())} mm, which no CT has", path=path,
+            remedy="Correct the spacing in its header (in mm), or export it again")
     return Header(path, grid, proxy.dtype, int(proxy.offset), float(proxy.slope), float(proxy.inter))
 
 

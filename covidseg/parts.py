@@ -21,6 +21,7 @@ from covidseg.artifacts import file_hash, fingerprint, write_text
 from covidseg.errors import CovidsegError, DatasetError, SettingsError
 from covidseg.io import scan_id
 from covidseg.predict import Predictor
+from covidseg.watch import environment, noted_warnings, peak_memory
 
 Entry = dict[str, Any]    # what a report says about one scan
 Report = dict[str, Any]
@@ -72,15 +73,16 @@ class PartRun:
         threshold: lesion from this probability on.
         volume: as of :func:`covidseg.lungs.lung_masks`.
         probability: whether probabilities are written as well, beside the masks.
+        check: whether scans have to look like chest CT.
 
     Attributes:
         files: the scans of this part, in order.
     """
 
     def __init__(self, predictor: Predictor, part: Part, targets: dict[Path, Path], out: Path | None,
-                 threshold: float, volume: bool | None = None, probability: bool = False) -> None:
+                 threshold: float, volume: bool | None = None, probability: bool = False, check: bool = True) -> None:
         self.predictor, self.part, self.targets, self.out = predictor, part, targets, out
-        self.threshold, self.volume, self.probability = threshold, volume, probability
+        self.threshold, self.volume, self.probability, self.check = threshold, volume, probability, check
         self.files = part.of(list(targets))
         # What has to be the same for results to belong together.
         self.made = {"covidseg": __version__, "nets": predictor.fingerprint(), "threshold": threshold,
@@ -89,6 +91,7 @@ class PartRun:
         self._known = {entry["name"]: entry for report in known if report["made"] == self.made
                        for entry in report["scans"] if entry["status"] == "done"}
         self._entries: dict[str, Entry] = {}
+        self._warned: list[str] = []
 
     def predict(self, scan: Path, *, progress: bool = False) -> tuple[Entry, bool]:
         """Predicts a scan, unless that is done, and brings the report up to date.
@@ -107,8 +110,11 @@ class PartRun:
                 self._note(name, before)
                 return before, True
             written = self._paths(scan)
-            found = self.predictor.predict_file(scan, written["mask_sha256"], self.threshold,
-                                                written.get("probability_sha256"), self.volume, progress=progress)
+            with noted_warnings() as warned:
+                found = self.predictor.predict_file(scan, written["mask_sha256"], self.threshold,
+                                                    written.get("probability_sha256"), self.volume, progress=progress,
+                                                    check=self.check)
+            self._warned = list(dict.fromkeys(self._warned + warned))
             entry = {"name": name, "status": "done", **asdict(found),
                      **{key: file_hash(path) for key, path in written.items()},
                      "seconds": round(time.monotonic() - start, 2)}
@@ -136,6 +142,8 @@ class PartRun:
         scans = {name: entry for name, entry in self._known.items() if name in own} | self._entries
         return {"note": DISCLAIMER, "part": self.part.number, "parts": self.part.count, "made": self.made,
                 "inputs": fingerprint(sorted(map(scan_id, self.targets))),
+                "environment": environment(self.predictor.device()), "peak_memory_mb": peak_memory(),
+                "warnings": self._warned,
                 "complete": len(self._entries) == len(self.files), "scans": [scans[name] for name in sorted(scans)]}
 
     def write_report(self) -> None:

@@ -63,7 +63,7 @@ class Run:
                  log: Log = print) -> None:
         self.data, self.profile, self.seed, self.folder = data, profile, seed, folder
         self.device, self.log = pick_device(device), log
-        self.store, self.key = Store(folder / "stages"), Keys(data, profile, seed)  # called with a stage's name
+        self.store, self.key = Store(folder / "stages", log), Keys(data, profile, seed)  # called with a stage's name
         self._memory: dict[str, Any] = {}
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:

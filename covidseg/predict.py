@@ -16,7 +16,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from covidseg.artifacts import fingerprint, load_arrays, load_net, net_arrays, save_arrays, write_text
+from covidseg.artifacts import (
+    check_hash,
+    fingerprint,
+    load_arrays,
+    load_net,
+    net_arrays,
+    save_arrays,
+    write_hash,
+    write_text,
+)
 from covidseg.errors import ArtifactError, InputFileError, OutputError
 from covidseg.io import Scan
 from covidseg.lungnet import make_lung_net, robust_lungs
@@ -60,6 +69,10 @@ class Predictor:
         """Lung net and segmenter in the form that is fastest: probabilities differ by less than .000 001."""
         return None if self.lung_net is None else for_prediction(self.lung_net), for_prediction(self.segmenter)
 
+    def device(self) -> torch.device:
+        """Where the nets are."""
+        return next(self.segmenter.parameters()).device
+
     def fingerprint(self) -> str:
         """Hash of the weights and of all settings that a prediction depends on, but for the threshold."""
         digest = hashlib.sha256()
@@ -89,7 +102,7 @@ class Predictor:
 
     def predict_file(self, path: Path, target: Path, threshold: float | None = None,
                      probability_target: Path | None = None, volume: bool | None = None, *,
-                     progress: bool = False) -> Prediction:
+                     progress: bool = False, check: bool = True) -> Prediction:
         """Writes the lesion mask of a scan; reads the scan twice, slice by slice, and holds some slices at a time.
 
         Args:
@@ -99,15 +112,16 @@ class Predictor:
             probability_target: of the probabilities, float32, if they are wanted.
             volume: as of :func:`covidseg.lungs.lung_masks`.
             progress: show it, if it takes long and there is a terminal.
+            check: whether the scan has to look like chest CT.
 
         Raises:
-            InputFileError: the scan cannot be read.
+            InputFileError: the scan cannot be read, or does not look like chest CT.
             NoLungError: there is no lung in any slice.
             OutputError: a result cannot be written.
         """
         level = self.profile.segmenter.threshold if threshold is None else threshold
         reader = SliceReader(path)
-        passes = look(reader, self.profile.lungs, volume, progress=progress)
+        passes = look(reader, self.profile.lungs, volume, progress=progress, check=check)
         slices = voxels = 0
         with ExitStack() as files:
             write = files.enter_context(slice_writer(target, reader.grid))
@@ -158,6 +172,7 @@ def read_report(run: Path) -> tuple[dict[str, Any], Profile, dict[str, str]]:
     if not report.is_file():
         raise InputFileError("is no finished run (it has no run.json)", path=run,
                              remedy="Name a folder written by `covidseg train --out`")
+    check_hash(report, "Train or export it again")
     try:
         content = json.loads(report.read_text(encoding="utf-8"))
         profile = profile_from(content["settings"])
@@ -212,6 +227,7 @@ def export_run(run: Path, out: Path) -> list[Path]:
         written.append(out / "stages" / f"{name}.safetensors")
         save_arrays(written[-1], arrays)
     write_text(report, json.dumps(content, indent=2) + "\n")
+    write_hash(report)
     return [*written, report]
 
 

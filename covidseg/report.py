@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.table import Table
 
-from covidseg import DISCLAIMER, __version__
-from covidseg.artifacts import file_hash, write_text
+from covidseg import DISCLAIMER
+from covidseg.artifacts import file_hash, write_hash, write_text
 from covidseg.distributed import is_first
 from covidseg.errors import ArtifactError
 from covidseg.evaluate import Evaluation
@@ -23,18 +20,7 @@ from covidseg.metrics import Scores
 from covidseg.pipeline import Run
 from covidseg.predict import REPORT
 from covidseg.profiles import profile_json
-
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-image", "nibabel", "monai", "grad-cam")
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and kind of machine; nothing that names it or its user."""
-    return {
-        "covidseg": __version__, "python": platform.python_version(), "system": platform.system(),
-        "packages": {name: version(name) for name in PACKAGES}, "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
+from covidseg.watch import environment
 
 
 def write_run(run: Run, command: str) -> Path:
@@ -43,31 +29,37 @@ def write_run(run: Run, command: str) -> Path:
     Of several processes all have to call it, since the first asks the others about stages that it has to read.
 
     ``seconds`` holds what each stage took when it was made, also if that was in an earlier run in the same folder; null
-    for a stage whose file was deleted or damaged since, which the stages after it, once stored, can do without.
+    for a stage whose file was deleted or damaged since, which the stages after it, once stored, can do without. So do
+    ``peak_memory_mb``, of the process until the stage was done, and ``warnings``, of all stages together.
 
     Args:
         command: what was asked for, without folder names of this machine.
     """
     path, stages = run.folder / REPORT, run.stages()
+    notes = {stage: _notes(run, stage) for stage in stages}
     content = {
         "note": DISCLAIMER, "command": command, "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": {stage: _seconds(run, stage) for stage in stages},
+        "seconds": {stage: found.get("seconds") for stage, found in notes.items()},
+        "peak_memory_mb": {stage: found.get("peak_memory_mb") for stage, found in notes.items()},
+        "warnings": list(dict.fromkeys(text for found in notes.values() for text in found.get("warnings", []))),
         "seed": run.seed, "environment": environment(run.device),
         "data": {case.id: file_hash(case.image) for case in run.data.cases},
         "labelled_slices": run.data.labels(), "settings": profile_json(run.profile),
         "stages": {stage: run.store.path(stage, run.key(stage)).name for stage in stages}, "best_round": run.best(),
     }
     if is_first():
-        write_text(path, json.dumps(content, indent=2) + "\n")
+        with run.store.alone(path):  # report and checksum have to be of the same program
+            write_text(path, json.dumps(content, indent=2) + "\n")
+            write_hash(path)
     return path
 
 
-def _seconds(run: Run, stage: str) -> float | None:
-    """What a stage took; None if its file is gone or cannot be read."""
+def _notes(run: Run, stage: str) -> dict[str, Any]:
+    """The notes of a stage; empty if its file is gone or cannot be read."""
     try:
-        return run.store.seconds(stage, run.key(stage))
+        return run.store.notes(stage, run.key(stage))
     except ArtifactError:
-        return None
+        return {}
 
 
 def _digits(value: float) -> float | None:

@@ -115,33 +115,36 @@ def slice_writer(path: Path, grid: Grid, dtype: type = np.uint8) -> Iterator[Cal
 
 
 def look(reader: SliceReader, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
-         progress: bool = False) -> LungPasses:
+         progress: bool = False, check: bool = True) -> LungPasses:
     """First pass over a scan: all that the lung masks of its slices need.
 
     Args:
         volume: as of :func:`covidseg.lungs.lung_masks`.
         progress: show it, if it takes long and there is a terminal.
+        check: whether the slices have to look like chest CT, see :meth:`covidseg.lungs.LungPasses.check`.
     """
     passes = LungPasses(settings, volume)
     for image in shown(reader, "lungs", progress):
         passes.look(image)
+    if check:
+        passes.check(reader.path)
     return passes
 
 
 def write_lungs(path: Path, target: Path, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
-                progress: bool = False) -> tuple[int, int]:
+                progress: bool = False, check: bool = True) -> tuple[int, int]:
     """Writes the threshold lung mask of a scan; arguments as of :func:`look`.
 
     Returns:
         How many slices show lung, and how many there are.
 
     Raises:
-        InputFileError: the scan cannot be read.
+        InputFileError: the scan cannot be read, or does not look like chest CT.
         NoLungError: there is no lung in any slice.
         OutputError: the mask cannot be written.
     """
     reader = SliceReader(path)
-    passes = look(reader, settings, volume, progress=progress)
+    passes = look(reader, settings, volume, progress=progress, check=check)
     found = 0
     with slice_writer(target, reader.grid) as write:
         for position in range(len(reader)):

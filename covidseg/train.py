@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import os
 import random
 import sys
 import time
@@ -46,6 +47,16 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return own_gpu() if name == "cuda" and several() else torch.device(name)
+
+
+def use_deterministic_kernels() -> None:
+    """Makes a GPU give the same weights each time, at some cost in time; a CPU does so anyway.
+
+    Operations for which torch has no such kernel are named in a warning, and so in the report of the run.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 Net = TypeVar("Net", bound=nn.Module)

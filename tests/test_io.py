@@ -239,6 +239,35 @@ def test_no_affine_is_not_replaced_by_an_invented_one(tmp_path):
     check_refused(tmp_path / "bare.nii.gz", "no usable affine")
 
 
+@pytest.mark.parametrize("spacing", [(1e-4, 1, 1), (1, 1, 5000), (0.7e-3, 0.7e-3, 5e-3)])
+def test_a_spacing_that_no_ct_has(tmp_path, spacing):
+    path = tmp_path / "scan.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((6, 5, 4), np.int16), np.diag([*spacing, 1.0])), path)
+    check_refused(path, "mm, which no CT has", "spacing")
+
+
+def test_a_unit_that_is_asked_for_has_to_be_there(tmp_path):
+    eight_bit = save(tmp_path / "grey.nii.gz", np.arange(120, dtype=np.uint8).reshape(6, 5, 4))
+    hounsfield = save(tmp_path / "hu.nii.gz", np.arange(-1000, 200, 10, dtype=np.int16).reshape(6, 5, 4))
+    with pytest.raises(InputFileError, match=r"grey.nii.gz: holds values from 0 to 119, which are not Hounsfield"):
+        read_scan(eight_bit, unit="HU")
+    with pytest.raises(InputFileError, match=r"hu.nii.gz: .*-1000 to 190, which are not grey levels"):
+        read_scan(hounsfield, unit="display")
+    assert read_scan(eight_bit, unit="display").unit == read_scan(eight_bit).unit == "display"
+    assert read_scan(hounsfield, unit="HU").unit == read_scan(hounsfield).unit == "HU"
+
+
+@pytest.mark.slow
+def test_forty_flipped_bytes_are_forty_faults(tmp_path):
+    rng = np.random.default_rng(5)
+    path = save(tmp_path / "scan.nii.gz", rng.integers(-1000, 500, (64, 64, 20)).astype(np.int16))
+    raw = path.read_bytes()
+    for position in rng.choice(np.arange(20, len(raw)), 40, replace=False):  # behind the date and name of the gzip file
+        path.write_bytes(raw[:position] + bytes([raw[position] ^ int(rng.integers(1, 256))]) + raw[position + 1:])
+        with pytest.raises(InputFileError):
+            read_scan(path)
+
+
 def test_a_flat_or_infinite_affine(tmp_path):
     path = save(tmp_path / "flat.nii", np.zeros((6, 5, 4), np.int16))
     raw = bytearray(path.read_bytes())

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import ndimage as ndi
+from skimage import data
+from skimage.color import rgb2gray
 from skimage.morphology import disk
 from skimage.morphology import opening as gray_opening
 from skimage.transform import resize
 
 from covidseg import lungslice
 from covidseg.dataset import load_dataset
+from covidseg.errors import CovidsegError, InputFileError, NoLungError
 from covidseg.evaluate import evaluate_lungs
 from covidseg.io import read_mask, read_scan
 from covidseg.lungs import LungPasses, LungSettings, is_volume, lung_masks
@@ -97,6 +101,60 @@ def test_real_lesions_stay_inside_a_mask_that_is_not_everything(realct):
     mask = lung_masks(truth.scan.pixels)
     assert (mask & truth.mask).sum() / truth.mask.sum() >= 0.85
     assert mask.mean() <= 0.35
+
+
+# --- what is no chest CT is refused -----------------------------------------------------------------------------
+
+CT = Path("scan.nii.gz")
+
+
+def as_mr(hu: np.ndarray) -> np.ndarray:
+    """Grey levels as a T1-weighted MR scan gives them: fat bright, muscle dark grey, lung and bone nearly black."""
+    levels = np.interp(hu, [-1000, -500, -200, -120, -60, -20, 30, 80, 200, 400, 1500],
+                       [0.02, 0.1, 0.6, 1, 1, 0.5, 0.35, 0.35, 0.5, 0.3, 0.1])
+    return 1000 * levels + np.random.default_rng(0).normal(0, 20, hu.shape)
+
+
+def test_ct_in_any_unit_and_window_passes(ill, healthy):
+    for patient in (ill, healthy):
+        for pixels in (patient.hu, *(display(patient.hu, window) for window in WINDOWS)):
+            assert np.array_equal(lung_masks(pixels, check=CT), lung_masks(pixels))
+
+
+def test_mr_is_refused(ill, healthy):
+    for patient in (ill, healthy):
+        pixels = as_mr(patient.hu)
+        assert lung_masks(pixels).any(), "a threshold alone would take it"
+        with pytest.raises(InputFileError, match=r"scan.nii.gz: does not look like chest CT.*MR") as caught:
+            lung_masks(pixels, check=CT)
+        assert "--unchecked" in caught.value.remedy
+
+
+def test_a_photograph_is_refused():
+    for name in ("camera", "coffee", "astronaut", "cat"):
+        picture = getattr(data, name)()
+        grey = picture if picture.ndim == 2 else (255 * rgb2gray(picture)).astype(np.uint8)
+        with pytest.raises(CovidsegError, match=r"does not look like chest CT|no lung"):
+            lung_masks(grey[None], check=CT)
+
+
+def test_slices_without_anything_like_a_lung_are_refused():
+    noise = np.random.default_rng(0).normal(0, 30, (3, 64, 64))
+    for pixels in (np.zeros((3, 64, 64)), noise):
+        with pytest.raises(NoLungError, match=r"scan.nii.gz"):
+            lung_masks(pixels, check=CT)
+
+
+def test_a_few_slices_of_the_belly_do_not_make_a_scan_implausible(ill):
+    mixed = np.concatenate([np.full((3, *ill.hu.shape[1:]), -1000, ill.hu.dtype), ill.hu])
+    assert lung_masks(mixed, check=CT)[3:].any()
+
+
+@pytest.mark.slow
+@pytest.mark.realct
+def test_every_real_scan_is_plausible(realct):
+    for path in [*sorted((realct / "medseg9" / "im").glob("*.nii.gz")), realct / "medseg100" / "dev_im.nii.gz"]:
+        assert lung_masks(read_scan(path).pixels, check=path).any()
 
 
 # --- the unit and the window do not matter ----------------------------------------------------------------------

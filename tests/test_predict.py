@@ -17,7 +17,7 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from tiny import TINY, finished_run, quiet, same_weights, stage_name, weights
 
 from covidseg import predict, stream
-from covidseg.artifacts import load_arrays, load_net
+from covidseg.artifacts import load_arrays, load_net, write_hash
 from covidseg.errors import ArtifactError, InputFileError, NoLungError, OutputError
 from covidseg.io import Scan, read_mask, read_scan, write_like
 from covidseg.lungs import lung_masks
@@ -371,6 +371,7 @@ def edit(copied: Path, change: object) -> None:
     content = json.loads(report.read_text(encoding="utf-8"))
     change(content)  # type: ignore[operator]
     report.write_text(json.dumps(content), encoding="utf-8")
+    write_hash(report)
 
 
 @pytest.mark.parametrize("change", [
@@ -402,7 +403,10 @@ def test_a_later_round_without_its_patch_net_is_refused(copied: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00broken"], ids=["empty", "cut", "list", "bytes"])
 def test_a_report_that_is_no_report_is_refused(copied: Path, content: bytes) -> None:
     (copied / "run.json").write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"run\.json"):
+    with pytest.raises(ArtifactError, match="checksum"):
+        load_predictor(copied)
+    write_hash(copied / "run.json")
+    with pytest.raises(ArtifactError, match=r"run\.json: is damaged"):
         load_predictor(copied)
 
 
@@ -435,7 +439,7 @@ def test_an_exported_run_holds_nets_and_nothing_of_the_scans(exported: Path, tin
     nets = {"segmenter": tiny_run.segmenter(), "patches": tiny_run.mil(tiny_run.best())[0],
             "lung_net": tiny_run.lung_net()}
     files = [f"stages/{name}.safetensors{end}" for name in nets for end in ("", ".sha256")]
-    assert sorted(files_in(exported)) == sorted(["run.json", *files])
+    assert sorted(files_in(exported)) == sorted(["run.json", "run.json.sha256", *files])
     for name, net in nets.items():
         arrays, notes = load_arrays(exported / "stages" / f"{name}.safetensors")
         assert notes == {}
@@ -499,7 +503,9 @@ def test_the_same_run_is_exported_anew(copied: Path, tmp_path: Path) -> None:
     edit(copied, lambda content: content.update(finished="later"))
     export_run(copied, out)
     assert json.loads(files_in(out).pop("run.json"))["finished"] == "later"
-    assert {**files_in(out), "run.json": b""} == {**before, "run.json": b""}
+    report = {"run.json": b"", "run.json.sha256": b""}
+    assert {**files_in(out), **report} == {**before, **report}
+    read_report(out)
 
 
 @pytest.mark.parametrize("change", [

@@ -6,25 +6,23 @@ import getpass
 import hashlib
 import json
 import math
-import platform
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
-from tiny import STAGES, TINY, finished_run, stage_name
+from tiny import STAGES, TINY, finished_run, quiet, stage_name
 
-from covidseg import DISCLAIMER
+from covidseg import DISCLAIMER, pipeline
 from covidseg.evaluate import Evaluation, StageResult
 from covidseg.metrics import Scores
 from covidseg.pipeline import Run
 from covidseg.profiles import profile_from
 from covidseg.report import (
-    PACKAGES,
-    environment,
     evaluation_json,
     evaluation_markdown,
     format_figure,
@@ -113,17 +111,6 @@ def test_figures_come_back_from_their_json() -> None:
     assert replace(again, ppv=0.5) == replace(scores, ppv=0.5)
 
 
-def test_environment_names_versions_but_neither_machine_nor_user() -> None:
-    content = environment(torch.device("cpu"))
-    assert set(content["packages"]) == set(PACKAGES)
-    assert content["packages"]["torch"].startswith(torch.__version__.split("+")[0])
-    assert content["device"] == "cpu"
-    assert content["threads"] >= 1
-    text = json.dumps(content)
-    assert platform.node() not in text
-    assert str(Path.home()) not in text
-
-
 def test_run_report_is_complete(tiny_run: Run) -> None:
     text = (tiny_run.folder / "run.json").read_text(encoding="utf-8")
     content = strict(text)
@@ -135,6 +122,8 @@ def test_run_report_is_complete(tiny_run: Run) -> None:
         assert math.isfinite(seconds)
         assert 0 <= seconds == tiny_run.store.seconds(stage, tiny_run.key(stage))
     assert content["seconds"]["segmenter"] > 0
+    assert all(peak["process"] > 100 for peak in content["peak_memory_mb"].values())
+    assert content["warnings"] == list(dict.fromkeys(content["warnings"]))
     assert content["best_round"] == tiny_run.best()
     assert content["labelled_slices"] == 40
     assert profile_from(content["settings"]) == TINY
@@ -168,6 +157,21 @@ def test_a_report_is_whole_though_only_the_last_stage_was_read(tiny_run: Run, tm
         content.pop("command", None)
         content.pop("finished")
     assert second == first
+
+
+def test_warnings_of_stages_are_reported(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
+    (folder / "stages" / stage_name(tiny_run, "fine")).unlink()
+    make = pipeline.fine_labels
+
+    def warn(*arguments: Any) -> Any:
+        warnings.warn("a seldom one", RuntimeWarning, stacklevel=1)
+        return make(*arguments)
+    monkeypatch.setattr(pipeline, "fine_labels", warn)
+    run = Run(tiny_run.data, TINY, 0, folder, "cpu", quiet)
+    with pytest.warns(RuntimeWarning, match="a seldom one"):
+        run.fine()
+    assert "RuntimeWarning: a seldom one" in strict(write_run(run, "a test").read_text())["warnings"]
 
 
 @pytest.mark.parametrize("harm", ["deleted", "damaged"])

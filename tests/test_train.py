@@ -52,6 +52,16 @@ def test_a_seed_fixes_every_source_of_chance() -> None:
     assert all(a != b for a, b in zip(first, other, strict=True))
 
 
+def test_deterministic_kernels_are_used_on_request() -> None:
+    code = ("import os, torch; from covidseg.train import use_deterministic_kernels; "
+            "assert not torch.are_deterministic_algorithms_enabled(); use_deterministic_kernels(); "
+            "assert torch.are_deterministic_algorithms_enabled(); "
+            "assert torch.is_deterministic_algorithms_warn_only_enabled(); "
+            "assert torch.backends.cudnn.deterministic; assert not torch.backends.cudnn.benchmark; "
+            "assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
 @pytest.mark.parametrize("keep", [True, False])
 def test_memory_of_one_step_serves_the_next(keep: bool) -> None:

@@ -22,7 +22,7 @@ from covidseg.mil import PatchNet
 from covidseg.predict import SHIPPED, load_predictor
 from covidseg.records import read_records
 
-FILES = {"run.json", "MODEL_CARD.md", *(f"stages/{name}.safetensors{end}" for name in (
+FILES = {"run.json", "run.json.sha256", "MODEL_CARD.md", *(f"stages/{name}.safetensors{end}" for name in (
     "segmenter", "patches", "lung_net") for end in ("", ".sha256"))}
 
 
