@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv book html pdf solutions colab bench test lint strip lock clean distclean FORCE
+.PHONY: help venv book html pdf solutions colab bench faults fuzz mutants audit test lint strip lock clean distclean FORCE
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -42,6 +42,22 @@ colab: $(READY)  ## Run every chapter on Colab's versions, outside the repositor
 bench: $(READY)  ## Measure speed and memory side by side with other ways, into results/bench-*.json
 	VIRTUAL_ENV='$(CURDIR)/$(VENV)' $(BIN)/uv pip install --no-config --quiet --require-hashes -r requirements-bench.lock
 	PYTHONPATH=tools $(BIN)/python -m bench $(BENCH_ARGS)
+
+faults: $(READY)  ## Try every fault in the table of faults, and write what happened into results/faults.json
+	PYTHONPATH=tools $(BIN)/python -m faults $(FAULTS_ARGS)
+
+fuzz: $(READY) $(VENV)/.trust  ## Feed broken files to the readers for ten minutes, guided by what they run through
+	PYTHONPATH=tools $(BIN)/python -m fuzz $(FUZZ_ARGS)
+
+mutants: $(READY) $(VENV)/.trust  ## Change metrics, patches and lungs in every small way, and see whether the tests notice
+	PYTHONPATH=tools $(BIN)/python -m mutants $(MUTANTS_ARGS)
+
+audit: $(READY) $(VENV)/.trust  ## Look the pinned packages up in the database of known vulnerabilities
+	$(BIN)/pip-audit --require-hashes --disable-pip -r requirements.lock
+
+$(VENV)/.trust: $(READY) requirements-trust.lock
+	VIRTUAL_ENV='$(CURDIR)/$(VENV)' $(BIN)/uv pip install --no-config --quiet --require-hashes -r requirements-trust.lock
+	touch $@
 
 test: $(READY)  ## Run the tests (those of the built book skip when there is none)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -109,6 +125,9 @@ lock: $(READY)  ## Resolve pyproject.toml again into requirements.lock
 	$(BIN)/uv pip compile --group pyproject.toml:bench --constraints requirements.lock --universal \
 	  --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
 	  -o requirements-bench.lock
+	$(BIN)/uv pip compile --group pyproject.toml:trust --constraints requirements.lock --universal \
+	  --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
+	  -o requirements-trust.lock
 
 clean:  ## Remove what book and tests made (keeps the environment)
 	rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
