@@ -37,6 +37,7 @@ def ratio_bars(rows: Rows) -> Figure:
     panel.axvline(1, color="black", linewidth=0.8)
     panel.set(xscale="log", xlabel="times as fast, or as small (logarithmic)", yticks=places, yticklabels=[
         textwrap.fill(f"{row['task']}, against {row['other_name']}", 46) for row in rows])
+    panel.xaxis.set_major_formatter("{x:g}")
     panel.set_xlim(min(0.8, *(0.9 * row["ratio"] for row in rows)), 2 * max(row["ratio"] for row in rows))
     panel.invert_yaxis()
     if panel.get_legend_handles_labels()[1]:
@@ -64,6 +65,7 @@ def growth_curves(points: Mapping[str, Mapping[str, Rows]], quantity: str = "sec
             panel.plot(x / x[0], y / y[0], marker=marker, markersize=5, color=color, label=name)
         panel.plot([1, x[-1] / x[0]], [1, x[-1] / x[0]], ":", color="black", label="linear growth")
         panel.set(xscale="log", yscale="log")
+        panel.yaxis.set_major_formatter("{x:g}")
         ticks = x / x[0]
         labels = [str(row["slices"]) for row in rows] if kind == "slices" else [f"{row['side']}²" for row in rows]
         _ticks(panel, ticks, labels)
