@@ -59,8 +59,10 @@ $(VENV)/.trust: $(READY) requirements-trust.lock
 	VIRTUAL_ENV='$(CURDIR)/$(VENV)' $(BIN)/uv pip install --no-config --quiet --require-hashes -r requirements-trust.lock
 	touch $@
 
+# One process a core, up to four: each imports everything and needs a gigabyte. A module's tests stay together, so that
+# what they share is made once. PYTEST_ARGS="-n 0" runs all in one process.
 test: $(READY)  ## Run the tests (those of the built book skip when there is none)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(READY)  ## Check style (ruff) and types (mypy)
 	$(BIN)/python -m ruff check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,14 +33,12 @@ def whole_file(path: Path, *, suffix: str = "") -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=suffix)
-        os.close(handle)
-        temporary = Path(name)
+        # Not mkstemp, which lets only the owner read: the permissions of ordinary files can be asked for only by
+        # changing them for the whole program, and another thread might make a file right then.
+        new = path.with_name(f".{path.name}-{secrets.token_hex(4)}{suffix}")
+        new.touch(exist_ok=False)
+        temporary = new
         yield temporary
-        # mkstemp lets only the owner read; the result gets the permissions of an ordinary new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
         _flush(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -182,10 +183,11 @@ def browse(images: np.ndarray, masks: Mapping[str, np.ndarray] | None = None, *,
     return explore(draw, {"slice": range(len(images))}, name=name)
 
 
-
 def _png(figure: Figure) -> bytes:
+    """A figure as PNG; it is closed for pyplot, which else would keep every picture that was ever drawn."""
     raw = io.BytesIO()
     figure.savefig(raw, format="png", dpi=DPI)
+    plt.close(figure)
     return raw.getvalue()
 
 

@@ -1,9 +1,15 @@
-"""Shared fixtures: a small phantom, made once per run, real scans and a browser where there are any."""
+"""What all tests share: no network, a small phantom, real scans and a browser where there are any.
+
+Several processes may run the tests beside each other (``make test``), each with a phantom and a browser of its own.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +28,47 @@ settings.register_profile("covidseg", deadline=None, max_examples=25, derandomiz
 settings.load_profile("covidseg")
 
 TINY = PhantomSettings(patients=4, slices=10, size=128, seed=3, vessel_targets=150)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules with most slow tests come first, so that no process is left with one when the others are done."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+def leaves_machine(host: Any) -> bool:
+    """Whether a host, as of a socket's address or to be looked up, is another computer or may be one."""
+    name = host.decode() if isinstance(host, bytes) else host
+    if name in (None, "", "localhost"):
+        return False
+    try:
+        return not ip_address(name.partition("%")[0]).is_loopback
+    except ValueError:  # a name, which somebody on the network would have to know
+        return True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network() -> Iterator[None]:
+    """Lets a test fail that would reach another computer: such tests pass or fail by the weather.
+
+    ``pytest.fail`` raises what is no ``Exception``, so that code with a remedy for a broken network does not hide it.
+    """
+    def guarded(reach: Callable[..., Any], host_of: Callable[..., Any]) -> Callable[..., Any]:
+        def guard(*given: Any, **named: Any) -> Any:
+            if leaves_machine(host := host_of(*given, **named)):
+                pytest.fail(f"a test wants to reach {host}: tests run without a network")
+            return reach(*given, **named)
+        return guard
+
+    def host_of(own: socket.socket, *given: Any) -> Any:
+        """The host of the address, which comes last."""
+        return given[-1][0] if own.family in (socket.AF_INET, socket.AF_INET6) else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex", "sendto"):
+            patch.setattr(socket.socket, name, guarded(getattr(socket.socket, name), host_of))
+        patch.setattr(socket, "getaddrinfo", guarded(socket.getaddrinfo, lambda host, *_, **__: host))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +98,7 @@ def browser() -> Iterator[Any]:
     if program is None:
         pytest.skip("no Chromium here: install it, or name it in COVIDSEG_CHROMIUM")
     with book_pdf.sync_playwright() as playwright:
-        instance = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        instance = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu",
+                                             "--host-resolver-rules=MAP * ~NOTFOUND"])  # no network either
         yield instance
         instance.close()

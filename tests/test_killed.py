@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import shutil
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import STAGES, TINY, finished_run, quiet, stage_name
+from tiny import STAGES, TINY, WARM, finished_run, quiet, stage_name
 
 from covidseg.artifacts import Store, load_arrays
 from covidseg.dataset import load_dataset
@@ -21,7 +20,6 @@ from covidseg.pipeline import Run
 from covidseg.predict import load_predictor
 from covidseg.report import write_run
 
-FORK = multiprocessing.get_context("fork")  # what is imported is there at once
 KILLS = 30
 
 
@@ -38,7 +36,7 @@ def train(data: Path, folder: Path) -> None:
 
 
 def start(work: Callable[..., Any], *arguments: Any) -> BaseProcess:
-    process = FORK.Process(target=work, args=arguments, daemon=True)
+    process = WARM.Process(target=work, args=arguments, daemon=True)
     process.start()
     return process
 

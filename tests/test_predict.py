@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -236,37 +234,6 @@ def test_the_fingerprint_tells_nets_and_settings_apart(tiny_run: Run, tmp_path: 
     # What was learned from and how is another matter: it shows in the weights.
     assert replace(predictor, profile=replace(profile, cam=replace(profile.cam, layer_share=0.9))).fingerprint() \
         == predictor.fingerprint()
-
-
-PEAK = """
-import sys
-from pathlib import Path
-import torch
-from covidseg.predict import load_predictor
-torch.set_num_threads(1)
-predictor = load_predictor(Path(sys.argv[1]))
-peaks = []  # kilobytes
-for scan in sys.argv[2:4]:
-    predictor.predict_file(Path(scan), Path(sys.argv[4]), None, Path(sys.argv[4]).with_name("p.nii.gz"))
-    peaks.append(int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]))
-print(peaks[1] - peaks[0])
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to ask")
-def test_memory_does_not_grow_with_the_number_of_slices(tiny_run: Run, tiny_phantom: Path, tmp_path: Path) -> None:
-    scan = read_scan(tiny_phantom / "im" / "phantom_01.nii.gz")
-    paths = []
-    for repeats in (2, 40):
-        image = np.tile(scan.pixels.transpose(2, 1, 0), repeats)
-        paths.append(tmp_path / f"{repeats}.nii.gz")
-        nib.save(nib.Nifti1Image(image, scan.grid.affine), paths[-1])
-    done = subprocess.run([sys.executable, "-c", PEAK, tiny_run.folder, *paths, tmp_path / "m.nii.gz"],
-                          capture_output=True, text=True, check=True)
-    whole = image.size * 4 / 2 ** 20
-    assert whole > 24
-    assert int(done.stdout) / 1024 < 6, "the probabilities of the longer one alone would need four times as much"
 
 
 def test_a_scan_without_lungs_is_refused(tiny_run: Run, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_grad_cam_is_that_of_the_classifier_before_any_exchange(trained: dict[st
     probability, (maps,) = trained["grad-cam"].outliner.maps(crops, True)
     assert probability is not None
     plain = activation_maps(run.classifier(1), crops, replace(TINY.cam, layer_share=0.0, scales=(1.0,)))
-    np.testing.assert_allclose(maps, plain * called[:, None, None], atol=1e-6)
+    np.testing.assert_allclose(maps, plain * called[:, None, None], atol=1e-5)  # parts of other sizes: rounding
     assert not np.allclose(plain, activation_maps(run.classifier(1), crops, TINY.cam), atol=0.05), "ours is not plain"
     assert maps.any()
 

@@ -1,0 +1,39 @@
+"""The rules that ``conftest.py`` sets for all tests hold, and show when they are broken."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import pytest
+from conftest import leaves_machine
+
+ELSEWHERE = "192.0.2.1"  # kept for examples: nobody has it
+
+
+@pytest.mark.parametrize("reach", [
+    lambda: socket.create_connection((ELSEWHERE, 80), timeout=1),
+    lambda: socket.socket().connect_ex((ELSEWHERE, 80)),
+    lambda: socket.socket(socket.AF_INET6).connect(("2001:db8::1", 80)),
+    lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b"", (ELSEWHERE, 53)),
+    lambda: socket.getaddrinfo("example.org", 80)])
+def test_a_test_that_reaches_for_the_network_fails(reach: Callable[[], object]) -> None:
+    with pytest.raises(pytest.fail.Exception, match=r"wants to reach .*: tests run without a network"):
+        reach()
+
+
+def test_this_very_computer_may_be_reached() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5) as client:
+        assert client.getpeername() == server.getsockname()
+    left, right = socket.socketpair()
+    with left, right:
+        left.sendall(b"x")
+        assert right.recv(1) == b"x"
+
+
+@pytest.mark.parametrize(("host", "leaves"), [
+    ("localhost", False), ("127.0.0.1", False), ("127.8.9.1", False), ("::1", False), (b"localhost", False),
+    ("", False), (None, False), ("10.0.0.1", True), ("fe80::1%eth0", True), ("localhost.example.org", True),
+    (b"example.org", True)])
+def test_what_is_another_computer(host: str | bytes | None, leaves: bool) -> None:
+    assert leaves_machine(host) == leaves
