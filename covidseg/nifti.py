@@ -96,7 +96,8 @@ def _faults(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, ValueError, OverflowError, zlib.error, IsalError,  # type: ignore[misc]
-            nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
+            nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError,
+            nib.wrapstruct.WrapStructError) as error:
         reason = str(error).replace(str(path), path.name)  # the error itself says where, reports must not
         raise InputFileError(f"cannot be read as NIfTI ({reason})", path=path,
                              remedy="The file is damaged or incomplete: copy or download it again") from error
@@ -116,7 +117,9 @@ def read_header(path: Path) -> Header:
         raise InputFileError("is not a NIfTI file (.nii or .nii.gz)", path=path,
                              remedy="Convert DICOM series or pictures to NIfTI first, for instance with dcm2niix")
     with _faults(path):
-        image: Any = nib.load(path)
+        # Not nib.load, which takes some NIfTI files for surfaces of a brain and then reads XML.
+        kind = nib.Nifti2Image if nib.Nifti2Image.path_maybe_image(path)[0] else nib.Nifti1Image
+        image: Any = kind.from_filename(path)
         affine, proxy, shape = image.affine, image.dataobj, tuple(int(n) for n in image.shape)
     if proxy.dtype.kind not in "iuf":
         raise InputFileError("holds colour or complex voxels", path=path, remedy="Give a grey-value CT")
