@@ -158,7 +158,8 @@ def reports(out: Path) -> list[Report]:
     for path in sorted((out / "parts").glob("part-*-of-*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            json.dumps(content, ensure_ascii=False).encode()  # fails if a table could not hold it
+        except (OSError, ValueError, RecursionError):
             continue
         if _is_report(content):
             found.append(content)

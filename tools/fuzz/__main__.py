@@ -125,7 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the record")
     parser.add_argument("--kept", type=Path, default=ROOT / "_build" / "fuzz", help="folder for files that fail")
     options = parser.parse_args(arguments)
-    names, console, results = options.target or list(TARGETS), Console(), []
+    names, results = options.target or list(TARGETS), list[Result]()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for name, seconds in shares(options.seconds, names).items():
         start = time.monotonic()
         with tempfile.TemporaryDirectory(dir=SHARED if SHARED.is_dir() else None) as folder:
