@@ -117,7 +117,7 @@ def faults_of_reading(scan: Scan, stored: Stored) -> list[str]:
 
 
 @given(files())
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_any_file_is_read_and_written_alike_by_every_way(stored: Stored) -> None:
     with tempfile.TemporaryDirectory() as folder:
         assert faults_of_reading(read_scan(stored.save(Path(folder))), stored) == []

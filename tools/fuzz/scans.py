@@ -38,10 +38,10 @@ def nifti_seeds() -> list[bytes]:
     colour = np.zeros((2, 2, 2), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
     images = [named, whole_header, by_quaternion, nib.Nifti1Image(plain[..., 0], AFFINE),
               nib.Nifti1Image(plain[..., None], AFFINE), nib.Nifti1Image(colour, AFFINE)]
-    return [*seeds, bytes(scaled), *(image.to_bytes() for image in images), _cifti()]
+    return [*seeds, bytes(scaled), *(image.to_bytes() for image in images), cifti()]
 
 
-def _cifti() -> bytes:
+def cifti() -> bytes:
     """NIfTI too, but of points on a brain's surface, which nibabel reads as another kind of image."""
     axes = (nib.cifti2.ScalarAxis(["a"]), nib.cifti2.BrainModelAxis.from_mask(np.ones((2, 1, 1), bool), affine=AFFINE))
     return nib.Cifti2Image(np.zeros((1, 2), np.float32), axes).to_bytes()
@@ -57,7 +57,7 @@ def gzip_seeds() -> list[bytes]:
 Read = TypeVar("Read")
 
 
-def _outcome(read: Callable[[], Read]) -> Read | None:
+def outcome(read: Callable[[], Read]) -> Read | None:
     """What was read; None if the file was refused."""
     try:
         return read()
@@ -65,7 +65,7 @@ def _outcome(read: Callable[[], Read]) -> Read | None:
         return None
 
 
-def _by_slices(path: Path) -> np.ndarray:
+def by_slices(path: Path) -> np.ndarray:
     reader = SliceReader(path)
     slices = list(reader)
     order = np.argsort([reader.number(position) for position in range(len(reader))])
@@ -102,8 +102,8 @@ def read_plain(data: bytes, folder: Path) -> None:
     path, packed = folder / "scan.nii", folder / "packed.nii.gz"
     path.write_bytes(data)
     packed.write_bytes(gzip.compress(data, 1, mtime=0))
-    scan = _outcome(lambda: read_scan(path))
-    _same(scan, _outcome(lambda: _by_slices(path)), _outcome(lambda: read_scan(packed).pixels))
+    scan = outcome(lambda: read_scan(path))
+    _same(scan, outcome(lambda: by_slices(path)), outcome(lambda: read_scan(packed).pixels))
     if scan is not None:
         _check(scan)
 
@@ -112,7 +112,7 @@ def read_packed(data: bytes, folder: Path) -> None:
     """Reads ``.nii.gz`` as a whole and slice by slice."""
     path = folder / "scan.nii.gz"
     path.write_bytes(data)
-    scan = _outcome(lambda: read_scan(path))
-    _same(scan, _outcome(lambda: _by_slices(path)))
+    scan = outcome(lambda: read_scan(path))
+    _same(scan, outcome(lambda: by_slices(path)))
     if scan is not None:
         _check(scan)

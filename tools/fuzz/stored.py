@@ -26,7 +26,7 @@ from covidseg.unpack import UnpackSettings, check_zip, unpack
 SMALL = UnpackSettings(max_bytes=1 << 16, max_members=20)
 
 
-def _with_hash(path: Path, data: bytes) -> Path:
+def with_hash(path: Path, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     path.with_name(path.name + ".sha256").write_text(f"{hashlib.sha256(data).hexdigest()}  {path.name}\n")
@@ -45,7 +45,7 @@ def array_seeds() -> list[bytes]:
 
 def read_arrays(data: bytes, folder: Path) -> None:
     """Reads a stage whose checksum fits."""
-    arrays, notes = load_arrays(_with_hash(folder / "stage.safetensors", data))
+    arrays, notes = load_arrays(with_hash(folder / "stage.safetensors", data))
     assert all(isinstance(value, np.ndarray) for value in arrays.values()), "something else than an array"
     assert isinstance(notes, dict), "notes without names"
 
@@ -59,7 +59,7 @@ def note_seeds() -> list[bytes]:
 def read_notes(data: bytes, folder: Path) -> None:
     """Reads the notes of a stage that is whole otherwise."""
     store = Store(folder)
-    _with_hash(store.path("stage", "key"), save({"a": np.zeros(2)}, {"notes": data.decode("utf-8", "replace")}))
+    with_hash(store.path("stage", "key"), save({"a": np.zeros(2)}, {"notes": data.decode("utf-8", "replace")}))
     load_arrays(store.path("stage", "key"))
     assert isinstance(store.notes("stage", "key"), dict), "notes without names"
     assert math.isfinite(store.seconds("stage", "key")), "no time"
@@ -76,7 +76,7 @@ def report_seeds() -> list[bytes]:
 
 def read_reports(data: bytes, folder: Path) -> None:
     """Reads ``run.json``: settings have the types that they should have, stages lie in the run's own folder."""
-    _with_hash(folder / "run.json", data)
+    with_hash(folder / "run.json", data)
     content, profile, files = read_report(folder)
     assert isinstance(content, dict), "no report"
     _check_types(profile, PROFILES["full"])
