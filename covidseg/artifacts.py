@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -105,8 +106,11 @@ def _opened(path: Path) -> Iterator[tuple[safe_open, dict[str, Any]]]:
     """A stored file, of which no array has been read yet, and its notes."""
     try:
         with safe_open(path, framework="numpy") as stored:
-            yield stored, json.loads((stored.metadata() or {}).get("notes", "{}"))
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            notes = json.loads((stored.metadata() or {}).get("notes", "{}"))
+            if not isinstance(notes, dict):
+                raise ValueError("its notes have no names")
+            yield stored, notes
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:  # the last two of notes that are no JSON
         raise ArtifactError(f"is missing or not a safetensors file ({error})", path=path,
                             remedy="Run the stage again") from error
 
@@ -206,7 +210,11 @@ class Store:
 
     def seconds(self, stage: str, key: str) -> float:
         """What a stored stage took, without the stages before it; errors as of :meth:`notes`."""
-        return float(self.notes(stage, key).get("seconds", 0.0))
+        seconds = self.notes(stage, key).get("seconds", 0.0)
+        if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+            raise ArtifactError("its notes do not say what it took", path=self.path(stage, key),
+                                remedy="Run the stage again")
+        return float(seconds)
 
 
 def net_arrays(net: nn.Module) -> Arrays:

@@ -106,6 +106,8 @@ def _volume_cases(root: Path, images: list[Path], need_labels: bool) -> tuple[Ca
     if need_labels or table.exists():
         for number, row in _rows(table, ("volume", "slice", "has_lesion")):
             volume = row["volume"]
+            if not volume:  # also of a line that ends before this column
+                raise DatasetError(f"line {number} names no volume", path=table, remedy="Correct the line")
             index, label = _label(row, "slice", table, number)
             if index in labels.setdefault(volume, {}):
                 raise DatasetError(f"line {number} labels slice {index} of volume {volume} a second time", path=table,
@@ -142,18 +144,36 @@ def _stack_cases(stacks: list[Path], need_labels: bool) -> tuple[Case, ...]:
     return tuple(cases)
 
 
+def read_table(table: Path) -> tuple[set[str], list[tuple[int, dict[str, str]]]]:
+    """Names of the columns of a CSV table, and its lines with their numbers; cells that a line lacks are None.
+
+    Raises:
+        DatasetError: it cannot be read or is no CSV in UTF-8.
+    """
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            return set(reader.fieldnames or []), list(enumerate(reader, start=2))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"is not a CSV table ({error})", path=table, remedy="Save it as UTF-8 CSV") from error
+
+
+def slice_number(text: str | None) -> int | None:
+    """The slice number in a cell of a table; None if it holds none."""
+    try:
+        number = int(text or "")
+    except ValueError:  # also of more digits than Python converts
+        return None
+    return number if number >= 0 else None
+
+
 def _rows(table: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
     """Lines of a label table with their line numbers; the header must name ``columns``."""
     if not table.exists():
         raise DatasetError("no such label table", path=table,
                            remedy=f"Write a CSV with the columns {', '.join(columns)}")
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            missing = [c for c in columns if c not in (reader.fieldnames or [])]
-            rows = [(number, row) for number, row in enumerate(reader, start=2)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"is not a CSV table ({error})", path=table, remedy="Save it as UTF-8 CSV") from error
+    found, rows = read_table(table)
+    missing = [c for c in columns if c not in found]
     if missing:
         raise DatasetError(f"lacks the column {', '.join(missing)}", path=table,
                            remedy=f"The first line must name {', '.join(columns)}")
@@ -161,13 +181,10 @@ def _rows(table: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, st
 
 
 def _label(row: dict[str, str], column: str, table: Path, number: int) -> tuple[int, int]:
-    try:
-        index, label = int(row[column]), int(row["has_lesion"])
-        if index < 0 or label not in (0, 1):
-            raise ValueError
-    except (TypeError, ValueError):
+    index, label = slice_number(row[column]), slice_number(row["has_lesion"])
+    if index is None or label not in (0, 1):
         raise DatasetError(f"line {number}: {column} must be a slice number and has_lesion 0 or 1", path=table,
-                           remedy="Correct the line") from None
+                           remedy="Correct the line")
     return index, label
 
 

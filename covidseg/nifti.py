@@ -6,6 +6,7 @@ memory for a second copy. Here the file is read to its end, whatever part of it 
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,7 +97,8 @@ def _faults(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, ValueError, OverflowError, zlib.error, IsalError,  # type: ignore[misc]
-            nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
+            nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError,
+            nib.wrapstruct.WrapStructError) as error:
         reason = str(error).replace(str(path), path.name)  # the error itself says where, reports must not
         raise InputFileError(f"cannot be read as NIfTI ({reason})", path=path,
                              remedy="The file is damaged or incomplete: copy or download it again") from error
@@ -106,7 +108,8 @@ def read_header(path: Path) -> Header:
     """Reads the header of a ``.nii`` or ``.nii.gz`` file of one grey-value volume.
 
     Raises:
-        InputFileError: the file is missing, not NIfTI, not one grey-value volume, or has no usable affine.
+        InputFileError: the file is missing, not NIfTI, not one grey-value volume, has no usable affine, or is far too
+            small for the voxels that it announces.
     """
     if not path.exists():
         raise InputFileError("no such file", path=path, remedy="Check the spelling of the path")
@@ -116,7 +119,9 @@ def read_header(path: Path) -> Header:
         raise InputFileError("is not a NIfTI file (.nii or .nii.gz)", path=path,
                              remedy="Convert DICOM series or pictures to NIfTI first, for instance with dcm2niix")
     with _faults(path):
-        image: Any = nib.load(path)
+        # Not nib.load, which takes some NIfTI files for surfaces of a brain and then reads XML.
+        kind = nib.Nifti2Image if nib.Nifti2Image.path_maybe_image(path)[0] else nib.Nifti1Image
+        image: Any = kind.from_filename(path)
         affine, proxy, shape = image.affine, image.dataobj, tuple(int(n) for n in image.shape)
     if proxy.dtype.kind not in "iuf":
         raise InputFileError("holds colour or complex voxels", path=path, remedy="Give a grey-value CT")
@@ -139,7 +144,16 @@ def read_header(path: Path) -> Header:
         raise InputFileError(
             f"has voxels of {' x '.join(f'{step:.3g}' for step in grid.spacing())} mm, which no CT has", path=path,
             remedy="Correct the spacing in its header (in mm), or export it again")
-    return Header(path, grid, proxy.dtype, int(proxy.offset), float(proxy.slope), float(proxy.inter))
+    header = Header(path, grid, proxy.dtype, int(proxy.offset), float(proxy.slope), float(proxy.inter))
+    with _faults(path):
+        size, wanted = path.stat().st_size, header.offset + header.stored.itemsize * math.prod(grid.shape)
+        if wanted > (1032 if _compressed(path) else 1) * size:  # more than deflate can compress; nobody reserves that
+            raise EOFError(f"{wanted} bytes are said to be in a file of {size}")
+    return header
+
+
+def _compressed(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
 
 
 @contextmanager
@@ -152,13 +166,8 @@ def open_voxels(header: Header) -> Iterator[Callable[[np.ndarray], None]]:
     Raises:
         InputFileError: the file is damaged or incomplete, or holds NaN.
     """
-    path, size = header.path, header.path.stat().st_size
-    compressed = path.name.lower().endswith(".gz")
-    wanted = header.offset + header.stored.itemsize * int(np.prod(header.grid.shape, dtype=object))
-    with _faults(path):
-        if wanted > (1032 if compressed else 1) * size:  # more than deflate can compress; nothing is reserved for it
-            raise EOFError(f"{wanted} bytes are said to be in a file of {size}")
-    with _faults(path), cast(BinaryIO, igzip.open(path)) if compressed else path.open("rb") as stream:
+    path = header.path
+    with _faults(path), cast(BinaryIO, igzip.open(path)) if _compressed(path) else path.open("rb") as stream:
         stream.seek(header.offset)
         yield lambda target: _fill(stream, target.reshape(-1, order="F"), header)
         while stream.read(1 << 20):

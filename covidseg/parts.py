@@ -105,7 +105,7 @@ class PartRun:
         name, start = scan_id(scan), time.monotonic()
         try:
             before = self._known.get(name)
-            if before is not None and all(path.is_file() and file_hash(path) == before[key]
+            if before is not None and all(path.is_file() and file_hash(path) == before.get(key)
                                           for key, path in self._paths(scan).items()):
                 self._note(name, before)
                 return before, True
@@ -158,11 +158,27 @@ def reports(out: Path) -> list[Report]:
     for path in sorted((out / "parts").glob("part-*-of-*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            json.dumps(content, ensure_ascii=False).encode()  # fails if a table could not hold it
+        except (OSError, ValueError, RecursionError):
             continue
-        if isinstance(content, dict) and content.keys() >= {"part", "parts", "made", "inputs", "complete", "scans"}:
+        if _is_report(content):
             found.append(content)
     return found
+
+
+def _is_report(content: Any) -> bool:
+    """Whether JSON that was read is the report of a part, as far as others rely on it."""
+    types = {"part": int, "parts": int, "made": dict, "inputs": str, "complete": bool, "scans": list}
+    return isinstance(content, dict) and all(type(content.get(name)) is kind for name, kind in types.items()) \
+        and all(map(_is_entry, content["scans"]))
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this says of one scan that it is done or failed."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not 0 < len(entry["name"]) < 250:
+        return False
+    done = isinstance(entry.get("mask_sha256"), str) and isinstance(entry.get("lesion_ml"), (int, float))
+    return entry.get("status") == "failed" or (entry.get("status") == "done" and done)
 
 
 def merge(out: Path) -> list[Entry]:

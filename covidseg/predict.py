@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -178,8 +179,12 @@ def read_report(run: Path) -> tuple[dict[str, Any], Profile, dict[str, str]]:
         profile = profile_from(content["settings"])
         wanted = {"segmenter": "segmenter", "patches": f"mil{content['best_round']}",
                   **({"lung_net": "lung_net"} if profile.lung_net.steps else {})}
-        return content, profile, {name: content["stages"][stage] for name, stage in wanted.items()}
-    except (ValueError, KeyError, TypeError) as error:  # also bytes that are no UTF-8
+        files = {name: content["stages"][stage] for name, stage in wanted.items()}
+        for file in files.values():  # a folder in the name could lead out of the run
+            if not re.fullmatch(r"[\w-]{1,100}\.safetensors", file, re.ASCII):
+                raise ValueError(f"{file!r} is not the name of a stage's file")
+        return content, profile, files
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # also bytes that are no UTF-8
         raise ArtifactError(f"is damaged ({error})", path=report, remedy="Train again") from error
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from covidseg.cam import CamSettings
 from covidseg.classify import ClassifierSettings
@@ -95,8 +96,22 @@ def _settings(kind: Any, plain: dict) -> Any:
     kinds = get_type_hints(kind)
     if plain.keys() != kinds.keys():
         raise KeyError(*sorted(plain.keys() ^ kinds.keys()))
-    return kind(**{name: _settings(kinds[name], value) if is_dataclass(kinds[name])
-                   else tuple(value) if isinstance(value, list) else value for name, value in plain.items()})
+    return kind(**{name: _setting(kinds[name], value) for name, value in plain.items()})
+
+
+def _setting(kind: Any, plain: Any) -> Any:
+    """One setting of a type from its JSON; a TypeError, or a ValueError, where it is of another one."""
+    if is_dataclass(kind):
+        return _settings(kind, plain)
+    if get_origin(kind) is tuple and isinstance(plain, list):
+        first, *rest = get_args(kind)
+        kinds = [first] * len(plain) if rest == [...] else [first, *rest]
+        return tuple(_setting(inner, value) for inner, value in zip(kinds, plain, strict=True))
+    if type(plain) is kind or (kind is float and type(plain) is int):
+        if kind is float and not math.isfinite(plain):
+            raise ValueError(f"{plain} is no number")
+        return plain
+    raise TypeError(f"{plain!r} is of another type than {getattr(kind, '__name__', kind)}")
 
 
 def profile_from(plain: dict) -> Profile:
@@ -107,7 +122,7 @@ def profile_from(plain: dict) -> Profile:
     """
     try:
         return _settings(Profile, plain)
-    except (KeyError, TypeError, AttributeError, SettingsError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, SettingsError) as error:
         raise ArtifactError(f"the run's settings cannot be read ({error})",
                             remedy="Train again with this version of covidseg") from error
 

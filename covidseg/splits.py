@@ -7,11 +7,10 @@ would be too good. So a patient stands on one side only, and that is checked whe
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from covidseg.dataset import Case, Dataset
+from covidseg.dataset import Case, Dataset, read_table, slice_number
 from covidseg.errors import DatasetError
 from covidseg.registry import data_root
 
@@ -70,12 +69,7 @@ def read_split(name_or_path: str | Path) -> Split:
     if not path.is_file():
         raise DatasetError(f"there is no split '{name_or_path}'",
                            remedy=f"Known are {', '.join(split_names())}; or name a .csv file")
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream)
-            columns, rows = set(reader.fieldnames or []), list(enumerate(reader, start=2))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"is not a CSV table ({error})", path=path, remedy="Save it as UTF-8 CSV") from error
+    columns, rows = read_table(path)
     by_volume = {"volume", "patient", "split"} <= columns
     if not by_volume and not {"slice", "split"} <= columns:
         raise DatasetError("lacks columns", path=path,
@@ -91,19 +85,21 @@ def read_split(name_or_path: str | Path) -> Split:
             _add(volumes, row["volume"], row["split"], path, number)
             patients[row["volume"]] = row["patient"] or row["volume"]
         else:
-            if not (row["slice"] or "").isdigit():
+            index = slice_number(row["slice"])
+            if index is None:
                 raise DatasetError(f"line {number}: '{row['slice']}' is not a slice number", path=path,
                                    remedy="Slices count from 0")
-            _add(slices, int(row["slice"]), row["split"], path, number)
+            _add(slices, index, row["split"], path, number)
     if not rows:
         raise DatasetError("is empty", path=path, remedy="Write one line for each volume or slice")
     _refuse_two_sides(volumes, patients, path)
     return Split(path.stem, volumes, patients, slices)
 
 
-def _add(table: dict, key: str | int, part: str, path: Path, number: int) -> None:
-    if key in table or key == "":
-        raise DatasetError(f"line {number} names '{key}' {'a second time' if key else 'as a volume'}", path=path,
+def _add(table: dict, key: str | int | None, part: str, path: Path, number: int) -> None:
+    if key in table or key in ("", None):  # None where a line ends before its column
+        fault = f"'{key}' a second time" if key in table else "'' as a volume"
+        raise DatasetError(f"line {number} names {fault}", path=path,
                            remedy="Keep one line for each")
     table[key] = part
 
@@ -167,8 +163,8 @@ def _published_slices(case: Case) -> dict[int, int]:
     table = case.image.with_name(f"{case.id}_slices.csv")
     numbers = {position: position for position in case.labels}
     if table.is_file():
-        with table.open(newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream):
-                if (row.get("medseg100_slice") or "").isdigit():
-                    numbers[int(row["position"])] = int(row["medseg100_slice"])
+        for _, row in read_table(table)[1]:
+            position, published = slice_number(row.get("position")), slice_number(row.get("medseg100_slice"))
+            if position is not None and published is not None:
+                numbers[position] = published
     return numbers

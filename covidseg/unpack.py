@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import stat
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
+from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 
 from covidseg.errors import DownloadError, OutputError
 
 # What the zip reader raises on damaged, encrypted or exotic archives.
-ZIP_FAULTS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error)
+ZIP_FAULTS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OverflowError, struct.error,
+              zlib.error, LZMAError)
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ def check_zip(path: str | Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except ZIP_FAULTS as error:
+    except (*ZIP_FAULTS, OSError) as error:
         raise DownloadError(f"is not a usable zip archive ({error})", path=path,
                             remedy="Delete it and download again") from error
     if bad is not None:
@@ -64,8 +68,8 @@ def unpack(archive: str | Path, folder: str | Path, settings: UnpackSettings | N
     written: list[Path] = []
     try:
         with zipfile.ZipFile(archive) as source:
-            members = [m for m in source.infolist() if not m.is_dir()]
             _refuse_traps(archive, source.infolist(), settings)
+            members = [m for m in source.infolist() if not m.is_dir()]
             for member in members:
                 target = folder.joinpath(*PurePosixPath(member.filename).parts)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +82,9 @@ def unpack(archive: str | Path, folder: str | Path, settings: UnpackSettings | N
         raise DownloadError(f"cannot be unpacked ({error})", path=archive,
                             remedy="Delete it and download again") from error
     except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # what bzip2 says of damage; a place before the file's start
+            raise DownloadError(f"cannot be unpacked ({error})", path=archive,
+                                remedy="Delete it and download again") from error
         raise OutputError(f"cannot be written ({error.strerror or error})", path=folder,
                           remedy="Check free space and permissions, or choose another folder with --to") from error
     return written

@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import toy
 from torch import nn
 from torch.nn import functional as F
@@ -150,6 +152,48 @@ def test_maps_lie_in_0_to_1_and_within_the_lung(method: Method, net: Classifier,
     assert maps.max() <= 1
     assert (maps[~crops.lungs] == 0).all()
     assert (maps[crops.lungs] > 0).any()
+
+
+@st.composite
+def nets_and_crops(draw: st.DrawFn) -> tuple[Classifier, Crops, CamSettings]:
+    """A net of random weights, tiny to huge, and crops of noise, constants and specks with any lung, none included."""
+    seed, size = draw(st.integers(0, 10**6)), draw(st.sampled_from([40, 80]))
+    torch.manual_seed(seed)
+    net = Classifier(ClassifierSettings(width=4))
+    gain = draw(st.sampled_from([1e-3, 1.0, 5.0]))
+    for value in net.parameters():
+        nn.init.normal_(value, std=gain)
+    rng, count = np.random.default_rng(seed), draw(st.integers(1, 5))
+    images = np.stack([rng.uniform(-0.3, 1.5, (size, size)) if rng.random() < 0.7 else np.full((size, size), 0.5)
+                       for _ in range(count)]).astype(np.float32)
+    lungs = rng.random((count, size, size)) < rng.choice([0.0, 0.001, 0.5, 1.0], (count, 1, 1))
+    settings = CamSettings(batch=draw(st.integers(1, 6)), layer_share=draw(st.sampled_from([0.0, 0.2, 1.0])),
+                           scales=draw(st.sampled_from([(1.0,), (0.75, 1.25)])), top=draw(st.floats(1, 100)))
+    return net.eval(), Crops(images, lungs, np.tile([0, 0, size, size], (count, 1))), settings
+
+
+def faults_of_maps(maps: np.ndarray, lungs: np.ndarray) -> list[str]:
+    """What keeps these from being activation maps."""
+    faults = {"another shape": maps.shape != lungs.shape, "not float32": maps.dtype != np.float32,
+              "no number": not np.isfinite(maps).all(), "outside 0 to 1": not ((maps >= 0) & (maps <= 1)).all(),
+              "outside the lung": (maps[~lungs] != 0).any()}
+    return [fault for fault, there in faults.items() if there]
+
+
+@given(nets_and_crops())
+def test_maps_of_any_net_and_crop_lie_in_0_to_1_and_within_the_lung(
+        drawn: tuple[Classifier, Crops, CamSettings]) -> None:
+    net, crops, settings = drawn
+    for method in (grad_cam, layer_cam, activation_maps):
+        assert faults_of_maps(method(net, crops, settings), crops.lungs) == [], method.__name__
+
+
+def test_check_of_maps_fires(net: Classifier, crops: Crops) -> None:
+    maps = grad_cam(net, crops)
+    assert faults_of_maps(maps, crops.lungs) == []
+    assert faults_of_maps(maps + 1e-6, crops.lungs) == ["outside 0 to 1", "outside the lung"]
+    assert faults_of_maps(np.where(maps == 1, np.nan, maps).astype(float), crops.lungs) == [
+        "not float32", "no number", "outside 0 to 1"]
 
 
 def test_mirrored_slices_give_mirrored_maps(net: Classifier, crops: Crops) -> None:

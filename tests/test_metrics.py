@@ -126,6 +126,60 @@ def test_macro_agrees_with_monai(pair):
     assert values(macro(confusion(found, truth))) == pytest.approx(expected, abs=1e-6)
 
 
+EMPTY, FULL = np.zeros((1, 1, 1), bool), np.ones((1, 1, 1), bool)
+
+
+def disagreements(found: np.ndarray, truth: np.ndarray, counts: np.ndarray) -> list[str]:
+    """Figures, pooled and of each slice, that are not those of torchmetrics and of MONAI; any masks, empty ones too."""
+    flat, target = (torch.from_numpy(a.reshape(len(a), -1).astype(int)) for a in (found, truth))       # (N, H * W)
+    y_pred, y = (torch.from_numpy(a[:, None].astype(np.float32)) for a in (found, truth))              # (N, 1, H, W)
+    classes = (tm.BinaryF1Score, tm.BinaryJaccardIndex, tm.BinaryPrecision, tm.BinaryRecall, tm.BinarySpecificity)
+    # Where 0 is divided by 0, torchmetrics says 0 and MONAI, of an empty truth, 1 or 0; here that is NaN.
+    pooled = dict(zip(NAMES, np.nan_to_num(figures(counts.sum(axis=0))), strict=True))
+    wrong = [f"pooled {name}" for name, kind in zip(NAMES, classes, strict=True)
+             if abs(float(kind()(flat.ravel(), target.ravel())) - pooled[name]) > 1e-6]
+    each = dict(zip(NAMES, figures(counts).T, strict=True))
+    for name, kind in zip(NAMES, classes, strict=True):
+        if kind is not tm.BinaryJaccardIndex:  # which only pools
+            theirs = kind(multidim_average="samplewise")(flat, target).numpy()
+            wrong += [f"{name} of slices"] * (not np.allclose(np.nan_to_num(each[name]), theirs, atol=1e-6))
+    for name, metric in (("dice", DiceMetric(ignore_empty=False)), ("iou", MeanIoU(ignore_empty=False))):
+        theirs = metric(y_pred, y).numpy()[:, 0]
+        ours = np.nan_to_num(each[name], nan=1.0)  # nothing to find and nothing found
+        wrong += [f"{name} of slices (MONAI)"] * (not np.allclose(ours, theirs, atol=1e-6))
+    for name, monai_name in (("ppv", "precision"), ("sensitivity", "sensitivity"), ("specificity", "specificity")):
+        metric = ConfusionMatrixMetric(metric_name=monai_name, compute_sample=True)
+        matrix = metric(y_pred, y).numpy()[:, 0]  # tp, fp, tn, fn
+        wrong += [f"counts for {name} (MONAI)"] * (not np.array_equal(matrix[:, [0, 1, 3, 2]], counts))
+    return wrong
+
+
+@given(pairs())
+@example((EMPTY, EMPTY))
+@example((EMPTY, FULL))
+@example((FULL, EMPTY))
+@example((FULL, FULL))
+def test_any_masks_get_the_figures_of_torchmetrics_and_monai(pair):
+    found, truth = pair
+    counts = confusion(found, truth)
+    assert disagreements(found, truth, counts) == []
+    # Undefined exactly where the denominator is 0.
+    hit, false, miss, rest = counts.T
+    undefined = np.stack([hit + false + miss == 0, hit + false + miss == 0, hit + false == 0, hit + miss == 0,
+                          rest + false == 0], axis=1)
+    assert np.array_equal(np.isnan(figures(counts)), undefined)
+
+
+def test_the_comparison_with_other_libraries_fires():
+    found, truth = masks("##.##.....", ".........."), masks("#.##......", "#.........")
+    counts = confusion(found, truth)
+    assert disagreements(found, truth, counts) == []
+    assert set(disagreements(found, truth, counts[:, [0, 2, 1, 3]])) >= {
+        "ppv of slices", "sensitivity of slices", "counts for ppv (MONAI)"}
+    assert "pooled dice" in disagreements(found, truth, counts + np.array([9, 0, 0, 0]))
+    assert "dice of slices (MONAI)" in disagreements(found, truth, counts + np.array([1, 0, 0, 0]))
+
+
 @given(pairs())
 @example((np.zeros((1, 1, 1), bool), np.zeros((1, 1, 1), bool)))
 @example((np.ones((2, 1, 1), bool), np.zeros((2, 1, 1), bool)))

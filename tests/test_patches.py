@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import ndimage as ndi
 
 from covidseg.patches import PATCH, grid_ids, instances, patch_values, pool, spread, square_ids
 
@@ -72,6 +74,84 @@ def test_numbers_run_from_1_without_gaps(seed: int, grid: bool) -> None:
         assert np.array_equal(np.unique(one[one > 0]), np.arange(1, one.max() + 1))
         for number in range(1, one.max() + 1):
             assert lung[one == number].mean() >= 0.3
+
+
+def faults_of_patches(ids: np.ndarray, lung: np.ndarray, least: float, reach: tuple[int, int]) -> list[str]:
+    """What keeps the patches of one slice from dividing up its lung.
+
+    Args:
+        ids: ``(S, S)`` patch numbers.
+        least: share of lung that each patch has to have.
+        reach: rows and columns that a patch may extend over.
+    """
+    found = ["lung in no patch"] if (lung & (ids == 0)).any() else []
+    for number in range(1, int(ids.max()) + 1):
+        rows, columns = np.nonzero(ids == number)
+        if not len(rows):
+            found.append(f"patch {number} has no pixel")
+            continue
+        share = lung[ids == number].mean()
+        if share == 0 or share < least:
+            found.append(f"patch {number} lies outside")
+        if np.ptp(rows) >= reach[0] or np.ptp(columns) >= reach[1]:
+            found.append(f"patch {number} is too large")
+    return found
+
+
+ANY_LUNG = arrays(bool, st.tuples(st.integers(1, 17), st.integers(1, 17)))  # noise has every kind of square
+
+
+@given(ANY_LUNG, st.integers(1, 7), st.integers(0, 6), st.integers(0, 6))
+def test_squares_divide_up_any_lung(lung: np.ndarray, patch: int, down: int, right: int) -> None:
+    ids = square_ids(lung[None], patch, 0.0, (down % patch, right % patch))[0]
+    assert faults_of_patches(ids, lung, 0.0, (patch, patch)) == []
+    # With a share, whole patches drop out, and exactly those that have less lung.
+    fewer = square_ids(lung[None], patch, 0.5, (down % patch, right % patch))[0]
+    for number in range(1, int(ids.max()) + 1):
+        inside = ids == number
+        kept = lung[inside].mean() >= 0.5
+        assert len(np.unique(fewer[inside])) == 1
+        assert (fewer[inside] > 0).all() == kept
+    assert not (fewer[ids == 0] > 0).any()
+
+
+@given(st.integers(0, 10**6), st.integers(1, 6), st.floats(0, 1))
+def test_grids_divide_up_any_lung(seed: int, grid: int, share: float) -> None:
+    lungs, coarse = random_lungs(1, seed), random_lungs(1, seed + 1)
+    assert faults_of_patches(grid_ids(lungs, coarse, grid, share=0.0)[0], lungs[0], 0.0, (SIDE, SIDE)) == []
+    ids = grid_ids(lungs, coarse, grid, share=share)[0]
+    kept = lungs[0] & (ids > 0)  # of the rest, every patch has too little lung
+    boxes = ndi.find_objects(ndi.label(coarse[0])[0])
+    cells = [-(-(part.stop - part.start) // grid) for box in boxes for part in box]
+    assert faults_of_patches(ids, kept, share, (max([PATCH, *cells]),) * 2) == []
+
+
+def test_check_of_patches_fires() -> None:
+    lung = random_lungs(1)[0]
+    ids = square_ids(lung[None], PATCH, 0.0)[0]
+    assert faults_of_patches(ids, lung, 0.0, (PATCH, PATCH)) == []
+    gap, outside, joined = ids.copy(), ids.copy(), ids.copy()
+    gap[tuple(np.argwhere(lung)[0])] = 0
+    outside[:PATCH, :PATCH] = outside.max() + 1
+    joined[ids == 2] = 1
+    assert "lung in no patch" in faults_of_patches(gap, lung, 0.0, (PATCH, PATCH))
+    nothing_there = lung.copy()
+    nothing_there[:PATCH, :PATCH] = False
+    assert any("outside" in fault for fault in faults_of_patches(outside, nothing_there, 0.0, (PATCH, PATCH)))
+    assert set(faults_of_patches(joined, lung, 0.0, (PATCH, PATCH))) >= {"patch 1 is too large", "patch 2 has no pixel"}
+
+
+@given(st.integers(0, 10**6), st.booleans())
+def test_pooling_and_spreading_undo_each_other(seed: int, grid: bool) -> None:
+    lungs = random_lungs(2, seed)
+    ids = grid_ids(lungs, random_lungs(2, seed + 1)) if grid else square_ids(lungs)
+    maps = np.random.default_rng(seed).random(ids.shape).astype(np.float32)
+    means, there = patch_values(maps, ids), instances(ids)
+    flat = spread(means, ids)
+    np.testing.assert_allclose(patch_values(flat, ids)[there], means[there], rtol=1e-5)  # a mean of equals is the same
+    np.testing.assert_allclose(spread(patch_values(flat, ids), ids)[ids > 0], flat[ids > 0], rtol=1e-5)
+    for one, values, numbers in zip(maps, flat, ids, strict=True):  # no value is lost on the way
+        assert values[numbers > 0].sum() == pytest.approx(one[numbers > 0].sum(), rel=1e-4)
 
 
 def test_no_lung_no_patches() -> None:

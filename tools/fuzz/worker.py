@@ -1,0 +1,56 @@
+"""One target under atheris, in a process of its own, since libFuzzer ends the process when it is done.
+
+``python -m fuzz.worker TARGET --seconds 60 --folder FOLDER`` keeps what it finds in ``FOLDER/kept``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from random import Random
+
+import atheris
+
+# Modules whose lines guide the search: those that read, and those of others that do most of the work for them.
+INSTRUMENTED = ["covidseg", "nibabel.nifti1", "nibabel.nifti2", "nibabel.analyze", "nibabel.wrapstruct",
+                "nibabel.volumeutils", "nibabel.orientations", "zipfile", "csv", "json"]
+LONGEST, SLOWEST, MEMORY = 1 << 14, 20, 4096  # bytes of a file, seconds and MB to read it
+
+
+def main() -> None:
+    """Searches until the time is over; does not return."""
+    parser = argparse.ArgumentParser(prog="fuzz.worker")
+    parser.add_argument("target")
+    parser.add_argument("--seconds", type=int, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    options = parser.parse_args()
+    with atheris.instrument_imports(include=INSTRUMENTED):
+        from fuzz.harness import Harness
+        from fuzz.targets import TARGETS
+    logging.disable()  # nibabel says of every header what is odd about it
+    target = TARGETS[options.target]
+    corpus, kept = options.folder / "corpus", options.folder / "kept"
+    for folder in (corpus, kept):
+        folder.mkdir(parents=True, exist_ok=True)
+    for number, seed in enumerate(target.seeds()):
+        (corpus / f"seed-{number}").write_bytes(seed)
+    scratch = Path(tempfile.mkdtemp(dir=options.folder))  # removed by whoever started this process
+    harness = Harness(target, scratch, kept)
+
+    def change(data: bytes, size: int, seed: int) -> bytes:
+        """Half of all changes know the format, half are libFuzzer's own."""
+        rng = Random(seed)
+        changed = target.change(data, rng) if rng.random() < 0.5 else atheris.Mutate(data, size)
+        return bytes(changed[:size])
+
+    atheris.Setup([sys.argv[0], f"-max_total_time={options.seconds}", f"-max_len={LONGEST}", f"-timeout={SLOWEST}",
+                   f"-rss_limit_mb={MEMORY}", f"-artifact_prefix={kept}/", "-print_final_stats=1", "-seed=1",
+                   str(corpus)], harness, custom_mutator=change)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
