@@ -152,7 +152,7 @@ def _rows(table: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, st
             reader = csv.DictReader(stream)
             missing = [c for c in columns if c not in (reader.fieldnames or [])]
             rows = [(number, row) for number, row in enumerate(reader, start=2)]
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DatasetError(f"is not a CSV table ({error})", path=table, remedy="Save it as UTF-8 CSV") from error
     if missing:
         raise DatasetError(f"lacks the column {', '.join(missing)}", path=table,

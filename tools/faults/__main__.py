@@ -51,7 +51,7 @@ def shown(outcomes: dict[str, list[Outcome]]) -> Table:
 def main(arguments: list[str] | None = None) -> int:
     """Tries all faults; with ``--only`` those of some groups, without a record."""
     parser = argparse.ArgumentParser(prog="faults", description="Try every fault, and record what covidseg says.")
-    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=[], help="try only these, and record nothing")
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=[], help="only these, and no record")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the record")
     options = parser.parse_args(arguments)
     start = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -32,36 +33,39 @@ def two_kinds(folder: Path, supplies: Supplies) -> None:
     (folder / "scan.nii.gz").rename(folder / "c.nii.gz")
 
 
-def in_parts(folder: Path, supplies: Supplies, *numbers: int) -> Path:
-    """Scans, and the predictions of some of two parts."""
-    (folder / "scans").mkdir()
-    targets = {}
-    for name in THREE[:2]:
-        source = Path(shutil.copy(supplies.volume(), folder / "scans" / name))
-        targets[source] = folder / "masks" / name
-    for number in numbers:
-        run = PartRun(load_predictor(), Part(number, 2), targets, folder / "masks", 0.5)
+def in_parts(folder: Path, supplies: Supplies) -> Path:
+    """Masks of two scans, predicted in two parts."""
+    return Path(shutil.copytree(predicted(supplies), folder / "masks"))
+
+
+@functools.cache
+def predicted(supplies: Supplies) -> Path:
+    """Predicts two scans in two parts, once for all faults."""
+    masks = supplies.phantom.with_name("masks")
+    targets = {path: masks / path.name for path in map(supplies.volume, (0, 1))}
+    for number in (1, 2):
+        run = PartRun(load_predictor(), Part(number, 2), targets, masks, 0.5)
         for path in run.files:
             run.predict(path)
-    return folder / "masks"
+    return masks
 
 
 def one_part(folder: Path, supplies: Supplies) -> None:
-    in_parts(folder, supplies, 1)
+    (in_parts(folder, supplies) / "parts" / "part-2-of-2.json").unlink()
 
 
 def cut_report(folder: Path, supplies: Supplies) -> None:
-    report = in_parts(folder, supplies, 1, 2) / "parts" / "part-2-of-2.json"
+    report = in_parts(folder, supplies) / "parts" / "part-2-of-2.json"
     report.write_bytes(report.read_bytes()[:-50])
 
 
 def changed_mask(folder: Path, supplies: Supplies) -> None:
-    mask = in_parts(folder, supplies, 1, 2) / THREE[1]
+    mask = in_parts(folder, supplies) / "phantom_01.nii.gz"
     mask.write_bytes(mask.read_bytes()[:-1] + b"!")
 
 
 def other_nets(folder: Path, supplies: Supplies) -> None:
-    report = in_parts(folder, supplies, 1, 2) / "parts" / "part-2-of-2.json"
+    report = in_parts(folder, supplies) / "parts" / "part-2-of-2.json"
     content = json.loads(report.read_text(encoding="utf-8"))
     content["made"]["nets"] = "0123456789abcdef"
     report.write_text(json.dumps(content), encoding="utf-8")
@@ -87,5 +91,5 @@ FAULTS = [
     Fault("a part whose report is damaged", "covidseg merge masks", DatasetError, ("masks", "2/2"), cut_report),
     Fault("a part that was done with other nets", "covidseg merge masks", DatasetError, ("masks", "2/2"), other_nets),
     Fault("a mask that was changed after it was predicted", "covidseg merge masks", DatasetError,
-          ("masks/b.nii.gz",), changed_mask),
+          ("masks/phantom_01.nii.gz",), changed_mask),
 ]

@@ -29,10 +29,14 @@ def last_byte(folder: Path, supplies: Supplies) -> None:
 
 
 def flipped(folder: Path, supplies: Supplies) -> None:
-    """Forty copies with another random byte each, behind the date and name in the head of the compressed file."""
+    """Forty copies with another random byte each, behind the date and name in the head of the compressed file.
+
+    The first is another in its checksum, so that the message to be recorded is always of the same kind.
+    """
     raw, rng = supplies.volume().read_bytes(), np.random.default_rng(0)
     (folder / "scans").mkdir()
-    for number, place in enumerate(rng.choice(np.arange(20, len(raw)), FLIPS, replace=False)):
+    others = rng.choice(np.arange(20, len(raw) - 8), FLIPS - 1, replace=False)
+    for number, place in enumerate([len(raw) - 6, *others]):
         changed = bytearray(raw)
         changed[place] ^= int(rng.integers(1, 256))
         (folder / "scans" / f"copy_{number:02d}.nii.gz").write_bytes(changed)

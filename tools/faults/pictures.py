@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from skimage import data as pictures
-from skimage.transform import resize
 
 from covidseg.errors import DatasetError, InputFileError, NoLungError, SettingsError
 from covidseg.io import read_scan
@@ -52,8 +51,12 @@ def magnetic_for_training(folder: Path, supplies: Supplies) -> None:
 
 
 def photograph(folder: Path, supplies: Supplies) -> None:
-    grey = 255 * resize(pictures.camera(), (128, 128), anti_aliasing=True)
-    upright(grey[None].astype(np.uint8), folder / "scan.nii.gz")
+    upright(pictures.camera()[None, ::2, ::2], folder / "scan.nii.gz")
+
+
+def bright_photograph(folder: Path, supplies: Supplies) -> None:
+    """The moon, which fills the picture and is nowhere as dark as lung."""
+    upright(pictures.moon()[None, ::2, ::2], folder / "scan.nii.gz")
 
 
 def water(folder: Path, supplies: Supplies) -> None:
@@ -118,6 +121,8 @@ FAULTS = [
     Fault("MR among the scans of a folder", "covidseg data check data", DatasetError, ("phantom_02",),
           magnetic_for_training),
     Fault("a photograph", PREDICT, InputFileError, ("scan.nii.gz",), photograph, leaves=REPORTS),
+    Fault("a photograph with hardly anything dark in it", PREDICT, NoLungError, ("scan.nii.gz", "--unchecked"),
+          bright_photograph, leaves=REPORTS),
     Fault("no lung in any slice", PREDICT, NoLungError, ("scan.nii.gz",), water, leaves=REPORTS),
     Fault("every voxel the same", PREDICT, NoLungError, ("scan.nii.gz",), constant, leaves=REPORTS),
     Fault("a mask with fewer slices than its truth", "covidseg evaluate mask.nii.gz truth.nii.gz", InputFileError,

@@ -81,7 +81,7 @@ FAULTS = [
           table(lambda rows: [*rows, {**rows[0], "volume": "phantom_77"}])),
     Fault("a slice with two lines", TRAIN, DatasetError, ("slice_labels.csv", "line 34"),
           table(lambda rows: [*rows, rows[5]])),
-    Fault("a volume without any line", "covidseg data check data", DatasetError, ("phantom_02", "slice_labels.csv"),
+    Fault("a volume without any line", "covidseg data check data", DatasetError, ("phantom_02",),
           table(lambda rows: [row for row in rows if row["volume"] != "phantom_02"])),
     Fault("a slice that its volume does not have", TRAIN, DatasetError, ("phantom_03", "slice 8"),
           table(lambda rows: [*rows, {**rows[-1], "slice": "8"}]), leaves=LOCK),
