@@ -184,7 +184,7 @@ def test_a_setting_is_one_of_a_few() -> None:
 def packed_files() -> set[str]:
     """What has to come along with the modules: nets, recorded runs, registry, splits, licences, quizzes."""
     nets = {f"stages/{net}.safetensors{end}" for net in ("segmenter", "patches", "lung_net") for end in ("", ".sha256")}
-    weights = {f"covidseg/weights/{name}" for name in {"run.json", "MODEL_CARD.md", *nets}}
+    weights = {f"covidseg/weights/{name}" for name in {"run.json", "run.json.sha256", "MODEL_CARD.md", *nets}}
     data = {f"covidseg/_data/{folder.name}/{path.relative_to(folder)}"
             for folder in (ROOT / "results", ROOT / "data/splits", ROOT / "data/licences")
             for path in folder.rglob("*") if path.is_file()}
