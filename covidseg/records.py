@@ -9,6 +9,7 @@ measured and what `make faults` tried.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,8 @@ def faults_markdown(record: Record, group: str) -> str:
         group: such as ``damaged files``.
     """
     def cell(text: str) -> str:
+        text = re.sub(r"\b([0-9a-f]{8})[0-9a-f]{24,}\b", r"\1…", text)  # of checksums the beginning will do
+        text = re.sub(r"https?://[\w./-]*\w", r"`\g<0>`", text)        # made-up addresses, not to be links
         return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
     lines = ["| what is wrong | typed | exit code | what was said |", "|---|---|--:|---|"]
     lines += [f"| {cell(row['fault'])}{'' if row['met'] else ' (**not caught**)'} | `{row['command']}` | "

@@ -35,7 +35,7 @@ def outcomes() -> dict[str, list[Outcome]]:
     return {group: [] for group in GROUPS}
 
 
-@pytest.mark.parametrize(("group", "fault"), ALL, ids=lambda value: getattr(value, "title", None))
+@pytest.mark.parametrize(("group", "fault"), ALL, ids=[f"{group}: {fault.title}" for group, fault in ALL])
 def test_every_fault_is_caught(group: str, fault: Fault, supplies: Supplies,
                                outcomes: dict[str, list[Outcome]]) -> None:
     outcome = attempt(fault, supplies)

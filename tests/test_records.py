@@ -73,6 +73,13 @@ def test_table_of_faults() -> None:
         "| empty (**not caught**) | `covidseg lungs x -o out` | 3 | one\\|two im/\\*.nii |"]
 
 
+def test_addresses_and_checksums_in_the_table_of_faults() -> None:
+    said = f"error: https://a.example/b.zip: has the md5 {'0123456789abcdef' * 2}, expected {'f' * 64}. Wait."
+    row = {"group": "a", "fault": "changed", "command": "x", "said": [said], "exit_code": 5, "met": True}
+    assert faults_markdown({"faults": [row]}, "a").endswith(
+        "| error: `https://a.example/b.zip`: has the md5 01234567…, expected ffffffff…. Wait. |")
+
+
 def test_origin_says_what_was_run_on_what() -> None:
     assert origin(record(result(0.1), result(0.2, seed=1))) == (
         "`covidseg reproduce --data a --seeds 0,1`, measured on 7 full slices; covidseg 0.1.0, Python 3.12.1, cpu")

@@ -17,12 +17,12 @@ from unittest.mock import patch
 
 from covidseg.errors import OutputError, SettingsError
 from covidseg.predict import SHIPPED
+from faults.files import LOCK, nothing
 from faults.pictures import good, truth
 from faults.supplies import Supplies
 from faults.trial import Fault
 
 GROUP = "writing"
-LOCK = ("run/stages/.*.lock",)
 
 
 @contextmanager
@@ -85,10 +85,6 @@ def to_train(folder: Path, supplies: Supplies) -> None:
 
 def to_measure(folder: Path, supplies: Supplies) -> None:
     shutil.copy(truth(folder, supplies), folder / "mask.nii.gz")
-
-
-def nothing(folder: Path, supplies: Supplies) -> None:
-    pass
 
 
 FAULTS = [

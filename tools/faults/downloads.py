@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import io
-import shutil
 import stat
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 from covidseg.errors import DownloadError, OutputError
 from faults.disks import read_only
+from faults.files import nothing
 from faults.server import COMMAND, Answer, publisher
 from faults.supplies import Supplies
-from faults.trial import Fault
+from faults.trial import During, Fault, Make
 
 GROUP = "downloads and archives"
-During = Callable[[Path], AbstractContextManager[object]]
 FILE = "rp_im.zip"
 REGISTER = ("register/*", "register/licences/*")  # what the played publisher needs
 
@@ -59,8 +59,7 @@ def serving(answer: Answer | bytes, checksum: str = "", size: int = 0) -> During
 @contextmanager
 def no_space(folder: Path) -> Iterator[None]:
     """The disk has a kilobyte left."""
-    with publisher(Answer(GOOD), folder), patch("shutil.disk_usage", lambda place: shutil._ntuple_diskusage(  # type: ignore[attr-defined]
-            1 << 30, (1 << 30) - 1024, 1024)):
+    with publisher(Answer(GOOD), folder), patch("shutil.disk_usage", lambda place: SimpleNamespace(free=1024)):
         yield
 
 
@@ -69,10 +68,6 @@ def locked(folder: Path) -> Iterator[None]:
     """The folder that is to be filled lies on a read-only disk."""
     with publisher(Answer(GOOD), folder), read_only(folder):
         yield
-
-
-def nothing(folder: Path, supplies: Supplies) -> None:
-    pass
 
 
 def fetched_before(folder: Path, supplies: Supplies) -> None:
@@ -88,7 +83,7 @@ def damaged_since(folder: Path, supplies: Supplies) -> None:
 
 
 def _fault(title: str, during: During, *names: str, leaves: tuple[str, ...] = (),
-           make: Callable[[Path, Supplies], object] = nothing) -> Fault:
+           make: Make = nothing) -> Fault:
     return Fault(title, COMMAND, DownloadError, names or (FILE,), make, during, leaves=REGISTER + leaves)
 
 

@@ -16,6 +16,7 @@ from faults.trial import Fault
 GROUP = "damaged files"
 FLIPS = 40
 REPORTS = ("out/parts/part-1-of-1.json", "out/predictions.csv")  # of `covidseg predict`, which say what failed
+LOCK = ("run/stages/.*.lock",)  # an empty file by which programs that share a run wait for each other
 PREDICT = "covidseg predict scan.nii.gz -o out"
 
 
@@ -47,7 +48,7 @@ def empty(folder: Path, supplies: Supplies) -> None:
 
 
 def nothing(folder: Path, supplies: Supplies) -> None:
-    pass
+    """An empty folder."""
 
 
 def directory(folder: Path, supplies: Supplies) -> None:
@@ -102,7 +103,7 @@ FAULTS = [
     Fault("a header that promises a terabyte", "covidseg predict scan.nii -o out", InputFileError, ("scan.nii",),
           promising, leaves=REPORTS),
     Fault("one damaged scan among those to train on", "covidseg train --data data --out run", InputFileError,
-          ("phantom_02.nii.gz",), damaged_for_training, leaves=("run/stages/.*.lock",)),
+          ("phantom_02.nii.gz",), damaged_for_training, leaves=LOCK),
     Fault("a damaged mask to measure", "covidseg evaluate mask.nii.gz truth.nii.gz", InputFileError,
           ("mask.nii.gz",), damaged_mask),
 ]

@@ -9,7 +9,7 @@ import numpy as np
 from covidseg.errors import InputFileError
 from faults.files import PREDICT, REPORTS
 from faults.supplies import AFFINE, Supplies, stored, with_header
-from faults.trial import Fault
+from faults.trial import Fault, Make
 
 GROUP = "headers and voxels"
 PLAIN = PREDICT.replace("scan.nii.gz", "scan.nii")
@@ -64,16 +64,17 @@ def nan_beside_affine(folder: Path, supplies: Supplies) -> None:
     with_header(supplies.volume(), folder / "scan.nii", pixdim=[1, 3.4, 3.4, np.nan, 0, 0, 0, 0])
 
 
-def one_voxel(value: float, dtype: type = np.float32) -> object:
+def one_voxel(value: float, dtype: type = np.float32) -> Make:
+    """A scan in which one voxel has this value."""
     def make(folder: Path, supplies: Supplies) -> None:
-        values = supplies.scan().pixels.T.astype(dtype)
+        values: np.ndarray = supplies.scan().pixels.T.astype(dtype)
         values[40, 50, 3] = value
         stored(values, folder / "scan.nii.gz", AFFINE)
     return make
 
 
-def _fault(title: str, make: object, command: str = PREDICT) -> Fault:
-    return Fault(title, command, InputFileError, (command.split()[2],), make, leaves=REPORTS)  # type: ignore[arg-type]
+def _fault(title: str, make: Make, command: str = PREDICT) -> Fault:
+    return Fault(title, command, InputFileError, (command.split()[2],), make, leaves=REPORTS)
 
 
 FAULTS = [

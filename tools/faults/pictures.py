@@ -10,7 +10,7 @@ from skimage import data as pictures
 
 from covidseg.errors import DatasetError, InputFileError, NoLungError, SettingsError
 from covidseg.io import read_scan
-from faults.files import PREDICT, REPORTS
+from faults.files import LOCK, PREDICT, REPORTS
 from faults.supplies import AFFINE, Supplies, stored, upright
 from faults.trial import Fault
 
@@ -30,8 +30,6 @@ def as_mr(pixels: np.ndarray) -> np.ndarray:
 
 
 def in_grey_levels(folder: Path, supplies: Supplies) -> None:
-    (folder / "im").mkdir()
-    (folder / "mask").mkdir()
     upright(grey_levels(supplies.scan().pixels), folder / "scan.nii.gz")
 
 
@@ -117,7 +115,7 @@ FAULTS = [
     Fault("MR instead of CT, for its lungs", "covidseg lungs scan.nii.gz -o out", InputFileError,
           ("scan.nii.gz", "--unchecked"), magnetic),
     Fault("MR among the scans to train on", "covidseg train --data data --out run", InputFileError,
-          ("phantom_02.nii.gz",), magnetic_for_training, leaves=("run/stages/.*.lock",)),
+          ("phantom_02.nii.gz",), magnetic_for_training, leaves=LOCK),
     Fault("MR among the scans of a folder", "covidseg data check data", DatasetError, ("phantom_02",),
           magnetic_for_training),
     Fault("a photograph", PREDICT, InputFileError, ("scan.nii.gz",), photograph, leaves=REPORTS),

@@ -13,7 +13,7 @@ from covidseg.errors import ArtifactError, CovidsegError, InputFileError
 from covidseg.predict import REPORT, SHIPPED
 from faults.pictures import good
 from faults.supplies import Supplies
-from faults.trial import Fault
+from faults.trial import Fault, Make
 
 GROUP = "runs and weights"
 PREDICT = "covidseg predict --run run scan.nii.gz -o out"
@@ -26,14 +26,14 @@ def copied(folder: Path, supplies: Supplies) -> Path:
     return Path(shutil.copytree(SHIPPED, folder / "run"))
 
 
-def with_weights(change: Callable[[Path], object]) -> Callable[[Path, Supplies], None]:
+def with_weights(change: Callable[[Path], object]) -> Make:
     """A run with other weights."""
     def make(folder: Path, supplies: Supplies) -> None:
         change(copied(folder, supplies) / "stages" / WEIGHTS)
     return make
 
 
-def with_report(change: Callable[[Path], object]) -> Callable[[Path, Supplies], None]:
+def with_report(change: Callable[[Path], object]) -> Make:
     """A run with another report."""
     def make(folder: Path, supplies: Supplies) -> None:
         change(copied(folder, supplies) / REPORT)
@@ -76,8 +76,7 @@ def rewritten(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
     return rewrite
 
 
-def _fault(title: str, make: Callable[[Path, Supplies], None], *names: str,
-           error: type[CovidsegError] = ArtifactError) -> Fault:
+def _fault(title: str, make: Make, *names: str, error: type[CovidsegError] = ArtifactError) -> Fault:
     return Fault(title, PREDICT, error, names, make)
 
 

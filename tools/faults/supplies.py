@@ -50,13 +50,13 @@ def upright(pixels: np.ndarray, path: Path) -> Path:
 
 def stored(array: np.ndarray, path: Path, affine: np.ndarray | None = AFFINE) -> Path:
     """Writes an array as it is, by nibabel; an affine of None is left out."""
-    nib.save(nib.Nifti1Image(array, affine), path)  # type: ignore[attr-defined]
+    nib.save(nib.Nifti1Image(array, affine), path)
     return path
 
 
 def with_header(source: Path, target: Path, **fields: Any) -> Path:
     """An uncompressed copy of a scan with other values in fields of its header."""
-    image: Any = nib.load(source)  # type: ignore[attr-defined]
+    image: Any = nib.load(source)
     header = image.header.copy()
     voxels = np.asarray(image.dataobj)
     header.set_data_offset(352)

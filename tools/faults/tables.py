@@ -8,16 +8,16 @@ from pathlib import Path
 
 from covidseg.errors import DatasetError
 from covidseg.splits import read_split
+from faults.files import LOCK
 from faults.supplies import Supplies, rows_of, write_rows
-from faults.trial import Fault
+from faults.trial import Fault, Make
 
 GROUP = "labels and splits"
 TRAIN = "covidseg train --data data --out run"
-LOCK = ("run/stages/.*.lock",)  # an empty file by which programs that share a run wait for each other
 Rows = list[dict[str, str]]
 
 
-def table(change: Callable[[Rows], Rows]) -> Callable[[Path, Supplies], None]:
+def table(change: Callable[[Rows], Rows]) -> Make:
     """A data folder with another label table."""
     def make(folder: Path, supplies: Supplies) -> None:
         path = supplies.data(folder / "data") / "slice_labels.csv"
@@ -25,7 +25,7 @@ def table(change: Callable[[Rows], Rows]) -> Callable[[Path, Supplies], None]:
     return make
 
 
-def raw_table(change: Callable[[bytes], bytes]) -> Callable[[Path, Supplies], None]:
+def raw_table(change: Callable[[bytes], bytes]) -> Make:
     """A data folder whose label table has other bytes."""
     def make(folder: Path, supplies: Supplies) -> None:
         path = supplies.data(folder / "data") / "slice_labels.csv"

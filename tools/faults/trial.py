@@ -29,6 +29,10 @@ CODES = {kind.exit_code: kind.__name__ for kind in vars(errors).values()
          if isinstance(kind, type) and issubclass(kind, CovidsegError)}
 
 
+Make = Callable[[Path, Supplies], object]
+During = Callable[[Path], AbstractContextManager[object]]
+
+
 @dataclass(frozen=True)
 class Fault:
     """Something that can be wrong, and what has to happen then.
@@ -50,8 +54,8 @@ class Fault:
     command: str
     error: type[CovidsegError]
     names: tuple[str, ...]
-    make: Callable[[Path, Supplies], object]
-    during: Callable[[Path], AbstractContextManager[object]] = lambda folder: nullcontext()
+    make: Make
+    during: During = lambda folder: nullcontext()
     call: Callable[[], object] | None = None
     results: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
