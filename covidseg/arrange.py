@@ -23,6 +23,7 @@ import numpy as np
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from covidseg.errors import DatasetError, DownloadError, InputFileError, OutputError
+from covidseg.files import whole_file, write_whole
 from covidseg.io import SUFFIXES, UPRIGHT, read_mask, scan_id
 from covidseg.registry import Entry
 from covidseg.unpack import unpack
@@ -219,7 +220,7 @@ def place(source: Path, target: Path, *, like: Path | None = None, note: Note = 
     try:
         os.link(source, target)  # costs no disk space; not every file system can
     except OSError:
-        shutil.copyfile(source, target)
+        write_whole(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def _header(path: Path) -> Any:
@@ -241,13 +242,15 @@ def _save(image: Any, target: Path) -> None:
 
 
 def write_table(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
-    """Writes a CSV table that appears only when complete."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", newline="", encoding="utf-8") as stream:
+    """Writes a CSV table that appears only when complete.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
-    part.replace(path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -256,13 +259,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror or error})", path=path,
-                          remedy="Check free space and permissions") from error
+    text = json.dumps(content, indent=1) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _natural(volume: str) -> tuple[int, str]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -222,8 +223,11 @@ def net_arrays(net: nn.Module) -> Arrays:
     return {name: value.detach().cpu().numpy() for name, value in net.state_dict().items()}
 
 
-def load_net(net: nn.Module, arrays: Arrays) -> nn.Module:
+def load_net(net: nn.Module, arrays: Arrays, path: Path | None = None) -> nn.Module:
     """Puts stored weights into a net of the same shape, in evaluation mode.
+
+    Args:
+        path: of the file that they were read from, to be named if they do not fit.
 
     Raises:
         ArtifactError: names or shapes differ.
@@ -231,6 +235,7 @@ def load_net(net: nn.Module, arrays: Arrays) -> nn.Module:
     try:
         net.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in arrays.items()})
     except RuntimeError as error:
-        raise ArtifactError(f"stored weights do not fit this net ({str(error).splitlines()[0]})",
+        differs = shorten(str(error).split("\n", 1)[-1], 160)
+        raise ArtifactError(f"stored weights do not fit this net ({differs})", path=path,
                             remedy="Train again with this version of covidseg") from error
     return net.eval()

@@ -68,7 +68,8 @@ def _train(data: str, out: Path, profile: str, method: str, seed: int, device: s
     start = time.monotonic()
     run = open_run(data, profile, seed, out, part, device, method=method,
                    log=lambda line: console.print(line, highlight=False))
-    console.print(f"{DISCLAIMER}\ntraining on {run.data.labels()} labelled slices of {len(run.data.cases)} volumes, "
+    volumes = sum(bool(case.labels) for case in run.data.cases)
+    console.print(f"{DISCLAIMER}\ntraining on {run.data.labels()} labelled slices of {volumes} volumes, "
                   f"profile {profile}, {method}, seed {seed}, {run.device}", highlight=False)
     run.segmenter()
     name = Path(data).name

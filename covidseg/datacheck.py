@@ -85,6 +85,9 @@ def check_folder(root: str | Path, unit: str | None = None) -> FolderReport:
         if not cases:
             raise
         faults.append(str(error))
+    else:
+        faults += [f"{case.id}: no slice has a line in the label table, so training leaves the volume out"
+                   for case in cases if not case.labels]
     known = {case.image.name for case in cases}
     for kind in ("lung", "mask"):
         lonely = sorted(p.name for p in (root / kind).glob("*") if p.name not in known and not p.name.startswith("."))

@@ -24,6 +24,7 @@ import requests
 from tqdm import tqdm
 
 from covidseg.errors import DownloadError, OutputError
+from covidseg.files import write_whole
 from covidseg.registry import RemoteFile, check_address
 from covidseg.unpack import check_zip
 
@@ -139,7 +140,8 @@ def _verify(path: Path, remote: RemoteFile) -> str:
         _compare(path, remote.name, "sha256", expected, f"seen at the first download, in {record.name}")
         return "first download"
     # The layout of sha256sum, so that `sha256sum -c` understands it too.
-    record.write_text(f"{pooch.file_hash(str(path), alg='sha256')}  {remote.name}\n", encoding="utf-8")
+    line = f"{pooch.file_hash(str(path), alg='sha256')}  {remote.name}\n"
+    write_whole(record, lambda temporary: temporary.write_text(line, encoding="utf-8"))
     return "nothing: this is the first download"
 
 

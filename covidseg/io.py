@@ -20,7 +20,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation
 
-from covidseg.errors import InputFileError, OutputError
+from covidseg.errors import InputFileError, OutputError, one_of
 from covidseg.files import write_whole
 from covidseg.nifti import SUFFIXES, UPRIGHT, Grid, read_header, read_voxels
 
@@ -69,15 +69,18 @@ def read_scan(path: str | Path, *, unit: str | None = None) -> Scan:
     Raises:
         InputFileError: the file is missing, damaged, not NIfTI, not one grey-value volume, holds NaN, or has another
             unit.
+        SettingsError: there is no such unit.
     """
+    names = {"HU": "Hounsfield units", "display": "grey levels of a display window"}
+    if unit is not None:
+        one_of(unit, names, "unit")
     path = Path(path)
     header = read_header(path)
     voxels, grid = read_voxels(header), header.grid
     low, high = float(voxels.min()), float(voxels.max())
     found = "HU" if low < -200 else "display"
     if unit is not None and unit != found:
-        names = {"HU": "Hounsfield units", "display": "grey levels of a display window"}
-        raise InputFileError(f"holds values from {low:g} to {high:g}, which are not {names.get(unit, unit)}", path=path,
+        raise InputFileError(f"holds values from {low:g} to {high:g}, which are not {names[unit]}", path=path,
                              remedy=f"Take it for {names[found]}, or export the scan again")
     return Scan(apply_orientation(voxels, grid.to_upright()), grid.spacing(), (low, high), found, path, grid)
 
@@ -90,7 +93,8 @@ def read_mask(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
         like: the scan the mask belongs to; shape and orientation have to agree with it.
 
     Raises:
-        InputFileError: the file cannot be read, or does not fit ``like``.
+        InputFileError: the file cannot be read, does not fit ``like``, or is no mask: it holds numbers below 0, or such
+            as 0.25. A scan or probabilities would give figures that look like others.
     """
     path = Path(path)
     header = read_header(path)
@@ -102,7 +106,12 @@ def read_mask(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
         if not np.allclose(grid.affine, like.grid.affine, atol=1e-2):
             raise InputFileError(f"has another affine than its image {like.path.name}", path=path,
                                  remedy="Resample the mask onto the image, or correct its header")
-    return apply_orientation(read_voxels(header), grid.to_upright()) > 0
+    voxels = read_voxels(header)
+    whole = voxels.dtype.kind != "f" or bool((np.abs(voxels - np.rint(voxels)) < 1e-3).all())
+    if not whole or voxels.min() < 0:
+        raise InputFileError(f"is no mask: it holds {'numbers below 0' if whole else 'fractions'}", path=path,
+                             remedy="Give whole numbers, 0 for what is outside; cut probabilities at a threshold")
+    return apply_orientation(voxels, grid.to_upright()) > 0
 
 
 def write_like(array: np.ndarray, grid: Grid, path: str | Path) -> Path:

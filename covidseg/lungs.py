@@ -117,11 +117,14 @@ class LungPasses:
 
         Raises:
             InputFileError: they do not; or ...
-            NoLungError: no slice shows any dark region inside a body that could be lung.
+            NoLungError: no slice shows a dark region inside a body that could be lung, or only tiny ones.
         """
         if not any(len(areas) > 1 for areas in self._areas):
             raise no_lung(path)
         known = [plausible for plausible in self._plausible if plausible is not None]
+        if not known:
+            raise NoLungError("shows too little air in any slice to be chest CT", path=path,
+                              remedy="Give slices that show the lungs; --unchecked lets it pass")
         if 2 * sum(known) < len(known):
             raise InputFileError(
                 f"does not look like chest CT: in {len(known) - sum(known)} of {len(known)} slices the brightness "
@@ -161,7 +164,7 @@ class LungPasses:
 def no_lung(path: Path) -> NoLungError:
     """The error for a scan that shows no lung."""
     return NoLungError("no lung was found in any slice", path=path,
-                       remedy="covidseg expects chest CT with air in the lungs darker than tissue")
+                       remedy="Give chest CT, in which the air in the lungs is darker than tissue")
 
 
 def is_volume(pixels: np.ndarray) -> bool:

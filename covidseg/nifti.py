@@ -131,7 +131,10 @@ def read_header(path: Path) -> Header:
     two_dimensional = len(shape) == 2
     if two_dimensional:
         shape = (*shape, 1)
-    if len(shape) != 3 or min(shape) < 1:
+    if min(shape, default=0) < 1:
+        raise InputFileError(f"has shape {whole}, which is no voxel at all", path=path,
+                             remedy="Export or convert it again")
+    if len(shape) != 3:
         raise InputFileError(f"has shape {whole}, not one volume", path=path,
                              remedy="Split series over time into one file each")
     invented = not image.header["sform_code"] and not image.header["qform_code"]  # nibabel then makes one up
@@ -139,6 +142,10 @@ def read_header(path: Path) -> Header:
             or np.isnan(io_orientation(affine)).any():
         raise InputFileError("has no usable affine, so its orientation and spacing are unknown", path=path,
                              remedy="Export it again with orientation, or set the affine with nibabel")
+    # The affine may be whole all the same; but then one of the two is damaged, and nobody knows which.
+    if not np.isfinite(image.header["pixdim"][1:1 + len(whole)]).all():
+        raise InputFileError("has a spacing that is not a number", path=path,
+                             remedy="Correct the spacing in its header (in mm), or export it again")
     grid = Grid((shape[0], shape[1], shape[2]), np.asarray(affine, dtype=np.float64), two_dimensional)
     if not all(SPACING[0] <= step <= SPACING[1] for step in grid.spacing()):
         raise InputFileError(

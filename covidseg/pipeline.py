@@ -310,4 +310,7 @@ def open_run(data: str = "phantom", profile: str = "quick", seed: int = 0, folde
     if folder is None:
         folder = Path(os.environ.get("COVIDSEG_RUNS", "runs")) / f"{Path(data).name}-{profile}-{method}-seed{seed}"
     torch.set_float32_matmul_precision("high")
-    return Run(open_data(data, part), profile_named(profile, method), seed, Path(folder), device, log)
+    found = open_data(data, part)
+    if silent := [case.id for case in found.cases if not case.labels]:
+        log(f"without a label, and so without a part in training: {', '.join(silent)}")
+    return Run(found, profile_named(profile, method), seed, Path(folder), device, log)

@@ -176,7 +176,7 @@ def read_report(run: Path) -> tuple[dict[str, Any], Profile, dict[str, str]]:
     check_hash(report, "Train or export it again")
     try:
         content = json.loads(report.read_text(encoding="utf-8"))
-        profile = profile_from(content["settings"])
+        profile = profile_from(content["settings"], report)
         wanted = {"segmenter": "segmenter", "patches": f"mil{content['best_round']}",
                   **({"lung_net": "lung_net"} if profile.lung_net.steps else {})}
         files = {name: content["stages"][stage] for name, stage in wanted.items()}
@@ -198,7 +198,8 @@ def load_predictor(run: Path = SHIPPED, device: torch.device = torch.device("cpu
     _, profile, files = read_report(run)
 
     def read(name: str, empty: nn.Module) -> nn.Module:
-        return load_net(empty, load_arrays(run / "stages" / files[name])[0]).to(device)
+        path = run / "stages" / files[name]
+        return load_net(empty, load_arrays(path)[0], path).to(device)
     return Predictor(read("segmenter", make_segmenter(profile.segmenter)),
                      read("lung_net", make_lung_net(profile.lung_net)) if "lung_net" in files else None, profile)
 

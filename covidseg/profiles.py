@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from covidseg.cam import CamSettings
@@ -114,8 +115,11 @@ def _setting(kind: Any, plain: Any) -> Any:
     raise TypeError(f"{plain!r} is of another type than {getattr(kind, '__name__', kind)}")
 
 
-def profile_from(plain: dict) -> Profile:
+def profile_from(plain: dict, path: Path | None = None) -> Profile:
     """The settings of a run from the JSON of its report.
+
+    Args:
+        path: of the report, to be named in errors.
 
     Raises:
         ArtifactError: the report names settings that this version does not know, or lacks some that it needs.
@@ -123,7 +127,7 @@ def profile_from(plain: dict) -> Profile:
     try:
         return _settings(Profile, plain)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, SettingsError) as error:
-        raise ArtifactError(f"the run's settings cannot be read ({error})",
+        raise ArtifactError(f"holds settings that cannot be read ({error})", path=path,
                             remedy="Train again with this version of covidseg") from error
 
 

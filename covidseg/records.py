@@ -2,12 +2,14 @@
 
 Whatever a page says about real scans comes from these files, and each of them names the command, versions, device,
 seeds and checksums of the data that it was made with. ``table1-*`` are comparisons of all systems, drawn up as tables
-by :mod:`covidseg.compare`; ``ablate-*`` are variants of the method.
+by :mod:`covidseg.compare`; ``ablate-*`` are variants of the method; ``bench-*`` and ``faults`` are what `make bench`
+measured and what `make faults` tried.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,3 +125,20 @@ def bench_markdown(record: Record, kind: str = "comparisons") -> str:
              f"{reached[row['met']]} | {row['unit']} | {row['task']} |"
              for row in rows if "exponent" not in row["task"]]
     return "\n".join([head, "|--:|--:|---|---|---|", *lines])
+
+
+def faults_markdown(record: Record, group: str) -> str:
+    """Table of one group of tried faults, see ``tools/faults``: what is wrong, how it ended.
+
+    Args:
+        group: such as ``damaged files``.
+    """
+    def cell(text: str) -> str:
+        text = re.sub(r"\b([0-9a-f]{8})[0-9a-f]{24,}\b", r"\1…", text)  # of checksums the beginning will do
+        text = re.sub(r"https?://[\w./-]*\w", r"`\g<0>`", text)        # made-up addresses, not to be links
+        return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    lines = ["| what is wrong | typed | exit code | what was said |", "|---|---|--:|---|"]
+    lines += [f"| {cell(row['fault'])}{'' if row['met'] else ' (**not caught**)'} | `{row['command']}` | "
+              f"{row['exit_code']} | {cell(' '.join(row['said']))} |"
+              for row in record["faults"] if row["group"] == group]
+    return "\n".join(lines)

@@ -33,13 +33,14 @@ class UnpackSettings:
 
 
 def check_zip(path: str | Path) -> None:
-    """Reads a zip archive to its end and compares every CRC.
+    """Reads a zip archive to its end and compares every CRC; a trap is refused before it is read.
 
     Raises:
-        DownloadError: it is not a zip archive or is damaged.
+        DownloadError: it is not a zip archive, is damaged, or is one that :func:`unpack` would refuse.
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            _refuse_traps(Path(path), archive.infolist(), UnpackSettings())
             bad = archive.testzip()
     except (*ZIP_FAULTS, OSError) as error:
         raise DownloadError(f"is not a usable zip archive ({error})", path=path,

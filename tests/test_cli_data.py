@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Iterator
@@ -278,6 +279,22 @@ def test_copy_where_links_are_impossible(server: Server, tmp_path: Path, monkeyp
     assert (tmp_path / "mine" / "tr_im.nii.gz").stat().st_nlink == 1
 
 
+def test_a_full_disk_leaves_no_half_file(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source = tmp_path / "scan.nii.gz"
+    source.write_bytes(nifti(volume(1, (1,))[0]))
+    monkeypatch.setattr(arranging.os, "link", refuse)
+    monkeypatch.setattr("os.fsync", refuse)
+    for write in (lambda: arranging.place(source, tmp_path / "im" / "a.nii.gz", move=False),
+                  lambda: arranging.write_table(tmp_path / "im" / "labels.csv", ("a", "b"), [(1, 2)]),
+                  lambda: arranging.write_json(tmp_path / "im" / "a.json", {})):
+        with pytest.raises(OutputError, match="No space left"):
+            write()
+        assert list((tmp_path / "im").iterdir()) == []
+
+
 def test_target_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     fails(OutputError, "get", "medseg2", "--yes", "--to", tmp_path / "file")
@@ -400,6 +417,13 @@ def test_check_lists_every_fault(spoil, complaint: str, folder: Path) -> None:
     shown = [line for line in result.stdout.splitlines() if line.startswith("fault: ")]
     assert len(shown) == 1
     assert re.search(complaint, shown[0])
+
+
+def test_check_names_volumes_without_any_label(folder: Path) -> None:
+    for kind in ("im", "lung", "mask"):
+        (folder / kind / "b.nii.gz").write_bytes((folder / kind / "a.nii.gz").read_bytes())
+    assert "1 fault found" in fails(DatasetError, "check", folder)
+    assert "fault: b: no slice has a line in the label table" in run("check", folder).stdout
 
 
 def test_check_counts_faults_of_all_volumes(folder: Path) -> None:

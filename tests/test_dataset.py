@@ -144,6 +144,12 @@ def test_label_tables_of_volumes(tmp_path, table, words):
     check_refused(volumes(tmp_path / "d", table), *words)
 
 
+def test_a_folder_in_place_of_the_table(tmp_path):
+    root = volumes(tmp_path / "d", None)
+    (root / "slice_labels.csv").mkdir()
+    check_refused(root, "slice_labels.csv", "not a CSV table")
+
+
 @pytest.mark.parametrize(("table", "words"), [
     (None, ["dev_slices.csv", "no such label table", "position, has_lesion"]),
     ("slice,has_lesion\n0,1\n", ["lacks the column position"]),

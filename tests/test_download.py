@@ -363,6 +363,34 @@ def test_zip_bombs_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("size", "name", "complaint"), [(20 << 30, "a.txt", "zip bomb"),
+                                                         (3, "../a.txt", "leaves its folder")])
+def test_a_trap_is_refused_before_it_is_read_and_not_kept(size: int, name: str, complaint: str, server: Server,
+                                                          tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr(member := zipfile.ZipInfo(name), b"abc")
+        member.file_size = size  # in the archive's directory, which limits go by
+    server.add("a.zip", stream.getvalue())
+    with pytest.raises(DownloadError, match=complaint):
+        fetch(server.remote("a.zip"), tmp_path / "in", QUICK)
+    assert list((tmp_path / "in").iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_half_checksum(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty .sha256 would call every later download a changed file."""
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    server.add("a.bin", BODY)
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        with pytest.raises(OutputError, match=r"a\.bin.*sha256.*No space left"):
+            fetch(server.remote("a.bin"), tmp_path, QUICK)
+    assert not list(tmp_path.glob("*.sha256*"))
+    assert fetch(server.remote("a.bin"), tmp_path, QUICK).path.read_bytes() == BODY
+
+
 def test_archive_that_lies_about_its_sizes(tmp_path: Path) -> None:
     body = zipped({"a.txt": bytes(1 << 16)})
     honest = (1 << 16).to_bytes(4, "little")

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from covidseg.errors import CovidsegError, InputFileError, OutputError
+from covidseg.errors import CovidsegError, InputFileError, OutputError, SettingsError
 from covidseg.io import Grid, read_mask, read_scan, scan_id, write_like
 
 # One letter of each pair, in every order: the 48 ways to lay a volume out along its axes.
@@ -268,6 +268,30 @@ def test_forty_flipped_bytes_are_forty_faults(tmp_path):
             read_scan(path)
 
 
+def test_a_unit_that_does_not_exist(tmp_path):
+    with pytest.raises(SettingsError, match=r"'hu'.*HU, display"):
+        read_scan(save(tmp_path / "scan.nii.gz", np.zeros((6, 5, 4), np.int16)), unit="hu")
+
+
+def test_an_axis_of_length_zero(tmp_path):
+    raw = bytearray(save(tmp_path / "scan.nii", np.zeros((6, 5, 4), np.int16)).read_bytes())
+    raw[46:48] = np.array(0, "<i2").tobytes()  # dim[3]
+    (tmp_path / "scan.nii").write_bytes(raw)
+    check_refused(tmp_path / "scan.nii", "(6, 5, 0)", "no voxel")
+
+
+@pytest.mark.parametrize("step", [np.nan, np.inf])
+def test_a_spacing_that_is_no_number_beside_a_whole_affine(tmp_path, step):
+    raw = bytearray(save(tmp_path / "scan.nii", np.zeros((6, 5, 4), np.int16)).read_bytes())
+    raw[88:92] = np.array(step, "<f4").tobytes()  # pixdim[3]
+    (tmp_path / "scan.nii").write_bytes(raw)
+    check_refused(tmp_path / "scan.nii", "not a number")
+    raw[88:92] = np.array(5, "<f4").tobytes()
+    raw[92:96] = np.array(step, "<f4").tobytes()  # pixdim[4], of an axis that a volume does not have
+    (tmp_path / "scan.nii").write_bytes(raw)
+    assert read_scan(tmp_path / "scan.nii").pixels.shape == (4, 5, 6)
+
+
 def test_a_flat_or_infinite_affine(tmp_path):
     path = save(tmp_path / "flat.nii", np.zeros((6, 5, 4), np.int16))
     raw = bytearray(path.read_bytes())
@@ -394,6 +418,19 @@ def test_a_mask_has_to_fit_its_image(tmp_path):
     shifted[2, 3] = 5
     with pytest.raises(InputFileError, match="another affine"):
         read_mask(save(tmp_path / "shifted.nii.gz", fitting, shifted), like=scan)
+
+
+@pytest.mark.parametrize(("values", "complaint"), [
+    (np.array([-1000, 0, 1000], np.int16), "numbers below 0"), (np.array([0, 0.25, 1], np.float32), "fractions"),
+    (np.array([-1, 0, 1], np.float32), "numbers below 0")])
+def test_what_is_no_mask(tmp_path, values, complaint):
+    with pytest.raises(InputFileError, match=rf"m.nii.gz: is no mask: it holds {complaint}.*threshold"):
+        read_mask(save(tmp_path / "m.nii.gz", np.resize(values, (6, 5, 4))))
+
+
+def test_masks_may_be_stored_as_numbers_with_a_point_that_are_nearly_whole(tmp_path):
+    values = np.resize(np.array([0, 1.0001, 2.9999], np.float32), (6, 5, 4))
+    assert read_mask(save(tmp_path / "m.nii.gz", values)).sum() == 80
 
 
 # --- writing ----------------------------------------------------------------------------------------------------

@@ -145,6 +145,13 @@ def test_slices_without_anything_like_a_lung_are_refused():
             lung_masks(pixels, check=CT)
 
 
+def test_slices_with_too_little_air_to_tell_are_refused():
+    moon = data.moon()[None, ::2, ::2]
+    assert lung_masks(moon).any(), "a threshold alone would take it"
+    with pytest.raises(NoLungError, match=r"scan.nii.gz: shows too little air.*--unchecked"):
+        lung_masks(moon, check=CT)
+
+
 def test_a_few_slices_of_the_belly_do_not_make_a_scan_implausible(ill):
     mixed = np.concatenate([np.full((3, *ill.hu.shape[1:]), -1000, ill.hu.dtype), ill.hu])
     assert lung_masks(mixed, check=CT)[3:].any()

@@ -478,6 +478,18 @@ def test_a_run_lies_where_the_environment_says(tiny_phantom: Path, tmp_path: Pat
     assert open_run(str(tiny_phantom), seed=7, folder=tmp_path / "own", part=None).folder == tmp_path / "own"
 
 
+def test_a_volume_without_labels_is_left_out_aloud(tiny_phantom: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(tiny_phantom, tmp_path / "data"))
+    table = data / "slice_labels.csv"
+    table.write_text("".join(line for line in table.read_text().splitlines(True) if "phantom_02" not in line))
+    said: list[str] = []
+    run = open_run(str(data), part=None, device="cpu", folder=tmp_path / "run", log=said.append)
+    assert said == ["without a label, and so without a part in training: phantom_02"]
+    assert not any(name.startswith("phantom_02") for name in run.threshold().names)
+    open_run(str(tiny_phantom), part=None, device="cpu", folder=tmp_path / "run", log=said.append)
+    assert len(said) == 1
+
+
 def test_a_folder_without_a_split_cannot_be_split(tiny_phantom: Path) -> None:
     assert len(open_data(str(tiny_phantom)).cases) == 4
     with pytest.raises(DatasetError, match="no split"):

@@ -355,8 +355,10 @@ def edit(copied: Path, change: object) -> None:
          "no lung net", "no best round", "no such round", "no choice of lungs", "no order of the curriculum"])
 def test_a_report_that_does_not_fit_is_refused(copied: Path, change: object) -> None:
     edit(copied, change)
-    with pytest.raises(ArtifactError):
+    with pytest.raises(ArtifactError) as caught:
         load_predictor(copied)
+    assert caught.value.path is not None, "which of the files?"
+    assert caught.value.remedy
 
 
 def test_a_later_round_without_its_patch_net_is_refused(copied: Path) -> None:

@@ -14,6 +14,7 @@ from covidseg.errors import ArtifactError
 from covidseg.metrics import NAMES
 from covidseg.records import (
     ablation_markdown,
+    faults_markdown,
     origin,
     over_seeds,
     read_records,
@@ -60,6 +61,23 @@ def test_table_of_an_ablation() -> None:
     assert lines[2:] == ["| all: Grad-CAM | 0.400 | 0.500 | 0.500 | 0.300 |",
                          "| all: Segmenter | 0.700 | 0.500 | 0.500 | 0.600 |",
                          "| one way: Segmenter | – | 0.500 | 0.500 | 0.600 |"]
+
+
+def test_table_of_faults() -> None:
+    def row(**other: object) -> dict:
+        return {"group": "a", "fault": "empty", "command": "covidseg lungs x -o out", "said": ["error: x: is <empty>."],
+                "exit_code": 3, "error": "InputFileError", "met": True, **other}
+    found = faults_markdown({"faults": [row(), row(group="b"), row(met=False, said=["one|two", "im/*.nii"])]}, "a")
+    assert found.splitlines()[2:] == [
+        "| empty | `covidseg lungs x -o out` | 3 | error: x: is &lt;empty>. |",
+        "| empty (**not caught**) | `covidseg lungs x -o out` | 3 | one\\|two im/\\*.nii |"]
+
+
+def test_addresses_and_checksums_in_the_table_of_faults() -> None:
+    said = f"error: https://a.example/b.zip: has the md5 {'0123456789abcdef' * 2}, expected {'f' * 64}. Wait."
+    row = {"group": "a", "fault": "changed", "command": "x", "said": [said], "exit_code": 5, "met": True}
+    assert faults_markdown({"faults": [row]}, "a").endswith(
+        "| error: `https://a.example/b.zip`: has the md5 01234567…, expected ffffffff…. Wait. |")
 
 
 def test_origin_says_what_was_run_on_what() -> None:

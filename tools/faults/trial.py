@@ -1,0 +1,163 @@
+"""What a fault is, how it is tried in a folder of its own, and when it counts as caught."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from covidseg import errors
+from covidseg.cli import main
+from covidseg.errors import CovidsegError
+from faults.supplies import Supplies
+
+# Of a message: what is wrong, a full stop, and a sentence that says what to do.
+REMEDY = re.compile(r"error: .+\. [A-Z`].*\.")
+CODES = {kind.exit_code: kind.__name__ for kind in vars(errors).values()
+         if isinstance(kind, type) and issubclass(kind, CovidsegError)}
+
+
+Make = Callable[[Path, Supplies], object]
+During = Callable[[Path], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that can be wrong, and what has to happen then.
+
+    Attributes:
+        title: what is wrong, in a few words.
+        command: what a user types, in the folder that ``make`` fills; with ``call``, the line of Python.
+        error: its exit code has to be the command's.
+        names: what the message has to name, usually the file.
+        make: fills an empty folder, which is the working directory then.
+        during: holds while the command runs: a full disk, a server that misbehaves.
+        call: is done instead of the command, where there is none.
+        results: new files that have to be there afterwards, as patterns: what the fault must not prevent.
+        leaves: new files that may be there as well; anything else is left over.
+        lines: error messages that are expected, one for each bad file.
+    """
+
+    title: str
+    command: str
+    error: type[CovidsegError]
+    names: tuple[str, ...]
+    make: Make
+    during: During = lambda folder: nullcontext()
+    call: Callable[[], object] | None = None
+    results: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+    lines: int = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened.
+
+    Attributes:
+        exit_code: of the command.
+        said: lines with faults on standard output, then all lines of standard error.
+        complaints: why the fault does not count as caught; empty if it does.
+    """
+
+    fault: Fault
+    exit_code: int
+    said: tuple[str, ...]
+    complaints: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """A row of the record; of many messages the first one."""
+        said = [*self.said[:1], f"(and {len(self.said) - 1} more like it)"] if self.fault.lines > 2 else [*self.said]
+        return {"fault": self.fault.title, "command": self.fault.command, "said": said, "exit_code": self.exit_code,
+                "error": CODES.get(self.exit_code, ""), "met": not self.complaints}
+
+
+def attempt(fault: Fault, supplies: Supplies) -> Outcome:
+    """Tries one fault in a temporary folder, and judges what happened."""
+    with tempfile.TemporaryDirectory(prefix="faults-") as name, contextlib.chdir(name):
+        folder = Path.cwd()  # as the system calls it, should the temporary folder be a link
+        fault.make(folder, supplies)
+        before = contents(folder)
+        with fault.during(folder):
+            code, printed, complained = spoken(fault)
+        after = contents(folder)
+        faults = [line for line in printed.splitlines() if line.startswith("fault: ")]
+        said = [tidy(line.replace(f"{folder}/", "")) for line in [*faults, *complained.splitlines()]]
+        complaints = [*judged(fault, code, said), *left_over(fault, before, after)]
+    return Outcome(fault, code, tuple(said), tuple(complaints))
+
+
+def tidy(line: str) -> str:
+    """A line without what is another in each run or on each processor: a played publisher's port, sums of bytes."""
+    line = re.sub(r"http://127\.0\.0\.1:\d+", "https://publisher.example", line)
+    return re.sub(r"CRC check failed \d+ != \d+", "CRC check failed", line)
+
+
+def spoken(fault: Fault) -> tuple[int, str, str]:
+    """Runs the command in this process, as its entry point does.
+
+    Returns:
+        Exit code, standard output and standard error. An error that nobody caught shows its trace, as in Python.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    words = shlex.split(fault.command)
+    variables = dict(word.split("=", 1) for word in words[:words.index("covidseg")]) if fault.call is None else {}
+    with redirect_stdout(out), redirect_stderr(err), patch.dict(os.environ, variables), \
+            patch.object(sys, "argv", words[len(variables):]):
+        try:
+            main() if fault.call is None else fault.call()
+            code = 0
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        except CovidsegError as error:  # of a call
+            code = error.exit_code
+            err.write(f"error: {error}\n")
+        except Exception:
+            code = 1
+            err.write(traceback.format_exc())
+    return code, out.getvalue(), err.getvalue()
+
+
+def judged(fault: Fault, code: int, said: list[str]) -> list[str]:
+    """What is wrong with an exit code and with what was said."""
+    complaints = []
+    if code != fault.error.exit_code:
+        complaints.append(f"ends with {code}, not with {fault.error.exit_code}")
+    if odd := [line for line in said if not line.startswith(("error: ", "fault: "))]:
+        complaints.append(f"prints a trace or something else: {odd[-1]}")
+    messages = [line for line in said if line.startswith("error: ")]
+    if len(messages) != fault.lines:
+        complaints.append(f"says {len(messages)} messages, not {fault.lines}")
+    if any(REMEDY.fullmatch(message) is None for message in messages):
+        complaints.append("says no remedy")
+    complaints += [f"does not name {name}" for name in fault.names if name not in "\n".join(said)]
+    return complaints
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hash of every file in a folder, hidden ones as well."""
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def left_over(fault: Fault, before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """Files that were changed or lost, half-written ones, and results that are missing."""
+    new = [name for name in after if name not in before]
+    complaints = [f"{name} was {'changed' if name in after else 'lost'}" for name, digest in before.items()
+                  if after.get(name) != digest]
+    complaints += [f"{name} is left over" for name in new
+                   if not any(Path(name).match(pattern) for pattern in fault.results + fault.leaves)]
+    return complaints + [f"{pattern} is missing" for pattern in fault.results
+                         if not any(Path(name).match(pattern) for name in new)]
