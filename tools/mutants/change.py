@@ -94,9 +94,10 @@ def _what_runs(source: str) -> str:
 
 
 def _difference(source: str, changed: str) -> tuple[int, str, str]:
-    """Number of the first line that differs, and what differs before and after, whole lines."""
-    was, now = ([line.strip() for line in text.splitlines()] for text in (source, changed))
-    first = next(k for k in range(len(was)) if was[k] != now[k])
-    while was and now and was[-1] == now[-1]:
+    """Number of the first line that differs, and what differs before and after; blank lines do not count."""
+    numbers = [k for k, line in enumerate(source.splitlines(), start=1) if line.strip()]
+    was, now = ([line.strip() for line in text.splitlines() if line.strip()] for text in (source, changed))
+    first = next(k for k, line in enumerate(was) if now[k:k + 1] != [line])
+    while len(was) > first and len(now) > first and was[-1] == now[-1]:
         was.pop(), now.pop()
-    return first + 1, " ".join(filter(None, was[first:])), " ".join(filter(None, now[first:]))
+    return numbers[first], " ".join(was[first:]), " ".join(now[first:])

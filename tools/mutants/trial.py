@@ -145,8 +145,8 @@ class _Watcher:
         kills, seconds = self.target.kills, self.target.seconds
         items.sort(key=lambda item: (-kills[item.nodeid], seconds.get(item.nodeid, 0)))
         # A failing example need not be made smaller: nobody reads it.
-        quick = hypothesis.settings(hypothesis.settings(), phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
-        hypothesis.settings.register_profile("mutants", quick)
+        phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+        hypothesis.settings.register_profile("mutants", hypothesis.settings(), phases=phases)
         hypothesis.settings.load_profile("mutants")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
