@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GOAL = 0.85
 # Which tests have to notice a change in a module. Lungs are three modules: volumes, one slice, and its building blocks.
 TESTS = {"metrics": ("test_metrics",), "patches": ("test_patches", "test_plain_patches"), "lungs": ("test_lungs",),
-         "lungslice": ("test_lungs",), "morphology": ("test_morphology",)}
+         "lungslice": ("test_lungslice", "test_lungs"), "morphology": ("test_morphology",)}
 HEAVY = ("torch", "torchmetrics.classification", "monai.metrics", "monai.networks.nets", "nibabel", "scipy.ndimage",
          "skimage.measure", "skimage.segmentation", "skimage.transform", "safetensors.torch", "hypothesis.extra.numpy",
          "matplotlib.figure", "requests", "pooch", "pytest_timeout")

@@ -143,7 +143,7 @@ class _Watcher:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         kills, seconds = self.target.kills, self.target.seconds
-        items.sort(key=lambda item: (-kills[item.nodeid], seconds.get(item.nodeid, 0)))
+        items.sort(key=lambda item: (-kills[item.nodeid], seconds.get(item.nodeid, 0.0)))
         # A failing example need not be made smaller: nobody reads it.
         phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
         hypothesis.settings.register_profile("mutants", hypothesis.settings(), phases=phases)
