@@ -157,6 +157,27 @@ def test_a_few_slices_of_the_belly_do_not_make_a_scan_implausible(ill):
     assert lung_masks(mixed, check=CT)[3:].any()
 
 
+def test_one_lung_alone_is_enough(healthy):
+    right = healthy.lung[MIDDLE] & (np.arange(256) < 128)
+    image = np.where(right, 40, healthy.hu[MIDDLE])
+    assert ndi.label(healthy.lung[MIDDLE] & ~right)[1] == 1
+    assert lung_masks(image[None], check=CT).any()
+
+
+@pytest.mark.parametrize(("plausible", "said"), [
+    ([True, True, False], None), ([True, False, None], None), ([None, None, None], None), ([True, None, None], None),
+    ([True, False, False], "in 2 of 3 slices"), ([None, False, None], "in 1 of 1 slices"),
+    ([False, False, False], "in 3 of 3 slices")])
+def test_a_scan_is_refused_if_most_of_its_slices_that_tell_are_implausible(ill, monkeypatch, plausible, said):
+    answers = iter(plausible)
+    monkeypatch.setattr("covidseg.lungs.looks_like_ct", lambda image, region: next(answers))
+    if said is None:
+        assert lung_masks(ill.hu[3:6], check=CT).any()
+    else:
+        with pytest.raises(InputFileError, match=said):
+            lung_masks(ill.hu[3:6], check=CT)
+
+
 @pytest.mark.slow
 @pytest.mark.realct
 def test_every_real_scan_is_plausible(realct):
@@ -398,6 +419,39 @@ def test_is_volume_tells_ordered_slices_from_unrelated_ones(ill, healthy, tiny_p
     assert not is_volume(np.stack([pixels[k] for pixels in others for k in (0, 8)]))
     assert not is_volume(np.random.default_rng(0).normal(size=(5, 64, 64)))
     assert not is_volume(ill.hu[:1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_empty_slices_do_not_make_a_volume_a_stack(ill):
+    pixels = ill.hu.copy()
+    pixels[[0, 4, 9]] = -1024
+    assert is_volume(pixels)
+    assert not is_volume(np.full((3, 64, 64), -1024))
+
+
+def test_slices_have_to_look_alike_in_the_middle():
+    """Of the likenesses of neighbours, the middle one counts, and it has to be above 0.9."""
+    rng = np.random.default_rng(0)
+    first, other = rng.normal(size=(2, 32, 32))
+    for share, expected in ((0.3, True), (0.6, False)):  # likenesses of about 0.96 and 0.86
+        near = first + share * other
+        assert is_volume(np.stack([first, near, first, near, rng.normal(size=(32, 32))])) == expected
+
+
+@pytest.mark.parametrize("smallest", [0.02, 0.05])
+def test_a_stack_drops_components_below_a_share_of_the_body(monkeypatch, smallest):
+    body = np.ones((40, 50), bool)
+    for pixels in range(1, 150):
+        aerated = np.zeros_like(body)
+        aerated.ravel()[:pixels] = True
+        aerated[20:, 20:] = True
+        monkeypatch.setattr("covidseg.lungs.regions", lambda image, settings, aerated=aerated:
+                            lungslice.Regions(body, aerated, np.zeros_like(body)))
+        monkeypatch.setattr("covidseg.lungs.without_trachea", lambda lung, body: lung)
+        monkeypatch.setattr("covidseg.lungs.complete", lambda lung, region, settings: lung)
+        found = lung_masks(np.zeros((1, 40, 50)), LungSettings(smallest=smallest), volume=False)[0]
+        assert found[30, 30]
+        assert found[0, 0] == (pixels > smallest * 2000)
 
 
 def test_a_volume_drops_small_components_that_a_stack_keeps(healthy):

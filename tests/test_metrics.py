@@ -19,7 +19,8 @@ from covidseg.errors import DatasetError
 from covidseg.io import Grid, write_like
 from covidseg.metrics import NAMES, Scores, confusion, figures, macro, micro, read_truth
 
-pytestmark = pytest.mark.filterwarnings("error:invalid value:RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings(f"error:{what}:RuntimeWarning")
+              for what in ("invalid value", "divide by zero")]
 SHAPE = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))
 
 
@@ -57,6 +58,11 @@ def test_macro_and_micro_by_hand():
     assert values(macro(counts)) == pytest.approx([0.5, 0.5, 0.5, 0.5, (1 + 8 / 9) / 2])
 
 
+def test_a_lesion_that_is_half_found_is_a_lesion():
+    counts = confusion(masks("##...", "#...#"), masks("####.", "....."))
+    assert values(macro(counts)) == pytest.approx([4 / 6, 1 / 2, 1, 1 / 2, (1 + 3 / 5) / 2])
+
+
 def test_an_empty_prediction_of_a_lesion_counts_as_zero_in_macro():
     counts = confusion(masks("..........", "##........"), masks("##........", "##........"))
     assert values(macro(counts)) == pytest.approx([0.5, 0.5, 0.5, 0.5, 1])  # a PPV of 0/0 counts as 0, not as nothing
@@ -86,8 +92,10 @@ def test_a_slice_that_is_all_lesion_has_no_specificity():
 
 
 def test_shapes_have_to_agree():
-    with pytest.raises(ValueError, match="differ in shape"):
-        confusion(np.zeros((2, 3, 4), bool), np.zeros((2, 4, 3), bool))
+    one, other = np.zeros((2, 3, 4), bool), np.zeros((2, 4, 3), bool)
+    for pair in ((one, other), (other, one)):
+        with pytest.raises(ValueError, match="differ in shape"):
+            confusion(*pair)
 
 
 def test_the_names_are_the_fields_in_order():

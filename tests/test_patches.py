@@ -35,7 +35,7 @@ def squares_by_hand(lung: np.ndarray, patch: int, share: float, offset: tuple[in
     number = np.arange(lung.size).reshape(lung.shape)
     result = []
     for top in range(-offset[0], len(lung), patch):
-        for left in range(-offset[1], len(lung), patch):
+        for left in range(-offset[1], lung.shape[1], patch):
             window = slice(max(top, 0), top + patch), slice(max(left, 0), left + patch)
             inside = lung[window]
             if inside.any() and inside.sum() >= share * inside.size:
@@ -54,6 +54,18 @@ def test_squares_are_those_with_enough_lung(patch: int, share: float, offset: tu
     for one, lung in zip(ids, lungs, strict=True):
         assert cells_of(one) == squares_by_hand(lung, patch, share, offset)
     assert len({one.max() for one in ids}) > 1, "each slice has a number of its own"
+
+
+@pytest.mark.parametrize("shape", [(20, 35), (35, 20), (23, 4), (4, 23)])
+def test_slices_need_not_be_square(shape: tuple[int, int]) -> None:
+    lungs = np.random.default_rng(0).random((2, *shape)) < 0.5
+    ids = square_ids(lungs)
+    for one, lung in zip(ids, lungs, strict=True):
+        assert cells_of(one) == squares_by_hand(lung, PATCH, 0.3, (0, 0))
+    values = np.random.default_rng(1).random((2, ids.max() + 1))
+    maps = spread(values, ids)
+    assert maps.shape == ids.shape
+    assert (maps[1][ids[1] == 2] == values[1, 2]).all()
 
 
 def test_a_square_with_exactly_the_share_is_a_patch() -> None:
@@ -319,5 +331,6 @@ def test_instances_are_the_numbers_that_occur() -> None:
 def test_no_slices() -> None:
     ids = np.zeros((0, SIDE, SIDE), np.int32)
     assert patch_values(np.zeros((0, SIDE, SIDE)), ids, 7).shape == (0, 8)
+    assert patch_values(np.zeros((0, SIDE, SIDE)), ids).shape == (0, 1)
     assert instances(ids).shape == (0, 1)
     assert pool(torch.zeros(0, 3, SIDE, SIDE), torch.zeros(0, SIDE, SIDE, dtype=torch.int64), 7).shape == (0, 8, 3)

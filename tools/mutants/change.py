@@ -1,0 +1,103 @@
+"""The mutants of a module: its source with one operator, number or condition changed, by Cosmic Ray's operators.
+
+Left out is what no test can notice:
+
+- changes of annotations, which never run (``from __future__ import annotations``), and of nothing at all;
+- sources that do not compile, and sources that another operator made already;
+- ``@dataclass(frozen=True)`` made changeable: it guards against mistakes in code that does not exist.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+from dataclasses import dataclass
+from functools import cache
+
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A changed module.
+
+    Attributes:
+        operator: Cosmic Ray's name of the change.
+        line: where it is, from 1 on.
+        was, now: the line before and after, without its indentation.
+        source: the whole changed module.
+    """
+
+    operator: str
+    line: int
+    was: str
+    now: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.was}  ->  {self.now}"
+
+
+def mutants_of(source: str) -> list[Mutant]:
+    """All mutants of a module's source that a test could notice, in the order of their lines."""
+    seen, result = {_what_runs(source)}, []
+    for name in operator_names():
+        kind = get_operator(name)
+        if kind.arguments():
+            continue  # those that replace one named variable by another have to be told which
+        occurrence = 0
+        while (changed := mutate_code(source, kind(), occurrence)) is not None:
+            occurrence += 1
+            try:
+                runs = _what_runs(changed)
+            except SyntaxError:
+                continue
+            if runs not in seen:
+                seen.add(runs)
+                result.append(Mutant(name.removeprefix("core/"), *_difference(source, changed), changed))
+    return sorted(result, key=lambda mutant: mutant.line)
+
+
+def sample(mutants: list[Mutant], count: int, seed: int = 0) -> list[Mutant]:
+    """``count`` of them drawn by chance, or all if there are no more; in the order in which they come."""
+    if len(mutants) <= count:
+        return mutants
+    return [mutants[k] for k in sorted(random.Random(seed).sample(range(len(mutants)), count))]
+
+
+class _OnlyWhatRuns(ast.NodeTransformer):
+    """Takes annotations away, and ``frozen=`` from decorators."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        node.annotation = ast.Constant(None)
+        return self.generic_visit(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        for decorator in node.decorator_list:
+            if isinstance(decorator, ast.Call):
+                decorator.keywords = [word for word in decorator.keywords if word.arg != "frozen"]
+        return self.generic_visit(node)
+
+
+@cache
+def _what_runs(source: str) -> str:
+    return ast.dump(_OnlyWhatRuns().visit(ast.parse(source)))
+
+
+def _difference(source: str, changed: str) -> tuple[int, str, str]:
+    """Number of the first line that differs, and what differs before and after; blank lines do not count."""
+    numbers = [k for k, line in enumerate(source.splitlines(), start=1) if line.strip()]
+    was, now = ([line.strip() for line in text.splitlines() if line.strip()] for text in (source, changed))
+    first = next(k for k, line in enumerate(was) if now[k:k + 1] != [line])
+    while len(was) > first and len(now) > first and was[-1] == now[-1]:
+        was.pop(), now.pop()
+    return numbers[first], " ".join(was[first:]), " ".join(now[first:])
