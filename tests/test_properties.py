@@ -23,7 +23,7 @@ from covidseg.stream import SliceReader, slice_writer
 ORIENTATIONS = ["".join(letters) for order in itertools.permutations(("RL", "AP", "IS"))
                 for letters in itertools.product(*order)]
 TYPES = (np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.float32, np.float64)
-WRITTEN = (np.uint8, np.int16, np.float32)
+WRITTEN = (np.uint8, np.float32)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,6 @@ def faults_of_reading(scan: Scan, stored: Stored) -> list[str]:
 
 
 @given(files())
-@settings(max_examples=30)
 def test_any_file_is_read_and_written_alike_by_every_way(stored: Stored) -> None:
     with tempfile.TemporaryDirectory() as folder:
         assert faults_of_reading(read_scan(stored.save(Path(folder))), stored) == []
@@ -145,7 +144,7 @@ def test_the_comparison_of_readers_fires(tmp_path: Path, monkeypatch: pytest.Mon
     assert faults_of_reading(scan, Stored("scan.nii", pixels[:, ::-1], "LPI", None, False)) == ["voxels"]
     with monkeypatch.context() as patch:
         patch.setattr(SliceReader, "number", lambda self, position: position)  # from feet to head, as it is not stored
-        assert set(faults_of_reading(scan, stored)) >= {"slices", "slice writer uint8 .nii", "slice writer int16 .nii"}
+        assert set(faults_of_reading(scan, stored)) >= {"slices", "slice writer uint8 .nii"}
     plain = write_like
     monkeypatch.setattr(f"{__name__}.write_like", lambda array, grid, path: plain(array[::-1], grid, path))
     assert set(faults_of_reading(scan, stored)) >= {"round trip uint8 .nii", "itself"}
