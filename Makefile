@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv book html pdf solutions colab bench faults fuzz mutants audit test lint strip lock clean distclean FORCE
+.PHONY: help venv book html pdf solutions colab bench faults fuzz mutants audit test coverage lint strip lock clean distclean FORCE
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -63,6 +63,9 @@ $(VENV)/.trust: $(READY) requirements-trust.lock
 # what they share is made once. PYTEST_ARGS="-n 0" runs all in one process.
 test: $(READY)  ## Run the tests (those of the built book skip when there is none)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+coverage: $(READY)  ## Run the tests and list the lines that none of them runs; fails under 90 %
+	$(BIN)/python -m pytest -m 'not book and not realct' --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
 lint: $(READY)  ## Check style (ruff) and types (mypy)
 	$(BIN)/python -m ruff check .
