@@ -61,11 +61,12 @@ $(VENV)/.trust: $(READY) requirements-trust.lock
 
 # One process a core, up to four: each imports everything and needs a gigabyte. A module's tests stay together, so that
 # what they share is made once. PYTEST_ARGS="-n 0" runs all in one process.
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(READY)  ## Run the tests (those of the built book skip when there is none)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 coverage: $(READY)  ## Run the tests and list the lines that none of them runs; fails under 90 %
-	$(BIN)/python -m pytest -m 'not book and not realct' --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+	$(PYTEST) -m 'not book' --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
 lint: $(READY)  ## Check style (ruff) and types (mypy)
 	$(BIN)/python -m ruff check .

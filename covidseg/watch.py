@@ -32,6 +32,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 def noted_warnings() -> Iterator[list[str]]:
     """Notes the warnings given inside the ``with`` block, each once; they are shown as ever.
 
+    One thread at a time can do so, as of :class:`warnings.catch_warnings`: what shows warnings serves all threads.
+
     Yields:
         A list that grows: ``UserWarning: text`` each, without the name of the file that warned.
     """
