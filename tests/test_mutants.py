@@ -124,7 +124,7 @@ def faults_in(content: dict[str, Any]) -> list[str]:
             found.append(f"{name} does not add up")
         if len(row["survivors"]) != row["survived"] or row["share"] != round(1 - row["survived"] / row["tried"], 4):
             found.append(f"{name} hides survivors")
-        if row["share"] < content["goal"] or row["tried"] < min(100, row["possible"]):
+        if row["share"] < content["goal"] or row["tried"] < min(80, row["possible"]):
             found.append(f"{name} falls short")
     return found + re.findall(r"/(?:home|work|tmp|root)\b\S*", json.dumps(content))
 

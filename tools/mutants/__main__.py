@@ -87,8 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Tries the modules and writes the record; a module that was not asked for keeps its last figures."""
     parser = argparse.ArgumentParser(prog="mutants", description="Do the tests notice small changes in the code?")
     parser.add_argument("--module", nargs="+", choices=TESTS, default=list(TESTS), help="only these")
-    parser.add_argument("--sample", type=int, default=200, metavar="N",
-                        help="try only so many of each module, drawn by chance; 0 tries all (by default 200)")
+    parser.add_argument("--sample", type=int, default=80, metavar="N",
+                        help="try only so many of each module, drawn by chance; 0 tries all (by default 80)")
     parser.add_argument("--seconds", type=int, metavar="N", help="processor time that a mutant may take; by default "
                         "four times that of the tests without a change")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the record")
