@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 from torch import nn
 
 from covidseg import __version__
@@ -74,7 +74,9 @@ def save_arrays(path: Path, arrays: Arrays, notes: dict[str, Any] | None = None)
     """
     plain = {name: np.asarray(value, order="C") for name, value in arrays.items()}
     metadata = {"notes": json.dumps(notes or {})}
-    write_whole(path, lambda temporary: save_file(plain, temporary, metadata))
+    # Not save_file, which has a temporary file of its own that would stay behind if the program is killed.
+    content = serialize(plain, metadata)
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
     write_hash(path)
 
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from covidseg.errors import OutputError
 
 
@@ -41,7 +39,7 @@ def whole_file(path: Path, *, suffix: str = "") -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
+    except OSError as error:
         raise OutputError(f"cannot be written ({getattr(error, 'strerror', None) or error})", path=path,
                           remedy="Check free space and permissions, or choose another folder") from error
     finally:

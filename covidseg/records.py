@@ -128,7 +128,7 @@ def bench_markdown(record: Record, kind: str = "comparisons") -> str:
 
 
 def faults_markdown(record: Record, group: str) -> str:
-    """Table of one group of tried faults, see ``tools/faults``: what is wrong, how it ended.
+    """Table of one group of tried faults, see ``tools/faults``: what is wrong and what was typed, how it ended.
 
     Args:
         group: such as ``damaged files``.
@@ -137,8 +137,9 @@ def faults_markdown(record: Record, group: str) -> str:
         text = re.sub(r"\b([0-9a-f]{8})[0-9a-f]{24,}\b", r"\1…", text)  # of checksums the beginning will do
         text = re.sub(r"https?://[\w./-]*\w", r"`\g<0>`", text)        # made-up addresses, not to be links
         return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
-    lines = ["| what is wrong | typed | exit code | what was said |", "|---|---|--:|---|"]
-    lines += [f"| {cell(row['fault'])}{'' if row['met'] else ' (**not caught**)'} | `{row['command']}` | "
-              f"{row['exit_code']} | {cell(' '.join(row['said']))} |"
+    lines = ["| what is wrong | exit code | what was said |", "|---|--:|---|"]
+    # The command below the fault: a column of its own would be too narrow to read on a phone.
+    lines += [f"| {cell(row['fault'])}{'' if row['met'] else ' (**not caught**)'}<br>`{row['command']}` | "
+              f"{row['exit_code']} | {cell(' '.join(row['said']).removeprefix('error: '))} |"
               for row in record["faults"] if row["group"] == group]
     return "\n".join(lines)

@@ -130,10 +130,11 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, reason,
 
     def half(*args: Any) -> None:
         if where == "while writing":
-            Path(args[1]).write_bytes(b"half a fi")
+            with args[0].open("wb") as stream:
+                stream.write(b"half a fi")
         raise reason
 
-    monkeypatch.setattr(*((artifacts, "save_file", half) if where == "while writing" else (os, "replace", half)))
+    monkeypatch.setattr(*((Path, "write_bytes", half) if where == "while writing" else (os, "replace", half)))
     with pytest.raises(OutputError if isinstance(reason, OSError) else KeyboardInterrupt):
         save_arrays(path, {"other": np.zeros(3)})
     monkeypatch.undo()

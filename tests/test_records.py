@@ -69,15 +69,15 @@ def test_table_of_faults() -> None:
                 "exit_code": 3, "error": "InputFileError", "met": True, **other}
     found = faults_markdown({"faults": [row(), row(group="b"), row(met=False, said=["one|two", "im/*.nii"])]}, "a")
     assert found.splitlines()[2:] == [
-        "| empty | `covidseg lungs x -o out` | 3 | error: x: is &lt;empty>. |",
-        "| empty (**not caught**) | `covidseg lungs x -o out` | 3 | one\\|two im/\\*.nii |"]
+        "| empty<br>`covidseg lungs x -o out` | 3 | x: is &lt;empty>. |",
+        "| empty (**not caught**)<br>`covidseg lungs x -o out` | 3 | one\\|two im/\\*.nii |"]
 
 
 def test_addresses_and_checksums_in_the_table_of_faults() -> None:
     said = f"error: https://a.example/b.zip: has the md5 {'0123456789abcdef' * 2}, expected {'f' * 64}. Wait."
     row = {"group": "a", "fault": "changed", "command": "x", "said": [said], "exit_code": 5, "met": True}
     assert faults_markdown({"faults": [row]}, "a").endswith(
-        "| error: `https://a.example/b.zip`: has the md5 01234567…, expected ffffffff…. Wait. |")
+        "| `https://a.example/b.zip`: has the md5 01234567…, expected ffffffff…. Wait. |")
 
 
 def test_origin_says_what_was_run_on_what() -> None:
