@@ -28,6 +28,7 @@ from covidseg.train import (
     Progress,
     augment,
     balanced_batches,
+    keep_freed_memory,
     learning_rate,
     net_input,
     on_device,
@@ -209,6 +210,8 @@ def lesion_probabilities(net: nn.Module, crops: Crops, *, batch: int = 16) -> np
         ``(N, S, S)`` float32.
     """
     device = next(net.parameters()).device
+    if device.type == "cpu":
+        keep_freed_memory()
     result = []
     batch = slices_at_once(batch, crops.images.shape[-1])
     for start in range(0, len(crops), batch):
