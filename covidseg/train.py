@@ -74,7 +74,7 @@ def on_device(net: Net, device: torch.device) -> Net:
 
 
 def keep_freed_memory() -> bool:
-    """Makes Linux's memory allocator (glibc) keep large blocks that were freed, for the next step of a training.
+    """Makes Linux's memory allocator (glibc) keep large blocks that were freed, for the next step or slices.
 
     By default it gives every block above 32 MB back, and the system fills the next one with zeros, page by page. That
     made training slower by a tenth at 160 pixels and by a third at 512. Costs a sixth more memory there.
