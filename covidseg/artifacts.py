@@ -89,6 +89,12 @@ def write_hash(path: Path) -> None:
     write_text(path.with_name(path.name + ".sha256"), f"{file_hash(path)}  {path.name}\n")
 
 
+def write_with_hash(path: Path, text: str) -> None:
+    """Writes a small text file, and its sha256 beside it for :func:`check_hash`; errors as of :func:`write_text`."""
+    write_text(path, text)
+    write_hash(path)
+
+
 def check_hash(path: Path, remedy: str = "Run the stage again") -> None:
     """Compares a file with the sha256 beside it.
 

@@ -128,11 +128,8 @@ def _check_case(case: Case, unit: str | None = None) -> VolumeReport:
 
 def _check_anatomy(scan: Scan) -> list[str]:
     """Whether it looks like chest CT."""
-    passes = LungPasses()
-    for image in scan.pixels:
-        passes.look(image)
     try:
-        passes.check(scan.path)
+        LungPasses().look_at(scan.pixels).check(scan.path)
     except (InputFileError, NoLungError) as error:
         return [str(error)]
     return []

@@ -20,6 +20,7 @@ that lies broadly against the chest wall without a hazy rim, which no threshold 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +56,7 @@ def lung_masks(pixels: np.ndarray, settings: LungSettings = LungSettings(),
     Returns:
         ``(S, H, W)`` bool. A slice without lung is all False.
     """
-    passes = LungPasses(settings, volume)
-    for image in pixels:
-        passes.look(image)
+    passes = LungPasses(settings, volume).look_at(pixels)
     if check is not None:
         passes.check(check)
     masks = np.zeros(pixels.shape, dtype=bool)
@@ -111,6 +110,12 @@ class LungPasses:
         self._touching.append(np.argwhere(touch[1:, 1:]).T + 1)
         self._packed.append(region.packed())
         self._plausible.append(looks_like_ct(small, region))
+
+    def look_at(self, slices: Iterable[np.ndarray]) -> LungPasses:
+        """The whole first pass; returns itself."""
+        for image in slices:
+            self.look(image)
+        return self
 
     def check(self, path: Path) -> None:
         """Between the passes: whether the slices look like chest CT at all.

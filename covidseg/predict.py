@@ -24,8 +24,7 @@ from covidseg.artifacts import (
     load_net,
     net_arrays,
     save_arrays,
-    write_hash,
-    write_text,
+    write_with_hash,
 )
 from covidseg.errors import ArtifactError, InputFileError, OutputError
 from covidseg.io import Scan
@@ -93,9 +92,7 @@ class Predictor:
         Raises:
             NoLungError: there is no lung in any slice.
         """
-        passes = LungPasses(self.profile.lungs, volume)
-        for image in scan.pixels:
-            passes.look(image)
+        passes = LungPasses(self.profile.lungs, volume).look_at(scan.pixels)
         maps = np.zeros(scan.pixels.shape, np.float32)
         for k, found in enumerate(self._maps(scan.pixels, passes, scan.path)):
             maps[k] = found
@@ -232,8 +229,7 @@ def export_run(run: Path, out: Path) -> list[Path]:
             arrays = {key: value for key, value in arrays.items() if key.startswith("net.")}
         written.append(out / "stages" / f"{name}.safetensors")
         save_arrays(written[-1], arrays)
-    write_text(report, json.dumps(content, indent=2) + "\n")
-    write_hash(report)
+    write_with_hash(report, json.dumps(content, indent=2) + "\n")
     return [*written, report]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from covidseg import DISCLAIMER
-from covidseg.artifacts import file_hash, write_hash, write_text
+from covidseg.artifacts import file_hash, write_with_hash
 from covidseg.distributed import is_first
 from covidseg.errors import ArtifactError
 from covidseg.evaluate import Evaluation
@@ -49,8 +49,7 @@ def write_run(run: Run, command: str) -> Path:
     }
     if is_first():
         with run.store.alone(path):  # report and checksum have to be of the same program
-            write_text(path, json.dumps(content, indent=2) + "\n")
-            write_hash(path)
+            write_with_hash(path, json.dumps(content, indent=2) + "\n")
     return path
 
 

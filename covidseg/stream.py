@@ -123,9 +123,7 @@ def look(reader: SliceReader, settings: LungSettings = LungSettings(), volume: b
         progress: show it, if it takes long and there is a terminal.
         check: whether the slices have to look like chest CT, see :meth:`covidseg.lungs.LungPasses.check`.
     """
-    passes = LungPasses(settings, volume)
-    for image in shown(reader, "lungs", progress):
-        passes.look(image)
+    passes = LungPasses(settings, volume).look_at(shown(reader, "lungs", progress))
     if check:
         passes.check(reader.path)
     return passes

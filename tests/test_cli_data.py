@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_server import PUBLISHED, Server, fill_registry, md5, nifti, volume, zipped
+from skimage.data import camera
 from typer.testing import CliRunner, Result
 
 from covidseg import arrange as arranging
@@ -19,7 +21,7 @@ from covidseg.arrange import arrange, arrange_mosmed, has_lesion
 from covidseg.cli_data import app
 from covidseg.dataset import load_dataset
 from covidseg.errors import DatasetError, DownloadError, InputFileError, OutputError
-from covidseg.io import read_mask, read_scan
+from covidseg.io import read_mask, read_scan, write_like
 from covidseg.registry import entry, is_present, load_registry, resolve
 
 
@@ -49,9 +51,21 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def _anatomy_counts_for_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small sets of random numbers do not look like chest CT, which is tested elsewhere."""
+    """Small sets of random numbers do not look like chest CT; tests that are called after the anatomy do."""
     if "anatomy" not in request.node.name:
         monkeypatch.setattr(datacheck, "_check_anatomy", lambda scan: [])
+
+
+def test_check_of_the_anatomy(tiny_phantom: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_phantom, tmp_path / "set"))
+    assert datacheck.check_folder(folder).all_faults() == []
+    path = folder / "im" / "phantom_01.nii.gz"
+    scan = read_scan(path)
+    photograph = np.broadcast_to(camera()[::4, ::4], scan.pixels.shape)
+    write_like(photograph, scan.grid, path)
+    faults = datacheck.check_folder(folder).all_faults()
+    assert len(faults) == 1
+    assert re.search(r"phantom_01: .*(does not look like chest CT|too little air|no lung)", faults[0])
 
 
 @pytest.fixture

@@ -220,7 +220,7 @@ def test_the_record_is_complete_and_without_findings() -> None:
 def test_check_of_the_record_fires() -> None:
     content = json.loads(RECORD.read_text(encoding="utf-8"))
     content["targets"][0] |= {"executions": 3, "findings": [{"error": "KeyError"}]}
-    content["note"] = "in /root/somewhere"
+    content["note"] = "in /home/somewhere"
     assert len(faults(content)) == 4
     del content["targets"][1:], content["environment"]["packages"]["atheris"]
     assert "zip was not tried" in faults(content)
