@@ -36,6 +36,8 @@ class Keys:
         if stage == "weak":
             lungs = [case.lung for case in self.data.cases if case.lung] if p.true_lungs else []
             return fingerprint(self("lung_net"), p.true_lungs, *lungs)
+        if stage.startswith("patches"):  # the patch net's maps, with no setting of their own
+            return fingerprint(self(stage.replace("patches", "mil")), "maps")
         name, number = stage.rstrip("0123456789"), int(stage.lstrip("abcdefghijklmnopqrstuvwxyz_") or 1)
         before, settings = {
             "lung_net": ("threshold", p.lung_net),

@@ -74,7 +74,8 @@ class Run:
 
     def stages(self) -> list[str]:
         """Names of all stored stages, in order; trains the rounds if need be, since they decide how many there are."""
-        rounds = [f"{name}{k}" for k in range(1, len(self.rounds()) + 1) for name in ("classifier", "cam", "mil")]
+        of_round = ("classifier", "cam", "mil", "patches")
+        rounds = [f"{name}{k}" for k in range(1, len(self.rounds()) + 1) for name in of_round]
         net = ["lung_net"] if self.profile.lung_net.steps else []
         return ["threshold", *net, "weak", *rounds, "rounds", "fine", "segmenter"]
 
@@ -211,8 +212,10 @@ class Run:
 
     def patches(self, number: int = 1) -> np.ndarray:
         """Stage 4: patch probabilities of all training slices on pixels after a round, ``(N, S, S)``."""
-        return self._once(f"patches{number}", lambda: patch_probabilities(
-            self.mil(number)[0], self.weak().crops, self.cam(number)))
+        def make() -> tuple[Arrays, dict[str, Any]]:
+            return {"patches": patch_probabilities(self.mil(number)[0], self.weak().crops, self.cam(number))}, {}
+        stage = f"patches{number}"
+        return self._once(stage, lambda: self.store.get(stage, self.key(stage), make)[0]["patches"])
 
     def rounds(self) -> list[Round]:
         """The exchange between stages 2 and 4: all rounds, trained until the two maps agree no better."""

@@ -338,7 +338,8 @@ def test_the_names_of_stages_leave_out_what_there_is_not(tiny_run: Run, copied: 
     assert tuple(run.stages()) == STAGES
     bare, _ = again(tiny_run, copied, profile=replace(TINY, lung_net=replace(TINY.lung_net, steps=0)))
     bare.rounds = lambda: [None]  # type: ignore[method-assign, list-item]
-    assert bare.stages() == ["threshold", "weak", "classifier1", "cam1", "mil1", "rounds", "fine", "segmenter"]
+    assert bare.stages() == ["threshold", "weak", "classifier1", "cam1", "mil1", "patches1", "rounds", "fine",
+                             "segmenter"]
 
 
 def test_results_have_the_shapes_and_ranges_they_claim(tiny_run: Run) -> None:

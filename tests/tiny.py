@@ -38,8 +38,8 @@ TINY_RIVALS = Rivals(CamSettings(layer_share=0.0), DeCoVNetSettings(steps=2, bat
                      Ad3dMilSettings(steps=2, batch=4),
                      DeCoVNetSettings(dims=3, slab=SLAB, steps=2, batch=4),
                      Ad3dMilSettings(dims=3, slab=SLAB, steps=2, batch=4))
-STAGES = ("threshold", "lung_net", "weak", "classifier1", "cam1", "mil1", "classifier2", "cam2", "mil2", "rounds",
-          "fine", "segmenter")
+STAGES = ("threshold", "lung_net", "weak", "classifier1", "cam1", "mil1", "patches1", "classifier2", "cam2",
+          "mil2", "patches2", "rounds", "fine", "segmenter")
 # For processes of tests: a copy of this one has imported everything, which takes a fresh one ten seconds and more.
 # Where there is a GPU a copy of a process that computed cannot compute, so one that only imported is copied.
 WARM = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")

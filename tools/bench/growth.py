@@ -25,6 +25,8 @@ from covidseg.profiles import profile_named
 from covidseg.refine import lesion_probabilities, make_segmenter, train_segmenter
 
 SLICES, SIDE, TIMES, SIDES = 12, 256, (1, 2, 4, 8), (128, 192, 256, 384, 512)
+SPEND = 5.0      # seconds on each size: the largest calls take half of it, and the fastest of several counts
+LITTLE = 16.0    # MB, below which memory says more about the allocator than about the work
 TOLERANCE = 0.1  # of an exponent: caches, and what is paid once
 
 
@@ -94,7 +96,7 @@ def stages(folder: Path) -> dict[str, tuple[Callable[..., Any], Callable[..., An
 def run(setup: Setup) -> dict[str, Any]:
     times, sides = ((1, 2), (64, 128)) if setup.small else (TIMES, SIDES)
     slices, side = setup.size(SLICES, 2), setup.size(SIDE, 64)
-    repeats = 1 if setup.small else 2
+    spend = 0 if setup.small else SPEND
     points: dict[str, Any] = {}
     limits = []
     for name, (prepare, work) in stages(setup.folder).items():
@@ -102,10 +104,13 @@ def run(setup: Setup) -> dict[str, Any]:
         for kind, sizes in (("slices", [(slices * k, side) for k in times]), ("pixels", [(slices, s) for s in sides])):
             rows = []
             for count, s in sizes:
-                _, seconds, memory = in_fresh_process(work, count, s, prepare=prepare, repeats=repeats)
+                _, seconds, memory = in_fresh_process(work, count, s, prepare=prepare, spend=spend)
                 rows.append({"slices": count, "side": s, "seconds": round(seconds, 5), "memory_mb": round(memory, 1)})
             large = rows[-3:]  # small sizes show what is paid once, not how it grows
-            grown = exponent([row["slices"] * row["side"] ** 2 for row in large], [row["seconds"] for row in large])
+            pixels = [row["slices"] * row["side"] ** 2 for row in large]
+            grown = {"time": exponent(pixels, [row["seconds"] for row in large]),
+                     "memory": exponent(pixels, [max(row["memory_mb"], LITTLE) for row in large])}
             points[name][kind] = rows
-            limits.append(Limit(f"{name}: exponent of time in {kind}", "", round(grown, 3), 1 + TOLERANCE).as_json())
+            limits += [Limit(f"{name}: exponent of {what} in {kind}", "", round(value, 3), 1 + TOLERANCE).as_json()
+                       for what, value in grown.items()]
     return {"limits": limits, "points": points}

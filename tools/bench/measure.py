@@ -121,14 +121,14 @@ def alternating(ways: Sequence[Callable[[], Any]], rounds: int,
     return [statistics.median(times) for times in seconds]
 
 
-def _report(pipe: Any, threads: int, work: Callable[..., Any], prepare: Callable[..., Any] | None, repeats: int,
+def _report(pipe: Any, threads: int, work: Callable[..., Any], prepare: Callable[..., Any] | None, spend: float,
             arguments: tuple[Any, ...]) -> None:
     try:
         torch.set_num_threads(threads)
         given = arguments if prepare is None else (prepare(*arguments),)
         reset_peak()
-        before, seconds, result = memory_mb("VmRSS"), [], None
-        for _ in range(repeats):
+        before, seconds, result = memory_mb("VmRSS"), list[float](), None
+        while not seconds or sum(seconds) < spend:
             start = time.perf_counter()
             result = work(*given)
             seconds.append(time.perf_counter() - start)
@@ -139,23 +139,24 @@ def _report(pipe: Any, threads: int, work: Callable[..., Any], prepare: Callable
 
 
 def in_fresh_process(work: Callable[..., Any], *arguments: Any, prepare: Callable[..., Any] | None = None,
-                     repeats: int = 1) -> tuple[Any, float, float]:
+                     spend: float = 0) -> tuple[Any, float, float]:
     """Calls a function of a module in a process of its own, with the libraries loaded beforehand.
 
     Args:
         work: what is measured; its result has to be small and picklable.
         arguments: of ``work``, or of ``prepare`` where there is one.
         prepare: makes the one argument of ``work``, before the clock starts and memory is counted.
-        repeats: calls of ``work``.
+        spend: seconds for which ``work`` is called again and again; 0 is one call.
 
     Returns:
-        Its result, seconds of the fastest call, and MB at the peak above what the process held before.
+        Its result, seconds of the fastest call (the one least disturbed), and MB at the peak above what the process
+        held before.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     mine, theirs = context.Pipe()
     process = context.Process(target=_report,
-                              args=(theirs, torch.get_num_threads(), work, prepare, repeats, arguments))
+                              args=(theirs, torch.get_num_threads(), work, prepare, spend, arguments))
     process.start()
     theirs.close()
     try:
