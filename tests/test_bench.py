@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import roofline
+from bench import measure, roofline
 from bench.command import covidseg
 from bench.measure import Comparison, Limit, Setup, alternating, exponent, in_fresh_process
 from bench.memory import memory_mb
+from fresh import fail, hold, measured_length, prepare, slow_at_first
 from packaging.requirements import Requirement
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,30 +54,21 @@ def test_limits() -> None:
 def test_rivals_take_turns_and_the_first_does_not_count() -> None:
     calls = []
 
-    def slow_at_first() -> None:
+    def first() -> None:
         calls.append("a")
         time.sleep(0.2 if calls.count("a") == 1 else 0.01)
-    seconds = alternating([slow_at_first, lambda: calls.append("b")], rounds=3)
+    seconds = alternating([first, lambda: calls.append("b")], rounds=3)
     assert calls == ["a", "b"] * 4
     assert 0.01 <= seconds[0] < 0.1
 
 
-def hold(megabytes: int) -> int:
-    return len(bytearray(megabytes << 20))
+@pytest.fixture
+def _little_preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fresh processes of these tests need none of what the stages import."""
+    monkeypatch.setattr(measure, "PRELOAD", ["bench.measure"])
 
 
-def fail() -> None:
-    raise ValueError("broken")
-
-
-def prepare(megabytes: int) -> bytes:
-    return b"x" * (megabytes << 20)
-
-
-def measured_length(given: bytes) -> int:
-    return len(given)
-
-
+@pytest.mark.usefixtures("_little_preloaded")
 def test_memory_is_that_of_the_work_alone() -> None:
     before = memory_mb("VmHWM")
     size, seconds, peak = in_fresh_process(hold, 200)
@@ -88,6 +80,15 @@ def test_memory_is_that_of_the_work_alone() -> None:
     assert prepared < 50  # what was there before the clock started does not count
 
 
+@pytest.mark.usefixtures("_little_preloaded")
+def test_the_fastest_of_several_calls_counts() -> None:
+    calls, seconds, _ = in_fresh_process(slow_at_first, spend=0.5)
+    assert 2 <= calls <= 6
+    assert 0.05 <= seconds < 0.25
+    assert in_fresh_process(slow_at_first)[0] == 1
+
+
+@pytest.mark.usefixtures("_little_preloaded")
 def test_faults_of_the_work_come_back() -> None:
     with pytest.raises(ValueError, match="broken"):
         in_fresh_process(fail)

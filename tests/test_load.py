@@ -150,13 +150,15 @@ def careless(level: float) -> Figure:
     return figure
 
 
-@pytest.fixture(params=["browse", "careless"])
-def make(request: pytest.FixtureRequest) -> Callable[[], Explorer]:
-    """Makes a new explorer, of the package's pictures or of somebody's."""
+def pictures() -> Explorer:
+    """A new explorer of the package's pictures."""
     images = volume()
-    if request.param == "browse":
-        return lambda: browse(images, {"mask": images > 0}, name="noise")
-    return lambda: explore(careless, {"level": [0.1, 0.2]}, name="a line")
+    return browse(images, {"mask": images > 0}, name="noise")
+
+
+def careless_pictures() -> Explorer:
+    """A new explorer of somebody's pictures."""
+    return explore(careless, {"level": [0.1, 0.2]}, name="a line")
 
 
 def state_size(widget: Any) -> int:
@@ -167,15 +169,17 @@ def state_size(widget: Any) -> int:
 
 
 @pytest.mark.slow
-def test_two_hundred_pages_with_sliders_leave_nothing_behind(make: Callable[[], Explorer]) -> None:
+@pytest.mark.parametrize(("make", "rounds"), [(pictures, 80), (careless_pictures, 40)])
+def test_many_pages_with_sliders_leave_nothing_behind(make: Callable[[], Explorer], rounds: int) -> None:
     sizes: list[int] = []
-    assert growth(lambda: sizes.append(len(make().page())), 200, 5, most_mb=5) == []
+    assert growth(lambda: sizes.append(len(make().page())), rounds, 5, most_mb=5) == []
     assert len(set(sizes)) == 1, "nothing is added to later ones"
     assert sizes[0] < 2 * KILOBYTES * 1000
 
 
 @pytest.mark.slow
-def test_two_hundred_notebooks_with_widgets(make: Callable[[], Explorer]) -> None:
+@pytest.mark.parametrize(("make", "rounds"), [(pictures, 200), (careless_pictures, 40)])
+def test_hundreds_of_notebooks_with_widgets(make: Callable[[], Explorer], rounds: int) -> None:
     """Widgets live until they are closed, for they may be on a page; each needs no more than its one picture."""
     import ipywidgets
 
@@ -188,7 +192,7 @@ def test_two_hundred_notebooks_with_widgets(make: Callable[[], Explorer]) -> Non
         sizes.append(state_size(box))
         assert sizes[-1] < 1.2 * before, "another picture takes the place of the first"
         ipywidgets.Widget.close_all()
-    assert growth(notebook, 200, 5, most_mb=5) == []
+    assert growth(notebook, rounds, 5, most_mb=5) == []
     assert len(set(sizes)) == 1, "nothing is added to later ones"
     assert sizes[0] < 2 * KILOBYTES * 1000
 

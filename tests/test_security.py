@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import ast
-import json
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny import WARM
+
+from covidseg.cli import app
+from covidseg.predict import load_predictor
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "covidseg").rglob("*.py"))
@@ -102,45 +109,52 @@ def test_a_secret_is_noticed(text: str) -> None:
     assert SECRETS.search(text)
 
 
-# Runs commands and notes every file that is opened for writing, made, renamed or removed meanwhile.
-WATCHED = """
-import json, os, sys
-from covidseg.cli import app
-from covidseg.predict import load_predictor
+Work = Callable[[list[str]], object]
 
-load_predictor()  # what is imported late is imported here, since noting takes its time
 
-def note(event, arguments):
-    if event == "open":
-        path, mode, flags = arguments
-        if isinstance(path, (str, bytes)) and ((mode and set(mode) & set("wax+")) or
-                                               (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
-            seen.add(os.path.abspath(os.fsdecode(path)))
-    elif event in ("os.mkdir", "os.remove", "os.rename", "os.link", "os.symlink", "os.truncate"):
-        seen.update(os.path.abspath(os.fsdecode(a)) for a in arguments if isinstance(a, (str, bytes, os.PathLike)))
-
-seen = set()
-sys.addaudithook(note)
-for arguments in json.loads(sys.argv[1]):
+def command(arguments: list[str]) -> None:
     app(arguments, standalone_mode=False)
-written = sorted(seen)
-print("WRITTEN" + json.dumps(written))
-"""
 
 
-def written(commands: list[list[str]], folder: Path, code: str = WATCHED) -> list[Path]:
+def _watch(pipe: Connection, work: Work, commands: list[list[str]], folder: Path) -> None:
+    """Runs commands and notes every file that is opened for writing, made, renamed or removed meanwhile."""
+    seen: set[str] = set()
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, flags = arguments
+            if isinstance(path, (str, bytes)) and ((mode and set(mode) & set("wax+")) or
+                                                   (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+                seen.add(os.path.abspath(os.fsdecode(path)))
+        elif event in ("os.mkdir", "os.remove", "os.rename", "os.link", "os.symlink", "os.truncate"):
+            seen.update(os.path.abspath(os.fsdecode(a)) for a in arguments if isinstance(a, (str, bytes, os.PathLike)))
+
+    os.environ.clear()
+    os.environ.update({
+        "PATH": "/usr/bin:/bin", "HOME": str(folder / "home"), "XDG_CACHE_HOME": str(folder / "cache"),
+        "MPLCONFIGDIR": str(folder / "cache"), "TMPDIR": str(folder / "tmp"), "COVIDSEG_DATA": str(folder / "cache")})
+    tempfile.tempdir = None  # to be looked up anew
+    os.chdir(folder / "here")
+    sys.addaudithook(note)  # for the rest of this process's life
+    for arguments in commands:
+        work(arguments)
+    pipe.send(sorted(seen))
+
+
+def written(commands: list[list[str]], folder: Path, work: Work = command) -> list[Path]:
     """What commands write, with a home, a cache and a current folder of their own, which are empty before."""
     for name in ("home", "cache", "here", "tmp"):
         (folder / name).mkdir(exist_ok=True)
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder / "home"), "XDG_CACHE_HOME": str(folder / "cache"),
-                   "MPLCONFIGDIR": str(folder / "cache"), "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1",
-                   "COVIDSEG_DATA": str(folder / "cache"), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    ended = subprocess.run([sys.executable, "-c", code, json.dumps(commands)], cwd=folder / "here", env=environment,
-                           check=True, capture_output=True, text=True)
-    return [Path(name) for name in json.loads(ended.stdout.rpartition("WRITTEN")[2])]
+    load_predictor()  # what is imported late is imported beforehand, since noting takes its time
+    mine, theirs = WARM.Pipe()
+    process = WARM.Process(target=_watch, args=(theirs, work, commands, folder), daemon=True)
+    process.start()
+    theirs.close()
+    names = mine.recv()
+    process.join()
+    return [Path(name) for name in names]
 
 
-@pytest.mark.slow
 def test_commands_write_into_their_output_the_cache_and_nowhere_else(tiny_phantom: Path, tmp_path: Path) -> None:
     scan, out = str(tiny_phantom / "im" / "phantom_00.nii.gz"), tmp_path / "out"
     paths = written([["lungs", scan, "-o", str(out)], ["predict", scan, "-o", str(out / "lesions")],
@@ -152,7 +166,9 @@ def test_commands_write_into_their_output_the_cache_and_nowhere_else(tiny_phanto
     assert not list((tmp_path / "here").iterdir())
 
 
+def stray(arguments: list[str]) -> None:
+    Path(arguments[0]).write_text("where it should not be", encoding="utf-8")
+
+
 def test_a_stray_file_is_noticed(tmp_path: Path) -> None:
-    code = WATCHED.replace("from covidseg.cli import app", "app = lambda names, **_: open(names[0], 'w').close()")
-    code = code.replace("from covidseg.predict import load_predictor", "load_predictor = int")
-    assert tmp_path / "stray" in written([[str(tmp_path / "stray")]], tmp_path, code)
+    assert tmp_path / "stray" in written([[str(tmp_path / "stray")]], tmp_path, stray)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import random
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from tiny import WARM
 from torch import nn
 
 from covidseg.train import (
@@ -29,6 +31,7 @@ from covidseg.train import (
     pick_device,
     run_net,
     seed_everything,
+    use_deterministic_kernels,
 )
 
 # Patient a has many slices, b few, c no lesion, d nothing but lesions.
@@ -52,27 +55,44 @@ def test_a_seed_fixes_every_source_of_chance() -> None:
     assert all(a != b for a, b in zip(first, other, strict=True))
 
 
+def _ask_for_determinism() -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    use_deterministic_kernels()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
 def test_deterministic_kernels_are_used_on_request() -> None:
-    code = ("import os, torch; from covidseg.train import use_deterministic_kernels; "
-            "assert not torch.are_deterministic_algorithms_enabled(); use_deterministic_kernels(); "
-            "assert torch.are_deterministic_algorithms_enabled(); "
-            "assert torch.is_deterministic_algorithms_warn_only_enabled(); "
-            "assert torch.backends.cudnn.deterministic; assert not torch.backends.cudnn.benchmark; "
-            "assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'")
-    subprocess.run([sys.executable, "-c", code], check=True)
+    """In a process of its own, since it holds for the rest of it."""
+    process = WARM.Process(target=_ask_for_determinism)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
-@pytest.mark.parametrize("keep", [True, False])
-def test_memory_of_one_step_serves_the_next(keep: bool) -> None:
+def test_memory_of_one_step_serves_the_next() -> None:
     # Pages that the system has to fill, in a process of its own: 100 blocks of 40 MB are a million.
-    code = ("import resource, torch; from covidseg.train import keep_freed_memory; "
-            f"assert {keep} is False or keep_freed_memory(); torch.ones(10_000_000); "
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; "
-            "[float(torch.ones(10_000_000)[0]) for _ in range(100)]; "
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)")
-    faults = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert (faults < 50_000) == keep
+    code = """
+import resource, torch
+from covidseg.train import keep_freed_memory
+
+def faults():
+    torch.ones(10_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    [float(torch.ones(10_000_000)[0]) for _ in range(100)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults(), keep_freed_memory(), faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, told, after = done.stdout.split()
+    assert told == "True"
+    assert int(before) > 500_000
+    assert int(after) < 50_000
 
 
 @pytest.mark.parametrize("available", [True, False])
