@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from covidseg import DISCLAIMER, __version__, cli_measure, cli_predict
-from covidseg.cli_common import Deterministic, Device, Method, Profile, Seed, console, errors, state
+from covidseg.cli_common import Deterministic, Device, Method, Profile, Seed, Unchecked, console, errors, state
 from covidseg.cli_data import app as data_app
 from covidseg.errors import CovidsegError, SettingsError
 
@@ -49,7 +49,7 @@ def train(data: Annotated[str, typer.Option(help="A data folder, or a name from 
           out: Annotated[Path, typer.Option(help="Folder of the run; a run that was stopped goes on there.")],
           profile: Profile = "quick", method: Method = "extended", seed: Seed = 0, device: Device = "auto",
           part: Annotated[str, typer.Option(help="all volumes, or one side of the set's split: train, test.")] = "all",
-          deterministic: Deterministic = False) -> None:
+          deterministic: Deterministic = False, unchecked: Unchecked = False) -> None:
     """Trains all stages on slice labels. With several GPUs: torchrun --nproc-per-node 2 -m covidseg train ..."""
     from covidseg.distributed import is_first, joined
     from covidseg.train import pick_device, use_deterministic_kernels
@@ -58,22 +58,24 @@ def train(data: Annotated[str, typer.Option(help="A data folder, or a name from 
         use_deterministic_kernels()
     with joined(pick_device(device)):
         console.quiet = not is_first()
-        _train(data, out, profile, method, seed, device, None if part == "all" else part)
+        _train(data, out, profile, method, seed, device, None if part == "all" else part, not unchecked)
 
 
-def _train(data: str, out: Path, profile: str, method: str, seed: int, device: str, part: str | None) -> None:
+def _train(data: str, out: Path, profile: str, method: str, seed: int, device: str, part: str | None,
+           check: bool) -> None:
     from covidseg.pipeline import open_run
     from covidseg.report import write_run
 
     start = time.monotonic()
-    run = open_run(data, profile, seed, out, part, device, method=method,
+    run = open_run(data, profile, seed, out, part, device, method=method, check=check,
                    log=lambda line: console.print(line, highlight=False))
     volumes = sum(bool(case.labels) for case in run.data.cases)
     console.print(f"{DISCLAIMER}\ntraining on {run.data.labels()} labelled slices of {volumes} volumes, "
                   f"profile {profile}, {method}, seed {seed}, {run.device}", highlight=False)
     run.segmenter()
     name = Path(data).name
-    write_run(run, f"covidseg train --data {name} --profile {profile} --method {method} --seed {seed}")
+    write_run(run, f"covidseg train --data {name} --profile {profile} --method {method} --seed {seed}"
+                   + ("" if check else " --unchecked"))
     console.print(f"run finished in {time.monotonic() - start:.0f} s, in {out}", highlight=False)
 
 

@@ -25,6 +25,7 @@ Seed = Annotated[int, typer.Option(help="Seed of all stages.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="On a GPU, the same weights each time, if slower; "
                                                                      "a CPU gives them anyway.")]
+Unchecked = Annotated[bool, typer.Option("--unchecked", help="Also take what does not look like chest CT.")]
 Data = Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`; `medseg` trains on "
                                         "medseg2 and measures on medseg1.")]
 Test = Annotated[str | None, typer.Option(

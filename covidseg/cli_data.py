@@ -18,6 +18,7 @@ from rich.table import Table
 
 from covidseg import DISCLAIMER
 from covidseg.arrange import arrange, arrange_mosmed, write_json
+from covidseg.cli_common import Unchecked
 from covidseg.datacheck import FolderReport, check_folder, check_mosmed, raise_faults
 from covidseg.download import DownloadSettings, Fetched, fetch
 from covidseg.errors import DownloadError
@@ -186,9 +187,10 @@ def _take_by_hand(item: Entry, folder: Path) -> bool:
 def check(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A data folder.")],
           as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
           unit: Annotated[str | None, typer.Option(
-              help="HU or display, where every scan has to hold that.")] = None) -> None:
+              help="HU or display, where every scan has to hold that.")] = None,
+          unchecked: Unchecked = False) -> None:
     """Check every scan, mask and label of a data folder; ends with exit code 4 if anything is wrong."""
-    report = check_folder(folder, unit)
+    report = check_folder(folder, unit, anatomy=not unchecked)
     if as_json:
         print(json.dumps({"root": str(report.root), "faults": report.all_faults(),
                           "volumes": [vars(v) for v in report.volumes]}, indent=1))

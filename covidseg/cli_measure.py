@@ -20,6 +20,7 @@ from covidseg.cli_common import (
     Profile,
     Seed,
     Test,
+    Unchecked,
     console,
     measured_on,
     recorded,
@@ -68,7 +69,7 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
               device: Device = "auto",
               out: Annotated[Path | None, typer.Option(
                   help="Folder for a run of each seed; goes on there if it was stopped.")] = None,
-              deterministic: Deterministic = False) -> None:
+              deterministic: Deterministic = False, unchecked: Unchecked = False) -> None:
     """Trains all systems on the same slice labels, measures them on the same slices, and prints Table 1."""
     from covidseg.artifacts import write_text
     from covidseg.compare import compare, differences, strongest_earlier, table_lines, table_rich, volume_table
@@ -85,11 +86,12 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
     testing, tested = measured_on(data, test)
     command = f"covidseg reproduce --data {Path(data).name}" + (f" --test {Path(test).name}" if test else "")
     command += f" --profile {profile} --seeds {seeds}" + (f" --systems {systems}" if systems else "")
+    command += " --unchecked" if unchecked else ""
     start, results = time.monotonic(), []
     console.print(DISCLAIMER)
     for seed in _numbers(seeds):
         run = open_run(data, profile, seed, folder / f"seed{seed}", "train" if test is None else None, device,
-                       log=lambda line: console.print(line, highlight=False))
+                       check=not unchecked, log=lambda line: console.print(line, highlight=False))
         results += compare(run, testing, names, RIVALS[profile], progress=True)
         if "extended" in names:  # so that `covidseg predict --run` and `covidseg export` take the folder
             write_run(run, f"{command} (seed {seed})")
@@ -126,7 +128,7 @@ def ablate_command(
         only: Annotated[str | None, typer.Option(help="Names of variants, with commas; default: all of them.")] = None,
         profile: Profile = "quick", method: Method = "extended", seed: Seed = 0, device: Device = "auto",
         out: Annotated[Path | None, typer.Option(help="Folder of the run; goes on there if it was stopped.")] = None,
-        ) -> None:
+        unchecked: Unchecked = False) -> None:
     """Trains variants of the method with one thing changed at a time, and prints what each part adds."""
     from covidseg.ablate import ablate, ablation_rows, chosen
     from covidseg.artifacts import write_text
@@ -140,7 +142,7 @@ def ablate_command(
     testing, tested = measured_on(data, test)
     start = time.monotonic()
     run = open_run(data, profile, seed, folder, "train" if test is None else None, device, method=method,
-                   log=lambda line: console.print(line, highlight=False))
+                   check=not unchecked, log=lambda line: console.print(line, highlight=False))
     console.print(DISCLAIMER)
     results = []
     for name, result in ablate(run, testing, asked, log=run.log):
@@ -150,6 +152,7 @@ def ablate_command(
     console.print(scores_table(f"trained on {Path(data).name}, measured on {tested}, {method}, seed {seed}", rows))
     command = f"covidseg ablate --data {Path(data).name}" + (f" --test {Path(test).name}" if test else "")
     command += (f" --only {only}" if only else "") + f" --profile {profile} --method {method} --seed {seed}"
+    command += " --unchecked" if unchecked else ""
     content = {**recorded(command, testing, tested, run, start), "seed": seed, "variants": results}
     write_text(folder / "ablation.json", json.dumps(content, indent=2) + "\n")
     console.print(f"report in {folder / 'ablation.json'}", highlight=False)

@@ -11,14 +11,13 @@ import typer
 from rich.markup import escape
 
 from covidseg import DISCLAIMER
-from covidseg.cli_common import Device, console, errors, state
+from covidseg.cli_common import Device, Unchecked, console, errors, state
 from covidseg.errors import CovidsegError, InputFileError, SettingsError
 
 Inputs = Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or folders of them.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder, or a .nii.gz file for one scan.")]
 Volume = Annotated[bool | None, typer.Option(
     "--volume/--stack", help="Slices of one body in order, or unrelated slices. Default: measured.")]
-Unchecked = Annotated[bool, typer.Option("--unchecked", help="Also take what does not look like chest CT.")]
 
 
 def is_file(out: Path) -> bool:

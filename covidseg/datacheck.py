@@ -62,12 +62,13 @@ class FolderReport:
         return [*self.faults, *(f"{v.id}: {fault}" for v in self.volumes for fault in v.faults)]
 
 
-def check_folder(root: str | Path, unit: str | None = None) -> FolderReport:
+def check_folder(root: str | Path, unit: str | None = None, *, anatomy: bool = True) -> FolderReport:
     """Reads everything in a data folder and lists what is wrong.
 
     Args:
         root: a data folder as in :mod:`covidseg.dataset`, or MosMedData as its publisher lays it out.
         unit: ``HU`` or ``display`` where all scans have to have it.
+        anatomy: whether scans have to look like chest CT.
 
     Raises:
         DatasetError: there is no folder, or nothing in it that looks like a data set.
@@ -76,7 +77,7 @@ def check_folder(root: str | Path, unit: str | None = None) -> FolderReport:
     if unit is not None:
         one_of(unit, ("HU", "display"), "unit")
     if (root / "studies").is_dir() and not (root / "im").is_dir():
-        return check_mosmed(root)
+        return check_mosmed(root, unit, anatomy=anatomy)
     faults: list[str] = []
     try:
         cases = load_dataset(root).cases
@@ -92,7 +93,7 @@ def check_folder(root: str | Path, unit: str | None = None) -> FolderReport:
     for kind in ("lung", "mask"):
         lonely = sorted(p.name for p in (root / kind).glob("*") if p.name not in known and not p.name.startswith("."))
         faults += [f"{kind}/{name} belongs to no image of the same name in im/" for name in lonely]
-    return FolderReport(root, tuple(_check_case(case, unit) for case in cases), tuple(faults))
+    return FolderReport(root, tuple(_check_case(case, unit, anatomy) for case in cases), tuple(faults))
 
 
 def _unlabelled(root: Path) -> tuple[Case, ...]:
@@ -104,7 +105,7 @@ def _unlabelled(root: Path) -> tuple[Case, ...]:
                       mask if mask.exists() else None) for image, lung, mask in volumes or stacks)
 
 
-def _check_case(case: Case, unit: str | None = None) -> VolumeReport:
+def _check_case(case: Case, unit: str | None, anatomy: bool) -> VolumeReport:
     try:
         scan = read_scan(case.image, unit=unit)
     except InputFileError as error:
@@ -113,7 +114,7 @@ def _check_case(case: Case, unit: str | None = None) -> VolumeReport:
     faults = []
     if scan.value_range[0] == scan.value_range[1]:
         faults.append(f"every voxel has the value {scan.value_range[0]:g}")
-    else:
+    elif anatomy:
         faults += _check_anatomy(scan)
     if outside := [index for index in case.labels if index >= count]:
         faults.append(f"slices {_shorten(outside)} are labelled, but the last slice is {count - 1}")
@@ -153,8 +154,12 @@ def _check_mask(kind: str, path: Path, scan: Scan, labels: dict[int, int]) -> li
     return faults
 
 
-def check_mosmed(root: str | Path) -> FolderReport:
+def check_mosmed(root: str | Path, unit: str | None = None, *, anatomy: bool = True) -> FolderReport:
     """Checks that MosMedData was unpacked completely and in its published layout; opens the outlined studies only.
+
+    Args:
+        root: its folder, with ``studies`` and ``masks``.
+        unit, anatomy: as of :func:`check_folder`.
 
     Raises:
         DatasetError: there is no folder ``studies``.
@@ -184,8 +189,8 @@ def check_mosmed(root: str | Path) -> FolderReport:
         elif number not in studies:
             faults.append(f"masks/{mask.name} has no study")
         else:
-            volumes.append(_check_case(Case(f"study_{number:04d}", studies[number], {}, f"study_{number:04d}", None,
-                                            mask)))
+            case = Case(f"study_{number:04d}", studies[number], {}, f"study_{number:04d}", None, mask)
+            volumes.append(_check_case(case, unit, anatomy))
     return FolderReport(root, tuple(volumes), tuple(faults))
 
 

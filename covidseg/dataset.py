@@ -16,7 +16,7 @@ volume; volumes of one patient never end up on two sides of a split. Weak traini
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from covidseg.errors import DatasetError
@@ -46,10 +46,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data folder, read but not yet loaded: paths and labels only."""
+    """A data folder, read but not yet loaded: paths and labels only.
+
+    Attributes:
+        root: the folder.
+        cases: its volumes.
+        check: whether training refuses scans that do not look like chest CT.
+    """
 
     root: Path
     cases: tuple[Case, ...]
+    check: bool = True
 
     def subset(self, ids: list[str]) -> Dataset:
         """The same folder reduced to some volumes, in the order given.
@@ -62,7 +69,7 @@ class Dataset:
         if missing:
             raise DatasetError(f"has no volume {', '.join(missing)}", path=self.root,
                                remedy=f"It holds {', '.join(by_id)}")
-        return Dataset(self.root, tuple(by_id[i] for i in ids))
+        return replace(self, cases=tuple(by_id[i] for i in ids))
 
     def labels(self) -> int:
         """Number of labelled slices in all volumes."""

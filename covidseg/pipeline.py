@@ -299,7 +299,8 @@ def open_data(name: str, part: str | None = None) -> Dataset:
 
 
 def open_run(data: str = "phantom", profile: str = "quick", seed: int = 0, folder: Path | str | None = None,
-             part: str | None = "train", device: str = "auto", log: Log = print, method: str = "extended") -> Run:
+             part: str | None = "train", device: str = "auto", log: Log = print, method: str = "extended",
+             check: bool = True) -> Run:
     """The run of a data set, profile and seed; made if it does not exist.
 
     Args:
@@ -309,11 +310,12 @@ def open_run(data: str = "phantom", profile: str = "quick", seed: int = 0, folde
         part: the side of the set's split to train on; None takes all volumes.
         device: ``auto``, ``cpu`` or ``cuda``.
         method: ``extended`` or ``faithful``.
+        check: whether the scans have to look like chest CT.
     """
     if folder is None:
         folder = Path(os.environ.get("COVIDSEG_RUNS", "runs")) / f"{Path(data).name}-{profile}-{method}-seed{seed}"
     torch.set_float32_matmul_precision("high")
-    found = open_data(data, part)
+    found = replace(open_data(data, part), check=check)
     if silent := [case.id for case in found.cases if not case.labels]:
         log(f"without a label, and so without a part in training: {', '.join(silent)}")
     return Run(found, profile_named(profile, method), seed, Path(folder), device, log)

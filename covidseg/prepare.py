@@ -203,7 +203,7 @@ def weak_set(dataset: Dataset, settings: PrepareSettings = PrepareSettings(),
 
     Raises:
         DatasetError: a label names a slice that the volume does not have, or one of the two classes is missing.
-        InputFileError: a scan cannot be read, or does not look like chest CT.
+        InputFileError: a scan cannot be read, or does not look like chest CT (see :attr:`Dataset.check`).
         NoLungError: a scan shows nothing that could be lung.
     """
     crops, labels, patients, names = [], [], [], []
@@ -213,7 +213,7 @@ def weak_set(dataset: Dataset, settings: PrepareSettings = PrepareSettings(),
         if beyond:
             raise DatasetError(f"volume {case.id} has {len(scan.pixels)} slices, slice {beyond[0]} is labelled",
                                path=dataset.root, remedy="Slices count from 0; correct the label table")
-        lungs = lung_masks(scan.pixels, lung_settings, check=case.image)
+        lungs = lung_masks(scan.pixels, lung_settings, check=case.image if dataset.check else None)
         keep = [k for k in sorted(case.labels) if lungs[k].mean() >= settings.least_lung]
         if keep:
             crops.append(make_crops(scan.pixels[keep], lungs[keep], settings))

@@ -155,7 +155,7 @@ def _apply_slices(dataset: Dataset, split: Split, wanted: set[int]) -> Dataset:
     if not kept:
         raise DatasetError("none of its slices is in the part asked for", path=dataset.root,
                            remedy="Choose another part")
-    return Dataset(dataset.root, (replace(case, labels=kept),))
+    return replace(dataset, cases=(replace(case, labels=kept),))
 
 
 def _published_slices(case: Case) -> dict[int, int]:

@@ -429,6 +429,18 @@ def test_a_second_training_in_the_same_folder_trains_nothing(tiny_phantom: Path,
     assert after["command"] != before["command"]
 
 
+@pytest.mark.parametrize("command", ["train", "reproduce", "ablate"])
+def test_unchecked_reaches_the_run(command: str, tiny_phantom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """See test_faults.py for scans that are refused without it."""
+    def start(*given: object, check: bool, **named: object) -> None:
+        raise InputFileError(f"checked: {check}")
+    monkeypatch.setattr("covidseg.pipeline.open_run", start)
+    asked = (command, "--data", tiny_phantom, "--out", "run", *(("--test", tiny_phantom) * (command != "train")))
+    for options, check in (((), True), (("--unchecked",), False)):
+        with pytest.raises(InputFileError, match=f"checked: {check}"):
+            invoke(*asked, *options)
+
+
 def test_the_method_reaches_the_settings(tiny_phantom: Path, tiny_run: Run, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
     extended = strict((folder / "run.json").read_text(encoding="utf-8"))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from conftest import leaves_machine
 
+ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = "192.0.2.1"  # kept for examples: nobody has it
 
 
@@ -37,3 +41,25 @@ def test_this_very_computer_may_be_reached() -> None:
     (b"example.org", True)])
 def test_what_is_another_computer(host: str | bytes | None, leaves: bool) -> None:
     assert leaves_machine(host) == leaves
+
+
+CHAIN = """
+import pytest
+
+done = []
+
+@pytest.mark.parametrize("number", range(8))
+def test_one_after_another(number):
+    done.append(number)
+    assert done == list(range(number + 1))
+"""
+
+
+@pytest.mark.parametrize(("options", "code"), [((), 0), (("-p", "randomly", "--randomly-seed=1"), 1)])
+def test_a_test_that_needs_another_fails_in_another_order(options: tuple[str, ...], code: int, tmp_path: Path) -> None:
+    """As of ``make shuffle``; in the usual order nobody would notice."""
+    (tmp_path / "test_chain.py").write_text(CHAIN)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path,
+                           "-p", "no:cacheprovider", *options, tmp_path], capture_output=True, text=True)
+    assert done.returncode == code, done.stdout
+    assert ("assert done == list(range(number + 1))" in done.stdout) == bool(code)

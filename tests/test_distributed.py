@@ -6,7 +6,6 @@ import copy
 import functools
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from covidseg import classify, lungnet, mil, refine
 from covidseg.artifacts import Store, save_arrays
 from covidseg.classify import ClassifierSettings, train_classifier
-from covidseg.cli import main
+from covidseg.cli import app, main
 from covidseg.distributed import (
     WholeBatchNorm2d,
     average_gradients,
@@ -44,6 +43,7 @@ from covidseg.errors import ProcessError, SettingsError
 from covidseg.lungnet import LungNetSettings, train_lung_net
 from covidseg.mil import MilSettings, train_mil
 from covidseg.mutual import Lesson
+from covidseg.predict import load_predictor
 from covidseg.profiles import PROFILES, Profile
 from covidseg.refine import SegmenterSettings, train_segmenter
 from covidseg.train import Progress, on_device, pick_device, run_net
@@ -280,13 +280,6 @@ def command(profile: Profile, *arguments: str) -> None:
     main()
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Two processes."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           *map(str, arguments)], text=True, capture_output=True, timeout=SECONDS,
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"})
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_when_a_process_ends_the_other_says_so_and_what_is_stored_is_used_again(
@@ -323,27 +316,35 @@ def test_when_a_process_ends_the_other_says_so_and_what_is_stored_is_used_again(
 
 SCRIPT = """
 import runpy
-import torch
-from covidseg.distributed import is_first, joined, processes
-with joined(torch.device("cpu")):
-    print(f"one of {processes()}, first: {is_first()}")
+from covidseg.profiles import PROFILES
+from tiny import TINY
+PROFILES["quick"] = TINY
 runpy.run_module("covidseg", run_name="__main__")
 """
 
 
 @pytest.mark.slow
-def test_torchrun_starts_processes_that_find_each_other(tmp_path: Path) -> None:
-    """Which is all that training asks of it; other commands refuse to run several times at once."""
-    script = tmp_path / "script.py"
+def test_torchrun_starts_processes_that_train_together(tiny_phantom: Path, tmp_path: Path) -> None:
+    """As the README says it, but for settings that train in a second."""
+    script, out = tmp_path / "script.py", tmp_path / "out"
     script.write_text(SCRIPT)
+    path = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "tests", ROOT / "tools"))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script,
-         "lungs", tmp_path / "scan.nii.gz", "-o", tmp_path / "out"], text=True, capture_output=True, timeout=SECONDS,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"})
-    assert sorted(re.findall("one of 2, first: (True|False)", done.stdout)) == ["False", "True"], done.stderr
-    assert done.returncode != 0
-    assert "`lungs` runs in one process, only `train` in several. Start it without torchrun." in done.stderr
-    assert "exitcode  : 9" in done.stderr
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, "train",
+         "--data", tiny_phantom, "--out", out, "--device", "cpu"], text=True, capture_output=True, timeout=SECONDS,
+        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "300", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run finished") == done.stdout.count("segmenter step    8/8") == 1, "the first one prints"
+    assert json.loads((out / "run.json").read_text())["stages"].keys() == set(STAGES)
+    load_predictor(out)
+
+
+def test_other_commands_refuse_to_run_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = ["lungs", str(tmp_path / "scan.nii.gz"), "-o", str(tmp_path / "out")]
+    with pytest.raises(SettingsError, match="`lungs` runs in one process, only `train` in several") as caught:
+        app(asked, standalone_mode=False)
+    assert caught.value.remedy == "Start it without torchrun"
 
 
 # --- faults --------------------------------------------------------------------------------------------------------

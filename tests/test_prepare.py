@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 
 from covidseg import prepare
 from covidseg.dataset import Dataset, load_dataset
-from covidseg.errors import DatasetError, NoLungError
+from covidseg.errors import DatasetError, InputFileError, NoLungError
 from covidseg.io import Grid, read_mask, read_scan, write_like
 from covidseg.lungs import lung_masks
 from covidseg.prepare import (
@@ -355,6 +355,21 @@ def test_no_lung_anywhere(tmp_path):
     (tmp_path / "slice_labels.csv").write_text("volume,slice,has_lesion\na,0,0\na,1,1\n")
     with pytest.raises(NoLungError, match=r"a\.nii\.gz"):
         weak_set(load_dataset(tmp_path), SMALL)
+
+
+def test_scans_that_do_not_look_like_ct_are_read_on_request(tiny_phantom, tmp_path):
+    root = copy_of(tiny_phantom, tmp_path / "d")
+    path = root / "im" / "phantom_02.nii.gz"
+    scan = read_scan(path)
+    fat = np.where((scan.pixels > -200) & (scan.pixels < -20), 1500, scan.pixels)  # as bright as in MR
+    write_like(fat.astype(np.int16), scan.grid, path)
+    data = load_dataset(root)
+    for refused in (data, data.subset(["phantom_02", "phantom_03"])):
+        with pytest.raises(InputFileError, match=r"phantom_02\.nii\.gz: does not look like chest CT"):
+            weak_set(refused, SMALL)
+        taken = weak_set(replace(refused, check=False), SMALL).names.tolist()
+        assert [name for name in taken if name.startswith("phantom_02")]
+    assert not replace(data, check=False).subset(["phantom_02"]).check, "what is asked of all is asked of some"
 
 
 def test_no_slice_with_enough_lung(tiny_phantom):

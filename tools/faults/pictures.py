@@ -29,15 +29,19 @@ def as_mr(pixels: np.ndarray) -> np.ndarray:
     return (1000 * levels).astype(np.int16)
 
 
+def in_folder(pixels: np.ndarray, folder: Path, supplies: Supplies) -> None:
+    """A data folder with another scan in the place of one of its own."""
+    upright(pixels, supplies.data(folder / "data") / "im" / "phantom_02.nii.gz")
+    for kind in ("lung", "mask"):  # outlines of other affines would be another fault
+        shutil.rmtree(folder / "data" / kind)
+
+
 def in_grey_levels(folder: Path, supplies: Supplies) -> None:
     upright(grey_levels(supplies.scan().pixels), folder / "scan.nii.gz")
 
 
 def folder_in_grey_levels(folder: Path, supplies: Supplies) -> None:
-    path = supplies.data(folder / "data") / "im" / "phantom_02.nii.gz"
-    upright(grey_levels(supplies.scan(2).pixels), path)
-    for kind in ("lung", "mask"):  # outlines of other affines would be another fault
-        shutil.rmtree(folder / "data" / kind)
+    in_folder(grey_levels(supplies.scan(2).pixels), folder, supplies)
 
 
 def magnetic(folder: Path, supplies: Supplies) -> None:
@@ -45,7 +49,7 @@ def magnetic(folder: Path, supplies: Supplies) -> None:
 
 
 def magnetic_for_training(folder: Path, supplies: Supplies) -> None:
-    upright(as_mr(supplies.scan(2).pixels), supplies.data(folder / "data") / "im" / "phantom_02.nii.gz")
+    in_folder(as_mr(supplies.scan(2).pixels), folder, supplies)
 
 
 def photograph(folder: Path, supplies: Supplies) -> None:

@@ -100,8 +100,12 @@ def attempt(fault: Fault, supplies: Supplies) -> Outcome:
 
 
 def tidy(line: str) -> str:
-    """A line without what is another in each run or on each processor: a played publisher's port, sums of bytes."""
+    """A line without what is another in each run or on each processor: a played publisher's port, sums of bytes.
+
+    Processors round differently, so that the phantom's last bits differ, and with them the keys of stored stages.
+    """
     line = re.sub(r"http://127\.0\.0\.1:\d+", "https://publisher.example", line)
+    line = re.sub(r"-[0-9a-f]{16}(?=\.safetensors)", "-0123456789abcdef", line)
     return re.sub(r"CRC check failed \d+ != \d+", "CRC check failed", line)
 
 
