@@ -136,7 +136,7 @@ def test_a_message_needs_two_sentences() -> None:
 @pytest.mark.parametrize(("said", "recorded"), [
     ("error: http://127.0.0.1:40111/a.zip: broke off", "error: https://publisher.example/a.zip: broke off"),
     ("error: a.nii.gz: CRC check failed 12 != 34.", "error: a.nii.gz: CRC check failed."),
-    ("error: run/stages/cam1-c4df9c816af7a8ea.safetensors: is", "error: run/stages/cam1-0123456789abcdef.safetensors: is"),
+    ("error: run/cam1-c4df9c816af7a8ea.safetensors: is", "error: run/cam1-0123456789abcdef.safetensors: is"),
     ("error: mask-c4df9c816af7a8ea.nii.gz: is", "error: mask-c4df9c816af7a8ea.nii.gz: is")])
 def test_a_record_holds_nothing_that_another_processor_would_say_otherwise(said: str, recorded: str) -> None:
     assert tidy(said) == recorded
