@@ -208,7 +208,7 @@ class TrainingLog:
         path: text file, appended to; its folder is made.
     """
 
-    STEP = re.compile(r"(?P<stage>[\w-]+) step +(?P<step>\d+)/\d+ +(?P<losses>.*?) +[\d.]+ s$")
+    STEP = re.compile(r"(?P<stage>[\w-]+)(?: \(\d+ of \d+\))? step +(?P<step>\d+)/\d+ +(?P<losses>.*?) +[\d.]+ s$")
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -221,7 +221,10 @@ class TrainingLog:
             stream.write(line + "\n")
 
     def losses(self, stage: str) -> dict[str, list[float]]:
-        """``step`` and each loss of the last training of a stage; empty if it was trained elsewhere."""
+        """``step`` and each loss of the last training of a stage; empty if it was trained elsewhere.
+
+        Of a committee (``classifier (2 of 5) step ...``) it is the last member.
+        """
         curve: dict[str, list[float]] = {}
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
             found = self.STEP.match(line)

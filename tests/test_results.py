@@ -86,7 +86,8 @@ def test_stages_rank_on_the_phantom_as_on_real_ct(name: str) -> None:
 
 
 README_ROWS = {"for comparison:* the same U-Net taught with masks": "masks",
-               "DeCoVNet, single slices": "decovnet", "AD3D-MIL, single slices": "ad3d-mil",
+               "DeCoVNet, single slices": "decovnet", "DeCoVNet, runs of slices, as published": "decovnet-3d",
+               "plain Grad-CAM of our classifiers": "grad-cam", "AD3D-MIL, single slices": "ad3d-mil",
                "ours, faithful to the abstract": "faithful", "ours, extended by painted lesions": "extended"}
 
 
