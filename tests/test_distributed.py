@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import os
@@ -11,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
@@ -21,10 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import STAGES, TINY, WARM, in_turn, quiet, toy, weights
+from tiny import STAGES, TINY, WARM, in_double, quiet, toy, weights
 from torch import Tensor, nn
 
-from covidseg import classify, lungnet, mil, refine
 from covidseg.artifacts import Store, save_arrays
 from covidseg.classify import ClassifierSettings, train_classifier
 from covidseg.cli import app, main
@@ -122,20 +120,6 @@ def train_each(batch: int) -> dict[str, Callable[[], nn.Module]]:
         "lungs": lambda: train_lung_net(data, LungNetSettings(steps=3, again=3, size=64, channels=(4, 8), batch=batch),
                                         seed=1, log=quiet),
         "patches": lambda: train_mil(data, doubtful, MilSettings(width=4, steps=5, batch=batch), seed=1, log=quiet)[0]}
-
-
-def in_double(patch: pytest.MonkeyPatch) -> None:
-    """Lets all loops train in double precision, in which the order of a sum hardly matters."""
-    def batches(made: Iterator[tuple[Tensor, ...]], device: torch.device, **rest: Any) -> Iterator[tuple[Tensor, ...]]:
-        for batch in in_turn(made, device):
-            yield tuple(part.double() if part.is_floating_point() else part for part in batch)
-    for module in (classify, refine, lungnet, mil):
-        patch.setattr(module, "on_device", lambda net, device: on_device(net.double(), device))
-        patch.setattr(module, "overlapped", batches)
-    # What looks at slices in between gets single precision.
-    for module, name in ((refine, "lesion_probabilities"), (lungnet, "robust_lungs"), (mil, "patch_scores")):
-        real = getattr(module, name)
-        patch.setattr(module, name, lambda net, *rest, real=real: real(copy.deepcopy(net).float(), *rest))
 
 
 def trained(batch: int, double: bool) -> dict[str, Trained]:

@@ -112,4 +112,7 @@ def test_browse_shows_slices_with_their_titles() -> None:
     shown = browse(images, {"truth": mask}, titles=["feet", "middle"], spacing=(1, 1), name="a volume")
     assert [shown.frame([k])[1] for k in range(3)] == ["feet", "middle", "slice 2"]
     assert shown.at == [1]
+    every_second = browse(images, titles=["feet", "middle", "head"], name="a volume", every=2)
+    assert list(every_second.controls["slice"]) == [0, 2], "the slices' own numbers"
+    assert every_second.frame([1])[1] == "head"
     assert len(shown.frame([0])[0].axes[0].collections) == 1  # the outline

@@ -12,8 +12,10 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from tiny import toy
 
 from covidseg import viz
+from covidseg.classify import ClassifierSettings, train_committee
 
 SIDE = 40
 
@@ -145,6 +147,15 @@ def test_log_understands_the_lines_of_a_real_training(tmp_path: Path) -> None:
     for step in range(1, 5):
         progress.step(step, loss=float(step), dice=-0.5)
     assert log.losses("segmenter") == {"step": [2, 4], "loss": [1.5, 3.5], "dice": [-0.5, -0.5]}
+
+
+def test_log_of_a_committee_is_that_of_its_last_member(tmp_path: Path) -> None:
+    log, (data, _) = viz.TrainingLog(tmp_path / "training.log"), toy(8)
+    train_committee(data, ClassifierSettings(members=2, width=4, steps=2, batch=4), log=log)
+    lines = log.path.read_text(encoding="utf-8").splitlines()
+    assert [line[:19] for line in lines[::len(lines) // 2]] == ["classifier (1 of 2)", "classifier (2 of 2)"]
+    assert log.losses("classifier")["step"] == [1, 2]
+    assert f"loss {log.losses('classifier')['loss'][-1]:.3f}" in lines[-1]
 
 
 def test_training_curve_names_its_losses_and_says_when_there_are_none() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import multiprocessing
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from bench.measure import PRELOAD
+from torch import Tensor
 
+from covidseg import classify, lungnet, mil, refine
 from covidseg.baselines.ad3d_mil import Ad3dMilSettings
 from covidseg.baselines.decovnet import DeCoVNetSettings
 from covidseg.baselines.slabs import SlabSettings
@@ -26,7 +31,7 @@ from covidseg.profiles import Profile
 from covidseg.refine import SegmenterSettings
 from covidseg.report import write_run
 from covidseg.systems import Rivals
-from covidseg.train import Batch
+from covidseg.train import Batch, on_device
 
 TINY = Profile(
     "quick", prepare=PrepareSettings(size=80), lung_net=LungNetSettings(steps=8, size=64, channels=(4, 8), batch=4),
@@ -74,6 +79,24 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 def in_turn(batches: Iterator[Batch], device: torch.device, *, hold: Collection[int] = ()) -> Iterator[Batch]:
     """What :func:`covidseg.train.overlapped` has to agree with: each batch is made when it is asked for."""
     return batches
+
+
+def in_double(patch: pytest.MonkeyPatch) -> None:
+    """Lets all loops train in double precision, in which the order of a sum hardly matters.
+
+    In single precision Adam makes whole steps of rounding, where a gradient is nothing else: after eight of them some
+    weights of two processors differ by percents. Weights are stored in double precision and used in single.
+    """
+    def batches(made: Iterator[tuple[Tensor, ...]], device: torch.device, **rest: Any) -> Iterator[tuple[Tensor, ...]]:
+        for batch in in_turn(made, device):
+            yield tuple(part.double() if part.is_floating_point() else part for part in batch)
+    for module in (classify, refine, lungnet, mil):
+        patch.setattr(module, "on_device", lambda net, device: on_device(net.double(), device))
+        patch.setattr(module, "overlapped", batches)
+    # What looks at slices in between gets single precision.
+    for module, name in ((refine, "lesion_probabilities"), (lungnet, "robust_lungs"), (mil, "patch_scores")):
+        real = getattr(module, name)
+        patch.setattr(module, name, lambda net, *rest, real=real: real(copy.deepcopy(net).float(), *rest))
 
 
 def toy(count: int, size: int = 40, seed: int = 0) -> tuple[WeakSet, np.ndarray]:
