@@ -92,6 +92,9 @@ def export_command(run: Annotated[Path, typer.Argument(help="Folder written by `
 
 def main() -> None:
     """Entry point: turns covidseg's own errors into one line and their exit code."""
+    # Threads that wait for each other sleep; spinning, they take the cores from whatever else runs, and everything gets
+    # several times as slow. OpenMP reads this when torch is imported, which no module above does.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except CovidsegError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from covidseg.report import write_run
 from covidseg.systems import RIVALS, SYSTEMS
 
 SCAN = "phantom_01.nii.gz"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +260,18 @@ def test_debug_is_off_again_in_the_next_call(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(InputFileError):
         main()
     assert run_main(monkeypatch, "lungs", tmp_path / "x.nii.gz", "-o", tmp_path / "o") == 3
+
+
+def test_threads_that_wait_sleep_unless_the_user_wants_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP reads it once, when torch is imported: nothing may import it before."""
+    show = ("import os, sys; import covidseg.cli as cli; "
+            "cli.app = lambda: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules); cli.main()")
+    for before, after in (("", "passive"), ("active", "active")):
+        monkeypatch.setenv("OMP_WAIT_POLICY", before)
+        if not before:
+            monkeypatch.delenv("OMP_WAIT_POLICY")
+        done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, cwd=ROOT)
+        assert done.stdout.split() == [after, "False"], done.stderr
 
 
 @pytest.mark.parametrize("command", [[], ["lungs"], ["train"], ["predict"], ["merge"], ["export"], ["evaluate"],

@@ -160,6 +160,8 @@ def prepare_environment(build: Path) -> None:
     (profile / "ipython_kernel_config.py").write_text("get_config().IPKernelApp.log_level = 'ERROR'\n")
     # Sliders are drawn beforehand: no kernel stands behind a page.
     os.environ["COVIDSEG_STATIC"] = "1"
+    # As of the command line: threads that wait sleep.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Relative to the kernels' folder, so that no chapter can print where the checkout lies.
     os.environ.setdefault("COVIDSEG_RUNS", "runs")
     # Matplotlib announces on standard error that it builds its font cache: have it done before a chapter runs.
