@@ -377,6 +377,14 @@ def test_mosmed_outline_without_study(mosmed: Path, tmp_path: Path) -> None:
         datacheck.check_mosmed(tmp_path)
 
 
+def test_unit_and_anatomy_are_asked_of_mosmed_as_of_other_folders(mosmed: Path) -> None:
+    assert not datacheck.check_mosmed(mosmed, "HU", anatomy=False).all_faults()
+    faults = datacheck.check_folder(mosmed, "display", anatomy=False).all_faults()
+    assert any("grey levels of a display window" in fault for fault in faults)
+    assert any("lung" in fault or "chest CT" in fault for fault in datacheck.check_folder(mosmed).all_faults()), \
+        "numbers by chance"
+
+
 def test_mosmed_folder_that_cannot_be_written(mosmed: Path) -> None:
     (mosmed / "im").write_text("in the way")
     with pytest.raises(OutputError, match="cannot be written"):

@@ -329,6 +329,7 @@ def test_other_commands_refuse_to_run_in_several_processes(tmp_path: Path, monke
     with pytest.raises(SettingsError, match="`lungs` runs in one process, only `train` in several") as caught:
         app(asked, standalone_mode=False)
     assert caught.value.remedy == "Start it without torchrun"
+    assert caught.value.exit_code == 9
 
 
 # --- faults --------------------------------------------------------------------------------------------------------
