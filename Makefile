@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv book html pdf solutions colab bench faults fuzz mutants audit test shuffle coverage lint strip lock clean distclean FORCE
+.PHONY: help venv book html pdf solutions colab bench faults fuzz mutants audit test processors shuffle coverage lint strip lock clean distclean FORCE
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -64,6 +64,9 @@ $(VENV)/.trust: $(READY) requirements-trust.lock
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(READY)  ## Run the tests (those of the built book skip when there is none)
 	$(PYTEST) $(PYTEST_ARGS)
+
+processors: $(READY)  ## Run the tests that compute with nets under three sets of instructions
+	$(BIN)/python tools/processors.py -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 shuffle: $(READY)  ## Run the tests in another order each time: none may need another
 	$(PYTEST) -p randomly $(PYTEST_ARGS)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from covidseg.activations import Cut, class_activation_maps
 from covidseg.classify import Classifier, Committee
-from covidseg.prepare import Crops, slices_at_once
+from covidseg.prepare import Crops, net_maps, slices_at_once
 from covidseg.train import net_input
 
 
@@ -59,15 +59,13 @@ def _cut(net: Classifier, methods: Sequence[str]) -> Cut:
 
 def _averaged(net: Classifier, crops: Crops, settings: CamSettings, methods: Sequence[str]) -> list[np.ndarray]:
     """Each method over all scales and both mirror images, ``(N, S, S)`` in [0, 1], 0 outside the lung."""
-    device = next(net.parameters()).device
     result = [np.zeros(crops.images.shape, np.float32) for _ in methods]
     side = crops.images.shape[-1]
     cut = _cut(net.eval(), methods)
     batch = slices_at_once(settings.batch, side)
     for start in range(0, len(crops), batch):
         part = slice(start, start + batch)
-        lungs = torch.from_numpy(crops.lungs[part])[:, None].float()
-        whole = net_input(torch.from_numpy(crops.images[part])[:, None], lungs).to(device)
+        whole = net_input(*net_maps(net, crops, part))
         for scale in settings.scales:
             size = round(side * scale / 8) * 8  # the trunk's stride
             scaled = _resized(whole, size)

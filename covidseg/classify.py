@@ -21,7 +21,7 @@ from covidseg.distributed import average_gradients
 from covidseg.errors import SettingsError
 from covidseg.mutual import Lesson
 from covidseg.paint import Painter, PaintSettings
-from covidseg.prepare import Crops, WeakSet
+from covidseg.prepare import Crops, WeakSet, net_maps
 from covidseg.train import (
     Average,
     Batch,
@@ -209,13 +209,10 @@ def train_committee(data: WeakSet, settings: ClassifierSettings = ClassifierSett
 @torch.no_grad()
 def slice_probabilities(net: nn.Module, crops: Crops, *, batch: int = 32) -> np.ndarray:
     """Probability of a lesion for each slice, ``(N,)`` float32, by a classifier or a committee."""
-    device = next(net.parameters()).device
     result = []
     for start in range(0, len(crops), batch):
-        part = slice(start, start + batch)
-        image = torch.from_numpy(crops.images[part])[:, None].to(device)
-        lung = torch.from_numpy(crops.lungs[part])[:, None].float().to(device)
-        result.append(net(net_input(image, lung))[:, 0].sigmoid().cpu())
+        inputs = net_input(*net_maps(net, crops, slice(start, start + batch)))
+        result.append(net(inputs)[:, 0].sigmoid().float().cpu())
     return torch.cat(result).numpy() if result else np.zeros(0, np.float32)
 
 

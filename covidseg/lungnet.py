@@ -110,7 +110,7 @@ def _move(maps: Tensor, settings: LungNetSettings, generator: torch.Generator) -
     grid[:, :, 2] = uniform(2 * settings.shift, 2)
     if bool(torch.randint(2, (1,), generator=generator)):
         grid[:, 0] *= -1
-    return F.grid_sample(maps, F.affine_grid(grid, list(maps.shape), align_corners=False),
+    return F.grid_sample(maps, F.affine_grid(grid.to(maps), list(maps.shape), align_corners=False),
                          padding_mode="border", align_corners=False)
 
 
@@ -221,11 +221,11 @@ def _generation(pools: list[list[_Lung]], settings: LungNetSettings, steps: int,
 def lung_probabilities(net: nn.Module, crops: Crops, settings: LungNetSettings = LungNetSettings(), *,
                        batch: int = 16) -> np.ndarray:
     """Probability of lung of every pixel, averaged over the slice and its mirror image, ``(N, S, S)`` float32."""
-    device = next(net.parameters()).device
+    weight = next(net.parameters())
     result = np.zeros(crops.images.shape, np.float32)
     for start in range(0, len(crops), batch):
         part = slice(start, start + batch)
-        inputs = _shrink(crops.images[part], settings.size).to(device)
+        inputs = _shrink(crops.images[part], settings.size).to(weight)
         p = 0.5 * (net(inputs).sigmoid() + net(inputs.flip(3)).sigmoid().flip(3))
         result[part] = F.interpolate(p, size=crops.images.shape[1:], mode="bilinear",
                                      align_corners=False)[:, 0].cpu().numpy()

@@ -24,7 +24,7 @@ from covidseg.distributed import average_gradients, from_first
 from covidseg.errors import SettingsError, one_of
 from covidseg.paint import Painter, PaintSettings
 from covidseg.patches import PATCH, grid_ids, instances, patch_values, pool, spread, square_ids
-from covidseg.prepare import Crops, WeakSet, slices_at_once, slices_in_cache
+from covidseg.prepare import Crops, WeakSet, net_maps, slices_at_once, slices_in_cache
 from covidseg.train import (
     Average,
     Batch,
@@ -246,13 +246,12 @@ def _scores(net: PatchNet, crops: Crops, maps: list[np.ndarray], counts: list[in
         described: list[list[Tensor]] = [[] for _ in maps]
         for first in range(start, min(start + batch, len(crops)), few):
             part = slice(first, min(first + few, start + batch))
-            features = net.features(net_input(torch.from_numpy(crops.images[part])[:, None].to(device),
-                                              torch.from_numpy(crops.lungs[part])[:, None].float().to(device)))
+            features = net.features(net_input(*net_maps(net, crops, part)))
             for ids, count, found in zip(maps, counts, described, strict=True):
                 numbers = torch.from_numpy(ids[part].astype(np.int64)).to(device)
                 found.append(net.describe(features, numbers, count))
         for found, result in zip(described, parts, strict=True):
-            result.append(net.judge(torch.cat(found))[0].sigmoid().cpu().numpy())
+            result.append(net.judge(torch.cat(found))[0].sigmoid().float().cpu().numpy())
     net.train(was_training)
     return [np.concatenate(result) for result in parts]
 

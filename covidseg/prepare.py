@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from skimage.filters import threshold_otsu
 from skimage.transform import resize
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from covidseg.dataset import Dataset
@@ -190,6 +191,16 @@ def make_crops(pixels: np.ndarray, lungs: np.ndarray, settings: PrepareSettings)
     images = [crop(normalise(i, m), b, settings.size, 0.0) for i, m, b in zip(pixels, lungs, boxes, strict=True)]
     shape = (len(boxes), settings.size, settings.size)
     return Crops(np.array(images, np.float32).reshape(shape), crop_masks(lungs, boxes, settings.size), boxes)
+
+
+def net_maps(net: nn.Module, crops: Crops, part: slice) -> tuple[Tensor, Tensor]:
+    """Some of the slices as a net takes them: pictures and lungs, ``(B, 1, S, S)`` each.
+
+    They are on the device of the net and in the precision of its weights.
+    """
+    weight = next(net.parameters())
+    pictures, lungs = (torch.from_numpy(maps[part])[:, None].to(weight) for maps in (crops.images, crops.lungs))
+    return pictures, lungs
 
 
 def join_crops(parts: list[Crops]) -> Crops:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from covidseg.distributed import average_gradients, from_first
 from covidseg.fine import certainty
 from covidseg.paint import NO_PAINT, Painter, PaintSettings
-from covidseg.prepare import Crops, WeakSet, slices_at_once
+from covidseg.prepare import Crops, WeakSet, net_maps, slices_at_once
 from covidseg.train import (
     Average,
     Batch,
@@ -209,17 +209,15 @@ def lesion_probabilities(net: nn.Module, crops: Crops, *, batch: int = 16) -> np
     Returns:
         ``(N, S, S)`` float32.
     """
-    device = next(net.parameters()).device
-    if device.type == "cpu":
+    if next(net.parameters()).device.type == "cpu":
         keep_freed_memory()
     result = []
     batch = slices_at_once(batch, crops.images.shape[-1])
     for start in range(0, len(crops), batch):
-        part = slice(start, start + batch)
-        lung = torch.from_numpy(crops.lungs[part])[:, None].float().to(device)
-        inputs = net_input(torch.from_numpy(crops.images[part])[:, None].to(device), lung)
+        picture, lung = net_maps(net, crops, slice(start, start + batch))
+        inputs = net_input(picture, lung)
         mean = torch.zeros_like(lung)
         for axes in ((), (2,), (3,), (2, 3)):
             mean += net(inputs.flip(axes)).sigmoid().flip(axes) / 4
-        result.append((mean * lung)[:, 0].cpu())
+        result.append((mean * lung)[:, 0].float().cpu())
     return torch.cat(result).numpy() if result else np.zeros((0, 0, 0), np.float32)

@@ -27,5 +27,5 @@ def fail() -> None:
 def slow_at_first() -> int:
     """Says how often it was called."""
     count = next(_calls)
-    time.sleep(0.3 if count == 1 else 0.05)
+    time.sleep(1.5 if count == 1 else 0.05)
     return count

@@ -14,6 +14,8 @@ from torchvision.models import resnet18
 from covidseg.activations import Cut, class_activation_maps, read_layers
 from covidseg.errors import SettingsError
 
+pytestmark = pytest.mark.nets
+
 CLASS = 3
 
 

@@ -23,7 +23,8 @@ from covidseg.pipeline import Run
 from covidseg.report import write_run
 from covidseg.stream import SliceReader, slice_writer
 
-NAME = "DOE^JANE"
+# Weights are random bytes, in which a short word turns up by chance; these are too long for that.
+NAME = "LINDGREN^MATILDA"
 FIELDS = ("descrip", "db_name", "aux_file", "intent_name")
 BROKEN = "broken.nii.gz"
 
@@ -94,10 +95,17 @@ def test_the_name_is_found_where_it_is(data: Path, scans: Path, tmp_path: Path) 
     out.mkdir()
     for name in ("copied.nii", "copied.nii.gz"):
         nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine, image.header), out / name)
-    (out / "report.json").write_text('{"patient": "Jane Doe"}')
-    (out / "wide.bin").write_bytes("doe^jane".encode("utf-16-le"))
+    (out / "report.json").write_text('{"patient": "Matilda Lindgren"}')
+    (out / "wide.bin").write_bytes("lindgren^matilda".encode("utf-16-le"))
     (out / "clean.json").write_text('{"volume": "scan"}')
     assert holding(out) == ["copied.nii", "copied.nii.gz", "report.json", "wide.bin"]
+
+
+def test_the_name_is_in_no_random_bytes() -> None:
+    """Any of its words in 100 MB, two letters (large and small) of 256 bytes fitting at each place: hardly ever."""
+    shortest = min(len(word) for word in NAME.split("^"))
+    assert 4 * 100e6 * (2 / 256) ** shortest < 1e-5
+    assert max(len(NAME), 16) == 16, "it fits into the shortest field, intent_name"
 
 
 @pytest.mark.parametrize("name", ["out.nii", "out.nii.gz"])

@@ -18,6 +18,8 @@ from covidseg.bags import (
 )
 from covidseg.patches import square_ids
 
+pytestmark = pytest.mark.nets
+
 Bag = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 

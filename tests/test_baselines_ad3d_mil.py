@@ -10,6 +10,8 @@ from test_baselines_trunk import numbers_by_hand
 from covidseg.baselines.ad3d_mil import POOLINGS, PUBLISHED, Ad3dMil, Ad3dMilSettings
 from covidseg.errors import SettingsError
 
+pytestmark = pytest.mark.nets
+
 
 def net(dims: int = 2, **changes: object) -> Ad3dMil:
     torch.manual_seed(0)

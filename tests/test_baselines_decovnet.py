@@ -22,6 +22,8 @@ from covidseg.baselines.slabs import SlabSettings
 from covidseg.errors import SettingsError
 from covidseg.paint import PaintSettings
 
+pytestmark = pytest.mark.nets
+
 
 def net(dims: int = 2, **changes: object) -> DeCoVNet:
     torch.manual_seed(0)

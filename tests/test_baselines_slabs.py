@@ -11,6 +11,8 @@ from covidseg.errors import DatasetError, SettingsError
 from covidseg.prepare import Crops, WeakSet
 from covidseg.train import balanced_batches
 
+pytestmark = pytest.mark.nets
+
 # Volume a: 10 slices, ill from number 6 on; volume b of the same patient: every 4th slice, ill first; c: healthy.
 NAMES = [f"a:{k}" for k in range(10)] + [f"b:{4 * k}" for k in range(7)] + [f"c:1:{k}" for k in range(5)]
 LABELS = [0] * 6 + [1] * 4 + [1] * 2 + [0] * 5 + [0] * 5

@@ -27,6 +27,8 @@ from covidseg.errors import DatasetError
 from covidseg.paint import NO_PAINT
 from covidseg.prepare import Crops, WeakSet
 
+pytestmark = pytest.mark.nets
+
 SLAB = SlabSettings(depth=4, size=40, step=2)
 
 

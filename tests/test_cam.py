@@ -20,6 +20,8 @@ from covidseg.classify import Classifier, ClassifierSettings, Committee
 from covidseg.prepare import Crops
 from covidseg.train import net_input
 
+pytestmark = pytest.mark.nets
+
 SETTINGS = CamSettings()
 Method = Callable[..., np.ndarray]
 

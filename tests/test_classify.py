@@ -26,6 +26,8 @@ from covidseg.paint import NO_PAINT, PaintSettings
 from covidseg.prepare import Crops
 from covidseg.train import net_input
 
+pytestmark = pytest.mark.nets
+
 SMALL = ClassifierSettings(width=4, steps=6, batch=4, temperature=4.0)
 ENOUGH = ClassifierSettings(width=6, steps=30, batch=8, rate=3e-3, temperature=4.0, flip_weight=0.5, outside_weight=0.1)
 

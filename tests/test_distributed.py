@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
@@ -125,9 +126,7 @@ def train_each(batch: int) -> dict[str, Callable[[], nn.Module]]:
 def trained(batch: int, double: bool) -> dict[str, Trained]:
     """Each net by its name."""
     found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        if double:
-            in_double(patch)
+    with pytest.MonkeyPatch.context() as patch, in_double() if double else nullcontext():
         for name, train in train_each(batch).items():
             losses: list[list[float]] = []
             patch.setattr(Progress, "step", lambda self, number, to=losses, **each: to.append(list(each.values())))

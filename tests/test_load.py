@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,11 +112,9 @@ def test_a_thousand_slices_need_no_more_memory_than_two_hundred(predictor: Predi
         predictor.predict_file(path, tmp_path / f"mask-{path.name}", None, maps)
     predict(short)  # caches fill
     needed = peak_mb(lambda: predict(short))
-    start = time.process_time()  # not slowed by what else runs
     grown: list[str] = []
     more = peak_mb(lambda: grown.extend(growth(lambda: predict(long), 1, 0, most_mb=8)))
     assert grown == []
-    assert time.process_time() - start < 40
     # Of each slice two packed masks and some numbers are kept: 10 kB. Its float32 probabilities would be 64.
     assert more < needed + 16
     assert nib.load(maps).shape == nib.load(long).shape

@@ -14,6 +14,8 @@ from torch import nn
 from covidseg.lungnet import LungNetSettings, lung_probabilities, make_lung_net, robust_lungs, train_lung_net
 from covidseg.prepare import Crops, WeakSet
 
+pytestmark = pytest.mark.nets
+
 SIZE = 64
 SMALL = LungNetSettings(steps=3, size=SIZE, channels=(4, 8), batch=4)
 # Without organs, which look like its consolidations to a net so small.

@@ -13,6 +13,8 @@ from bench.plain_patches import REACH, STRIDE, in_batches, one_by_one, windows_o
 from covidseg.mil import MilSettings, PatchNet
 from covidseg.patches import grid_ids, square_ids
 
+pytestmark = pytest.mark.nets
+
 SIDE = 160
 SETTINGS = MilSettings(width=4)
 

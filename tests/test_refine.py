@@ -25,6 +25,8 @@ from covidseg.refine import (
 )
 from covidseg.train import overlapped
 
+pytestmark = pytest.mark.nets
+
 SMALL = SegmenterSettings(channels=(4, 8), steps=6, batch=4)
 ENTROPY_ONLY = SegmenterSettings(dice_weight=0.0)
 

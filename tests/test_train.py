@@ -34,6 +34,8 @@ from covidseg.train import (
     use_deterministic_kernels,
 )
 
+pytestmark = pytest.mark.nets
+
 # Patient a has many slices, b few, c no lesion, d nothing but lesions.
 PATIENTS = np.array(["a"] * 60 + ["b"] * 4 + ["c"] * 20 + ["d"] * 10)
 LABELS = np.array([0, 1] * 30 + [0, 1, 1, 1] + [0] * 20 + [1] * 10)

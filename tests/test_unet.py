@@ -8,6 +8,8 @@ from torch import nn
 
 from covidseg.unet import for_prediction, make_unet
 
+pytestmark = pytest.mark.nets
+
 CHANNELS = [(4, 8), (4, 8, 16), (4, 8, 16, 16)]
 
 

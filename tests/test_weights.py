@@ -28,6 +28,8 @@ from covidseg.predict import SHIPPED, Predictor, load_predictor
 from covidseg.prepare import Crops
 from covidseg.records import read_records
 
+pytestmark = pytest.mark.nets
+
 FILES = {"run.json", "run.json.sha256", "MODEL_CARD.md", *(f"stages/{name}.safetensors{end}" for name in (
     "segmenter", "patches", "lung_net") for end in ("", ".sha256"))}
 

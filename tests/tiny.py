@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import multiprocessing
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from bench.measure import PRELOAD
-from torch import Tensor
 
 from covidseg import classify, lungnet, mil, refine
 from covidseg.baselines.ad3d_mil import Ad3dMilSettings
@@ -31,7 +30,7 @@ from covidseg.profiles import Profile
 from covidseg.refine import SegmenterSettings
 from covidseg.report import write_run
 from covidseg.systems import Rivals
-from covidseg.train import Batch, on_device
+from covidseg.train import Batch
 
 TINY = Profile(
     "quick", prepare=PrepareSettings(size=80), lung_net=LungNetSettings(steps=8, size=64, channels=(4, 8), batch=4),
@@ -81,22 +80,25 @@ def in_turn(batches: Iterator[Batch], device: torch.device, *, hold: Collection[
     return batches
 
 
-def in_double(patch: pytest.MonkeyPatch) -> None:
-    """Lets all loops train in double precision, in which the order of a sum hardly matters.
+@contextmanager
+def in_double() -> Iterator[None]:
+    """Inside the ``with`` block nets are made, trained, stored and used in double precision.
 
-    In single precision Adam makes whole steps of rounding, where a gradient is nothing else: after eight of them some
-    weights of two processors differ by percents. Weights are stored in double precision and used in single.
+    In single precision the order of a sum, which each processor and number of threads chooses for itself, decides
+    much: Adam makes whole steps of rounding where a gradient is nothing else, and a choice by rank or threshold flips
+    at the last digit. In double precision no rounding of this kind is as large as a digit that counts.
     """
-    def batches(made: Iterator[tuple[Tensor, ...]], device: torch.device, **rest: Any) -> Iterator[tuple[Tensor, ...]]:
+    def batches(made: Iterator[Batch], device: torch.device, **rest: Any) -> Iterator[Batch]:
         for batch in in_turn(made, device):
             yield tuple(part.double() if part.is_floating_point() else part for part in batch)
-    for module in (classify, refine, lungnet, mil):
-        patch.setattr(module, "on_device", lambda net, device: on_device(net.double(), device))
-        patch.setattr(module, "overlapped", batches)
-    # What looks at slices in between gets single precision.
-    for module, name in ((refine, "lesion_probabilities"), (lungnet, "robust_lungs"), (mil, "patch_scores")):
-        real = getattr(module, name)
-        patch.setattr(module, name, lambda net, *rest, real=real: real(copy.deepcopy(net).float(), *rest))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (classify, refine, lungnet, mil):
+            patch.setattr(module, "overlapped", batches)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def toy(count: int, size: int = 40, seed: int = 0) -> tuple[WeakSet, np.ndarray]:
