@@ -1,11 +1,12 @@
 """covidseg: COVID-19 lesions outlined in chest CT from slice labels alone.
 
-A teaching and reproduction package. Every stage of the method is a flat module:
+A teaching and reproduction package. Every stage of the method is a module:
 
-``io, dataset -> lungs -> prepare -> classify -> cam -> patches, mil -> fine -> refine -> metrics``
+``lungs, lungnet -> preprocess -> classifier -> gradcam -> patches <-> curriculum -> segmenter``
 
-with ``nifti``, ``morphology``, ``artifacts``, ``train`` and ``distributed`` beneath and ``keys``, ``pipeline``,
-``stream``, ``parts``, ``viz`` and ``cli`` above.
+with ``augment``, ``training``, ``parallel``, ``unet``, ``store`` and ``atomic`` beneath and ``profiles``, ``pipeline``,
+``predict`` and ``batch`` above. ``data`` reads scans, ``evaluation`` measures masks, ``baselines`` holds earlier
+systems, ``cli`` the commands, and ``book`` what only the chapters use.
 
 **Not a medical device.** Nothing here may be used for diagnosis or treatment.
 """

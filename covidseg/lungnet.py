@@ -1,7 +1,7 @@
 """Stage 1, made robust by itself: a small net learns what disease hides from the threshold.
 
 A threshold finds healthy lungs well and loses consolidated ones, which are as bright as the chest wall. Slices
-without a lesion have good threshold masks; consolidation painted into them (:mod:`covidseg.paint`) hides parts of a
+without a lesion have good threshold masks; consolidation painted into them (:mod:`covidseg.augment`) hides parts of a
 lung whose true outline is known: it is the mask before painting. A net that sees the painted picture and is asked for
 the unpainted mask learns to complete diseased lungs. Painted organs are the counter-example: bright as well, but even
 and smooth, and no part of the lung.
@@ -24,16 +24,15 @@ from scipy import ndimage as ndi
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from covidseg.distributed import average_gradients, from_first
-from covidseg.morphology import fill_holes
-from covidseg.paint import PaintSettings, Places, paint_lesions, paint_organ, places
-from covidseg.prepare import Crops, WeakSet
-from covidseg.train import (
+from covidseg.augment import PaintSettings, Places, jitter, paint_lesions, paint_organ, places
+from covidseg.lungs import fill_holes
+from covidseg.parallel import average_gradients, from_first
+from covidseg.preprocess import Crops, WeakSet
+from covidseg.training import (
     Average,
     Batch,
     Log,
     Progress,
-    jitter,
     learning_rate,
     on_device,
     overlapped,

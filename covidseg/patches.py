@@ -1,17 +1,50 @@
-"""Patches: the instances of the multiple-instance task, in both readings of the abstract's "5*5".
+"""Stage 4: multiple-instance learning on 5 x 5 patches, from easy to difficult.
 
-A map of patch numbers says which patch each pixel belongs to: squares of 5 x 5 pixels (:func:`square_ids`), or a grid
-of 5 x 5 cells over every component of the coarse label (:func:`grid_ids`). Everything after it is the same for both:
-quantities are averaged over patches (:func:`pool`) and spread back onto pixels (:func:`spread`), for all patches of all
-slices at once.
+Patches are the instances, in both readings of the abstract's "5*5". A map of patch numbers says which patch each pixel
+belongs to: squares of 5 x 5 pixels (:func:`square_ids`), or a grid of 5 x 5 cells over every component of the coarse
+label (:func:`grid_ids`). Everything after it is the same for both: quantities are averaged over patches (:func:`pool`)
+and spread back onto pixels (:func:`spread`), for all patches of all slices at once.
+
+A slice is a *bag* of patches, its *instances*. A bag with a lesion holds at least one ill patch, nobody says which;
+in a bag without, every patch is healthy. Attention (Ilse et al., ICML 2018, eqs. 8-9) pools the patch scores to a
+slice score that the slice label can teach. Each component of the coarse label is a smaller bag of its own.
+
+Bags are rows of an array, padded to the longest (:func:`bag_probability`). For bags of very unequal size there is the
+same without padding: all patches in one vector, each with the number of its bag (:func:`flat_bag_probability`,
+:func:`flat_attention_pool`).
+
+The bags alone leave much open, so the class activation map joins in, a little at a time: see
+:mod:`covidseg.curriculum`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
 import numpy as np
 import torch
 from scipy import ndimage as ndi
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from covidseg.augment import Painter, PaintSettings, augment
+from covidseg.curriculum import CurriculumSettings, Phase, plan_phase
+from covidseg.errors import SettingsError, one_of
+from covidseg.parallel import average_gradients, from_first
+from covidseg.preprocess import Crops, WeakSet, net_input, net_maps, slices_at_once, slices_in_cache
+from covidseg.training import (
+    Average,
+    Batch,
+    Log,
+    Progress,
+    balanced_batches,
+    learning_rate,
+    on_device,
+    overlapped,
+    run_net,
+    seed_everything,
+)
 
 PATCH = 5
 
@@ -108,3 +141,359 @@ def instances(ids: np.ndarray) -> np.ndarray:
     """Which of the numbers 0..P are patches of each slice, ``(N, P + 1)`` bool; 0 never is."""
     numbers = np.arange(int(ids.max(initial=0)) + 1)
     return (numbers > 0) & (numbers <= ids.max(axis=(1, 2))[:, None])
+
+
+# --- bags -----------------------------------------------------------------------------------------------------------
+
+COMPONENTS = 4  # bags of a slice besides the slice itself
+
+
+def gated_attention(h: Tensor, v: nn.Linear, u: nn.Linear, w: nn.Linear) -> Tensor:
+    """Attention logits ``w' (tanh(V h) * sigmoid(U h))`` (eq. 9 of Ilse et al.), ``(...)``, of ``h`` ``(..., d)``."""
+    return w(v(h).tanh() * u(h).sigmoid())[..., 0]
+
+
+def bag_probability(scores: Tensor, attention: Tensor, members: Tensor, pooling: str = "attention") -> Tensor:
+    """Probability of a bag from its patches: half pooled scores, half a power mean that follows the worst patch.
+
+    Args:
+        scores: ``(B, P)`` patch logits.
+        attention: ``(B, P)`` attention logits.
+        members: ``(B, P)`` bool, the patches of the bag.
+        pooling: ``attention`` weighs the scores, ``mean`` does not.
+
+    Returns:
+        ``(B,)`` in (0, 1).
+    """
+    weights = (attention if pooling == "attention" else torch.zeros_like(attention))
+    weights = weights.masked_fill(~members, -1e4).softmax(dim=1)
+    pooled = (weights * scores).sum(dim=1).sigmoid()
+    powers = (scores.sigmoid() ** 4 * members).sum(dim=1) / members.sum(dim=1).clamp(min=1)
+    return 0.5 * pooled + 0.5 * (powers + 1e-8) ** 0.25
+
+
+def flat_bag_probability(scores: Tensor, attention: Tensor, bag: Tensor, bags: int,
+                         pooling: str = "attention") -> Tensor:
+    """:func:`bag_probability` of ragged bags.
+
+    Args:
+        scores, attention: ``(M,)`` logits of the patches of all bags.
+        bag: ``(M,)`` int64 in ``0 .. bags - 1``, the bag of each patch, in any order.
+        pooling: ``attention`` weighs the scores, ``mean`` does not.
+
+    Returns:
+        ``(bags,)`` in (0, 1); what is said of a bag without patches means nothing.
+    """
+    weights = segment_softmax(attention if pooling == "attention" else torch.zeros_like(attention), bag, bags)
+    pooled = _segment_sum(weights * scores, bag, bags).sigmoid()
+    sizes = torch.bincount(bag, minlength=bags).clamp(min=1)
+    powers = _segment_sum(scores.sigmoid() ** 4, bag, bags) / sizes
+    return 0.5 * pooled + 0.5 * (powers + 1e-8) ** 0.25
+
+
+def flat_attention_pool(h: Tensor, logits: Tensor, bag: Tensor, bags: int) -> Tensor:
+    """Embeddings of ragged bags, the attention-weighted means of those of their patches (eq. 8 of Ilse et al.).
+
+    Args:
+        h: ``(M, d)`` embeddings of the patches of all bags.
+        logits: ``(M,)`` of :func:`gated_attention`.
+        bag: ``(M,)`` int64 in ``0 .. bags - 1``, the bag of each patch, in any order.
+
+    Returns:
+        ``(bags, d)``; a bag without patches is 0.
+    """
+    return _segment_sum(segment_softmax(logits, bag, bags)[:, None] * h, bag, bags)
+
+
+def segment_softmax(logits: Tensor, bag: Tensor, bags: int) -> Tensor:
+    """Softmax of ``(M,)`` logits within each bag."""
+    # The largest logit of each bag keeps the exponentials finite; it cancels, so it needs no gradient.
+    top = logits.new_full((bags,), -torch.inf).scatter_reduce(0, bag, logits.detach(), "amax")
+    powers = (logits - top[bag]).exp()
+    return powers / _segment_sum(powers, bag, bags)[bag]
+
+
+def _segment_sum(values: Tensor, bag: Tensor, bags: int) -> Tensor:
+    return values.new_zeros(bags, *values.shape[1:]).index_add(0, bag, values)
+
+
+def component_bags(cam: np.ndarray, ids: np.ndarray, labels: np.ndarray, threshold: float) -> np.ndarray:
+    """Which patches belong to which coarse component: ``(N, P + 1)`` int, 0 none, 1.. the largest components.
+
+    Components are dilated a little first: a bag should hold the lesion's rim as well.
+
+    Args:
+        cam: ``(N, S, S)`` activation maps.
+        ids: ``(N, S, S)`` patch numbers.
+        labels: ``(N,)`` slice labels; a slice without a lesion has no components.
+        threshold: activation from which on a pixel belongs to a component.
+    """
+    number = np.zeros((len(ids), int(ids.max()) + 1), np.int64)
+    for k in np.flatnonzero(labels == 1):
+        parts, _ = ndi.label(ndi.binary_dilation(cam[k] >= threshold, iterations=2))
+        sizes = np.bincount(parts.ravel())
+        sizes[0] = 0
+        for rank, part in enumerate(np.argsort(sizes)[::-1][:COMPONENTS], start=1):
+            if sizes[part] > 0:
+                share = patch_values((parts == part)[None], ids[k:k + 1], number.shape[1] - 1)[0]
+                number[k][(share > 0.5) & (np.arange(len(share)) > 0)] = rank
+    return number
+
+
+def component_loss(scores: Tensor, attention: Tensor, bags: Tensor, pooling: str) -> Tensor:
+    """Cross entropy of all coarse components against "holds a lesion", mean over the components of the batch.
+
+    Args:
+        scores, attention: ``(B, P + 1)`` logits.
+        bags: ``(B, P + 1)`` int from :func:`component_bags`.
+        pooling: as of :func:`bag_probability`.
+    """
+    losses = []
+    for rank in range(1, COMPONENTS + 1):
+        members = bags == rank
+        there = members.any(dim=1)
+        if bool(there.any()):
+            p = bag_probability(scores[there], attention[there], members[there], pooling)
+            losses.append(-p.clamp(min=1e-6).log())
+    return torch.cat(losses).mean() if losses else scores.sum() * 0
+
+
+# --- the patch net --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class MilSettings:
+    """Settings of the patch task.
+
+    Attributes:
+        reading: ``pixels``: patches are squares of ``patch`` pixels; ``grid``: 5 x 5 cells over each coarse component.
+        patch: side of the squares in pixels.
+        pooling: ``attention`` or ``mean``, how a bag's score comes from its patches.
+        width: channels of the finest level.
+        steps: optimiser steps in all phases together.
+        batch: slices a step, half of them with a lesion.
+        rate: peak learning rate of AdamW.
+        component: activation from which on coarse components are bags of their own ...
+        component_weight: ... and the weight of their loss; 0 leaves these bags out.
+        zeros: weight of the loss that holds every patch of a lesion-free slice at 0.
+        curriculum: targets, order and pace.
+        threshold: lesion from this probability on, where a single outline is wanted.
+        paint: lesions and vessels painted on lesion-free slices.
+    """
+
+    reading: str = "pixels"
+    patch: int = PATCH
+    pooling: str = "attention"
+    width: int = 16
+    steps: int = 200
+    batch: int = 12
+    rate: float = 3e-3
+    component: float = 0.3
+    component_weight: float = 0.3
+    zeros: float = 1.0
+    threshold: float = 0.5
+    curriculum: CurriculumSettings = field(default_factory=CurriculumSettings)
+    paint: PaintSettings = field(default_factory=PaintSettings)
+
+    def __post_init__(self) -> None:
+        one_of(self.reading, ("pixels", "grid"), "reading of patches")
+        one_of(self.pooling, ("attention", "mean"), "pooling")
+
+
+def _level(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
+        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class PatchNet(nn.Module):
+    """Scores all patches of a slice in one pass, no loop over patches.
+
+    A patch is described by features of three levels of context, averaged over its pixels; the finest reads the
+    25 values around each pixel. ``forward`` takes ``(B, 2, S, S)`` and patch numbers ``(B, S, S)``, and returns
+    scores and attention logits, ``(B, P + 1)`` each; entry 0 belongs to no patch.
+    """
+
+    def __init__(self, settings: MilSettings = MilSettings()) -> None:
+        super().__init__()
+        self.settings = settings
+        w = settings.width
+        self.near = nn.Sequential(nn.Conv2d(2, w, 5, padding=2, bias=False), nn.BatchNorm2d(w), nn.ReLU())  # 5 px
+        self.middle = nn.Sequential(nn.MaxPool2d(2), _level(w, 2 * w))                                    # 14 px
+        self.far = nn.Sequential(nn.MaxPool2d(2), _level(2 * w, 4 * w),
+                                 nn.Conv2d(4 * w, 4 * w, 3, padding=3, dilation=3), nn.ReLU())              # 56 px
+        self.embed = nn.Sequential(nn.Linear(7 * w, 4 * w), nn.ReLU(), nn.Dropout(0.1))
+        self.score = nn.Linear(4 * w, 1)
+        self.attend_v, self.attend_u = nn.Linear(4 * w, 2 * w), nn.Linear(4 * w, 2 * w)
+        self.attend_w = nn.Linear(2 * w, 1)
+
+    def features(self, inputs: Tensor) -> list[Tensor]:
+        """Feature maps of the slice, whatever the patches: ``(B, w, S, S)`` and ``(B, 6w, S/2, S/2)``."""
+        near = self.near(inputs)
+        middle = self.middle(near)
+        far = F.interpolate(self.far(middle), size=middle.shape[2:], mode="bilinear", align_corners=False)
+        return [near, torch.cat([middle, far], dim=1)]
+
+    def describe(self, features: list[Tensor], ids: Tensor, count: int) -> Tensor:
+        """The patches ``ids``, described by :meth:`features` averaged over each, ``(B, count + 1, 7w)``."""
+        return torch.cat([pool(f, ids, count) for f in features], dim=2)
+
+    def judge(self, described: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and attention logits, two of ``(...)``, of patches described by ``(..., 7w)`` of :meth:`describe`."""
+        h = self.embed(described)                                                      # (B, P + 1, 4w)
+        # Before the score: the gradients of h add up in this order, and recorded nets depend on its last bits.
+        attention = gated_attention(h, self.attend_v, self.attend_u, self.attend_w)
+        return self.score(h)[..., 0], attention
+
+    def forward(self, inputs: Tensor, ids: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+        return self.judge(self.describe(self.features(inputs), ids, int(ids.max()) if count is None else count))
+
+
+def patch_ids(crops: Crops, cam: np.ndarray | None, settings: MilSettings) -> np.ndarray:
+    """Patch numbers ``(N, S, S)`` in the reading of the settings; the grid is laid over the activation map's parts."""
+    if settings.reading == "pixels":
+        return square_ids(crops.lungs, settings.patch)
+    if cam is None:
+        raise SettingsError("a grid over coarse components needs the activation map", remedy="Pass cam")
+    return grid_ids(crops.lungs, (cam >= settings.component) & crops.lungs, patch=settings.patch)
+
+
+def _batches(data: WeakSet, ids: np.ndarray, settings: MilSettings, generator: torch.Generator) -> Iterator[Batch]:
+    """Batches of all steps: picture, lung, painted lesion, patch numbers, ``(B, 4, S, S)``; the slices, ``(B,)``."""
+    images, lungs, numbers = (torch.from_numpy(part.astype(np.float32))
+                              for part in (data.crops.images, data.crops.lungs, ids))
+    free = torch.from_numpy(data.labels) == 0
+    painter = Painter(data.crops, settings.paint)
+    for index in balanced_batches(data.labels, data.patients, settings.batch, settings.steps, generator):
+        maps = torch.stack([images[index], lungs[index], torch.zeros_like(images[index]), numbers[index]], dim=1)
+        yield augment(painter(maps, index, free[index], generator), generator), index
+
+
+def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSettings(), *, start: PatchNet | None = None,
+              seed: int = 0, device: torch.device = torch.device("cpu"),
+              log: Log = print,
+              name: str = "patches") -> tuple[PatchNet, list[Phase]]:
+    """Trains the patch net on slice labels and activation maps, from easy to difficult patches.
+
+    Args:
+        data: slices and their labels.
+        cam: ``(N, S, S)`` activation maps from :func:`covidseg.gradcam.activation_maps`.
+        start: a net of an earlier round to go on from.
+        name: of this training in the log.
+
+    Returns:
+        The averaged net in evaluation mode, and what each phase admitted.
+    """
+    generator = seed_everything(seed)
+    net = PatchNet(settings)
+    if start is not None:
+        net.load_state_dict(start.state_dict())
+    net = on_device(net, device)
+    average = Average(net).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
+    schedule = learning_rate(optimizer, settings.steps)
+    progress = Progress(name, settings.steps, 8, log)
+    ids = patch_ids(data.crops, cam, settings)                                         # (N, S, S)
+    count = int(ids.max())
+    prior, members = patch_values(cam, ids), instances(ids)                            # (N, P + 1)
+    bags = component_bags(cam, ids, data.labels, settings.component)
+    of_slices = [torch.from_numpy(part).to(device) for part in (data.labels.astype(np.float32), members, bags)]
+    ill = np.flatnonzero(data.labels == 1)  # only their patches can be admitted
+    candidates = members & (data.labels == 1)[:, None]
+    paces = len(settings.curriculum.paces)
+    phases: list[Phase] = []
+    batches = overlapped(_batches(data, ids, settings, generator), device)
+    for step, (maps, index) in enumerate(batches, start=1):                            # (B, 4, S, S), (B,)
+        if (step - 1) * paces // settings.steps == len(phases):                        # phases of equal length
+            opinion = prior.copy()
+            if phases or start is not None:
+                opinion[ill] = from_first(lambda: patch_scores(
+                    average.net, data.crops.take(ill), ids[ill], count))  # type: ignore[arg-type]
+            phases.append(plan_phase(prior, opinion, candidates, settings.curriculum, len(phases), seed=seed))
+            log(f"{name} phase {len(phases)}: pace {phases[-1].pace:.1f}, {phases[-1].admitted.sum()} admitted")
+            lesson = [torch.from_numpy(part).to(device) for part in (phases[-1].target, phases[-1].admitted)]
+            weight = settings.curriculum.weights[len(phases) - 1]
+        picture, lung, painted, number = maps.split(1, dim=1)
+        own = number[:, 0].long()                                                      # patch numbers move along
+        described = run_net(lambda inputs, numbers: net.describe(net.features(inputs), numbers, count),
+                            net_input(picture, lung), own)                             # (B, P + 1, 7w)
+        scores, attention = net.judge(described)                                       # (B, P + 1)
+        label, inside, parts = (part[index] for part in of_slices)
+        free = label == 0
+        y = torch.maximum(label, painted.amax(dim=(1, 2, 3)))                          # a painted slice is ill
+        bag = F.binary_cross_entropy(bag_probability(scores, attention, inside, settings.pooling), y)
+        # A slice without a lesion labels all its patches, and so does one whose lesions were painted.
+        exact = F.binary_cross_entropy_with_logits(scores, pool(painted, own, count)[..., 0], reduction="none")
+        known = inside & free[:, None]
+        zero = (exact * known).sum() / known.sum().clamp(min=1)
+        target, admitted = (part[index] for part in lesson)
+        soft = F.binary_cross_entropy_with_logits(scores, target, reduction="none")
+        # Both classes weigh the same, however few lesion patches were admitted.
+        taught = torch.stack([(soft * part).sum() / part.sum().clamp(min=1)
+                              for part in (admitted & (target >= 0.5), admitted & (target < 0.5))]).mean()
+        loss = bag + settings.zeros * zero + weight * taught
+        if settings.component_weight:
+            loss = loss + settings.component_weight * component_loss(scores, attention, parts, settings.pooling)
+        optimizer.zero_grad()
+        loss.backward()
+        average_gradients(net)
+        optimizer.step()
+        schedule.step()
+        average.update(net)
+        progress.step(step, bag=bag.item(), free=zero.item(), taught=taught.item())
+    return average.net.eval(), phases  # type: ignore[return-value]
+
+
+def patch_scores(net: PatchNet, crops: Crops, ids: np.ndarray, count: int | None = None, *,
+                 batch: int = 32) -> np.ndarray:
+    """Probability of a lesion of every patch, ``(N, P + 1)`` float32; entry 0 belongs to no patch.
+
+    Args:
+        ids: ``(N, S, S)`` patch numbers; ``count`` is the largest number if these slices do not reach it.
+    """
+    return _scores(net, crops, [ids], [int(ids.max(initial=0)) if count is None else count], batch)[0]
+
+
+@torch.inference_mode()
+def _scores(net: PatchNet, crops: Crops, maps: list[np.ndarray], counts: list[int], batch: int) -> list[np.ndarray]:
+    """:func:`patch_scores` for several maps of patch numbers; the features of a slice are computed once."""
+    device, was_training = next(net.parameters()).device, net.training
+    net.eval()
+    batch = slices_at_once(batch, crops.images.shape[-1])
+    few = slices_in_cache(batch, crops.images.shape[-1], device)
+    parts = [[np.zeros((0, count + 1), np.float32)] for count in counts]
+    for start in range(0, len(crops), batch):
+        described: list[list[Tensor]] = [[] for _ in maps]
+        for first in range(start, min(start + batch, len(crops)), few):
+            part = slice(first, min(first + few, start + batch))
+            features = net.features(net_input(*net_maps(net, crops, part)))
+            for ids, count, found in zip(maps, counts, described, strict=True):
+                numbers = torch.from_numpy(ids[part].astype(np.int64)).to(device)
+                found.append(net.describe(features, numbers, count))
+        for found, result in zip(described, parts, strict=True):
+            result.append(net.judge(torch.cat(found))[0].sigmoid().float().cpu().numpy())
+    net.train(was_training)
+    return [np.concatenate(result) for result in parts]
+
+
+def patch_probabilities(net: PatchNet, crops: Crops, cam: np.ndarray | None = None, *, shifts: int = 2) -> np.ndarray:
+    """Probability of a lesion on pixels, ``(N, S, S)`` float32 in [0, 1], 0 outside the lung.
+
+    Averaged over the slice and its mirror image and, for squares, over ``shifts * shifts`` positions of the grid,
+    which refines the blocks (shifted grids have no exact mirror image, so a mirrored slice may differ in the last
+    few percent). The grid over coarse components needs their activation map ``cam``.
+    """
+    settings = net.settings
+    flipped = Crops(crops.images[..., ::-1].copy(), crops.lungs[..., ::-1].copy(), crops.boxes)
+    if settings.reading == "grid":
+        maps = [patch_ids(crops, cam, settings)]
+    else:
+        places = [k * settings.patch // shifts for k in range(shifts)]
+        maps = [square_ids(crops.lungs, settings.patch, offset=(a, b)) for a in places for b in places]
+    counts, batch = [int(ids.max(initial=0)) for ids in maps], 32
+    mirrored = [ids[..., ::-1].copy() for ids in maps]
+    result = np.zeros(crops.images.shape, np.float32)
+    for ids, scores, back, again in zip(maps, _scores(net, crops, maps, counts, batch), mirrored,
+                                        _scores(net, flipped, mirrored, counts, batch), strict=True):
+        result += spread(scores, ids) * (ids > 0) / (2 * len(maps))
+        result += (spread(again, back) * (back > 0))[..., ::-1] / (2 * len(maps))
+    return result * crops.lungs

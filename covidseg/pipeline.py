@@ -2,14 +2,21 @@
 
 ``Run`` is a folder plus a recipe. Asking it for a stage computes whatever is missing before that stage; asking
 again, from another chapter or after a break, reads what is stored.
+
+What the result of each stage depends on is one hash, its key, under which it is stored and found again. A stage's key
+is made from its settings, the seed and the key of the stage before it, so that a change concerns that stage and all
+after it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +24,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from covidseg.artifacts import Arrays, Store, fingerprint, load_net, net_arrays
-from covidseg.cam import activation_maps, coarse_labels
-from covidseg.classify import Classifier, Committee, train_committee
-from covidseg.curriculum import Phase
-from covidseg.dataset import Dataset, load_dataset
-from covidseg.fine import FineLabels, fine_labels
-from covidseg.keys import Keys
+from covidseg import DISCLAIMER
+from covidseg.classifier import Classifier, Committee, Lesson, train_committee
+from covidseg.curriculum import Phase, Round, agreement, best_round, make_lesson, settled
+from covidseg.data.folder import Dataset, load_dataset
+from covidseg.data.registry import resolve
+from covidseg.data.splits import apply_split, read_split
+from covidseg.errors import ArtifactError
+from covidseg.gradcam import activation_maps, coarse_labels
 from covidseg.lungnet import make_lung_net, robust_lungs, train_lung_net
 from covidseg.lungs import lung_masks
-from covidseg.mil import PatchNet, patch_probabilities, train_mil
-from covidseg.mutual import Lesson, Round, agreement, best_round, make_lesson, settled
-from covidseg.prepare import Crops, WeakSet, make_crops, uncrop_all, weak_set, with_true_lungs
-from covidseg.profiles import Profile, profile_named
-from covidseg.refine import make_segmenter, train_segmenter, trusting
-from covidseg.registry import resolve
-from covidseg.splits import apply_split, read_split
-from covidseg.train import Log, pick_device
+from covidseg.parallel import is_first
+from covidseg.patches import PatchNet, patch_probabilities, train_mil
+from covidseg.preprocess import Crops, WeakSet, make_crops, uncrop_all, weak_set, with_true_lungs
+from covidseg.profiles import REPORT, Profile, profile_json, profile_named
+from covidseg.segmenter import FineLabels, fine_labels, make_segmenter, train_segmenter, trusting
+from covidseg.store import Arrays, Store, environment, file_hash, fingerprint, load_net, net_arrays, write_with_hash
+from covidseg.training import Log, pick_device
 
 MakeNet = Callable[[], nn.Module]
 
@@ -235,7 +242,7 @@ class Run:
             "rounds", self.key("rounds"), make)[0]["rounds"].tolist()])
 
     def best(self) -> int:
-        """Number of the round whose nets and maps are used from here on, see :func:`covidseg.mutual.best_round`."""
+        """Number of the round whose nets and maps are used from here on, see :func:`covidseg.curriculum.best_round`."""
         return best_round(self.rounds())
 
     def fine(self) -> FineLabels:
@@ -258,7 +265,7 @@ class Run:
         """The upper bound: the same segmenter and loop taught with true masks of the training slices.
 
         Args:
-            masks: ``(N, S, S)`` bool, from :func:`covidseg.evaluate.training_truth`.
+            masks: ``(N, S, S)`` bool, from :func:`covidseg.evaluation.evaluate.training_truth`.
         """
         return self.taught_with_masks("supervised", self.masks_key(masks), self.weak(), masks)
 
@@ -319,3 +326,94 @@ def open_run(data: str = "phantom", profile: str = "quick", seed: int = 0, folde
     if silent := [case.id for case in found.cases if not case.labels]:
         log(f"without a label, and so without a part in training: {', '.join(silent)}")
     return Run(found, profile_named(profile, method), seed, Path(folder), device, log)
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+class Keys:
+    """Keys of the stages of one run; ``keys("cam2")`` is that of the activation maps after round 2.
+
+    Args:
+        data: the training volumes.
+        profile: settings of all stages.
+        seed: of all stages.
+    """
+
+    def __init__(self, data: Dataset, profile: Profile, seed: int) -> None:
+        self.data, self.profile, self.seed = data, profile, seed
+
+    def __call__(self, stage: str) -> str:
+        p = self.profile
+        if stage == "threshold":
+            return self._threshold
+        if stage == "rounds":
+            return fingerprint(self("mil1"), p.mutual)
+        if stage == "fine":
+            return fingerprint(self("rounds"), p.fine)
+        if stage == "weak":
+            lungs = [case.lung for case in self.data.cases if case.lung] if p.true_lungs else []
+            return fingerprint(self("lung_net"), p.true_lungs, *lungs)
+        if stage.startswith("patches"):  # the patch net's maps, with no setting of their own
+            return fingerprint(self(stage.replace("patches", "mil")), "maps")
+        name, number = stage.rstrip("0123456789"), int(stage.lstrip("abcdefghijklmnopqrstuvwxyz_") or 1)
+        before, settings = {
+            "lung_net": ("threshold", p.lung_net),
+            "classifier": ("weak" if number == 1 else f"mil{number - 1}", p.classifier),
+            "cam": (f"classifier{number}", p.cam), "mil": (f"cam{number}", p.mil), "segmenter": ("fine", p.segmenter),
+        }[name]
+        # Round 1 is the same for every exchange, but for patches that get no prior at all.
+        exchange = (p.mutual, number) if number > 1 else (p.mutual.exchange == "none",) if name == "mil" else ()
+        return fingerprint(self(before), settings, self.seed, *exchange)
+
+    @functools.cached_property
+    def _threshold(self) -> str:
+        """That of the first stage; reads all scans, and so only once."""
+        return fingerprint(self.profile.lungs, self.profile.prepare, *(
+            part for case in self.data.cases for part in (case.image, case.patient, sorted(case.labels.items()))))
+
+
+def measured_key(test: Dataset) -> str:
+    """Key of a test set: its pictures, masks and lungs, and its labels, which decide what is measured."""
+    cases = [(case.id, case.patient, sorted(case.labels.items())) for case in test.cases]
+    files = [path for case in test.cases for path in (case.image, case.mask, case.lung) if path is not None]
+    return fingerprint(cases, *files)
+
+
+# --- the report of a run --------------------------------------------------------------------------------------------
+
+def write_run(run: Run, command: str) -> Path:
+    """Writes ``run.json``, which makes a folder of stages a run that ``covidseg predict`` can use.
+
+    Of several processes all have to call it, since the first asks the others about stages that it has to read.
+
+    ``seconds`` holds what each stage took when it was made, also if that was in an earlier run in the same folder; null
+    for a stage whose file was deleted or damaged since, which the stages after it, once stored, can do without. So do
+    ``peak_memory_mb``, of the process until the stage was done, and ``warnings``, of all stages together.
+
+    Args:
+        command: what was asked for, without folder names of this machine.
+    """
+    path, stages = run.folder / REPORT, run.stages()
+    notes = {stage: _notes(run, stage) for stage in stages}
+    content = {
+        "note": DISCLAIMER, "command": command, "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": {stage: found.get("seconds") for stage, found in notes.items()},
+        "peak_memory_mb": {stage: found.get("peak_memory_mb") for stage, found in notes.items()},
+        "warnings": list(dict.fromkeys(text for found in notes.values() for text in found.get("warnings", []))),
+        "seed": run.seed, "environment": environment(run.device),
+        "data": {case.id: file_hash(case.image) for case in run.data.cases},
+        "labelled_slices": run.data.labels(), "settings": profile_json(run.profile),
+        "stages": {stage: run.store.path(stage, run.key(stage)).name for stage in stages}, "best_round": run.best(),
+    }
+    if is_first():
+        with run.store.alone(path):  # report and checksum have to be of the same program
+            write_with_hash(path, json.dumps(content, indent=2) + "\n")
+    return path
+
+
+def _notes(run: Run, stage: str) -> dict[str, Any]:
+    """The notes of a stage; empty if its file is gone or cannot be read."""
+    try:
+        return run.store.notes(stage, run.key(stage))
+    except ArtifactError:
+        return {}

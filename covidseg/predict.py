@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,26 +16,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from covidseg.artifacts import (
-    check_hash,
-    fingerprint,
-    load_arrays,
-    load_net,
-    net_arrays,
-    save_arrays,
-    write_with_hash,
-)
-from covidseg.errors import ArtifactError, InputFileError, OutputError
-from covidseg.io import Scan
+from covidseg.data.scan import Scan
+from covidseg.data.slices import SliceReader, look, shown, slice_writer
+from covidseg.errors import OutputError
 from covidseg.lungnet import make_lung_net, robust_lungs
 from covidseg.lungs import LungPasses, no_lung
-from covidseg.prepare import Crops, join_crops, make_crops, uncrop
-from covidseg.profiles import Profile, profile_from
-from covidseg.refine import lesion_probabilities, make_segmenter
-from covidseg.stream import SliceReader, look, shown, slice_writer
+from covidseg.preprocess import Crops, join_crops, make_crops, uncrop
+from covidseg.profiles import REPORT, Profile, read_report
+from covidseg.segmenter import lesion_probabilities, make_segmenter
+from covidseg.store import fingerprint, load_arrays, load_net, net_arrays, save_arrays, write_with_hash
 from covidseg.unet import for_prediction
 
-REPORT = "run.json"
 SHIPPED = Path(__file__).parent / "weights"  # a run cut down by export_run; its model card lies beside it
 BATCH = 4  # slices that go through the nets together; more are no faster on a CPU and need more memory
 
@@ -157,32 +147,6 @@ class Predictor:
                 maps = iter(zip(lesion_probabilities(segmenter, completed), completed.boxes, strict=True))
         for crop in waiting:
             yield np.zeros(shape, np.float32) if crop is None else uncrop(*next(maps), shape)
-
-
-def read_report(run: Path) -> tuple[dict[str, Any], Profile, dict[str, str]]:
-    """The report of a run folder, its settings, and the file names of the stages that are exported.
-
-    Raises:
-        InputFileError: the folder is no run.
-        ArtifactError: its report is damaged.
-    """
-    report = run / REPORT
-    if not report.is_file():
-        raise InputFileError("is no finished run (it has no run.json)", path=run,
-                             remedy="Name a folder written by `covidseg train --out`")
-    check_hash(report, "Train or export it again")
-    try:
-        content = json.loads(report.read_text(encoding="utf-8"))
-        profile = profile_from(content["settings"], report)
-        wanted = {"segmenter": "segmenter", "patches": f"mil{content['best_round']}",
-                  **({"lung_net": "lung_net"} if profile.lung_net.steps else {})}
-        files = {name: content["stages"][stage] for name, stage in wanted.items()}
-        for file in files.values():  # a folder in the name could lead out of the run
-            if not re.fullmatch(r"[\w-]{1,100}\.safetensors", file, re.ASCII):
-                raise ValueError(f"{file!r} is not the name of a stage's file")
-        return content, profile, files
-    except (ValueError, KeyError, TypeError, RecursionError) as error:  # also bytes that are no UTF-8
-        raise ArtifactError(f"is damaged ({error})", path=report, remedy="Train again") from error
 
 
 def load_predictor(run: Path = SHIPPED, device: torch.device = torch.device("cpu")) -> Predictor:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from covidseg.cam import CamSettings
-from covidseg.classify import ClassifierSettings
-from covidseg.errors import ArtifactError, SettingsError, one_of
-from covidseg.fine import FineSettings
+from covidseg.classifier import ClassifierSettings
+from covidseg.curriculum import MutualSettings
+from covidseg.errors import ArtifactError, InputFileError, SettingsError, one_of
+from covidseg.gradcam import CamSettings
 from covidseg.lungnet import LungNetSettings
 from covidseg.lungs import LungSettings
-from covidseg.mil import MilSettings
-from covidseg.mutual import MutualSettings
-from covidseg.prepare import PrepareSettings
-from covidseg.refine import SegmenterSettings
+from covidseg.patches import MilSettings
+from covidseg.preprocess import PrepareSettings
+from covidseg.segmenter import FineSettings, SegmenterSettings
+from covidseg.store import check_hash
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ PROFILES = {
 def profile_named(name: str, method: str = "extended") -> Profile:
     """The profile ``quick`` or ``full`` of one of the two methods.
 
-    ``extended`` paints lesions on lesion-free slices (:mod:`covidseg.paint`), for the patches and the segmenter alike;
-    ``faithful`` is without them, see :func:`faithful`. Both paint vessels there, which stay *no lesion*: more of the
-    healthy lung that slice labels are exact about.
+    ``extended`` paints lesions on lesion-free slices (:mod:`covidseg.augment`), for the patches and the segmenter
+    alike; ``faithful`` is without them, see :func:`faithful`. Both paint vessels there, which stay *no lesion*: more of
+    the healthy lung that slice labels are exact about.
 
     Raises:
         SettingsError: there is no such profile or method.
@@ -76,7 +77,7 @@ def faithful(profile: Profile) -> Profile:
     """The same profile with what the abstract describes and no painted lesion.
 
     The segmenter then learns from fine labels alone: they count in full, lesion-free slices get lesions of other slices
-    (:func:`covidseg.refine.paste_lesions`), and training is short, before the errors of the labels are learned too.
+    (:func:`covidseg.augment.paste_lesions`), and training is short, before the errors of the labels are learned too.
     Those labels leave out doubtful rims and nothing painted says where a lesion ends, so the outline is drawn lower.
     """
     plain = repainted(profile, share=0.0)
@@ -86,7 +87,7 @@ def faithful(profile: Profile) -> Profile:
 
 
 def repainted(profile: Profile, **changes: Any) -> Profile:
-    """The profile with other :class:`~covidseg.paint.PaintSettings` for the patches and the segmenter."""
+    """The profile with other :class:`~covidseg.augment.PaintSettings` for the patches and the segmenter."""
     mil, segmenter = profile.mil, profile.segmenter
     return replace(profile, mil=replace(mil, paint=replace(mil.paint, **changes)),
                    segmenter=replace(segmenter, paint=replace(segmenter.paint, **changes)))
@@ -134,3 +135,34 @@ def profile_from(plain: dict, path: Path | None = None) -> Profile:
 def profile_json(profile: Profile) -> dict:
     """Settings as plain JSON values."""
     return json.loads(json.dumps(asdict(profile)))
+
+
+# --- settings of a run ----------------------------------------------------------------------------------------------
+
+REPORT = "run.json"
+
+
+def read_report(run: Path) -> tuple[dict[str, Any], Profile, dict[str, str]]:
+    """The report of a run folder, its settings, and the file names of the stages that are exported.
+
+    Raises:
+        InputFileError: the folder is no run.
+        ArtifactError: its report is damaged.
+    """
+    report = run / REPORT
+    if not report.is_file():
+        raise InputFileError("is no finished run (it has no run.json)", path=run,
+                             remedy="Name a folder written by `covidseg train --out`")
+    check_hash(report, "Train or export it again")
+    try:
+        content = json.loads(report.read_text(encoding="utf-8"))
+        profile = profile_from(content["settings"], report)
+        wanted = {"segmenter": "segmenter", "patches": f"mil{content['best_round']}",
+                  **({"lung_net": "lung_net"} if profile.lung_net.steps else {})}
+        files = {name: content["stages"][stage] for name, stage in wanted.items()}
+        for file in files.values():  # a folder in the name could lead out of the run
+            if not re.fullmatch(r"[\w-]{1,100}\.safetensors", file, re.ASCII):
+                raise ValueError(f"{file!r} is not the name of a stage's file")
+        return content, profile, files
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # also bytes that are no UTF-8
+        raise ArtifactError(f"is damaged ({error})", path=report, remedy="Train again") from error

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import HealthCheck, settings
 
-from covidseg.phantom import PhantomSettings, write_phantom
+from covidseg.data.phantom import PhantomSettings, write_phantom
 
 # Array-building strategies are slow on a busy machine; a deadline would make tests flaky, not better. The examples
 # are the same in every run, so that a failure comes back when the test is run again.

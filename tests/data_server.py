@@ -15,7 +15,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from covidseg.registry import RemoteFile
+from covidseg.data.registry import RemoteFile
 
 
 @dataclass

@@ -17,11 +17,10 @@ from tiny import TINY, all_stages, quiet
 from typer.testing import CliRunner
 
 from covidseg.cli import app
-from covidseg.dataset import load_dataset
-from covidseg.io import read_scan, write_like
-from covidseg.pipeline import Run
-from covidseg.report import write_run
-from covidseg.stream import SliceReader, slice_writer
+from covidseg.data.folder import load_dataset
+from covidseg.data.scan import read_scan, write_like
+from covidseg.data.slices import SliceReader, slice_writer
+from covidseg.pipeline import Run, write_run
 
 # Weights are random bytes, in which a short word turns up by chance; these are too long for that.
 NAME = "LINDGREN^MATILDA"

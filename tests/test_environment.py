@@ -188,7 +188,7 @@ def packed_files() -> set[str]:
     data = {f"covidseg/_data/{folder.name}/{path.relative_to(folder)}"
             for folder in (ROOT / "results", ROOT / "data/splits", ROOT / "data/licences")
             for path in folder.rglob("*") if path.is_file()}
-    quizzes = {str(path.relative_to(ROOT)) for path in (ROOT / "covidseg" / "quizzes").glob("*.json")}
+    quizzes = {str(path.relative_to(ROOT)) for path in (ROOT / "covidseg" / "book" / "quizzes").glob("*.json")}
     return {*weights, *data, *quizzes, "covidseg/_data/registry.toml"}
 
 

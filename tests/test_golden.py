@@ -26,12 +26,12 @@ import numpy as np
 import pytest
 from tiny import STAGES, TINY, all_stages, in_double, quiet, stage_name
 
-from covidseg import mil
-from covidseg.artifacts import load_arrays
+from covidseg import patches
 from covidseg.curriculum import Phase
-from covidseg.dataset import load_dataset
+from covidseg.data.folder import load_dataset
 from covidseg.pipeline import Run
 from covidseg.profiles import Profile
+from covidseg.store import load_arrays
 
 pytestmark = pytest.mark.nets
 
@@ -94,7 +94,7 @@ def test_another_seed_is_noticed(golden_run: Run, tmp_path: Path) -> None:
 def test_one_patch_more_or_less_is_not_noticed(golden_run: Run, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     """A choice by rank that falls otherwise, in each phase: the worst that another rounding could do."""
-    plan, left_out = mil.plan_phase, []
+    plan, left_out = patches.plan_phase, []
 
     def flipped(*given: Any, **named: Any) -> Phase:
         phase = plan(*given, **named)
@@ -103,7 +103,7 @@ def test_one_patch_more_or_less_is_not_noticed(golden_run: Run, tmp_path: Path,
             left_out.append(np.argwhere(admitted)[admitted.sum() // 2])
             admitted[tuple(left_out[-1])] = False
         return replace(phase, admitted=admitted)
-    monkeypatch.setattr(mil, "plan_phase", flipped)
+    monkeypatch.setattr(patches, "plan_phase", flipped)
     other = double_run(golden_run.data.root, tmp_path)
     assert len(left_out) == 6, "three phases admit patches, in two rounds"
     assert not differences(figures_of(other), figures_of(golden_run))

@@ -12,7 +12,7 @@ from tiny import in_turn, quiet, same_weights
 from torch import nn
 
 from covidseg.lungnet import LungNetSettings, lung_probabilities, make_lung_net, robust_lungs, train_lung_net
-from covidseg.prepare import Crops, WeakSet
+from covidseg.preprocess import Crops, WeakSet
 
 pytestmark = pytest.mark.nets
 

@@ -14,14 +14,13 @@ from skimage.morphology import disk
 from skimage.morphology import opening as gray_opening
 from skimage.transform import resize
 
-from covidseg import lungslice
-from covidseg.dataset import load_dataset
+from covidseg import lungs as lung_module
+from covidseg.data.folder import load_dataset
+from covidseg.data.phantom import PhantomPatient, PhantomSettings, make_patient
+from covidseg.data.scan import read_mask, read_scan
 from covidseg.errors import CovidsegError, InputFileError, NoLungError
-from covidseg.evaluate import evaluate_lungs
-from covidseg.io import read_mask, read_scan
+from covidseg.evaluation.evaluate import evaluate_lungs, read_truth
 from covidseg.lungs import LungPasses, LungSettings, is_volume, lung_masks
-from covidseg.metrics import read_truth
-from covidseg.phantom import PhantomPatient, PhantomSettings, make_patient
 
 # Denser and fainter lesions than the course's phantom has, whatever its settings are tuned to.
 CHEST = PhantomSettings(patients=3, slices=10, size=256, seed=1, vessel_targets=150, dense_share=0.36, core_share=0.3,
@@ -446,7 +445,7 @@ def test_a_stack_drops_components_below_a_share_of_the_body(monkeypatch, smalles
         aerated.ravel()[:pixels] = True
         aerated[20:, 20:] = True
         monkeypatch.setattr("covidseg.lungs.regions", lambda image, settings, aerated=aerated:
-                            lungslice.Regions(body, aerated, np.zeros_like(body)))
+                            lung_module.Regions(body, aerated, np.zeros_like(body)))
         monkeypatch.setattr("covidseg.lungs.without_trachea", lambda lung, body: lung)
         monkeypatch.setattr("covidseg.lungs.complete", lambda lung, region, settings: lung)
         found = lung_masks(np.zeros((1, 40, 50)), LungSettings(smallest=smallest), volume=False)[0]
@@ -485,7 +484,7 @@ def test_components_in_3d_are_found_slice_by_slice(monkeypatch):
         noise = ndi.gaussian_filter(rng.normal(size=(7, 40, 50)), (0.5, 2, 2))
         aerated = noise > (0.2 + 0.1 * (trial % 5)) * noise.std()
         aerated[trial % 7] &= trial % 2 == 0  # every other volume has a gap
-        volume = iter([lungslice.Regions(np.ones_like(a), a, np.zeros_like(a)) for a in aerated])
+        volume = iter([lung_module.Regions(np.ones_like(a), a, np.zeros_like(a)) for a in aerated])
         monkeypatch.setattr("covidseg.lungs.regions", lambda image, settings, volume=volume: next(volume))
         monkeypatch.setattr("covidseg.lungs.without_trachea", lambda lung, body: lung)
         monkeypatch.setattr("covidseg.lungs.complete", lambda lung, region, settings: lung)
@@ -537,10 +536,10 @@ def plain(monkeypatch):
     """Calls ``lung_masks`` with the building blocks in place that their definitions ask for."""
     def masks(*arguments):
         with monkeypatch.context() as patched:
-            patched.setattr(lungslice, "opening", lambda mask, radius: gray_opening(mask, disk(radius)))
-            patched.setattr(lungslice, "closing", plain_closing)
-            patched.setattr(lungslice, "fill_holes", plain_fill_holes)
-            patched.setattr(lungslice, "erode", lambda mask, radius: ndi.distance_transform_edt(mask) > radius)
+            patched.setattr(lung_module, "opening", lambda mask, radius: gray_opening(mask, disk(radius)))
+            patched.setattr(lung_module, "closing", plain_closing)
+            patched.setattr(lung_module, "fill_holes", plain_fill_holes)
+            patched.setattr(lung_module, "erode", lambda mask, radius: ndi.distance_transform_edt(mask) > radius)
             patched.setattr("covidseg.lungs.to_grid", block_mean)
             patched.setattr("covidseg.lungs.enlarge", lambda mask, shape:
                             resize(mask.astype(np.float32), shape, order=1) > 0.5)
@@ -569,10 +568,10 @@ def test_fast_steps_give_the_masks_of_plain_ones_on_real_scans(realct, plain):
 def test_a_slice_is_averaged_down_and_a_mask_enlarged(ill):
     for side in (256, 128, 64, 32):
         image = ill.hu[MIDDLE].astype(np.float32) / 3
-        np.testing.assert_allclose(lungslice.to_grid(image, side), block_mean(image, side), rtol=1e-5, atol=1e-3)
-        assert np.array_equal(lungslice.to_grid(ill.hu[MIDDLE], side), block_mean(ill.hu[MIDDLE], side))
+        np.testing.assert_allclose(lung_module.to_grid(image, side), block_mean(image, side), rtol=1e-5, atol=1e-3)
+        assert np.array_equal(lung_module.to_grid(ill.hu[MIDDLE], side), block_mean(ill.hu[MIDDLE], side))
     for shape in ((512, 512), (256, 256), (400, 400), (768, 768)):
-        assert np.array_equal(lungslice.enlarge(ill.lung[MIDDLE], shape),
+        assert np.array_equal(lung_module.enlarge(ill.lung[MIDDLE], shape),
                               resize(ill.lung[MIDDLE].astype(np.float32), shape, order=1) > 0.5)
 
 

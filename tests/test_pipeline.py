@@ -15,22 +15,20 @@ import torch
 from tiny import STAGES, TINY, all_stages, finished_run, quiet, same_weights, stage_name
 
 from covidseg import pipeline
-from covidseg.artifacts import load_arrays
-from covidseg.classify import ClassifierSettings, Committee
-from covidseg.curriculum import Phase
-from covidseg.dataset import load_dataset
+from covidseg.augment import PaintSettings
+from covidseg.classifier import ClassifierSettings, Committee
+from covidseg.curriculum import Phase, Round, agreement, best_round, make_lesson
+from covidseg.data.folder import load_dataset
+from covidseg.data.scan import read_scan, write_like
 from covidseg.errors import DatasetError
-from covidseg.evaluate import training_truth
-from covidseg.fine import fine_labels
-from covidseg.io import read_scan, write_like
+from covidseg.evaluation.evaluate import training_truth
 from covidseg.lungs import lung_masks
-from covidseg.mil import MilSettings, PatchNet
-from covidseg.mutual import Round, agreement, best_round, make_lesson
-from covidseg.paint import PaintSettings
+from covidseg.patches import MilSettings, PatchNet
 from covidseg.pipeline import Run, open_data, open_run
-from covidseg.prepare import WeakSet, crop, make_crops, with_true_lungs
+from covidseg.preprocess import WeakSet, crop, make_crops, with_true_lungs
 from covidseg.profiles import PROFILES
-from covidseg.refine import SegmenterSettings, make_segmenter
+from covidseg.segmenter import SegmenterSettings, fine_labels, make_segmenter
+from covidseg.store import load_arrays
 
 # Names of nets in the order of training, and how the lines of their log begin; later rounds train the two tasks again.
 STEP = {"lung_net": "lungs step", "classifier": "classifier step", "mil": "patches step", "segmenter": "segmenter step"}

@@ -14,18 +14,19 @@ import torch
 from nibabel.orientations import axcodes2ornt, ornt_transform
 from tiny import TINY, finished_run, quiet, same_weights, stage_name, weights
 
-from covidseg import predict, stream
-from covidseg.artifacts import load_arrays, load_net, write_hash
+from covidseg import predict
+from covidseg.curriculum import Round
+from covidseg.data import slices as slice_files
+from covidseg.data.scan import Scan, read_mask, read_scan, write_like
 from covidseg.errors import ArtifactError, InputFileError, NoLungError, OutputError
-from covidseg.io import Scan, read_mask, read_scan, write_like
 from covidseg.lungs import lung_masks
-from covidseg.mil import PatchNet
-from covidseg.mutual import Round
-from covidseg.pipeline import Run, find_lungs
-from covidseg.predict import Predictor, export_run, load_predictor, read_report
-from covidseg.prepare import Crops, lung_box, make_crops, uncrop, uncrop_all
-from covidseg.refine import lesion_probabilities
-from covidseg.report import write_run
+from covidseg.patches import PatchNet
+from covidseg.pipeline import Run, find_lungs, write_run
+from covidseg.predict import Predictor, export_run, load_predictor
+from covidseg.preprocess import Crops, lung_box, make_crops, uncrop, uncrop_all
+from covidseg.profiles import read_report
+from covidseg.segmenter import lesion_probabilities
+from covidseg.store import load_arrays, load_net, write_hash
 
 ORDERS = ["RAS", "LPS", "LAS", "SPL", "ARI"]
 
@@ -211,7 +212,7 @@ def test_damage_between_the_two_passes_is_seen(tiny_run: Run, tiny_phantom: Path
     raw = path.read_bytes()
 
     def then_harm(*arguments: object, **options: object) -> object:
-        passes = stream.look(*arguments, **options)  # type: ignore[arg-type]
+        passes = slice_files.look(*arguments, **options)  # type: ignore[arg-type]
         path.write_bytes(raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:])
         return passes
     monkeypatch.setattr(predict, "look", then_harm)

@@ -15,10 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
-from covidseg.io import Scan, read_scan, write_like
-from covidseg.lungs import LungSettings, lung_masks
-from covidseg.lungslice import enlarge, regions, to_grid
-from covidseg.stream import SliceReader, slice_writer
+from covidseg.data.scan import Scan, read_scan, write_like
+from covidseg.data.slices import SliceReader, slice_writer
+from covidseg.lungs import LungSettings, enlarge, lung_masks, regions, to_grid
 
 ORIENTATIONS = ["".join(letters) for order in itertools.permutations(("RL", "AP", "IS"))
                 for letters in itertools.product(*order)]

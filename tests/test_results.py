@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from covidseg.compare import EARLIER, OURS, by_system, counts_of, table_lines
-from covidseg.metrics import NAMES, macro, micro
-from covidseg.systems import PUBLISHED, SYSTEMS
+from covidseg.evaluation.experiments import EARLIER, OURS, by_system, counts_of, table_lines
+from covidseg.evaluation.methods import PUBLISHED, SYSTEMS
+from covidseg.evaluation.metrics import NAMES, macro, micro
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = sorted((ROOT / "results").glob("table1-*.json"))

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "covidseg").rglob("*.py"))
 # Modules that may reach the network: downloads, and the processes of one training among each other.
 NETWORK = {"socket", "http", "urllib.request", "requests", "aiohttp", "httpx", "ftplib", "smtplib"}
-MAY = {"download.py": {"requests"}}
+MAY = {"fetch.py": {"requests"}}
 UNPICKLE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 SECRETS = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY|AKIA[0-9A-Z]{16}|gh[pousr]_[0-9A-Za-z]{36}|"
                      r"xox[bap]-[0-9A-Za-z-]{10}|(?i:(?:password|api_key|secret)\s*=\s*[\"'][^\"'\s]{8,}[\"'])")

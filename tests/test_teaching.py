@@ -14,7 +14,7 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from covidseg.quiz import quizzes
+from covidseg.book.quiz import quizzes
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "chapters" / "images"

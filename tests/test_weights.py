@@ -16,17 +16,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from covidseg import predict, prepare
-from covidseg.artifacts import load_arrays, load_net
+from covidseg import predict, preprocess
+from covidseg.book.records import read_records
 from covidseg.cli import app
-from covidseg.dataset import load_dataset
+from covidseg.data.folder import load_dataset
+from covidseg.data.scan import Scan, read_mask, read_scan
 from covidseg.errors import ArtifactError
-from covidseg.io import Scan, read_mask, read_scan
-from covidseg.metrics import confusion, micro, read_truth
-from covidseg.mil import PatchNet
+from covidseg.evaluation.evaluate import read_truth
+from covidseg.evaluation.metrics import confusion, micro
+from covidseg.patches import PatchNet
 from covidseg.predict import SHIPPED, Predictor, load_predictor
-from covidseg.prepare import Crops
-from covidseg.records import read_records
+from covidseg.preprocess import Crops
+from covidseg.store import load_arrays, load_net
 
 pytestmark = pytest.mark.nets
 
@@ -194,11 +195,11 @@ def test_a_unit_that_loses_nothing_gives_the_same_mask(read: Scan, whole: np.nda
 def test_the_comparison_of_windows_fires(read: Scan, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scaling that depends on the unit, or a window that cuts lung or tissue off, is no small change."""
     assert dice(lesions(displayed(read, -1000, -700), shipped()), whole) < SAME_MASK
-    scale = prepare.normalise
+    scale = preprocess.normalise
 
     def fixed(image: np.ndarray, lung: np.ndarray) -> np.ndarray:  # as if grey levels were Hounsfield units
         return scale(image, lung) if image.dtype != np.uint8 else np.clip((image + 900.0) / 950, -0.3, 1.5)
-    monkeypatch.setattr(prepare, "normalise", fixed)
+    monkeypatch.setattr(preprocess, "normalise", fixed)
     assert dice(lesions(displayed(read, -1000, 200), shipped()), whole) < SAME_MASK
 
 

@@ -14,23 +14,22 @@ import pytest
 import torch
 from bench.measure import PRELOAD
 
-from covidseg import classify, lungnet, mil, refine
+from covidseg import classifier, lungnet, patches, segmenter
 from covidseg.baselines.ad3d_mil import Ad3dMilSettings
 from covidseg.baselines.decovnet import DeCoVNetSettings
 from covidseg.baselines.slabs import SlabSettings
-from covidseg.cam import CamSettings
-from covidseg.classify import ClassifierSettings
-from covidseg.dataset import load_dataset
+from covidseg.classifier import ClassifierSettings
+from covidseg.curriculum import MutualSettings
+from covidseg.data.folder import load_dataset
+from covidseg.evaluation.methods import Rivals
+from covidseg.gradcam import CamSettings
 from covidseg.lungnet import LungNetSettings
-from covidseg.mil import MilSettings
-from covidseg.mutual import MutualSettings
-from covidseg.pipeline import Run
-from covidseg.prepare import Crops, PrepareSettings, WeakSet
+from covidseg.patches import MilSettings
+from covidseg.pipeline import Run, write_run
+from covidseg.preprocess import Crops, PrepareSettings, WeakSet
 from covidseg.profiles import Profile
-from covidseg.refine import SegmenterSettings
-from covidseg.report import write_run
-from covidseg.systems import Rivals
-from covidseg.train import Batch
+from covidseg.segmenter import SegmenterSettings
+from covidseg.training import Batch
 
 TINY = Profile(
     "quick", prepare=PrepareSettings(size=80), lung_net=LungNetSettings(steps=8, size=64, channels=(4, 8), batch=4),
@@ -76,7 +75,7 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 
 def in_turn(batches: Iterator[Batch], device: torch.device, *, hold: Collection[int] = ()) -> Iterator[Batch]:
-    """What :func:`covidseg.train.overlapped` has to agree with: each batch is made when it is asked for."""
+    """What :func:`covidseg.training.overlapped` has to agree with: each batch is made when it is asked for."""
     return batches
 
 
@@ -92,7 +91,7 @@ def in_double() -> Iterator[None]:
         for batch in in_turn(made, device):
             yield tuple(part.double() if part.is_floating_point() else part for part in batch)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (classify, refine, lungnet, mil):
+        for module in (classifier, segmenter, lungnet, patches):
             patch.setattr(module, "overlapped", batches)
         torch.set_default_dtype(torch.float64)
         try:

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from covidseg.augment import NO_PAINT
 from covidseg.baselines.maps import Judged, judge_crops, min_max, together
 from covidseg.baselines.slabs import SlabSettings
 from covidseg.baselines.training import Baseline, BaselineSettings, train_baseline
 from covidseg.baselines.trunk import GridPool, Trunk, convolution, initialise
 from covidseg.errors import SettingsError, one_of
-from covidseg.paint import NO_PAINT
-from covidseg.prepare import Crops, WeakSet
-from covidseg.train import Log
+from covidseg.preprocess import Crops, WeakSet
+from covidseg.training import Log
 
 POOLINGS = ("attention", "max", "mean")
 CLAMP = 1e-5  # probabilities stay this far from 0 and 1

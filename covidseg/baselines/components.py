@@ -17,7 +17,7 @@ import numpy as np
 from scipy import ndimage as ndi
 
 from covidseg.baselines.maps import parts
-from covidseg.prepare import Crops
+from covidseg.preprocess import Crops
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from covidseg.augment import NO_PAINT
 from covidseg.baselines.components import ComponentSettings, best_component, component_activation
 from covidseg.baselines.maps import Judged, judge_crops, min_max, parts, together
 from covidseg.baselines.slabs import SlabSettings
 from covidseg.baselines.training import Baseline, BaselineSettings, train_baseline
 from covidseg.baselines.trunk import GridPool, Size, Trunk, convolution, initialise
 from covidseg.errors import SettingsError, one_of
-from covidseg.paint import NO_PAINT
-from covidseg.prepare import Crops, WeakSet
-from covidseg.train import Log
+from covidseg.preprocess import Crops, WeakSet
+from covidseg.training import Log
 
 GRIDS: tuple[Size, ...] = ((16, 24, 36), (4, 12, 18), (1, 6, 9))  # before each convolution of the head
 WEIGHTS = ("gradient", "chain")

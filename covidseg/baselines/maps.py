@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from covidseg.baselines.slabs import aligned, frame, move, windows
 from covidseg.baselines.training import Baseline
-from covidseg.prepare import Crops
+from covidseg.preprocess import Crops
 
 Judged = tuple[np.ndarray, np.ndarray]  # probability of each slice (N,), activation (N, S, S)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from covidseg.errors import DatasetError, SettingsError
-from covidseg.prepare import WeakSet
+from covidseg.preprocess import WeakSet
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def aligned(images: np.ndarray, lungs: np.ndarray, boxes: np.ndarray, frames: np
     """Pictures and lungs in the frames wanted, ``(2, N, size, size)`` float32; the lungs are 0 or 1.
 
     Args:
-        images, lungs, boxes: as of :class:`covidseg.prepare.Crops`.
+        images, lungs, boxes: as of :class:`covidseg.preprocess.Crops`.
         frames: ``(N, 4)`` or ``(4,)``.
     """
     picture = move(torch.from_numpy(np.asarray(images, np.float32)), boxes, frames, size)

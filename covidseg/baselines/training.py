@@ -16,21 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from covidseg.augment import Painter, PaintSettings, augment, jitter
 from covidseg.baselines.slabs import SlabSettings, aligned_set, make_slabs
 from covidseg.errors import SettingsError, one_of
-from covidseg.paint import Painter, PaintSettings
-from covidseg.prepare import WeakSet
-from covidseg.train import (
-    Average,
-    Log,
-    Progress,
-    augment,
-    balanced_batches,
-    jitter,
-    learning_rate,
-    on_device,
-    seed_everything,
-)
+from covidseg.preprocess import WeakSet
+from covidseg.training import Average, Log, Progress, balanced_batches, learning_rate, on_device, seed_everything
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.cam_library import activation_maps_library
 from bench.measure import Comparison, Setup, alternating
 from bench.volumes import crops
-from covidseg.activations import Cut, class_activation_maps
-from covidseg.cam import activation_maps
-from covidseg.cam_library import activation_maps_library
-from covidseg.classify import Classifier
+from covidseg.classifier import Classifier
+from covidseg.gradcam import Cut, activation_maps, class_activation_maps
 
 CLASS = 3  # of the ResNet's outputs; which one does not matter
 

@@ -14,15 +14,14 @@ import torch
 from bench.measure import Limit, Setup, exponent, in_fresh_process
 from bench.training import silent, soft_targets
 from bench.volumes import crops, volume, write_volume
-from covidseg.cam import activation_maps
-from covidseg.classify import Classifier
-from covidseg.fine import certainty
-from covidseg.io import read_scan
+from covidseg.classifier import Classifier
+from covidseg.data.scan import read_scan
+from covidseg.gradcam import activation_maps
 from covidseg.lungs import lung_masks
-from covidseg.mil import PatchNet, patch_probabilities
-from covidseg.prepare import WeakSet
+from covidseg.patches import PatchNet, patch_probabilities
+from covidseg.preprocess import WeakSet
 from covidseg.profiles import profile_named
-from covidseg.refine import lesion_probabilities, make_segmenter, train_segmenter
+from covidseg.segmenter import certainty, lesion_probabilities, make_segmenter, train_segmenter
 
 SLICES, SIDE, TIMES, SIDES = 12, 256, (1, 2, 4, 8), (128, 192, 256, 384, 512)
 SPEND = 5.0      # seconds on each size: the largest calls take half of it, and the fastest of several counts

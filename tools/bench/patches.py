@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from bench.measure import Comparison, Setup, alternating, wait
 from bench.plain_patches import in_batches, one_by_one
 from bench.volumes import crops
-from covidseg.bags import flat_attention_pool, gated_attention
-from covidseg.mil import PatchNet
-from covidseg.patches import square_ids
-from covidseg.train import net_input, on_device
+from covidseg.patches import PatchNet, flat_attention_pool, gated_attention, square_ids
+from covidseg.preprocess import net_input
+from covidseg.training import on_device
 
 
 def windows(setup: Setup) -> list[Comparison]:

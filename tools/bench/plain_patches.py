@@ -1,6 +1,6 @@
 """The plain way to score patches: cut a window out of the slice for each of them and send it through the net.
 
-This is what :class:`covidseg.mil.PatchNet` spares, and what it is measured against. A window holds all that the net
+This is what :class:`covidseg.patches.PatchNet` spares, and what it is measured against. A window holds all that the net
 sees of its patch, so the scores are those of the whole slice.
 """
 
@@ -12,7 +12,7 @@ import torch
 from scipy import ndimage as ndi
 from torch import Tensor
 
-from covidseg.mil import PatchNet
+from covidseg.patches import PatchNet
 
 STRIDE = 4  # of the net's coarsest level: windows start and end at multiples, so that their cells are the slice's
 # Around the cells of a patch: 1 cell for enlarging, 3 + 1 + 1 for the convolutions of the coarsest level, 4 pixels for

@@ -1,7 +1,7 @@
 """The training loops as one writes them first: prepare a batch, then compute, one after the other, nothing tuned.
 
-Same draws, same losses, same optimiser as in :mod:`covidseg.classify` and :mod:`covidseg.refine`, so the nets come out
-the same up to rounding. They are here to be compared with.
+Same draws, same losses, same optimiser as in :mod:`covidseg.classifier` and :mod:`covidseg.segmenter`, so the nets come
+out the same up to rounding. They are here to be compared with.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from covidseg.classify import Classifier, ClassifierSettings
-from covidseg.paint import Painter
-from covidseg.prepare import WeakSet
-from covidseg.refine import SegmenterSettings, exact_loss, make_segmenter, paste_lesions, robust_loss
-from covidseg.train import Average, augment, balanced_batches, learning_rate, net_input, seed_everything
+from covidseg.augment import Painter, augment, paste_lesions
+from covidseg.classifier import Classifier, ClassifierSettings
+from covidseg.preprocess import WeakSet, net_input
+from covidseg.segmenter import SegmenterSettings, exact_loss, make_segmenter, robust_loss
+from covidseg.training import Average, balanced_batches, learning_rate, seed_everything
 
 
 def plain_classifier(data: WeakSet, settings: ClassifierSettings, device: torch.device) -> nn.Module:
-    """The loop of :func:`covidseg.classify.train_classifier` without a lesson."""
+    """The loop of :func:`covidseg.classifier.train_classifier` without a lesson."""
     generator = seed_everything(0)
     net = Classifier(settings).to(device)
     average = Average(net).to(device)
@@ -50,7 +50,7 @@ def plain_classifier(data: WeakSet, settings: ClassifierSettings, device: torch.
 
 def plain_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray, settings: SegmenterSettings,
                     device: torch.device) -> nn.Module:
-    """The loop of :func:`covidseg.refine.train_segmenter` without refreshed labels."""
+    """The loop of :func:`covidseg.segmenter.train_segmenter` without refreshed labels."""
     generator = seed_everything(0)
     net = make_segmenter(settings).to(device)
     average = Average(net).to(device)

@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.measure import Comparison, Setup, in_fresh_process
 from bench.volumes import write_volume
-from covidseg.io import read_scan
+from covidseg.data.scan import read_scan
 
 
 def ours(path: Path) -> float:

@@ -70,11 +70,10 @@ def worker() -> None:
 
     from bench.training import silent, soft_targets, step_seconds
     from bench.volumes import weak_set
-    from covidseg.distributed import is_first, joined
-    from covidseg.fine import certainty
+    from covidseg.parallel import is_first, joined
     from covidseg.profiles import profile_named
-    from covidseg.refine import train_segmenter
-    from covidseg.train import pick_device
+    from covidseg.segmenter import certainty, train_segmenter
+    from covidseg.training import pick_device
 
     data = weak_set()
     targets = soft_targets(data)

@@ -15,13 +15,12 @@ from bench.measure import Comparison, Setup, wait
 from bench.plain_training import plain_classifier, plain_segmenter
 from bench.roofline import counted, measure_machine
 from bench.volumes import weak_set
-from covidseg.classify import train_classifier
-from covidseg.fine import certainty
+from covidseg.classifier import train_classifier
 from covidseg.lungnet import train_lung_net
-from covidseg.mil import train_mil
-from covidseg.prepare import WeakSet
+from covidseg.patches import train_mil
+from covidseg.preprocess import WeakSet
 from covidseg.profiles import profile_named
-from covidseg.refine import train_segmenter
+from covidseg.segmenter import certainty, train_segmenter
 
 Training = Callable[[int], Any]  # trains this many steps
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from covidseg.io import Grid
+from covidseg.data.phantom import PhantomSettings, is_healthy, make_patient
+from covidseg.data.scan import Grid
+from covidseg.data.slices import slice_writer
 from covidseg.lungs import lung_masks
-from covidseg.phantom import PhantomSettings, is_healthy, make_patient
-from covidseg.prepare import Crops, PrepareSettings, WeakSet, make_crops
-from covidseg.stream import slice_writer
+from covidseg.preprocess import Crops, PrepareSettings, WeakSet, make_crops
 
 
 @cache

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from covidseg import DISCLAIMER, __version__
-from covidseg.artifacts import write_text
+from covidseg.store import write_text
 from faults import batches, disks, downloads, files, headers, pictures, runs, tables
 from faults.supplies import make_supplies
 from faults.trial import Fault, Outcome, attempt

@@ -7,8 +7,8 @@ import json
 import shutil
 from pathlib import Path
 
+from covidseg.batch import Part, PartRun
 from covidseg.errors import DatasetError, InputFileError, NoLungError, SettingsError
-from covidseg.parts import Part, PartRun
 from covidseg.predict import load_predictor
 from faults.pictures import water
 from faults.supplies import Supplies

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from skimage import data as pictures
 
+from covidseg.data.scan import read_scan
 from covidseg.errors import DatasetError, InputFileError, NoLungError, SettingsError
-from covidseg.io import read_scan
 from faults.files import LOCK, PREDICT, REPORTS
 from faults.supplies import AFFINE, Supplies, stored, upright
 from faults.trial import Fault

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from covidseg.artifacts import write_hash
 from covidseg.errors import ArtifactError, CovidsegError, InputFileError
-from covidseg.predict import REPORT, SHIPPED
+from covidseg.predict import SHIPPED
+from covidseg.profiles import REPORT
+from covidseg.store import write_hash
 from faults.pictures import good
 from faults.supplies import Supplies
 from faults.trial import Fault, Make

@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import patch
 
-from covidseg import registry
-from covidseg.download import DownloadSettings
+from covidseg.data import registry
+from covidseg.data.fetch import DownloadSettings
 
 COMMAND = "covidseg data get medseg2 --yes --to set"
 ENTRY = """[medseg2]
@@ -101,5 +101,5 @@ def publisher(answer: Answer, folder: Path, checksum: str = "", size: int = 0) -
         stack.callback(server.server_close)
         stack.callback(server.shutdown)
         stack.enter_context(patch.object(registry, "data_root", lambda: data))
-        stack.enter_context(patch("covidseg.download.DownloadSettings", impatient))
+        stack.enter_context(patch("covidseg.data.fetch.DownloadSettings", impatient))
         yield address

@@ -11,8 +11,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from covidseg.io import Grid, Scan, read_scan, write_like
-from covidseg.phantom import PhantomSettings, write_phantom
+from covidseg.data.phantom import PhantomSettings, write_phantom
+from covidseg.data.scan import Grid, Scan, read_scan, write_like
 
 SMALL = PhantomSettings(patients=4, slices=8, size=96, seed=3, vessel_targets=150)
 AFFINE = np.diag((-3.4, -3.4, 30.0, 1.0))  # about that of the small phantom

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from covidseg.data.splits import read_split
 from covidseg.errors import DatasetError
-from covidseg.splits import read_split
 from faults.files import LOCK
 from faults.supplies import Supplies, rows_of, write_rows
 from faults.trial import Fault, Make

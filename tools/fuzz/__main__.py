@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from covidseg.artifacts import write_text
+from covidseg.store import write_text
 from fuzz.harness import Finding, Target
 from fuzz.targets import TARGETS
 

@@ -14,7 +14,7 @@ from random import Random
 from covidseg.errors import CovidsegError
 from fuzz.mutate import change_bytes
 
-OURS = ("covidseg", "fuzz")  # packages whose lines say where a fault is
+OURS = ("covidseg", "cli", "data", "evaluation", "fuzz")  # packages whose lines say where a fault is
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation
 
+from covidseg.data.scan import SPACING, Scan, read_mask, read_scan, write_like
+from covidseg.data.slices import SliceReader, slice_writer
 from covidseg.errors import InputFileError
-from covidseg.io import Scan, read_mask, read_scan, write_like
-from covidseg.nifti import SPACING
-from covidseg.stream import SliceReader, slice_writer
 
 AFFINE = np.array([[-0.7, 0, 0, 10], [0, 0, -0.8, 20], [0, 5.0, 0, -30], [0, 0, 0, 1]])
 

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from covidseg.artifacts import Store, load_arrays
+from covidseg.batch import merge
+from covidseg.data.fetch import UnpackSettings, check_zip, unpack
 from covidseg.errors import CovidsegError
-from covidseg.parts import merge
-from covidseg.predict import read_report
-from covidseg.profiles import PROFILES, profile_json
-from covidseg.unpack import UnpackSettings, check_zip, unpack
+from covidseg.profiles import PROFILES, profile_json, read_report
+from covidseg.store import Store, load_arrays
 
 SMALL = UnpackSettings(max_bytes=1 << 16, max_members=20)
 

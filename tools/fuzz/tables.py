@@ -1,13 +1,13 @@
-"""Targets: label tables and splits. What is accepted has to keep the promises of :mod:`covidseg.splits`."""
+"""Targets: label tables and splits. What is accepted has to keep the promises of :mod:`covidseg.data.splits`."""
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
 
-from covidseg.dataset import Dataset, load_dataset
+from covidseg.data.folder import Dataset, load_dataset
+from covidseg.data.splits import PARTS, Split, apply_split, read_split
 from covidseg.errors import DatasetError
-from covidseg.splits import PARTS, Split, apply_split, read_split
 
 LABELS = "volume,slice,has_lesion,patient\na,0,0,p1\na,2,1,p1\nb,1,0,p2\n"
 STACK = "position,has_lesion,medseg100_slice\n0,1,5\n1,0,3\n2,1,0\n"

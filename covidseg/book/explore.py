@@ -1,0 +1,199 @@
+"""Sliders that redraw a picture: live in a notebook, and drawn beforehand where no kernel runs.
+
+:func:`explore` is given a function that draws and the values to choose from. In Jupyter and on Colab it shows
+ipywidgets, which draw when a slider moves. While the book is built (``COVIDSEG_STATIC=1``) it draws every choice at
+once and leaves plain HTML: pictures and range inputs, a dozen words of script and no library, so that the page works
+with no kernel and no network. Without JavaScript, and on paper, a selection of the pictures stands side by side.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import itertools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from PIL import Image
+
+from covidseg.book.figures import draw_slice, legend, new_figure, overlay
+from covidseg.errors import SettingsError
+
+# More frames than that make a page of many megabytes.
+MOST_FRAMES = 80
+# How many of them stand side by side where no slider can move.
+MONTAGE = 6
+DPI = 90
+
+Draw = Callable[..., "Figure | tuple[Figure, str]"]
+
+# A handler on each input itself: no script element, and no ids that could clash with those of another explorer.
+_SWITCH = ("const box = this.closest('.covidseg-explorer'); let frame = 0;"
+           "box.querySelectorAll('input').forEach(input => {"
+           " const label = JSON.parse(input.dataset.labels)[input.value];"
+           " input.setAttribute('aria-valuetext', label);"
+           " input.parentNode.querySelector('output').textContent = label;"
+           " frame += input.value * input.dataset.stride; });"
+           "box.querySelectorAll('figure').forEach((figure, k) => { figure.hidden = k !== frame; })")
+# A selection of the frames side by side, each with the choice that it stands for.
+_MONTAGE = (".covidseg-explorer label,.covidseg-explorer figure:not(.montage){display:none}"
+            ".covidseg-explorer figure.montage{display:inline-block!important;width:32%;vertical-align:top}"
+            ".covidseg-explorer figure.montage::before{content:attr(data-choice);display:block;text-align:center}")
+_STYLE = ("<style>.covidseg-explorer{max-width:46rem}.covidseg-explorer figure{margin:0}"
+          ".covidseg-explorer figcaption{color:inherit!important;font-weight:400}"
+          ".covidseg-explorer label{display:grid;grid-template-columns:minmax(7rem,auto) 1fr 5rem;gap:.6rem;"
+          "align-items:center}.covidseg-explorer img{max-width:100%;height:auto}"
+          f"@media print{{{_MONTAGE}}}</style>"
+          # Where scripts are off, the sliders cannot move anything.
+          f"<noscript><style>{_MONTAGE}</style></noscript>")
+
+
+def is_static() -> bool:
+    """Whether pages are being made that no kernel stands behind."""
+    return os.environ.get("COVIDSEG_STATIC", "") not in ("", "0")
+
+
+class Explorer:
+    """A picture with sliders, see :func:`explore`. Shown when it is the value of a cell."""
+
+    def __init__(self, draw: Draw, controls: Mapping[str, Sequence[Any]], start: Mapping[str, Any],
+                 name: str) -> None:
+        self.draw, self.name = draw, name
+        self.controls = {label: list(values) for label, values in controls.items()}
+        if not self.controls or not all(self.controls.values()):
+            raise SettingsError("an explorer needs at least one control, and values for each",
+                                remedy="Give controls such as {'threshold': [0.2, 0.5]}")
+        unknown = [label for label, value in start.items() if value not in self.controls.get(label, ())]
+        if unknown:
+            raise SettingsError(f"the explorer cannot start at {start[unknown[0]]!r} of {unknown[0]!r}",
+                                remedy="Choose a control that it has, and one of its values")
+        self.at = [values.index(start[label]) if label in start else len(values) // 2
+                   for label, values in self.controls.items()]
+
+    def frame(self, places: Sequence[int]) -> tuple[Figure, str, str]:
+        """Figure, caption and choice in words; ``places`` are positions in the lists of values."""
+        chosen = [values[k] for values, k in zip(self.controls.values(), places, strict=True)]
+        drawn = self.draw(*chosen)
+        figure, caption = drawn if isinstance(drawn, tuple) else (drawn, "")
+        return figure, caption, ", ".join(f"{label} {value}"
+                                          for label, value in zip(self.controls, chosen, strict=True))
+
+    def page(self) -> str:
+        """HTML with all frames, drawn now.
+
+        Raises:
+            SettingsError: the choices make more than ``MOST_FRAMES`` frames.
+        """
+        sizes = [len(values) for values in self.controls.values()]
+        count = int(np.prod(sizes))
+        if count > MOST_FRAMES:
+            raise SettingsError(f"{count} pictures are too many for a page", remedy=f"At most {MOST_FRAMES}: offer "
+                                "fewer values")
+        strides = [int(np.prod(sizes[k + 1:])) for k in range(len(sizes))]
+        first = sum(k * stride for k, stride in zip(self.at, strides, strict=True))
+        montage = set(np.linspace(0, count - 1, min(MONTAGE, count)).round().astype(int).tolist())
+        frames = []
+        for number, places in enumerate(itertools.product(*(range(n) for n in sizes))):
+            figure, caption, choice = self.frame(places)
+            description = "; ".join(filter(None, (self.name, choice, caption)))
+            frames.append(f'<figure data-choice="{html.escape(choice)}"{" class=montage" * (number in montage)}'
+                          f'{" hidden" * (number != first)}>'
+                          f'<img alt="{html.escape(description)}" src="data:image/jpeg;base64,{_jpeg(figure)}">'
+                          f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+        inputs = []
+        for (label, values), place, stride in zip(self.controls.items(), self.at, strides, strict=True):
+            texts = [str(value) for value in values]
+            labels = html.escape(json.dumps(texts, ensure_ascii=False))
+            inputs.append(
+                f'<label><span>{html.escape(label)}</span><input type="range" min="0" max="{len(values) - 1}" '
+                f'value="{place}" data-stride="{stride}" data-labels="{labels}" '
+                f'aria-valuetext="{html.escape(texts[place])}" oninput="{html.escape(_SWITCH)}">'
+                f"<output>{html.escape(texts[place])}</output></label>")
+        return f'{_STYLE}<div class="covidseg-explorer">{"".join(inputs)}{"".join(frames)}</div>'
+
+    def live(self) -> Any:
+        """An ipywidgets ``VBox`` (versions 7.7 and 8) that draws whenever a slider is moved."""
+        import ipywidgets as widgets
+
+        sliders = [widgets.SelectionSlider(options=[(str(v), k) for k, v in enumerate(values)], value=place,
+                                           description=label, continuous_update=False,
+                                           style={"description_width": "initial"}, layout={"width": "32rem"})
+                   for (label, values), place in zip(self.controls.items(), self.at, strict=True)]
+        picture, caption = widgets.Image(format="png"), widgets.HTML()
+
+        def draw(*_: Any) -> None:
+            figure, text, _choice = self.frame([slider.value for slider in sliders])
+            picture.value, caption.value = _png(figure), html.escape(text)
+
+        for slider in sliders:
+            slider.observe(draw, names="value")
+        draw()
+        return widgets.VBox([*sliders, picture, caption])
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import HTML, display
+
+        display(HTML(self.page()) if is_static() else self.live())
+
+
+def explore(draw: Draw, controls: Mapping[str, Sequence[Any]], *, start: Mapping[str, Any] | None = None,
+            name: str) -> Explorer:
+    """A picture that changes with sliders.
+
+    Args:
+        draw: is called with one value of each control, in their order, and returns a figure, or a figure and a
+            caption.
+        controls: label of each slider (with its unit) -> the values that it offers, in order.
+        start: label -> value to begin with; the middle one if it is not named.
+        name: what is shown, for the description that screen readers read.
+
+    Raises:
+        SettingsError: no controls, no values, or a start that is not among them.
+    """
+    return Explorer(draw, controls, start or {}, name)
+
+
+def browse(images: np.ndarray, masks: Mapping[str, np.ndarray] | None = None, *, titles: Sequence[str] = (),
+           spacing: tuple[float, float] | None = None, name: str = "slice", every: int = 1) -> Explorer:
+    """A slider through slices with outlines of masks.
+
+    Args:
+        images: ``(S, H, W)`` HU or normalised.
+        masks: name -> ``(S, H, W)`` bool.
+        titles: text for each slice; default its number.
+        spacing: millimetres between rows and columns.
+        name: what is shown, for the description that screen readers read.
+        every: 2 offers every second slice, and so on, which keeps a page small.
+    """
+    masks = masks or {}
+
+    def draw(number: int) -> tuple[Figure, str]:
+        figure, axes = new_figure(1, 1, (4.4, 4.6))
+        draw_slice(axes[0, 0], images[number], spacing)
+        overlay(axes[0, 0], {key: mask[number] for key, mask in masks.items()})
+        if masks:
+            legend(figure, list(masks))
+        return figure, titles[number] if number < len(titles) else f"slice {number}"
+
+    return explore(draw, {"slice": range(0, len(images), every)}, name=name)
+
+
+def _png(figure: Figure) -> bytes:
+    """A figure as PNG; it is closed for pyplot, which else would keep every picture that was ever drawn."""
+    raw = io.BytesIO()
+    figure.savefig(raw, format="png", dpi=DPI)
+    plt.close(figure)
+    return raw.getvalue()
+
+
+def _jpeg(figure: Figure) -> str:
+    """A figure as base64 JPEG: a fifth of the size of PNG for noisy pictures."""
+    small = io.BytesIO()
+    Image.open(io.BytesIO(_png(figure))).convert("RGB").save(small, format="jpeg", quality=80)
+    return base64.b64encode(small.getvalue()).decode()

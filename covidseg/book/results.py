@@ -1,0 +1,306 @@
+"""Pictures of results: systems side by side, from maps and masks or from a recorded comparison.
+
+Functions return a new figure and change nothing else, as those of :mod:`covidseg.book.figures`, whose look and colours
+they share. What they draw is handed to them: no function here runs a net or opens a scan.
+
+Pictures of recorded benchmarks (``results/bench-*.json``): ratios, growth, the roofline, more processes.
+
+Functions return a new figure and share the look of :mod:`covidseg.book.figures`; they draw what the record holds and
+measure nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from covidseg.book.figures import CYCLE, HEAT, draw_heat, draw_slice, legend, new_figure, overlay
+from covidseg.evaluation.metrics import figures
+from covidseg.evaluation.statistics import calibration
+
+if TYPE_CHECKING:
+    from covidseg.evaluation.experiments import Line
+
+
+def stage_bars(rows: Sequence[Mapping[str, Any]], *, average: str = "micro") -> Figure:
+    """Dice, PPV and sensitivity of every stage as bars.
+
+    Args:
+        rows: of a result, see :func:`covidseg.evaluation.tables.evaluation_json`; undefined figures have no bar.
+        average: ``micro`` (pooled pixels) or ``macro`` (mean over slices with a lesion).
+    """
+    figure, axes = new_figure(1, 1, (7.2, 0.55 * len(rows) + 1.0))
+    panel, height = axes[0, 0], 0.26
+    places = np.arange(len(rows))
+    for k, (name, label) in enumerate((("dice", "Dice"), ("ppv", "PPV"), ("sensitivity", "sensitivity"))):
+        values = [row[average][name] or 0.0 for row in rows]
+        panel.barh(places + (k - 1) * height, values, height, label=label, color=CYCLE[k])
+    panel.set(yticks=places, yticklabels=[row["name"] for row in rows], xlim=(0, 1), xlabel=f"{average} average")
+    panel.invert_yaxis()
+    panel.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
+    return figure
+
+
+def system_grid(images: Sequence[np.ndarray], lungs: Sequence[np.ndarray], truths: Sequence[np.ndarray],
+                titles: Sequence[str], systems: Mapping[str, Sequence[np.ndarray]],
+                notes: Mapping[str, Sequence[str]] | None = None, *, size: float = 1.5) -> Figure:
+    """The same slices in every system: a column for each slice, a row for each system, the truth on all of them.
+
+    Args:
+        images, lungs, truths: ``(S, S)`` each, the last two bool.
+        titles: of the slices.
+        systems: title -> for each slice a ``(S, S)`` map in [0, 1], drawn as heat, or a bool mask, drawn as outline.
+        notes: title -> for each slice a few characters for the corner of its panel, such as a Dice.
+        size: width and height of a panel in inches.
+    """
+    figure, axes = new_figure(len(systems) + 1, len(images), (size, size))
+    rows: list[tuple[str, Sequence[np.ndarray] | None]] = [("slice and truth", None), *systems.items()]
+    heat, masks = None, False
+    for (name, shown), panels in zip(rows, axes, strict=True):
+        for k, (panel, image) in enumerate(zip(panels, images, strict=True)):
+            draw_slice(panel, image, title=titles[k] if shown is None else "")
+            panel.title.set_fontsize(8)
+            if shown is not None and shown[k].dtype == bool:
+                overlay(panel, {"prediction": shown[k]}, fill=0.3)
+                masks = True
+            elif shown is not None:
+                heat = draw_heat(panel, shown[k], lungs[k])
+            overlay(panel, {"truth": truths[k]})
+            if notes and name in notes:
+                panel.text(0.03, 0.03, notes[name][k], transform=panel.transAxes, color="white", fontsize=8,
+                           va="bottom", bbox={"facecolor": "black", "alpha": 0.7, "edgecolor": "none", "pad": 1.5})
+        panels[0].set_axis_on()  # for its label; ticks and frame stay away
+        panels[0].set(xticks=[], yticks=[])
+        panels[0].spines[:].set_visible(False)
+        panels[0].set_ylabel(textwrap.fill(name, 17), fontsize=9)
+    if heat is not None:
+        figure.colorbar(heat, ax=axes, shrink=0.4, label="map value")
+    legend(figure, ["truth", *(["prediction"] if masks else [])])
+    # Room for what stands around the panels, which would shrink otherwise and leave gaps.
+    figure.set_size_inches(size * len(images) + 0.45 + 0.9 * (heat is not None), size * len(rows) + 0.7)
+    figure.set_layout_engine("compressed", w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)  # for square panels
+    return figure
+
+
+def interval_plot(lines: Sequence[Line], published: Mapping[str, float] | None = None) -> Figure:
+    """Micro Dice of every system: its interval as a bar, each seed as a dot, and what was published.
+
+    Args:
+        lines: from :func:`covidseg.evaluation.experiments.table_lines`.
+        published: title of a system -> published Dice of the system that it stands for.
+    """
+    figure, axes = new_figure(1, 1, (7.2, 0.34 * len(lines) + 1.1))
+    panel = axes[0, 0]
+    for row, line in enumerate(lines):
+        panel.plot(line.interval, [row, row], color=CYCLE[5], linewidth=6, solid_capstyle="butt",
+                   label="95 % interval, mean over seeds" if row == 0 else None)
+        panel.plot(line.micro[:, 0], np.full(len(line.micro), row), "o", color=CYCLE[0], markersize=5,
+                   label="a seed" if row == 0 else None)
+    marked = [(row, published[line.title]) for row, line in enumerate(lines) if published and line.title in published]
+    if marked:
+        panel.plot([dice for _, dice in marked], [row for row, _ in marked], "D", color=CYCLE[1], markersize=6,
+                   markerfacecolor="none", markeredgewidth=1.5, label="published")
+    panel.set(yticks=range(len(lines)), yticklabels=[line.title for line in lines], xlim=(0, 1), xlabel="micro Dice",
+              ylim=(len(lines) - 0.4, -0.6))
+    panel.grid(axis="x", color="#dddddd", linewidth=0.8)
+    panel.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def operating_curves(levels: Mapping[str, np.ndarray], answers: Mapping[str, np.ndarray] | None = None,
+                     published: Mapping[str, tuple[float, float]] | None = None) -> Figure:
+    """PPV against sensitivity as the level of the outline moves, over lines of equal Dice.
+
+    Args:
+        levels: title of a system -> ``(L, 4)`` counts at ascending levels, see
+            :func:`covidseg.evaluation.statistics.level_counts`; those of several seeds added up.
+        answers: title -> ``(4,)`` counts at the level that the system uses, drawn as a dot.
+        published: name -> sensitivity and PPV in a published table, drawn as diamonds.
+    """
+    figure, axes = new_figure(1, 1, (6.2, 4.6))
+    panel = axes[0, 0]
+    sensitivity = np.linspace(0.01, 1, 200)
+    for dice in (0.4, 0.5, 0.6, 0.7, 0.8):  # D = 2 PPV s / (PPV + s), solved for PPV
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ppv = dice * sensitivity / (2 * sensitivity - dice)
+        shown = (ppv > 0) & (ppv <= 1)
+        panel.plot(sensitivity[shown], ppv[shown], color="#bbbbbb", linewidth=0.8, zorder=0)
+        panel.annotate(f"Dice {dice:.1f}", (1.0, dice / (2 - dice)), fontsize=7, color="#666666", ha="right",
+                       va="bottom")
+    for k, (name, counts) in enumerate(levels.items()):
+        line = figures(counts)                                                           # (L, 5)
+        panel.plot(line[:, 3], line[:, 2], color=CYCLE[k % len(CYCLE)],
+                   linestyle=("-", "--", "-.", ":")[k // len(CYCLE)], label=name)
+        if answers is not None and name in answers:
+            dot = figures(answers[name])
+            panel.plot(dot[3], dot[2], "o", color=CYCLE[k % len(CYCLE)], markersize=6)
+    for marker, (name, (x, y)) in zip("Dsv^", (published or {}).items(), strict=False):
+        panel.plot(x, y, marker, color="black", markerfacecolor="white", markersize=7, label=f"published: {name}")
+    panel.set(xlabel="sensitivity", ylabel="PPV", xlim=(0, 1.01), ylim=(0, 1.01))
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def reliability_diagram(sums: Mapping[str, np.ndarray]) -> Figure:
+    """How often a lesion probability is right, and how many pixels got it.
+
+    Args:
+        sums: title -> ``(bins, 3)`` added :func:`covidseg.evaluation.statistics.reliability_sums`.
+    """
+    figure, axes = new_figure(1, 2, (3.9, 3.5))
+    left, right = axes[0]
+    left.plot([0, 1], [0, 1], linestyle=":", color="grey", label="calibrated")
+    for k, (name, one) in enumerate(sums.items()):
+        found, edges = calibration(one), np.linspace(0, 1, len(one) + 1)
+        full = found.count > 0
+        left.plot(found.confidence[full], found.observed[full], marker="os^Dv"[k % 5], markersize=4,
+                  color=CYCLE[k % len(CYCLE)], label=name)
+        right.stairs(np.maximum(found.count, 0.5), edges, baseline=0.5, color=CYCLE[k % len(CYCLE)], linewidth=1.8)
+    left.set(xlabel="probability of a lesion, mean of the bin", ylabel="true share of lesion", xlim=(-0.02, 1.02),
+             ylim=(-0.02, 1.02), title="how often it is right")
+    right.set(xlabel="probability of a lesion", ylabel="lung pixels", yscale="log", xlim=(0, 1), ylim=(0.5, None),
+              title="how many pixels")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(sums) + 1)
+    return figure
+
+
+def size_table(dice: Mapping[str, np.ndarray], edges: Sequence[float], count: np.ndarray) -> Figure:
+    """Macro Dice by size of the lesion as a coloured table, from :func:`covidseg.evaluation.statistics.dice_by_size`.
+
+    Args:
+        dice: title of a system -> ``(K,)`` in [0, 1]; NaN, an empty bin, stays white.
+        edges: the ``K - 1`` areas between the bins, in pixels.
+        count: ``(K,)`` slices in each bin.
+    """
+    values = np.array(list(dice.values()))                                               # (systems, K)
+    figure, axes = new_figure(1, 1, (7.2, 0.34 * len(values) + 1.2))
+    panel = axes[0, 0]
+    picture = panel.imshow(values, cmap=HEAT, vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        panel.text(column, row, "–" if np.isnan(value) else f"{value:.2f}", ha="center", va="center",
+                   color="black" if np.isnan(value) or value > 0.5 else "white")
+    sizes = [f"below {edges[0]:,.0f}", *(f"{a:,.0f} to {b:,.0f}" for a, b in itertools.pairwise(edges)),
+             f"from {edges[-1]:,.0f}"]
+    panel.set(yticks=range(len(values)), yticklabels=list(dice), xticks=range(len(sizes)),
+              xticklabels=[f"{size}\n{n} slice{'' if n == 1 else 's'}" for size, n in zip(sizes, count, strict=True)],
+              xlabel="lesion in the slice, pixels")
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    figure.colorbar(picture, ax=panel, label="macro Dice")
+    return figure
+
+
+# --- speed ----------------------------------------------------------------------------------------------------------
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def ratio_bars(rows: Rows) -> Figure:
+    """How many times as fast or as small covidseg is than each other way, with the goal where there was one.
+
+    Args:
+        rows: comparisons of a record; the axis is logarithmic, and 1 means no difference.
+    """
+    figure, axes = new_figure(1, 1, (7.4, 0.62 * len(rows) + 0.9))
+    panel, places = axes[0, 0], np.arange(len(rows))
+    panel.barh(places, [row["ratio"] for row in rows], 0.6, color=CYCLE[0])
+    for place, row in zip(places, rows, strict=True):
+        panel.text(row["ratio"] * 1.06, place, f"{row['ratio']:.1f}", va="center", fontsize=9)
+        if row["goal"] is not None:
+            panel.plot([row["goal"]] * 2, [place - 0.38, place + 0.38], color=CYCLE[1], linewidth=2.5,
+                       label="goal" if "goal" not in panel.get_legend_handles_labels()[1] else None)
+    panel.axvline(1, color="black", linewidth=0.8)
+    panel.set(xscale="log", xlabel="times as fast, or as small (logarithmic)", yticks=places, yticklabels=[
+        textwrap.fill(f"{row['task']}, against {row['other_name']}", 46) for row in rows])
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.set_xlim(min(0.8, *(0.9 * row["ratio"] for row in rows)), 2 * max(row["ratio"] for row in rows))
+    panel.invert_yaxis()
+    if panel.get_legend_handles_labels()[1]:
+        panel.legend(loc="lower right")
+    return figure
+
+
+def growth_curves(points: Mapping[str, Mapping[str, Rows]], quantity: str = "seconds") -> Figure:
+    """Time or memory of each stage against the number of slices and of pixels, on logarithmic axes.
+
+    Every curve is divided by its first point, and the dotted line is linear growth: a curve below it grows more slowly.
+
+    Args:
+        points: stage -> ``slices`` or ``pixels`` -> measured rows.
+        quantity: ``seconds`` or ``memory_mb``.
+    """
+    # What allocators hold in reserve hides a few megabytes; they count as this much.
+    least = 1e-6 if quantity == "seconds" else 10.0
+    figure, axes = new_figure(1, 2, (4.0, 3.7), sharey=True)
+    for panel, kind in zip(axes[0], ("slices", "pixels"), strict=True):
+        for (name, both), color, marker in zip(points.items(), CYCLE, "osD^vPX", strict=False):
+            rows = both[kind]
+            x = np.array([row["slices"] * (row["side"] ** 2 if kind == "pixels" else 1) for row in rows], float)
+            y = np.array([max(row[quantity], least) for row in rows])
+            panel.plot(x / x[0], y / y[0], marker=marker, markersize=5, color=color, label=name)
+        panel.plot([1, x[-1] / x[0]], [1, x[-1] / x[0]], ":", color="black", label="linear growth")
+        panel.set(xscale="log", yscale="log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        ticks = x / x[0]
+        labels = [str(row["slices"]) for row in rows] if kind == "slices" else [f"{row['side']}²" for row in rows]
+        _ticks(panel, ticks, labels)
+        panel.set_xlabel(f"slices, {rows[0]['side']}² pixels each" if kind == "slices" else
+                         f"pixels of each of {rows[0]['slices']} slices")
+    axes[0, 0].set_ylabel(("time" if quantity == "seconds" else "memory") + ", as a multiple of the smallest")
+    axes[0, 1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def _ticks(panel: Axes, places: np.ndarray, labels: Sequence[str]) -> None:
+    """Ticks at the measured sizes and nowhere else."""
+    panel.xaxis.set_major_locator(FixedLocator(list(places)))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.set_xticklabels(labels)
+
+
+def roofline_bars(stages: Rows) -> Figure:
+    """Where the time of a training step goes: arithmetic, memory traffic of the layers, and all the rest.
+
+    Args:
+        stages: the roofline of a record.
+    """
+    figure, axes = new_figure(1, 1, (7.0, 0.6 * len(stages) + 1.2))
+    panel, places = axes[0, 0], np.arange(len(stages))
+    arithmetic = np.array([row["arithmetic_ms"] for row in stages])
+    bound, step = (np.array([row[name] for row in stages]) for name in ("bound_ms", "step_ms"))
+    left = np.zeros(len(stages))
+    for label, width, color, hatch in (("arithmetic at full speed", arithmetic, CYCLE[0], ""),
+                                       ("memory at full speed", bound - arithmetic, CYCLE[5], "//"),
+                                       ("everything else", np.maximum(step - bound, 0), "#BBBBBB", "")):
+        panel.barh(places, width, 0.6, left, label=label, color=color, hatch=hatch, edgecolor="white")
+        left = left + width
+    panel.set(yticks=places, yticklabels=[row["stage"] for row in stages], xlabel="milliseconds of a training step")
+    panel.invert_yaxis()
+    panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    return figure
+
+
+def scaling_curves(scaling: Mapping[str, Any]) -> Figure:
+    """Speed-up by more processes of one thread each, for training under torchrun and for prediction in parts."""
+    figure, axes = new_figure(1, 1, (5.0, 3.4))
+    panel, most = axes[0, 0], 1
+    curves = (("training (torchrun)", [row for row in scaling["training"] if row["threads"] == 1], "step_ms"),
+              ("prediction (parts)", scaling["prediction"], "seconds"))
+    for (name, rows, quantity), color, marker in zip(curves, CYCLE, "os", strict=False):
+        processes = [row["processes"] for row in rows]
+        panel.plot(processes, [rows[0][quantity] / row[quantity] for row in rows], marker=marker, color=color,
+                   label=name)
+        most = max(most, *processes)
+    panel.plot([1, most], [1, most], ":", color="black", label="perfect")
+    panel.axvline(scaling["cores"], color="#888888", linewidth=1, linestyle="--", label=f"{scaling['cores']} cores")
+    panel.set(xlabel="processes, one thread each", ylabel="speed-up", ylim=(0, None), xticks=range(1, most + 1))
+    panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure

@@ -1,0 +1,104 @@
+"""The command ``covidseg``. Every fault ends with one line and a documented exit code; ``--debug`` shows the trace."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from covidseg import DISCLAIMER, __version__
+from covidseg.cli import measure, predict
+from covidseg.cli.common import Deterministic, Device, Method, Profile, Seed, Unchecked, console, errors, state
+from covidseg.cli.data import app as data_app
+from covidseg.errors import CovidsegError, SettingsError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help=f"COVID-19 lesions in chest CT from slice labels alone.\n\n{DISCLAIMER}")
+app.add_typer(data_app, name="data", help="Data sets: what there is, licences, download, check.")
+for command, name in ((predict.lungs, "lungs"), (predict.predict, "predict"), (predict.merge, "merge"),
+                      (measure.evaluate, "evaluate"), (measure.reproduce, "reproduce"),
+                      (measure.ablate_command, "ablate")):
+    app.command(name)(command)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"covidseg {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(context: typer.Context, debug: Debug = False,
+             version: Annotated[bool, typer.Option("--version", help="Print the version and stop.",
+                                                   callback=_version, is_eager=True)] = False) -> None:
+    state["debug"] = debug
+    # As covidseg.parallel.several() has it, which takes seconds to import.
+    if os.environ.get("WORLD_SIZE", "1") != "1" and context.invoked_subcommand != "train":
+        raise SettingsError(f"`{context.invoked_subcommand}` runs in one process, only `train` in several",
+                            remedy="Start it without torchrun")
+
+
+@app.command()
+def train(data: Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`.")],
+          out: Annotated[Path, typer.Option(help="Folder of the run; a run that was stopped goes on there.")],
+          profile: Profile = "quick", method: Method = "extended", seed: Seed = 0, device: Device = "auto",
+          part: Annotated[str, typer.Option(help="all volumes, or one side of the set's split: train, test.")] = "all",
+          deterministic: Deterministic = False, unchecked: Unchecked = False) -> None:
+    """Trains all stages on slice labels. With several GPUs: torchrun --nproc-per-node 2 -m covidseg train ..."""
+    from covidseg.parallel import is_first, joined
+    from covidseg.training import pick_device, use_deterministic_kernels
+
+    if deterministic:
+        use_deterministic_kernels()
+    with joined(pick_device(device)):
+        console.quiet = not is_first()
+        _train(data, out, profile, method, seed, device, None if part == "all" else part, not unchecked)
+
+
+def _train(data: str, out: Path, profile: str, method: str, seed: int, device: str, part: str | None,
+           check: bool) -> None:
+    from covidseg.pipeline import open_run, write_run
+
+    start = time.monotonic()
+    run = open_run(data, profile, seed, out, part, device, method=method, check=check,
+                   log=lambda line: console.print(line, highlight=False))
+    volumes = sum(bool(case.labels) for case in run.data.cases)
+    console.print(f"{DISCLAIMER}\ntraining on {run.data.labels()} labelled slices of {volumes} volumes, "
+                  f"profile {profile}, {method}, seed {seed}, {run.device}", highlight=False)
+    run.segmenter()
+    name = Path(data).name
+    write_run(run, f"covidseg train --data {name} --profile {profile} --method {method} --seed {seed}"
+                   + ("" if check else " --unchecked"))
+    console.print(f"run finished in {time.monotonic() - start:.0f} s, in {out}", highlight=False)
+
+
+@app.command("export")
+def export_command(run: Annotated[Path, typer.Argument(help="Folder written by `covidseg train`.")],
+                   out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the nets.")]) -> None:
+    """Copies the nets of a run, without its training data, into a small folder to share: `predict --run` reads it."""
+    from covidseg.predict import export_run
+
+    files = export_run(run, out)
+    size = sum(path.stat().st_size for path in files)
+    console.print(f"{len(files)} files, {size / 1e6:.1f} MB, in {out}", highlight=False)
+
+
+def main() -> None:
+    """Entry point: turns covidseg's own errors into one line and their exit code."""
+    # Threads that wait for each other sleep; spinning, they take the cores from whatever else runs, and everything gets
+    # several times as slow. OpenMP reads this when torch is imported, which no module above does.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        app()
+    except CovidsegError as error:
+        if state["debug"]:
+            raise
+        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,215 @@
+"""``covidseg data``: list, describe, fetch and check data sets.
+
+Mounted by the main command line, which turns every :class:`covidseg.errors.CovidsegError` into one line and an
+exit code; here they are just raised.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from covidseg import DISCLAIMER
+from covidseg.cli.common import Unchecked
+from covidseg.data.check import FolderReport, check_folder, check_mosmed, raise_faults
+from covidseg.data.fetch import DownloadSettings, Fetched, fetch
+from covidseg.data.layout import arrange, arrange_mosmed, write_json
+from covidseg.data.registry import Entry, cache_root, entry, home, is_present, load_registry
+from covidseg.errors import DownloadError
+
+app = typer.Typer(no_args_is_help=True, help="List, describe, fetch and check data sets.")
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a data set, see `covidseg data list`.")]
+
+
+def _console() -> Console:
+    # Made anew for each command: standard output may have been redirected since the import.
+    return Console(soft_wrap=True, highlight=False)
+
+
+@app.command("list")
+def list_sets() -> None:
+    """Show which data sets there are and which are present."""
+    table = Table("name", "data set", "licence", "download", "state")
+    for item in load_registry().values():
+        size = f"{item.megabytes} MB" if item.megabytes else "none, generated"
+        table.add_row(item.name, item.title, item.licence, size, state(item))
+    # Tables fit themselves to the window, so no soft wrap here.
+    Console(highlight=False).print(table)
+    print(f"Data folder: {cache_root()}")
+
+
+def state(item: Entry) -> str:
+    """``present``, ``not present``, or what else is known about the data set in the cache."""
+    folder = home(item.name)
+    if is_present(folder):
+        return "present"
+    if any((folder / "downloads").glob("*.part")):
+        return "partly downloaded"
+    return "made when needed" if item.kind == "generated" else "not present"
+
+
+@app.command()
+def info(name: Name) -> None:
+    """Describe a data set: source, licence, files, checksums, how to cite it."""
+    item, out = entry(name), _console()
+    rows = [("name", item.name), ("title", item.title), ("DOI", f"https://doi.org/{item.doi}" if item.doi else ""),
+            ("page", item.page), ("licence", item.licence),
+            ("size", f"about {item.megabytes} MB" if item.megabytes else ""), ("cite as", item.citation),
+            ("note", item.note), ("state", f"{state(item)} in {home(item.name)}")]
+    for label, text in rows:
+        if text:
+            out.print(f"{label + ':':<9}{text}", markup=False)
+    for remote in item.files:
+        checksum = _checksum_state(item, remote.name, remote.checksum)
+        out.print(f"file:    {remote.name} ({remote.role}{', optional' if remote.optional else ''})\n"
+                  f"         {remote.url}\n         {checksum}", markup=False)
+    print()
+    print(item.licence_text())
+
+
+def _checksum_state(item: Entry, name: str, checksum: str) -> str:
+    if checksum:
+        return f"{checksum} (published)"
+    record = home(item.name) / "downloads" / f"{name}.sha256"
+    if record.exists():
+        return f"sha256:{record.read_text(encoding='utf-8').split()[0]} (no checksum is published; " \
+               "this one was seen at the first download)"
+    return "no checksum is published: the first download will be recorded and every later one compared with it"
+
+
+@app.command()
+def get(
+    name: Name,
+    to: Annotated[Path | None, typer.Option("--to", help="Data folder to fill, instead of the cache.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Accept the licence without being asked.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Fetch the optional files too.")] = False,
+) -> None:
+    """Fetch a data set: show its licence, download, check, unpack and arrange it."""
+    item = entry(name)
+    folder = to.expanduser() if to is not None else home(name)
+    if is_present(folder) and not everything:
+        print(f"{name} is present in {folder}")
+        return
+    if item.kind == "generated":
+        from covidseg.data.phantom import write_phantom  # here, so that other commands need not load the generator
+
+        write_phantom(folder, progress=True)
+    elif item.kind == "by-hand":
+        if not _take_by_hand(item, folder):
+            return
+    else:
+        accept_licence(item, yes)
+        get_set(item, folder, everything=everything)
+    print(f"{name} is ready in {folder}")
+    print(DISCLAIMER)
+
+
+def accept_licence(item: Entry, yes: bool) -> None:
+    """Shows the licence and has it accepted.
+
+    Raises:
+        DownloadError: it was refused, or there is nobody to ask.
+    """
+    print(f"{item.title}\n\nLicence: {item.licence}\n\n{item.licence_text()}\n\nPlease cite: {item.citation}\n")
+    if yes:
+        print("Licence accepted by --yes.")
+    elif not _interactive():
+        raise DownloadError(f"the licence of {item.name} has not been accepted and there is no terminal to ask on",
+                            remedy=f"Read it above; to accept it run `covidseg data get {item.name} --yes`")
+    elif not typer.confirm("Do you accept this licence?"):
+        raise DownloadError(f"the licence of {item.name} was not accepted, nothing was downloaded")
+
+
+def _interactive() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def get_set(item: Entry, folder: Path, settings: DownloadSettings | None = None, *, everything: bool = False) -> None:
+    """Downloads, checks, unpacks and arranges a data set whose licence has been accepted.
+
+    Args:
+        item: the data set.
+        folder: data folder; the published files go to ``downloads/`` inside it.
+        settings: patience and limits of the downloads.
+        everything: whether to fetch the optional files too.
+
+    Raises:
+        DownloadError, DatasetError, InputFileError, OutputError: as :func:`covidseg.data.fetch.fetch` and
+            :func:`covidseg.data.layout.arrange`.
+    """
+    fetched: dict[str, Fetched] = {}
+    for remote in item.files:
+        if remote.optional and not everything:
+            continue
+        fetched[remote.name] = done = fetch(remote, folder / "downloads", settings)
+        verb = "downloaded" if done.new else "already there"
+        print(f"{remote.name}: {verb}, checked against {done.checked}")
+        if not remote.checksum:
+            print(f"  Note: no checksum is published for {remote.name}. Its sha256 is kept in {remote.name}.sha256; "
+                  "later downloads must match it, but nothing vouches for the first.")
+    roles = {r.role: fetched[r.name].path for r in item.files if r.name in fetched and r.role != "extra"}
+    arrange(item, roles, folder, lambda line: print(f"  Note: {line}"))
+    write_json(folder / "source.json", {
+        "name": item.name, "doi": item.doi, "licence": item.licence, "citation": item.citation,
+        "files": {n: f.checked for n, f in fetched.items()}})
+
+
+def _take_by_hand(item: Entry, folder: Path) -> bool:
+    """Explains how to fetch the set, or arranges it once it has been; says whether it is ready."""
+    print(f"{item.title}\n\nLicence: {item.licence}\n\n{item.licence_text()}\n\nPlease cite: {item.citation}\n")
+    if not (folder / "studies").is_dir():
+        target = "" if folder == home(item.name) else f" --to {shlex.quote(str(folder))}"
+        print(f"""covidseg cannot download this set for you (about {item.megabytes // 1000} GB). By hand:
+
+1. Open {item.page} and follow the publisher's steps for the set COVID19_1110.
+2. Unpack it so that you have
+     {folder / 'studies'}/CT-0/study_0001.nii.gz ... (1110 studies in CT-0 to CT-4)
+     {folder / 'masks'}/study_0255_mask.nii.gz ... (50 outlines)
+3. Run `covidseg data get {item.name}{target}` again: it checks the files and writes the slice labels
+   of the studies that have any.""")
+        return False
+    report = check_mosmed(folder)
+    _show(report)
+    raise_faults(report)
+    arrange_mosmed(folder)
+    return True
+
+
+@app.command()
+def check(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A data folder.")],
+          as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+          unit: Annotated[str | None, typer.Option(
+              help="HU or display, where every scan has to hold that.")] = None,
+          unchecked: Unchecked = False) -> None:
+    """Check every scan, mask and label of a data folder; ends with exit code 4 if anything is wrong."""
+    report = check_folder(folder, unit, anatomy=not unchecked)
+    if as_json:
+        print(json.dumps({"root": str(report.root), "faults": report.all_faults(),
+                          "volumes": [vars(v) for v in report.volumes]}, indent=1))
+    else:
+        _show(report)
+    raise_faults(report)
+
+
+def _show(report: FolderReport) -> None:
+    table = Table("volume", "patient", "slices, rows, columns", "spacing in mm", "values",
+                  "lesion / free / unlabelled", "outlines", "faults")
+    for v in report.volumes:
+        values = f"{v.unit} {v.value_range[0]:g} to {v.value_range[1]:g}" if v.value_range else "unreadable"
+        outlines = " ".join(kind for kind, there in (("lung", v.lung), ("mask", v.mask)) if there) or "none"
+        table.add_row(v.id, v.patient, " ".join(map(str, v.shape)), " ".join(f"{s:.2f}" for s in v.spacing),
+                      values, f"{v.lesion}/{v.free}/{v.unlabelled}", outlines, str(len(v.faults)))
+    Console(highlight=False).print(table)
+    lesion, free = sum(v.lesion for v in report.volumes), sum(v.free for v in report.volumes)
+    print(f"{len(report.volumes)} volumes of {len({v.patient for v in report.volumes})} patients, "
+          f"{lesion} slices with a lesion, {free} without")
+    for fault in report.all_faults():
+        print(f"fault: {fault}")

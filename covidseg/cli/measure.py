@@ -1,0 +1,164 @@
+"""Commands that measure: ``covidseg evaluate``, ``reproduce`` and ``ablate``."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from covidseg import DISCLAIMER
+from covidseg.cli.common import (
+    Data,
+    Deterministic,
+    Device,
+    Method,
+    Profile,
+    Seed,
+    Test,
+    Unchecked,
+    console,
+    measured_on,
+    recorded,
+    sides,
+)
+from covidseg.errors import SettingsError
+
+
+def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NIfTI).")],
+             truth: Annotated[Path, typer.Argument(help="True mask of the same scan.")],
+             lungs: Annotated[Path | None, typer.Option(help="Count only pixels inside this lung mask.")] = None,
+             out: Annotated[Path | None, typer.Option(
+                 "--json", help="Also write the figures to this file; - prints only them.")] = None,
+             ) -> None:
+    """Measures a mask: Dice, IoU, PPV, sensitivity, specificity."""
+    from covidseg.data.scan import read_mask, read_scan
+    from covidseg.evaluation.metrics import confusion, macro, micro
+    from covidseg.evaluation.tables import scores_json, scores_table
+    from covidseg.store import write_text
+
+    reference = read_scan(truth)
+    true, predicted = read_mask(truth), read_mask(prediction, like=reference)
+    if lungs is not None:
+        inside = read_mask(lungs, like=reference)
+        keep = inside.any(axis=(1, 2))
+        # Pixels outside the lung leave the count altogether, also as true negatives.
+        counts = np.concatenate([confusion(predicted[k][inside[k]][None, None], true[k][inside[k]][None, None])
+                                 for k in np.flatnonzero(keep)]) if keep.any() else np.zeros((1, 4), np.int64)
+    else:
+        counts = confusion(predicted, true)
+    table = scores_table(f"{prediction.name} against {truth.name}, {len(counts)} slices",
+                               [("mask", micro(counts), macro(counts))])
+    content = {"slices": len(counts), "micro": scores_json(micro(counts)), "macro": scores_json(macro(counts))}
+    if str(out) == "-":
+        print(json.dumps(content, indent=2))  # alone on standard output, for pipes
+        return
+    console.print(table)
+    if out is not None:
+        write_text(out, json.dumps(content, indent=2) + "\n")
+
+
+def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
+              seeds: Annotated[str, typer.Option(help="Seeds, with commas: all is trained with each of them.")] = "0",
+              systems: Annotated[str | None, typer.Option(
+                  help="Names of systems, with commas; default: all of them.")] = None,
+              device: Device = "auto",
+              out: Annotated[Path | None, typer.Option(
+                  help="Folder for a run of each seed; goes on there if it was stopped.")] = None,
+              deterministic: Deterministic = False, unchecked: Unchecked = False) -> None:
+    """Trains all systems on the same slice labels, measures them on the same slices, and prints Table 1."""
+    from covidseg.evaluation.experiments import (
+        compare,
+        differences,
+        strongest_earlier,
+        table_lines,
+        table_rich,
+        volume_table,
+    )
+    from covidseg.evaluation.methods import RIVALS, chosen
+    from covidseg.pipeline import open_run, write_run
+    from covidseg.store import write_text
+    from covidseg.training import use_deterministic_kernels
+
+    if deterministic:
+        use_deterministic_kernels()
+    data, test = sides(data, test)
+    names = chosen(systems.split(",") if systems else None)  # a misspelt name ends it here, before anything is trained
+    folder = out or Path("runs") / f"{Path(data).name}-{profile}"
+    testing, tested = measured_on(data, test)
+    command = f"covidseg reproduce --data {Path(data).name}" + (f" --test {Path(test).name}" if test else "")
+    command += f" --profile {profile} --seeds {seeds}" + (f" --systems {systems}" if systems else "")
+    command += " --unchecked" if unchecked else ""
+    start, results = time.monotonic(), []
+    console.print(DISCLAIMER)
+    for seed in _numbers(seeds):
+        run = open_run(data, profile, seed, folder / f"seed{seed}", "train" if test is None else None, device,
+                       check=not unchecked, log=lambda line: console.print(line, highlight=False))
+        results += compare(run, testing, names, RIVALS[profile], progress=True)
+        if "extended" in names:  # so that `covidseg predict --run` and `covidseg export` take the folder
+            write_run(run, f"{command} (seed {seed})")
+        console.print(f"seed {seed} done after {time.monotonic() - start:.0f} s", highlight=False)
+    content = {**recorded(command, testing, tested, run, start), "rivals": asdict(RIVALS[profile]), "results": results}
+    write_text(folder / "table1.json", json.dumps(content, indent=1) + "\n")
+    lines, rival = table_lines(results), strongest_earlier(results)
+    console.print(table_rich(lines, f"trained on slice labels of {Path(data).name}, measured on {tested}: "
+                                    f"{results[0]['slices']} full slices, profile {profile}, seeds {seeds}"))
+    if (volumes := volume_table(results, "Dice of each volume")) is not None:
+        console.print(volumes)
+    for sentence in differences(lines, rival) if rival else []:
+        console.print(sentence, highlight=False, soft_wrap=True)
+    console.print(f"report in {folder / 'table1.json'}", highlight=False)
+
+
+def _numbers(text: str) -> list[int]:
+    """``0,1,2`` as numbers.
+
+    Raises:
+        SettingsError: it is something else.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise SettingsError(f"'{text}' is no list of different seeds", remedy="Write them with commas: --seeds 0,1,2")
+    return numbers
+
+
+def ablate_command(
+        data: Data, test: Test = None,
+        only: Annotated[str | None, typer.Option(help="Names of variants, with commas; default: all of them.")] = None,
+        profile: Profile = "quick", method: Method = "extended", seed: Seed = 0, device: Device = "auto",
+        out: Annotated[Path | None, typer.Option(help="Folder of the run; goes on there if it was stopped.")] = None,
+        unchecked: Unchecked = False) -> None:
+    """Trains variants of the method with one thing changed at a time, and prints what each part adds."""
+    from covidseg.evaluation.experiments import ablate, ablation_rows, chosen
+    from covidseg.evaluation.tables import scores_from, scores_table
+    from covidseg.pipeline import open_run
+    from covidseg.store import write_text
+
+    data, test = sides(data, test)
+    asked = only.split(",") if only else None
+    chosen(asked)  # a misspelt name ends it here, before anything is trained
+    folder = out or Path("runs") / f"{Path(data).name}-{profile}-{method}-seed{seed}"
+    testing, tested = measured_on(data, test)
+    start = time.monotonic()
+    run = open_run(data, profile, seed, folder, "train" if test is None else None, device, method=method,
+                   check=not unchecked, log=lambda line: console.print(line, highlight=False))
+    console.print(DISCLAIMER)
+    results = []
+    for name, result in ablate(run, testing, asked, log=run.log):
+        console.print(f"{name} done after {time.monotonic() - start:.0f} s", highlight=False, markup=False)
+        results.append(result)
+    rows = [(title, scores_from(row["micro"]), scores_from(row["macro"])) for title, row in ablation_rows(results)]
+    console.print(scores_table(f"trained on {Path(data).name}, measured on {tested}, {method}, seed {seed}", rows))
+    command = f"covidseg ablate --data {Path(data).name}" + (f" --test {Path(test).name}" if test else "")
+    command += (f" --only {only}" if only else "") + f" --profile {profile} --method {method} --seed {seed}"
+    command += " --unchecked" if unchecked else ""
+    content = {**recorded(command, testing, tested, run, start), "seed": seed, "variants": results}
+    write_text(folder / "ablation.json", json.dumps(content, indent=2) + "\n")
+    console.print(f"report in {folder / 'ablation.json'}", highlight=False)

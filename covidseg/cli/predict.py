@@ -1,0 +1,150 @@
+"""The commands ``covidseg lungs``, ``predict`` and ``merge``: masks of scans, one by one or in parts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from covidseg import DISCLAIMER
+from covidseg.cli.common import Device, Unchecked, console, errors, state
+from covidseg.errors import CovidsegError, InputFileError, SettingsError
+
+Inputs = Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or folders of them.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Folder, or a .nii.gz file for one scan.")]
+Volume = Annotated[bool | None, typer.Option(
+    "--volume/--stack", help="Slices of one body in order, or unrelated slices. Default: measured.")]
+
+
+def is_file(out: Path) -> bool:
+    """Whether ``-o`` names one file, and not a folder."""
+    from covidseg.data.scan import SUFFIXES
+
+    return out.name.lower().endswith(SUFFIXES)
+
+
+def targets_of(out: Path, sources: list[Path]) -> dict[Path, Path]:
+    """Where each result goes: ``out`` itself if it is named like a file, else ``out/NAME.nii.gz``.
+
+    Raises:
+        SettingsError: a result would replace a scan, or two results would have the same name.
+    """
+    from covidseg.data.scan import scan_id
+
+    if is_file(out) and len(sources) > 1:
+        raise SettingsError("several inputs cannot be written to one file", path=out, remedy="Name a folder after -o")
+    targets = {source: out if is_file(out) else out / f"{scan_id(source)}.nii.gz" for source in sources}
+    scans, names = {source.resolve() for source in sources}, Counter(targets.values())
+    for source, target in targets.items():
+        if target.resolve() in scans:
+            raise SettingsError("the result would replace the scan itself", path=target,
+                                remedy="Name another folder after -o")
+        if names[target] > 1:
+            raise SettingsError(f"several inputs are called {scan_id(source)}, their results would replace each other",
+                                path=target, remedy="Do them one by one, each with its own -o")
+    return targets
+
+
+def files_of(sources: list[Path]) -> list[Path]:
+    """Files as given; folders stand for the NIfTI files in them."""
+    files: list[Path] = []
+    for source in sources:
+        inside = [p for p in sorted(source.iterdir()) if is_file(p)] if source.is_dir() else []
+        if source.is_dir() and not inside:
+            raise InputFileError("holds no NIfTI files", path=source, remedy="Name .nii or .nii.gz files")
+        files += inside or [source]
+    return files
+
+
+def each(files: list[Path], work: Callable[[Path], str]) -> CovidsegError | None:
+    """Does ``work`` on each file; a bad file is reported and the rest go on. Returns the last error."""
+    failed: CovidsegError | None = None
+    for number, path in enumerate(files, start=1):
+        try:
+            console.print(f"[{number}/{len(files)}] {path.name}: {work(path)}", highlight=False, markup=False,
+                          soft_wrap=True)
+        except CovidsegError as error:
+            if state["debug"]:
+                raise
+            if len(files) > 1:  # a single one is reported when the program ends
+                errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+            failed = error
+    return failed
+
+
+def end(failed: CovidsegError | None, files: list[Path]) -> None:
+    """Ends with the exit code of an error, if there was one."""
+    if failed is not None and len(files) == 1:
+        raise failed
+    if failed is not None:
+        raise typer.Exit(failed.exit_code)
+
+
+def lungs(inputs: Inputs, out: Out, volume: Volume = None, unchecked: Unchecked = False) -> None:
+    """Writes threshold lung masks; no training needed."""
+    from covidseg.data.slices import write_lungs
+
+    files = files_of(inputs)
+    targets = targets_of(out, files)
+
+    def work(path: Path) -> str:
+        found, slices = write_lungs(path, targets[path], volume=volume, progress=True, check=not unchecked)
+        return f"lung in {found} of {slices} slices, wrote {targets[path]}"
+
+    end(each(files, work), files)
+
+
+def predict(inputs: Inputs, out: Out,
+            run: Annotated[Path | None, typer.Option(
+                help="Folder written by `covidseg train`. Default: the nets that come with covidseg.")] = None,
+            volume: Volume = None,
+            threshold: Annotated[float | None, typer.Option(
+                min=0.001, max=1.0, help="Lesion from this probability on. Default: as the run was made.")] = None,
+            probability: Annotated[bool, typer.Option(
+                "--probability", help="Also write NAME_probability.nii.gz.")] = False,
+            part: Annotated[str | None, typer.Option(
+                help="i/n: of all scans, only part i of n, for several machines; see `covidseg merge`.")] = None,
+            unchecked: Unchecked = False, device: Device = "auto") -> None:
+    """Writes lesion masks that lie on their scans voxel by voxel, and a table of what was found.
+
+    Scans that are done, by the same nets and with the same settings, are left as they are.
+    """
+    from covidseg.batch import Part, PartRun, parse_part, write_table
+    from covidseg.predict import SHIPPED, load_predictor
+    from covidseg.training import pick_device
+
+    which = Part() if part is None else parse_part(part)
+    if part is not None and is_file(out):
+        raise SettingsError("parts cannot be written to one file", path=out, remedy="Name a folder after -o")
+    targets = targets_of(out, files_of(inputs))
+    predictor = load_predictor(SHIPPED if run is None else run, pick_device(device))
+    level = predictor.profile.segmenter.threshold if threshold is None else threshold
+    work = PartRun(predictor, which, targets, None if is_file(out) else out, level, volume, probability,
+                   not unchecked)
+
+    def predicted(path: Path) -> str:
+        entry, before = work.predict(path, progress=True)
+        found = f"lesion in {entry['lesion_slices']} of {entry['slices']} slices"
+        return f"{found}, {'as predicted before in' if before else 'wrote'} {targets[path]}"
+
+    console.print(DISCLAIMER)
+    failed = each(work.files, predicted)
+    if not is_file(out):
+        work.write_report()
+        if part is None:
+            write_table(out, [work.report()])
+    end(failed, work.files)
+
+
+def merge(out: Annotated[Path, typer.Argument(help="Folder that all parts of `covidseg predict` wrote into.")]) -> None:
+    """Puts the reports of all parts together in one table, predictions.csv."""
+    from covidseg.batch import merge as merge_parts
+
+    entries = merge_parts(out)
+    failed = sum(entry["status"] == "failed" for entry in entries)
+    console.print(f"{len(entries)} scans{f', {failed} of them failed' if failed else ''}, in {out / 'predictions.csv'}",
+                  highlight=False)

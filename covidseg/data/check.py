@@ -1,0 +1,211 @@
+"""Looks a data folder over before hours of training are spent on it: every scan, mask and label.
+
+Unlike the readers, which stop at the first fault, the check goes on and lists them all.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from covidseg.data.folder import Case, load_dataset
+from covidseg.data.layout import has_lesion
+from covidseg.data.scan import SUFFIXES, Scan, read_mask, read_scan, scan_id
+from covidseg.errors import DatasetError, InputFileError, NoLungError, one_of
+from covidseg.lungs import LungPasses
+
+# Studies in each folder of MosMedData COVID19_1110, and the studies that have outlines.
+MOSMED_STUDIES = {"CT-0": 254, "CT-1": 684, "CT-2": 125, "CT-3": 45, "CT-4": 2}
+MOSMED_OUTLINED = range(255, 305)
+
+
+@dataclass(frozen=True)
+class VolumeReport:
+    """What is known of one volume.
+
+    Attributes:
+        id, patient: as in the label table.
+        shape: ``(slices, rows, columns)``, empty if the scan cannot be read.
+        spacing: mm between slices, rows and columns.
+        unit: ``HU``, ``display``, or empty.
+        value_range: lowest and highest stored value.
+        lesion, free, unlabelled: numbers of slices.
+        lung, mask: whether true outlines are there.
+        faults: one sentence each.
+    """
+
+    id: str
+    patient: str
+    shape: tuple[int, ...] = ()
+    spacing: tuple[float, ...] = ()
+    unit: str = ""
+    value_range: tuple[float, ...] = ()
+    lesion: int = 0
+    free: int = 0
+    unlabelled: int = 0
+    lung: bool = False
+    mask: bool = False
+    faults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """All volumes of a folder, and the faults that concern the folder as a whole."""
+
+    root: Path
+    volumes: tuple[VolumeReport, ...]
+    faults: tuple[str, ...] = ()
+
+    def all_faults(self) -> list[str]:
+        """Every fault, with the volume it concerns in front."""
+        return [*self.faults, *(f"{v.id}: {fault}" for v in self.volumes for fault in v.faults)]
+
+
+def check_folder(root: str | Path, unit: str | None = None, *, anatomy: bool = True) -> FolderReport:
+    """Reads everything in a data folder and lists what is wrong.
+
+    Args:
+        root: a data folder as in :mod:`covidseg.data.folder`, or MosMedData as its publisher lays it out.
+        unit: ``HU`` or ``display`` where all scans have to have it.
+        anatomy: whether scans have to look like chest CT.
+
+    Raises:
+        DatasetError: there is no folder, or nothing in it that looks like a data set.
+    """
+    root = Path(root)
+    if unit is not None:
+        one_of(unit, ("HU", "display"), "unit")
+    if (root / "studies").is_dir() and not (root / "im").is_dir():
+        return check_mosmed(root, unit, anatomy=anatomy)
+    faults: list[str] = []
+    try:
+        cases = load_dataset(root).cases
+    except DatasetError as error:
+        cases = _unlabelled(root)
+        if not cases:
+            raise
+        faults.append(str(error))
+    else:
+        faults += [f"{case.id}: no slice has a line in the label table, so training leaves the volume out"
+                   for case in cases if not case.labels]
+    known = {case.image.name for case in cases}
+    for kind in ("lung", "mask"):
+        lonely = sorted(p.name for p in (root / kind).glob("*") if p.name not in known and not p.name.startswith("."))
+        faults += [f"{kind}/{name} belongs to no image of the same name in im/" for name in lonely]
+    return FolderReport(root, tuple(_check_case(case, unit, anatomy) for case in cases), tuple(faults))
+
+
+def _unlabelled(root: Path) -> tuple[Case, ...]:
+    """The scans of a folder whose label table is of no use, so that they can be checked all the same."""
+    stacks = [(p, None, p.with_name(p.name.replace("_im.", "_mask."))) for p in sorted(root.glob("*_im.nii.gz"))]
+    volumes = [(p, root / "lung" / p.name, root / "mask" / p.name)
+               for p in sorted((root / "im").glob("*")) if p.name.endswith(SUFFIXES)]
+    return tuple(Case(scan_id(image), image, {}, scan_id(image), lung if lung and lung.exists() else None,
+                      mask if mask.exists() else None) for image, lung, mask in volumes or stacks)
+
+
+def _check_case(case: Case, unit: str | None, anatomy: bool) -> VolumeReport:
+    try:
+        scan = read_scan(case.image, unit=unit)
+    except InputFileError as error:
+        return VolumeReport(case.id, case.patient, faults=(str(error),))
+    count = scan.pixels.shape[0]
+    faults = []
+    if scan.value_range[0] == scan.value_range[1]:
+        faults.append(f"every voxel has the value {scan.value_range[0]:g}")
+    elif anatomy:
+        faults += _check_anatomy(scan)
+    if outside := [index for index in case.labels if index >= count]:
+        faults.append(f"slices {_shorten(outside)} are labelled, but the last slice is {count - 1}")
+    for kind, path in (("lung", case.lung), ("mask", case.mask)):
+        if path is not None:
+            faults += _check_mask(kind, path, scan, case.labels)
+    inside = [label for index, label in case.labels.items() if index < count]
+    return VolumeReport(case.id, case.patient, scan.pixels.shape, scan.spacing, scan.unit, scan.value_range,
+                        sum(inside), len(inside) - sum(inside), count - len(inside),
+                        case.lung is not None, case.mask is not None, tuple(faults))
+
+
+def _check_anatomy(scan: Scan) -> list[str]:
+    """Whether it looks like chest CT."""
+    try:
+        LungPasses().look_at(scan.pixels).check(scan.path)
+    except (InputFileError, NoLungError) as error:
+        return [str(error)]
+    return []
+
+
+def _check_mask(kind: str, path: Path, scan: Scan, labels: dict[int, int]) -> list[str]:
+    try:
+        mask = read_mask(path, like=scan)  # (S, H, W)
+    except InputFileError as error:
+        return [str(error)]
+    if kind == "lung":
+        return [] if mask.any() else ["the lung mask is empty"]
+    drawn, clear = mask.sum(axis=(1, 2)), has_lesion(mask)
+    missed = [index for index, label in labels.items() if index < len(mask) and not label and clear[index]]
+    void = [index for index, label in labels.items() if index < len(mask) and label and not drawn[index]]
+    faults = []
+    if missed:
+        faults.append(f"slices {_shorten(missed)} are labelled free of lesions, but the mask shows some")
+    if void:
+        faults.append(f"slices {_shorten(void)} are labelled as having a lesion, but the mask shows none")
+    return faults
+
+
+def check_mosmed(root: str | Path, unit: str | None = None, *, anatomy: bool = True) -> FolderReport:
+    """Checks that MosMedData was unpacked completely and in its published layout; opens the outlined studies only.
+
+    Args:
+        root: its folder, with ``studies`` and ``masks``.
+        unit, anatomy: as of :func:`check_folder`.
+
+    Raises:
+        DatasetError: there is no folder ``studies``.
+    """
+    root = Path(root)
+    if not (root / "studies").is_dir():
+        raise DatasetError("holds no folder `studies`", path=root, remedy="See `covidseg data get mosmed`")
+    faults = []
+    studies: dict[int, Path] = {}
+    for grade, expected in MOSMED_STUDIES.items():
+        found = sorted((root / "studies" / grade).glob("*.nii.gz"))
+        if len(found) != expected:
+            faults.append(f"studies/{grade} holds {len(found)} scans, the published set has {expected}")
+        for path in found:
+            name = re.fullmatch(r"study_(\d{4})\.nii\.gz", path.name)
+            if name is None:
+                faults.append(f"studies/{grade}/{path.name} is not called study_NNNN.nii.gz")
+            elif int(name[1]) in studies:
+                faults.append(f"study {name[1]} is there twice")
+            else:
+                studies[int(name[1])] = path
+    volumes = []
+    for number in MOSMED_OUTLINED:
+        mask = root / "masks" / f"study_{number:04d}_mask.nii.gz"
+        if not mask.exists():
+            faults.append(f"masks/{mask.name} is missing")
+        elif number not in studies:
+            faults.append(f"masks/{mask.name} has no study")
+        else:
+            case = Case(f"study_{number:04d}", studies[number], {}, f"study_{number:04d}", None, mask)
+            volumes.append(_check_case(case, unit, anatomy))
+    return FolderReport(root, tuple(volumes), tuple(faults))
+
+
+def _shorten(numbers: list[int], most: int = 8) -> str:
+    text = ", ".join(str(n) for n in sorted(numbers)[:most])
+    return text + (f" and {len(numbers) - most} more" if len(numbers) > most else "")
+
+
+def raise_faults(report: FolderReport) -> None:
+    """Turns a report with faults into an error that counts them.
+
+    Raises:
+        DatasetError: anything is wrong.
+    """
+    faults = report.all_faults()
+    if faults:
+        raise DatasetError(f"{len(faults)} fault{'s' if len(faults) > 1 else ''} found", path=report.root,
+                           remedy="Correct what is listed above and check again")

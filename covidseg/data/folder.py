@@ -1,0 +1,199 @@
+"""Data folders: which scans there are, which slices carry a lesion, and which patients belong together.
+
+One layout serves the phantom, the downloads and your own scans::
+
+    FOLDER/
+      im/ID.nii.gz          the CT volumes (or stacks of unrelated slices)
+      slice_labels.csv      volume,slice,has_lesion[,patient]   the weak labels
+      lung/ID.nii.gz        true lungs, optional, for measuring only
+      mask/ID.nii.gz        true lesions, optional, for measuring only
+
+``slice`` counts along axis 0 of the upright array, from the feet. ``patient`` is optional and defaults to the
+volume; volumes of one patient never end up on two sides of a split. Weak training opens ``im/`` and
+``slice_labels.csv`` and nothing else.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from covidseg.data.scan import SUFFIXES, scan_id
+from covidseg.errors import DatasetError
+
+
+@dataclass(frozen=True)
+class Case:
+    """One volume or stack of a data folder.
+
+    Attributes:
+        id: its name in ``slice_labels.csv``.
+        image: the CT file.
+        labels: slice index -> 1 (has a lesion) or 0; slices without a label are absent.
+        patient: whose scan it is.
+        lung: true lung mask, if the folder has one.
+        mask: true lesion mask, if the folder has one.
+    """
+
+    id: str
+    image: Path
+    labels: dict[int, int]
+    patient: str
+    lung: Path | None = None
+    mask: Path | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data folder, read but not yet loaded: paths and labels only.
+
+    Attributes:
+        root: the folder.
+        cases: its volumes.
+        check: whether training refuses scans that do not look like chest CT.
+    """
+
+    root: Path
+    cases: tuple[Case, ...]
+    check: bool = True
+
+    def subset(self, ids: list[str]) -> Dataset:
+        """The same folder reduced to some volumes, in the order given.
+
+        Raises:
+            DatasetError: a name is not in the folder.
+        """
+        by_id = {case.id: case for case in self.cases}
+        missing = [i for i in ids if i not in by_id]
+        if missing:
+            raise DatasetError(f"has no volume {', '.join(missing)}", path=self.root,
+                               remedy=f"It holds {', '.join(by_id)}")
+        return replace(self, cases=tuple(by_id[i] for i in ids))
+
+    def labels(self) -> int:
+        """Number of labelled slices in all volumes."""
+        return sum(len(case.labels) for case in self.cases)
+
+
+def load_dataset(root: str | Path, *, need_labels: bool = True) -> Dataset:
+    """Reads the layout of a data folder and checks it against its label table.
+
+    Besides the layout above, a folder of stacks as MedSeg publishes them is understood:
+    ``NAME_im.nii.gz`` with ``NAME_mask.nii.gz`` and ``NAME_slices.csv`` (``position``, ``has_lesion``).
+
+    Args:
+        root: the folder.
+        need_labels: whether a missing label table is an error (it is for training, not for prediction).
+
+    Raises:
+        DatasetError: the folder, its images or its label table are missing or contradict each other.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DatasetError("no such data folder", path=root, remedy="Run `covidseg data list` to see what there is")
+    images = sorted(p for p in (root / "im").glob("*") if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
+    ids = [scan_id(p) for p in images]
+    twice = sorted({i for i in ids if ids.count(i) > 1})
+    if twice:
+        raise DatasetError(f"holds {twice[0]} both as .nii and as .nii.gz", path=root / "im", remedy="Keep one of them")
+    if images:
+        return Dataset(root, _volume_cases(root, images, need_labels))
+    stacks = sorted(root.glob("*_im.nii.gz"))
+    if stacks:
+        return Dataset(root, _stack_cases(stacks, need_labels))
+    raise DatasetError("holds no scans", path=root,
+                       remedy="Expected im/*.nii.gz and slice_labels.csv, or NAME_im.nii.gz and NAME_slices.csv")
+
+
+def _volume_cases(root: Path, images: list[Path], need_labels: bool) -> tuple[Case, ...]:
+    table = root / "slice_labels.csv"
+    labels: dict[str, dict[int, int]] = {}
+    patients: dict[str, str] = {}
+    if need_labels or table.exists():
+        for number, row in _rows(table, ("volume", "slice", "has_lesion")):
+            volume = row["volume"]
+            if not volume:  # also of a line that ends before this column
+                raise DatasetError(f"line {number} names no volume", path=table, remedy="Correct the line")
+            index, label = _label(row, "slice", table, number)
+            if index in labels.setdefault(volume, {}):
+                raise DatasetError(f"line {number} labels slice {index} of volume {volume} a second time", path=table,
+                                   remedy="Keep one line for each slice")
+            labels[volume][index] = label
+            patient = row.get("patient") or volume
+            if patients.setdefault(volume, patient) != patient:
+                raise DatasetError(f"line {number} gives volume {volume} to another patient than the lines before",
+                                   path=table, remedy="One volume belongs to one patient; correct the table")
+        unknown = sorted(set(labels) - {scan_id(p) for p in images})
+        if unknown:
+            raise DatasetError(f"names volumes that im/ does not hold: {', '.join(unknown)}", path=table,
+                               remedy="Add the scans or remove their lines")
+    return tuple(
+        Case(i := scan_id(image), image, labels.get(i, {}), patients.get(i, i),
+             _optional(root / "lung" / image.name), _optional(root / "mask" / image.name))
+        for image in images)
+
+
+def _stack_cases(stacks: list[Path], need_labels: bool) -> tuple[Case, ...]:
+    cases = []
+    for image in stacks:
+        name = image.name.removesuffix("_im.nii.gz")
+        table = image.with_name(f"{name}_slices.csv")
+        labels: dict[int, int] = {}
+        if need_labels or table.exists():
+            for number, row in _rows(table, ("position", "has_lesion")):
+                index, label = _label(row, "position", table, number)
+                if index in labels:
+                    raise DatasetError(f"line {number} labels slice {index} a second time", path=table,
+                                       remedy="Keep one line for each slice")
+                labels[index] = label
+        cases.append(Case(name, image, labels, name, None, _optional(image.with_name(f"{name}_mask.nii.gz"))))
+    return tuple(cases)
+
+
+def read_table(table: Path) -> tuple[set[str], list[tuple[int, dict[str, str]]]]:
+    """Names of the columns of a CSV table, and its lines with their numbers; cells that a line lacks are None.
+
+    Raises:
+        DatasetError: it cannot be read or is no CSV in UTF-8.
+    """
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            return set(reader.fieldnames or []), list(enumerate(reader, start=2))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"is not a CSV table ({error})", path=table, remedy="Save it as UTF-8 CSV") from error
+
+
+def slice_number(text: str | None) -> int | None:
+    """The slice number in a cell of a table; None if it holds none."""
+    try:
+        number = int(text or "")
+    except ValueError:  # also of more digits than Python converts
+        return None
+    return number if number >= 0 else None
+
+
+def _rows(table: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
+    """Lines of a label table with their line numbers; the header must name ``columns``."""
+    if not table.exists():
+        raise DatasetError("no such label table", path=table,
+                           remedy=f"Write a CSV with the columns {', '.join(columns)}")
+    found, rows = read_table(table)
+    missing = [c for c in columns if c not in found]
+    if missing:
+        raise DatasetError(f"lacks the column {', '.join(missing)}", path=table,
+                           remedy=f"The first line must name {', '.join(columns)}")
+    return rows
+
+
+def _label(row: dict[str, str], column: str, table: Path, number: int) -> tuple[int, int]:
+    index, label = slice_number(row[column]), slice_number(row["has_lesion"])
+    if index is None or label not in (0, 1):
+        raise DatasetError(f"line {number}: {column} must be a slice number and has_lesion 0 or 1", path=table,
+                           remedy="Correct the line")
+    return index, label
+
+
+def _optional(path: Path) -> Path | None:
+    return path if path.exists() else None

@@ -1,0 +1,35 @@
+"""A procedural chest CT: patients made of formulas and chance, with the truth known to the voxel.
+
+The phantom stands in for real scans where none may be shipped: in tests, in the first chapters and wherever a
+student wants to know the right answer. It is deterministic per seed, in Hounsfield units (HU), and made to be
+as hard as real CT in what matters for weak supervision: faint lesions, vessels and look-alikes that are as bright
+as lesions, patients who differ. It is not a medical device, and nothing measured on it says how a method
+does on patients.
+
+Order of making: frame and organs (:mod:`covidseg.data.phantom.anatomy`), lung tissue, look-alikes and lesions
+(:mod:`covidseg.data.phantom.lesions`), vessels and airways over them (:mod:`covidseg.data.phantom.vessels`), and at
+last
+the scanner: blur of the kernel and noise.
+"""
+
+from covidseg.data.phantom.patient import (
+    LOOKALIKES,
+    VERSION,
+    PhantomPatient,
+    is_healthy,
+    make_patient,
+    mark,
+    write_phantom,
+)
+from covidseg.data.phantom.settings import PhantomSettings
+
+__all__ = [
+    "LOOKALIKES",
+    "VERSION",
+    "PhantomPatient",
+    "PhantomSettings",
+    "is_healthy",
+    "make_patient",
+    "mark",
+    "write_phantom",
+]

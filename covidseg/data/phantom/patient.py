@@ -1,0 +1,231 @@
+"""The patients of a phantom, one at a time, and the folder of all of them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from covidseg.data.phantom.anatomy import Frame, apply_scanner, coverage, lung_tissue, make_chest, make_frame
+from covidseg.data.phantom.lesions import (
+    MIN_LESION_AREA_MM2,
+    Lesions,
+    add_lesions,
+    blur_motion,
+    dependent_density,
+    nodules,
+)
+from covidseg.data.phantom.settings import PhantomSettings
+from covidseg.data.phantom.vessels import draw_fissures, grow_branches
+from covidseg.data.scan import Grid, write_like
+from covidseg.errors import DatasetError, OutputError, SettingsError
+
+Array = np.ndarray
+STREAM = 6  # a stream whose default set is neither easier nor harder than most
+VERSION = 2  # raise it whenever the same settings give other voxels
+LOOKALIKES = ("crowded_vessels", "dependent_density", "motion", "nodules")
+
+
+@dataclass(frozen=True)
+class PhantomPatient:
+    """One patient: a volume and the whole truth about it. Arrays are upright, ``(slices, rows, columns)``.
+
+    Attributes:
+        id: name, as in ``slice_labels.csv``.
+        hu: ``int16``, HU.
+        lung: ``bool``, healthy and diseased lung; mediastinum and trachea are not part of it.
+        mask: ``bool``, lesions; part of ``lung``.
+        kind: ``uint8``, 0 none, 1 ground glass, 2 consolidation, 3 crazy paving.
+        spacing: mm between slices, rows, columns.
+        healthy: whether the patient has no lesion at all.
+        lookalikes: kinds of look-alike in the volume, of :data:`LOOKALIKES`.
+        lookalike_slices: for each of them, the slices in which it is most plainly seen.
+    """
+
+    id: str
+    hu: Array
+    lung: Array
+    mask: Array
+    kind: Array
+    spacing: tuple[float, float, float]
+    healthy: bool
+    lookalikes: tuple[str, ...]
+    lookalike_slices: dict[str, tuple[int, ...]]
+
+    def labels(self) -> Array:
+        """``(slices,)`` int: 1 where the lesion covers at least MIN_LESION_AREA_MM2, otherwise 0."""
+        area = self.mask.sum(axis=(1, 2)) * self.spacing[1] * self.spacing[2]
+        return (area >= MIN_LESION_AREA_MM2).astype(int)
+
+
+def is_healthy(settings: PhantomSettings, index: int) -> bool:
+    """Whether patient ``index`` is one of the healthy ones: they are spread evenly over the indices."""
+    share = settings.healthy_share + 1e-9
+    return int((index + 1) * share) > int(index * share)
+
+
+def make_patient(settings: PhantomSettings, index: int) -> PhantomPatient:
+    """Makes one patient; the result depends on ``settings`` and ``index`` alone.
+
+    Args:
+        settings: what to make.
+        index: 0 .. ``settings.patients - 1``.
+
+    Raises:
+        SettingsError: there is no patient of that index.
+    """
+    if not 0 <= index < settings.patients:
+        raise SettingsError(f"there is no phantom patient {index}", remedy=f"Give 0 to {settings.patients - 1}")
+    rng = np.random.default_rng([settings.seed, index, STREAM])
+    healthy = is_healthy(settings, index)
+    # Golden-ratio steps spread the breathing levels evenly over few patients, among the healthy and among the ill.
+    before = int(index * (settings.healthy_share + 1e-9))
+    rank = before if healthy else index - before
+    breath = (np.random.default_rng(settings.seed).random() + rank * 0.618034) % 1
+    f = make_frame(rng, settings.slices, settings.size, breath)
+    chest = make_chest(rng, f)
+    lung = chest.lung < 0
+    seen: dict[str, tuple[int, ...]] = {}
+    wanted = [kind for kind in LOOKALIKES if rng.random() < settings.lookalike_rate]
+    if healthy and not wanted and settings.lookalike_rate > 0:
+        wanted = ["dependent_density"]
+
+    tissue = lung_tissue(rng, f, settings.tissue_hu, settings.drift_hu)
+    if "dependent_density" in wanted:
+        added = dependent_density(rng, settings, f, lung)
+        tissue += added
+        seen["dependent_density"] = _slices_with(added > 60, f, 100)
+    plain = Lesions(tissue, np.zeros(f.shape, dtype=bool), np.zeros(f.shape, dtype=np.uint8))
+    lesions = plain if healthy else add_lesions(rng, settings, f, chest, tissue)
+
+    air = lesions.tissue
+    tubes = grow_branches(rng, f, chest, settings.vessel_targets, crowded="crowded_vessels" in wanted)
+    if tubes.crowded:
+        seen["crowded_vessels"] = tubes.crowded
+    air += tubes.vessels * (rng.uniform(0, 45) - air)
+    air += tubes.wall * (np.maximum(-350, air) - air)
+    air += draw_fissures(rng, f, chest) * 160 * (air < -600)
+    if "nodules" in wanted:
+        share, where = nodules(rng, f, chest)
+        air += share * (rng.uniform(-150, 30) - air)
+        seen["nodules"] = tuple(sorted(set(where)))
+    hu = chest.outside + coverage(chest.lung, f.spacing[1]) * (air - chest.outside)
+    hu += np.maximum(tubes.lumen, tubes.trunk) * (-960 - hu)
+    if "motion" in wanted:
+        count = max(1, settings.slices // 8)
+        moved = sorted(rng.choice(settings.slices * 2 // 3, size=count, replace=False).tolist())
+        for k in moved:
+            blur_motion(rng, f, hu, chest.heart, k)
+        seen["motion"] = tuple(moved)
+    apply_scanner(rng, f, hu, settings.noise_hu)
+    return PhantomPatient(f"phantom_{index:02d}", np.clip(np.rint(hu), -1024, 3071).astype(np.int16),
+                          lung & (tubes.trunk < 0.5) | lesions.mask, lesions.mask, lesions.kind, f.spacing, healthy,
+                          tuple(sorted(seen)), seen)
+
+
+def _slices_with(where: Array, f: Frame, area: float) -> tuple[int, ...]:
+    """Slices in which ``where`` covers at least ``area`` mm^2."""
+    covered = where.sum(axis=(1, 2)) * f.spacing[1] * f.spacing[2]
+    return tuple(np.flatnonzero(covered >= area).tolist())
+
+
+def write_phantom(folder: str | Path, settings: PhantomSettings | None = None, *, progress: bool = False) -> Path:
+    """Writes a phantom data set in the layout of :mod:`covidseg.data.folder`, plus ``kind/`` and ``phantom.json``.
+
+    A finished folder of the same settings is left as it is. The set is built beside its target and moved there
+    when complete, so that a crash leaves no half folder.
+
+    Args:
+        folder: target; it must not exist, be empty, or hold a phantom of the same settings.
+        settings: what to make; the default settings if None.
+        progress: print a line for each patient.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DatasetError: the folder holds something else, or a phantom of other settings or with files missing.
+        OutputError: the folder cannot be written.
+    """
+    folder, settings = Path(folder), settings or PhantomSettings()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return _check_finished(folder, settings)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as workshop:
+            built = Path(workshop) / "phantom"
+            built.mkdir()
+            _write_patients(built, settings, progress)
+            if folder.exists():
+                folder.rmdir()
+            try:
+                os.replace(built, folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+                return _check_finished(folder, settings)  # somebody else was faster
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror or error})", path=folder,
+                          remedy="Check free space and permissions, or choose another folder") from error
+    return folder
+
+
+def _write_patients(folder: Path, settings: PhantomSettings, progress: bool) -> None:
+    files: dict[str, int] = {}
+    rows: list[list[object]] = []
+    for index in range(settings.patients):
+        patient = make_patient(settings, index)
+        depth, pixel, _ = patient.spacing
+        slices, height, width = patient.hu.shape
+        grid = Grid((width, height, slices), np.diag((-pixel, -pixel, depth, 1.0)))  # stored like most real files
+        parts = {"im": patient.hu, "lung": patient.lung, "mask": patient.mask, "kind": patient.kind}
+        for part, array in parts.items():
+            path = write_like(array, grid, folder / part / f"{patient.id}.nii.gz")
+            files[path.relative_to(folder).as_posix()] = path.stat().st_size
+        rows += [[patient.id, k, int(label), patient.id] for k, label in enumerate(patient.labels())]
+        if progress:
+            print(f"{patient.id}: {patient.labels().sum()} of {slices} slices with lesion; "
+                  f"look-alikes: {', '.join(patient.lookalikes) or 'none'}")
+    table = folder / "slice_labels.csv"
+    with table.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream, lineterminator="\n").writerows([["volume", "slice", "has_lesion", "patient"], *rows])
+    files[table.name] = table.stat().st_size
+    (folder / "phantom.json").write_text(json.dumps({**_passport(settings), "files": files}, indent=1) + "\n",
+                                         encoding="utf-8")
+
+
+def _passport(settings: PhantomSettings) -> dict[str, Any]:
+    """What identifies a phantom: two folders with the same passport hold the same scans."""
+    # Through JSON and back, so that tuples compare equal to the lists that a file gives.
+    return json.loads(json.dumps({"version": VERSION, "settings": asdict(settings)}))
+
+
+def mark(settings: PhantomSettings | None = None) -> str:
+    """Eight hex digits that stand for a version and settings of the phantom."""
+    passport = json.dumps(_passport(settings or PhantomSettings()), sort_keys=True)
+    return hashlib.sha256(passport.encode()).hexdigest()[:8]
+
+
+def _check_finished(folder: Path, settings: PhantomSettings) -> Path:
+    """The folder, if it holds the whole phantom of these settings."""
+    another = "Choose another folder, or delete this one to have it made again"
+    try:
+        stored = json.loads((folder / "phantom.json").read_text(encoding="utf-8"))
+        files = dict(stored.pop("files"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DatasetError("is not empty and holds no finished phantom", path=folder, remedy=another) from None
+    if stored != _passport(settings):
+        raise DatasetError("holds a phantom of other settings or of another version", path=folder, remedy=another)
+    broken = [name for name, size in files.items()
+              if not (folder / name).is_file() or (folder / name).stat().st_size != size]
+    if broken:
+        raise DatasetError(f"lacks or has changed {len(broken)} of its files, first {broken[0]}", path=folder,
+                           remedy=another)
+    return folder

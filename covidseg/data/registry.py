@@ -1,0 +1,237 @@
+"""The register of data sets: what exists, where it comes from, under which licence, and where it lies on disk.
+
+The facts are in ``data/registry.toml``; this module reads and checks them and turns a name into a folder.
+It downloads nothing: see :mod:`covidseg.data.fetch` for that, and :mod:`covidseg.data.layout` for what follows.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pooch
+
+from covidseg.data.folder import load_dataset
+from covidseg.errors import DatasetError, DownloadError
+
+KINDS = ("download", "by-hand", "generated")
+LAYOUTS = ("volumes", "stacks", "mosmed")
+ROLES = ("image", "lung", "mask", "extra")
+# Names a file may have: no path separators, no leading dot, nothing that a shell or file system reads otherwise.
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+CHECKSUM = re.compile(r"md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}")
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a data set, as its publisher offers it.
+
+    Attributes:
+        name: file name on disk.
+        url: https address (http only on this very computer, for tests).
+        checksum: ``"md5:..."`` or ``"sha256:..."`` as published, empty where none has been.
+        size: bytes, 0 where unknown.
+        role: ``image``, ``lung``, ``mask`` or ``extra``.
+        optional: fetched only on demand.
+    """
+
+    name: str
+    url: str
+    checksum: str
+    size: int
+    role: str
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One data set of the register.
+
+    Attributes:
+        name: short name, as in ``covidseg data get NAME``.
+        title, doi, page, licence, citation, note: for people.
+        kind: ``download``, ``by-hand`` or ``generated``.
+        layout: ``volumes``, ``stacks`` or ``mosmed``: how the published files lie.
+        licence_file: file in ``data/licences``.
+        megabytes: rounded size of the download, 0 where there is none.
+        files: what is downloaded.
+        same_patient: groups of volumes that are scans of one patient.
+    """
+
+    name: str
+    title: str
+    kind: str
+    layout: str
+    doi: str
+    page: str
+    licence: str
+    licence_file: str
+    megabytes: int
+    citation: str
+    note: str
+    files: tuple[RemoteFile, ...] = ()
+    same_patient: tuple[tuple[str, ...], ...] = ()
+
+    def patient_of(self, volume: str) -> str:
+        """The patient of a volume: the group's first volume, or the volume itself.
+
+        >>> from covidseg.data.registry import entry
+        >>> entry("medseg2").patient_of("3")
+        '2'
+        """
+        return next((group[0] for group in self.same_patient if volume in group), volume)
+
+    def licence_text(self) -> str:
+        """Summary of the licence, with a link to its full text."""
+        return (data_root() / "licences" / self.licence_file).read_text(encoding="utf-8").strip()
+
+
+def data_root() -> Path:
+    """Folder with the register, splits and licences: inside the installed package, or ``data/`` of a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "_data"
+    return inside if inside.is_dir() else package.parent / "data"
+
+
+def cache_root() -> Path:
+    """Where data sets go unless told otherwise: ``$COVIDSEG_DATA``, or the user's cache folder."""
+    chosen = os.environ.get("COVIDSEG_DATA")
+    return Path(chosen).expanduser() if chosen else Path(pooch.os_cache("covidseg"))
+
+
+def home(name: str) -> Path:
+    """Where a registered data set lies in the cache.
+
+    The phantom's folder carries a mark of its settings: after an update that changes them, a new one is made.
+    """
+    if entry(name).kind != "generated":
+        return cache_root() / name
+    from covidseg.data.phantom import mark  # here, so that looking up a name does not load the generator
+
+    return cache_root() / f"{name}-{mark()}"
+
+
+def load_registry(path: str | Path | None = None) -> dict[str, Entry]:
+    """Reads and checks the register.
+
+    Args:
+        path: a TOML file; by default the one that comes with covidseg.
+
+    Raises:
+        DatasetError: the file is missing, not TOML, lacks a field, or has an unsafe name, address or checksum.
+    """
+    path = Path(path) if path is not None else data_root() / "registry.toml"
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DatasetError(f"the register of data sets cannot be read ({error})", path=path,
+                           remedy="Install covidseg again") from error
+    try:
+        return {name: _entry(name, table) for name, table in tables.items()}
+    except (ValueError, TypeError, DownloadError) as error:
+        raise DatasetError(f"the register of data sets has a faulty entry: {error}", path=path,
+                           remedy="Correct it") from error
+
+
+def _entry(name: str, table: dict[str, Any]) -> Entry:
+    """One table of the register, checked. Every fault is a ValueError or TypeError that names the entry."""
+    if not SAFE_NAME.fullmatch(name) or not isinstance(table, dict):
+        raise ValueError(f"'{name}' is not a usable name of a data set")
+    table = dict(table)
+    remote = tuple(_remote(name, row) for row in table.pop("files", []))
+    groups = tuple(tuple(str(v) for v in group) for group in table.pop("same_patient", []))
+    known = {f.name for f in fields(Entry)} - {"name", "files", "same_patient"}
+    if set(table) != known:
+        raise ValueError(f"'{name}' lacks or does not know {', '.join(sorted(set(table) ^ known))}")
+    item = Entry(name=name, files=remote, same_patient=groups, **table)
+    if item.kind not in KINDS or item.layout not in LAYOUTS:
+        raise ValueError(f"'{name}' has kind '{item.kind}' and layout '{item.layout}', "
+                         f"allowed are {', '.join(KINDS)} and {', '.join(LAYOUTS)}")
+    if (item.kind == "download") != bool(remote):
+        raise ValueError(f"'{name}' is of kind '{item.kind}' and names {len(remote)} files")
+    if not SAFE_NAME.fullmatch(item.licence_file):
+        raise ValueError(f"'{name}' has an unsafe name of a licence file")
+    return item
+
+
+def _remote(name: str, row: dict[str, Any]) -> RemoteFile:
+    item = RemoteFile(**row)
+    if not SAFE_NAME.fullmatch(item.name):
+        raise ValueError(f"'{name}' names a file '{item.name}', which is not a plain file name")
+    if item.role not in ROLES:
+        raise ValueError(f"{item.name} of '{name}' has the unknown role '{item.role}'")
+    if item.checksum and not CHECKSUM.fullmatch(item.checksum):
+        raise ValueError(f"{item.name} of '{name}' has a malformed checksum '{item.checksum}'")
+    if item.size < 0:
+        raise ValueError(f"{item.name} of '{name}' has a negative size")
+    check_address(item.url)
+    return item
+
+
+def check_address(url: str) -> None:
+    """Lets https pass, and http to this very computer (for tests); nothing else.
+
+    Raises:
+        DownloadError: the address is not encrypted or not a web address.
+    """
+    parts = urlsplit(url)
+    if parts.hostname and (parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOCAL_HOSTS)):
+        return
+    raise DownloadError("is not an https address, so what arrives could have been changed on the way", path=url,
+                        remedy="Use the https address of the publisher")
+
+
+def entry(name: str) -> Entry:
+    """The data set of that name.
+
+    Raises:
+        DatasetError: there is none.
+    """
+    register = load_registry()
+    if name not in register:
+        raise DatasetError(f"there is no data set '{name}'", remedy=f"Known are {', '.join(register)}")
+    return register[name]
+
+
+def is_present(folder: str | Path) -> bool:
+    """Whether a folder holds a complete data set: scans and the label table, which is always written last."""
+    try:
+        load_dataset(folder)
+    except DatasetError:
+        return False
+    return True
+
+
+def resolve(name_or_dir: str | Path) -> Path:
+    """Turns a name or a path into a data folder that :func:`covidseg.data.folder.load_dataset` reads.
+
+    A registered name wins over a folder of the same name in the working directory (write ``./NAME`` for that).
+    ``phantom`` is generated into the cache when it is not there yet.
+
+    Raises:
+        DatasetError: a known data set that has not been fetched, or neither a known name nor a folder.
+        OutputError: the phantom cannot be written.
+    """
+    register = load_registry()
+    name = str(name_or_dir)
+    if isinstance(name_or_dir, Path) or name not in register:
+        folder = Path(name_or_dir).expanduser()
+        if folder.is_dir():
+            return folder
+        raise DatasetError("is neither a data folder nor the name of a data set", path=name_or_dir,
+                           remedy=f"Known names are {', '.join(register)}")
+    folder = home(name)
+    if register[name].kind == "generated":
+        from covidseg.data.phantom import write_phantom
+
+        return write_phantom(folder)  # makes it, or checks that the one that is there is whole
+    if is_present(folder):
+        return folder
+    raise DatasetError(f"the data set '{name}' has not been fetched yet", path=folder,
+                       remedy=f"Run `covidseg data get {name}`")

@@ -1,0 +1,348 @@
+"""Reading and writing scans: NIfTI in, upright ``(slices, rows, columns)`` arrays out, and back.
+
+A NIfTI file stores voxels in the order of its scanner or of its maker and says in an affine matrix
+which way each axis points. :func:`read_scan` uses the affine to turn every file the same way up:
+
+* axis 0, *slices*, from feet to head;
+* axis 1, *rows*, from the front of the patient to the back (the spine is at the bottom);
+* axis 2, *columns*, from the patient's right to the left, as a radiologist looks at a slice.
+
+Intensities stay in the type that is stored, whether Hounsfield units (HU) or 8-bit display values; turning
+them into numbers that a network can use is the job of :mod:`covidseg.lungs`.
+
+What NIfTI files hold: the header, read by nibabel, and the voxels, decompressed once and straight into place.
+
+nibabel stops decompressing after the last voxel, before the checksum of the file, and so misses damage; it also needs
+memory for a second copy. Here the file is read to its end, whatever part of it is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import nibabel as nib
+import numpy as np
+from isal import igzip
+from isal.igzip_lib import IsalError
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.volumeutils import apply_read_scaling
+
+from covidseg.atomic import write_whole
+from covidseg.errors import InputFileError, OutputError, one_of
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One CT file, upright.
+
+    Attributes:
+        pixels: ``(slices, rows, columns)`` in the stored type, usually ``int16`` HU or ``uint8`` display values.
+        spacing: millimetres between slices, rows and columns.
+        value_range: lowest and highest stored value.
+        unit: ``"HU"`` where values go clearly below water (0 HU), otherwise ``"display"`` (0..255 grey levels).
+        path: where it was read from.
+        grid: layout of the file, for writing results with :func:`write_like`.
+    """
+
+    pixels: np.ndarray
+    spacing: tuple[float, float, float]
+    value_range: tuple[float, float]
+    unit: str
+    path: Path
+    grid: Grid
+
+
+def scan_id(path: str | Path) -> str:
+    """File name without ``.nii`` or ``.nii.gz``: ``case_01.nii.gz`` -> ``case_01``."""
+    name = Path(path).name
+    for suffix in reversed(SUFFIXES):
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def read_scan(path: str | Path, *, unit: str | None = None) -> Scan:
+    """Reads a CT volume or a stack of slices from NIfTI.
+
+    Args:
+        path: a ``.nii`` or ``.nii.gz`` file of two or three axes.
+        unit: ``"HU"`` or ``"display"`` where only that will do; by default either.
+
+    Returns:
+        The scan, upright, in its stored type.
+
+    Raises:
+        InputFileError: the file is missing, damaged, not NIfTI, not one grey-value volume, holds NaN, or has another
+            unit.
+        SettingsError: there is no such unit.
+    """
+    names = {"HU": "Hounsfield units", "display": "grey levels of a display window"}
+    if unit is not None:
+        one_of(unit, names, "unit")
+    path = Path(path)
+    header = read_header(path)
+    voxels, grid = read_voxels(header), header.grid
+    low, high = float(voxels.min()), float(voxels.max())
+    found = "HU" if low < -200 else "display"
+    if unit is not None and unit != found:
+        raise InputFileError(f"holds values from {low:g} to {high:g}, which are not {names[unit]}", path=path,
+                             remedy=f"Take it for {names[found]}, or export the scan again")
+    return Scan(apply_orientation(voxels, grid.to_upright()), grid.spacing(), (low, high), found, path, grid)
+
+
+def read_mask(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
+    """Reads a mask as ``(slices, rows, columns)`` bool, upright; every value above 0 counts as inside.
+
+    Args:
+        path: a NIfTI file.
+        like: the scan the mask belongs to; shape and orientation have to agree with it.
+
+    Raises:
+        InputFileError: the file cannot be read, does not fit ``like``, or is no mask: it holds numbers below 0, or such
+            as 0.25. A scan or probabilities would give figures that look like others.
+    """
+    path = Path(path)
+    header = read_header(path)
+    grid = header.grid
+    if like is not None:
+        if grid.shape != like.grid.shape:
+            raise InputFileError(f"has shape {grid.shape}, its image {like.path.name} has {like.grid.shape}",
+                                 path=path, remedy="Give the mask that was drawn on this very file")
+        if not np.allclose(grid.affine, like.grid.affine, atol=1e-2):
+            raise InputFileError(f"has another affine than its image {like.path.name}", path=path,
+                                 remedy="Resample the mask onto the image, or correct its header")
+    voxels = read_voxels(header)
+    whole = voxels.dtype.kind != "f" or bool((np.abs(voxels - np.rint(voxels)) < 1e-3).all())
+    if not whole or voxels.min() < 0:
+        raise InputFileError(f"is no mask: it holds {'numbers below 0' if whole else 'fractions'}", path=path,
+                             remedy="Give whole numbers, 0 for what is outside; cut probabilities at a threshold")
+    return apply_orientation(voxels, grid.to_upright()) > 0
+
+
+def write_like(array: np.ndarray, grid: Grid, path: str | Path) -> Path:
+    """Writes an upright array as NIfTI in the voxel order, shape and affine of ``grid``.
+
+    Nothing but shape and affine goes into the header: names, dates and remarks of the input stay out.
+
+    Args:
+        array: ``(slices, rows, columns)``; bool is stored as ``uint8``.
+        grid: the layout of the input, ``scan.grid``.
+        path: target; written to a temporary file in the same folder first, so that a crash leaves no half file.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    path = Path(path)
+    if array.dtype == bool:
+        array = array.astype(np.uint8)
+    stored = np.ascontiguousarray(apply_orientation(array, grid.from_upright()))
+    if stored.shape != grid.shape:
+        raise OutputError(f"result of shape {stored.shape} does not fit the input's {grid.shape}", path=path)
+    if grid.two_dimensional:
+        stored = stored[..., 0]
+    suffix = ".nii" if path.name.lower().endswith(".nii") else ".nii.gz"
+    write_whole(path, lambda temporary: nib.save(nib.Nifti1Image(stored, grid.affine), temporary), suffix=suffix)
+    return path
+
+
+# --- NIfTI ----------------------------------------------------------------------------------------------------------
+
+SUFFIXES = (".nii", ".nii.gz")
+# Upright order: slices towards the head (S), rows towards the back (P), columns towards the left (L).
+UPRIGHT = ("S", "P", "L")
+SPACING = (0.01, 200.0)  # mm; no CT has less or more, though stacks of single slices come with odd distances
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a file lays out its voxels: all that is needed to write a result that fits the input.
+
+    Attributes:
+        shape: stored array shape, three axes (a two-dimensional file counts as one slice).
+        affine: ``(4, 4)`` matrix from voxel indices to millimetres.
+        two_dimensional: whether the file itself has only two axes.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    two_dimensional: bool = False
+
+    def to_upright(self) -> np.ndarray:
+        """nibabel orientation transform from the stored axes to the upright ones, ``(3, 2)``."""
+        return ornt_transform(io_orientation(self.affine), axcodes2ornt(UPRIGHT))
+
+    def from_upright(self) -> np.ndarray:
+        """The transform back, from the upright axes to the stored ones."""
+        return ornt_transform(axcodes2ornt(UPRIGHT), io_orientation(self.affine))
+
+    def in_slices(self) -> bool:
+        """Whether the file holds one upright slice after another, from feet to head or from head to feet."""
+        return int(self.to_upright()[2, 0]) == 0
+
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres between slices, rows and columns."""
+        upright = self.affine @ inv_ornt_aff(self.to_upright(), self.shape)
+        slices, rows, columns = np.sqrt((upright[:3, :3] ** 2).sum(axis=0)).tolist()
+        return slices, rows, columns
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about its voxels.
+
+    Attributes:
+        path: the file.
+        grid: how it lays them out.
+        stored: their type in the file.
+        offset: bytes before the first of them.
+        slope: a value is the stored one times ``slope`` plus ``inter``.
+        inter: see ``slope``.
+    """
+
+    path: Path
+    grid: Grid
+    stored: np.dtype
+    offset: int
+    slope: float
+    inter: float
+
+    def dtype(self) -> np.dtype:
+        """Type of the values: the stored one, but float32 where that is floating point or has to be scaled."""
+        return np.dtype(np.float32) if self.scaled() or self.stored.kind == "f" else self.stored
+
+    def scaled(self) -> bool:
+        """Whether values differ from what is stored."""
+        return (self.slope, self.inter) != (1, 0)
+
+
+@contextmanager
+def _faults(path: Path) -> Iterator[None]:
+    """Every way in which a damaged file fails becomes an InputFileError."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, OverflowError, zlib.error, IsalError,  # type: ignore[misc]
+            nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError,
+            nib.wrapstruct.WrapStructError) as error:
+        reason = str(error).replace(str(path), path.name)  # the error itself says where, reports must not
+        raise InputFileError(f"cannot be read as NIfTI ({reason})", path=path,
+                             remedy="The file is damaged or incomplete: copy or download it again") from error
+
+
+def read_header(path: Path) -> Header:
+    """Reads the header of a ``.nii`` or ``.nii.gz`` file of one grey-value volume.
+
+    Raises:
+        InputFileError: the file is missing, not NIfTI, not one grey-value volume, has no usable affine, or is far too
+            small for the voxels that it announces.
+    """
+    if not path.exists():
+        raise InputFileError("no such file", path=path, remedy="Check the spelling of the path")
+    if path.is_dir():
+        raise InputFileError("is a folder, not a scan", path=path, remedy="Name the NIfTI files inside it")
+    if not path.name.lower().endswith(SUFFIXES):
+        raise InputFileError("is not a NIfTI file (.nii or .nii.gz)", path=path,
+                             remedy="Convert DICOM series or pictures to NIfTI first, for instance with dcm2niix")
+    with _faults(path):
+        # Not nib.load, which takes some NIfTI files for surfaces of a brain and then reads XML.
+        kind = nib.Nifti2Image if nib.Nifti2Image.path_maybe_image(path)[0] else nib.Nifti1Image
+        image: Any = kind.from_filename(path)
+        affine, proxy, shape = image.affine, image.dataobj, tuple(int(n) for n in image.shape)
+    if proxy.dtype.kind not in "iuf":
+        raise InputFileError("holds colour or complex voxels", path=path, remedy="Give a grey-value CT")
+    whole = shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    two_dimensional = len(shape) == 2
+    if two_dimensional:
+        shape = (*shape, 1)
+    if min(shape, default=0) < 1:
+        raise InputFileError(f"has shape {whole}, which is no voxel at all", path=path,
+                             remedy="Export or convert it again")
+    if len(shape) != 3:
+        raise InputFileError(f"has shape {whole}, not one volume", path=path,
+                             remedy="Split series over time into one file each")
+    invented = not image.header["sform_code"] and not image.header["qform_code"]  # nibabel then makes one up
+    if invented or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9 \
+            or np.isnan(io_orientation(affine)).any():
+        raise InputFileError("has no usable affine, so its orientation and spacing are unknown", path=path,
+                             remedy="Export it again with orientation, or set the affine with nibabel")
+    # The affine may be whole all the same; but then one of the two is damaged, and nobody knows which.
+    if not np.isfinite(image.header["pixdim"][1:1 + len(whole)]).all():
+        raise InputFileError("has a spacing that is not a number", path=path,
+                             remedy="Correct the spacing in its header (in mm), or export it again")
+    grid = Grid((shape[0], shape[1], shape[2]), np.asarray(affine, dtype=np.float64), two_dimensional)
+    if not all(SPACING[0] <= step <= SPACING[1] for step in grid.spacing()):
+        raise InputFileError(
+            f"has voxels of {' x '.join(f'{step:.3g}' for step in grid.spacing())} mm, which no CT has", path=path,
+            remedy="Correct the spacing in its header (in mm), or export it again")
+    header = Header(path, grid, proxy.dtype, int(proxy.offset), float(proxy.slope), float(proxy.inter))
+    with _faults(path):
+        size, wanted = path.stat().st_size, header.offset + header.stored.itemsize * math.prod(grid.shape)
+        if wanted > (1032 if _compressed(path) else 1) * size:  # more than deflate can compress; nobody reserves that
+            raise EOFError(f"{wanted} bytes are said to be in a file of {size}")
+    return header
+
+
+def _compressed(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
+
+
+@contextmanager
+def open_voxels(header: Header) -> Iterator[Callable[[np.ndarray], None]]:
+    """Opens a file at its first voxel, and reads it to its end in the end, so that its checksum is tested.
+
+    Yields:
+        A function that fills an array, contiguous in Fortran's order as the file is, with the values that come next.
+
+    Raises:
+        InputFileError: the file is damaged or incomplete, or holds NaN.
+    """
+    path = header.path
+    with _faults(path), cast(BinaryIO, igzip.open(path)) if _compressed(path) else path.open("rb") as stream:
+        stream.seek(header.offset)
+        yield lambda target: _fill(stream, target.reshape(-1, order="F"), header)
+        while stream.read(1 << 20):
+            pass
+
+
+def _fill(stream: BinaryIO, values: np.ndarray, header: Header) -> None:
+    """Fills ``(n,)`` values, in blocks where they have to be converted."""
+    if values.dtype == header.stored and not header.scaled():
+        _read(stream, values)
+    else:
+        for start in range(0, len(values), 1 << 20):
+            raw = np.empty(min(1 << 20, len(values) - start), header.stored)
+            _read(stream, raw)
+            with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is refused
+                values[start:start + len(raw)] = apply_read_scaling(raw, header.slope, header.inter)
+    if values.dtype.kind == "f" and not (np.isfinite(values.min()) and np.isfinite(values.max())):
+        raise InputFileError("holds voxels that are not numbers (NaN or infinite)", path=header.path,
+                             remedy="Export the scan again, or set those voxels to air (-1024 HU)")
+
+
+def _read(stream: BinaryIO, target: np.ndarray) -> None:
+    """Fills all bytes of a contiguous array, little by little, since a gzip stream makes a copy of each piece."""
+    left = target.view(np.uint8).data
+    while left:
+        count = stream.readinto(left[:1 << 18])  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError(f"{len(left)} bytes are missing")
+        left = left[count:]
+
+
+def read_voxels(header: Header) -> np.ndarray:
+    """All values of a file, ``(i, j, k)`` as stored, in Fortran's order; the only copy of them that is made.
+
+    Raises:
+        InputFileError: see :func:`open_voxels`.
+    """
+    with open_voxels(header) as fill:
+        array = np.empty(header.grid.shape, header.dtype(), order="F")
+        fill(array)
+    return array

@@ -1,0 +1,170 @@
+"""Who is trained on and who is tested on: splits by patient, kept as CSV files.
+
+A split file has one line for each volume, ``volume,patient,split``, or, for a stack of unrelated slices,
+``slice,split``. Slices of one patient look alike; a model that has seen one knows the others, and its test result
+would be too good. So a patient stands on one side only, and that is checked whenever a split is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from covidseg.data.folder import Case, Dataset, read_table, slice_number
+from covidseg.data.registry import data_root
+from covidseg.errors import DatasetError
+
+PARTS = ("train", "val", "test", "left_out")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split that was read and found consistent.
+
+    Attributes:
+        name: file name without ``.csv``.
+        volumes: volume -> part; empty for a split by slices.
+        patients: volume -> patient.
+        slices: slice number in the published file -> part; empty for a split by volumes.
+    """
+
+    name: str
+    volumes: dict[str, str]
+    patients: dict[str, str]
+    slices: dict[int, str]
+
+    def part(self, name: str) -> list[str] | list[int]:
+        """Volumes, or slice numbers, of a part, in the order of the file.
+
+        Raises:
+            DatasetError: the part has an unknown name or is empty.
+        """
+        if name not in PARTS:
+            raise DatasetError(f"there is no part '{name}' of a split", remedy=f"Parts are {', '.join(PARTS)}")
+        found: list[str] | list[int] = [v for v, part in self.volumes.items() if part == name] or \
+                                       [s for s, part in self.slices.items() if part == name]
+        if not found:
+            raise DatasetError(f"split '{self.name}' has nothing in its part '{name}'",
+                               remedy="Choose another part or write a split of your own")
+        return found
+
+
+def split_names() -> list[str]:
+    """Names of the splits that come with covidseg."""
+    return sorted(p.stem for p in (data_root() / "splits").glob("*.csv"))
+
+
+def read_split(name_or_path: str | Path) -> Split:
+    """Reads a split and checks it.
+
+    Args:
+        name_or_path: a name such as ``medseg2``, or a CSV file of your own.
+
+    Raises:
+        DatasetError: no such file, missing columns, an unknown part, a line twice, or a patient on two sides.
+    """
+    path = Path(name_or_path)
+    if path.suffix.lower() != ".csv":
+        path = data_root() / "splits" / f"{name_or_path}.csv"
+    if not path.is_file():
+        raise DatasetError(f"there is no split '{name_or_path}'",
+                           remedy=f"Known are {', '.join(split_names())}; or name a .csv file")
+    columns, rows = read_table(path)
+    by_volume = {"volume", "patient", "split"} <= columns
+    if not by_volume and not {"slice", "split"} <= columns:
+        raise DatasetError("lacks columns", path=path,
+                           remedy="The first line must name volume, patient and split, or slice and split")
+    volumes: dict[str, str] = {}
+    patients: dict[str, str] = {}
+    slices: dict[int, str] = {}
+    for number, row in rows:
+        if row["split"] not in PARTS:
+            raise DatasetError(f"line {number} names the part '{row['split']}'", path=path,
+                               remedy=f"Parts are {', '.join(PARTS)}")
+        if by_volume:
+            _add(volumes, row["volume"], row["split"], path, number)
+            patients[row["volume"]] = row["patient"] or row["volume"]
+        else:
+            index = slice_number(row["slice"])
+            if index is None:
+                raise DatasetError(f"line {number}: '{row['slice']}' is not a slice number", path=path,
+                                   remedy="Slices count from 0")
+            _add(slices, index, row["split"], path, number)
+    if not rows:
+        raise DatasetError("is empty", path=path, remedy="Write one line for each volume or slice")
+    _refuse_two_sides(volumes, patients, path)
+    return Split(path.stem, volumes, patients, slices)
+
+
+def _add(table: dict, key: str | int | None, part: str, path: Path, number: int) -> None:
+    if key in table or key in ("", None):  # None where a line ends before its column
+        fault = f"'{key}' a second time" if key in table else "'' as a volume"
+        raise DatasetError(f"line {number} names {fault}", path=path,
+                           remedy="Keep one line for each")
+    table[key] = part
+
+
+def _refuse_two_sides(volumes: dict[str, str], patients: dict[str, str], path: Path) -> None:
+    """A patient's volumes must share one part; what is left out does no harm."""
+    side: dict[str, tuple[str, str]] = {}
+    for volume, part in volumes.items():
+        if part == "left_out":
+            continue
+        other, first = side.setdefault(patients[volume], (part, volume))
+        if other != part:
+            raise DatasetError(f"patient '{patients[volume]}' is on two sides: {first} in {other}, "
+                               f"{volume} in {part}", path=path, remedy="Put all volumes of a patient on one side")
+
+
+def apply_split(dataset: Dataset, split: Split, part: str) -> Dataset:
+    """Reduces a data set to one part of a split.
+
+    Of a stack, the slices outside the part lose their label; what has no label takes part in nothing.
+
+    Args:
+        dataset: the folder that the split was written for.
+        split: from :func:`read_split`.
+        part: ``train``, ``val``, ``test`` or ``left_out``.
+
+    Raises:
+        DatasetError: the part is unknown or empty, the data set and the split do not name the same volumes, the
+            data set's own patients would stand on two sides, or slices are missing.
+    """
+    wanted = split.part(part)
+    if split.slices:
+        return _apply_slices(dataset, split, {int(s) for s in wanted})
+    found = {case.id for case in dataset.cases}
+    if odd := sorted(found ^ set(split.volumes)):
+        raise DatasetError(f"split '{split.name}' and the folder differ in {', '.join(odd)}", path=dataset.root,
+                           remedy="Complete the folder, or write a split that names exactly its volumes")
+    # The folder may know more about patients than the split file does.
+    _refuse_two_sides(split.volumes, {case.id: case.patient for case in dataset.cases}, dataset.root)
+    return dataset.subset([str(v) for v in wanted])
+
+
+def _apply_slices(dataset: Dataset, split: Split, wanted: set[int]) -> Dataset:
+    if len(dataset.cases) != 1:
+        raise DatasetError(f"split '{split.name}' is for one stack, the folder holds {len(dataset.cases)} scans",
+                           path=dataset.root, remedy="Give the folder of the stack")
+    case = dataset.cases[0]
+    published = _published_slices(case)
+    if missing := sorted(set(published.values()) - set(split.slices)):
+        raise DatasetError(f"split '{split.name}' does not place slices {', '.join(map(str, missing))}",
+                           path=dataset.root, remedy="Write a split that places every slice")
+    kept = {position: label for position, label in case.labels.items() if published[position] in wanted}
+    if not kept:
+        raise DatasetError("none of its slices is in the part asked for", path=dataset.root,
+                           remedy="Choose another part")
+    return replace(dataset, cases=(replace(case, labels=kept),))
+
+
+def _published_slices(case: Case) -> dict[int, int]:
+    """Position in the upright array -> slice number in the published file, from the column ``medseg100_slice``."""
+    table = case.image.with_name(f"{case.id}_slices.csv")
+    numbers = {position: position for position in case.labels}
+    if table.is_file():
+        for _, row in read_table(table)[1]:
+            position, published = slice_number(row.get("position")), slice_number(row.get("medseg100_slice"))
+            if position is not None and published is not None:
+                numbers[position] = published
+    return numbers

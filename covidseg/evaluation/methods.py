@@ -1,0 +1,201 @@
+"""The systems of Table 1, side by side: what each is taught with, how it outlines lesions, and what it costs.
+
+All of them get the same crops, lungs and labels of one :class:`~covidseg.pipeline.Run` and are measured by the same
+code (:func:`covidseg.evaluation.evaluate.measure`). Each draws its outline at a level that is fixed in its settings;
+those of the two earlier systems were chosen on the same slices as this project's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import nn
+
+from covidseg.baselines.ad3d_mil import Ad3dMil, Ad3dMilSettings, ad3d_mil_maps
+from covidseg.baselines.decovnet import DeCoVNet, DeCoVNetSettings, decovnet_maps
+from covidseg.baselines.maps import judge_crops
+from covidseg.baselines.training import BaselineSettings, Net, train_baseline
+from covidseg.classifier import slice_probabilities
+from covidseg.errors import ArtifactError, one_of
+from covidseg.evaluation.evaluate import (
+    Maps,
+    Outliner,
+    believed_maps,
+    otsu_outliner,
+    stage_outliner,
+    supervised_outliner,
+    training_truth,
+)
+from covidseg.gradcam import CamSettings
+from covidseg.pipeline import Run
+from covidseg.preprocess import Crops
+from covidseg.profiles import Profile, faithful
+from covidseg.store import fingerprint, load_net, net_arrays
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """Settings of the earlier systems: ports to single slices, and the published nets on slabs (``_3d``).
+
+    ``grad_cam`` is the map of the classifiers as it is drawn without any later stage: last block, one scale.
+    """
+
+    grad_cam: CamSettings = field(default_factory=lambda: CamSettings(layer_share=0.0, outline=0.2))
+    decovnet: DeCoVNetSettings = field(default_factory=DeCoVNetSettings)
+    ad3d_mil: Ad3dMilSettings = field(default_factory=lambda: Ad3dMilSettings(outline=0.35))
+    decovnet_3d: DeCoVNetSettings = field(default_factory=lambda: DeCoVNetSettings(
+        dims=3, batch=6, steps=240, rate=1e-3, outline=0.25))
+    ad3d_mil_3d: Ad3dMilSettings = field(default_factory=lambda: Ad3dMilSettings(
+        dims=3, batch=6, steps=240, rate=1e-3, outline=0.05))
+
+
+RIVALS = {
+    "quick": Rivals(CamSettings(layer_share=0.0), DeCoVNetSettings(steps=200, rate=1e-3), Ad3dMilSettings(steps=240),
+                    DeCoVNetSettings(dims=3, batch=4, steps=100, rate=1e-3, outline=0.25),
+                    Ad3dMilSettings(dims=3, batch=4, steps=100, outline=0.05)),
+    "full": Rivals(),
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained system.
+
+    Attributes:
+        outliner: makes its masks; the last row is the system's answer.
+        run: the run that its stages belong to.
+        stages: stored stages that training went through, name and key.
+        nets: all that the answer needs.
+    """
+
+    outliner: Outliner
+    run: Run
+    stages: dict[str, str]
+    nets: list[nn.Module]
+
+    def parameters(self) -> int:
+        """Numbers that were learned."""
+        return sum(p.numel() for net in self.nets for p in net.parameters())
+
+    def seconds(self) -> float | None:
+        """What training took, all earlier stages included; None if the file of one was deleted since."""
+        try:
+            return round(sum(self.run.store.seconds(stage, key) for stage, key in self.stages.items()), 2)
+        except ArtifactError:
+            return None
+
+
+def _on_lungs(run: Run, outliner: Outliner, stages: dict[str, str], nets: Iterable[nn.Module]) -> Trained:
+    """A system that needs the lungs and some stages and nets of its own."""
+    run.weak()
+    net = run.lung_net()
+    names = ["threshold", *([] if net is None else ["lung_net"]), "weak"]
+    return Trained(outliner, run, {name: run.key(name) for name in names} | stages,
+                   [*([] if net is None else [net]), *nets])
+
+
+def _otsu(run: Run, rivals: Rivals) -> Trained:
+    return _on_lungs(run, otsu_outliner(), {}, [])
+
+
+def _grad_cam(run: Run, rivals: Rivals) -> Trained:
+    """Plain Grad-CAM of the classifiers before any exchange."""
+    net, plain = run.committee(), rivals.grad_cam
+
+    def maps(crops: Crops, volume: bool) -> Maps:
+        probability = slice_probabilities(net, crops)
+        return probability, [believed_maps(net, crops, probability >= 0.5, plain)]
+    return _on_lungs(run, Outliner([("plain Grad-CAM", "slice labels", plain.outline)], maps),
+                     {"classifier1": run.key("classifier1")}, [net])
+
+
+def _baseline(run: Run, name: str, make: Callable[[], Net], settings: BaselineSettings) -> tuple[Net, str]:
+    """The net of an earlier system and its key; trained once and stored with the run."""
+    key = fingerprint(run.key("weak"), settings, run.seed)
+    arrays, _ = run.store.get(name, key, lambda: (net_arrays(train_baseline(
+        make, run.weak(), settings, seed=run.seed, device=run.device, log=run.log, name=name)), {}))
+    return load_net(make(), arrays).to(run.device), key  # type: ignore[return-value]
+
+
+def _decovnet(run: Run, rivals: Rivals, dims: int = 2) -> Trained:
+    """Two outlines: the published rule, and the map cut at a level, which answers."""
+    settings = rivals.decovnet if dims == 2 else rivals.decovnet_3d
+    name = f"decovnet{dims}d"
+    net, key = _baseline(run, name, partial(DeCoVNet, settings), settings)
+
+    def maps(crops: Crops, volume: bool) -> Maps:
+        judged = judge_crops(net, crops, volume=volume)
+        return judged[0], [decovnet_maps(net, crops, method=method, volume=volume, judged=judged)
+                           for method in ("cam", "activation")]
+    rows = [(f"top {settings.top:.0%} of the map", "slice labels", 0.5),
+            ("map at a level", "slice labels", settings.outline)]
+    return _on_lungs(run, Outliner(rows, maps), {name: key}, [net])
+
+
+def _ad3d_mil(run: Run, rivals: Rivals, dims: int = 2) -> Trained:
+    settings = rivals.ad3d_mil if dims == 2 else rivals.ad3d_mil_3d
+    name = f"ad3dmil{dims}d"
+    net, key = _baseline(run, name, partial(Ad3dMil, settings), settings)
+
+    def maps(crops: Crops, volume: bool) -> Maps:
+        judged = judge_crops(net, crops, volume=volume)
+        return judged[0], [ad3d_mil_maps(net, crops, volume=volume, judged=judged)]
+    return _on_lungs(run, Outliner([("map at a level", "slice labels", settings.outline)], maps), {name: key}, [net])
+
+
+def _ours(run: Run, rivals: Rivals, change: Callable[[Profile], Profile] = lambda profile: profile) -> Trained:
+    run = Run(run.data, change(run.profile), run.seed, run.folder, run.device.type, run.log)
+    outliner = stage_outliner(run)
+    # Classifier and patches have done their work once the segmenter is trained: its answer needs neither.
+    return _on_lungs(run, outliner, {stage: run.key(stage) for stage in run.stages()}, [run.segmenter()])
+
+
+def _masks(run: Run, rivals: Rivals) -> Trained:
+    truth = training_truth(run)
+    net = run.supervised(truth)
+    return _on_lungs(run, supervised_outliner(run, net), {"supervised": run.masks_key(truth)}, [net])
+
+
+@dataclass(frozen=True)
+class System:
+    """One of the systems that are compared.
+
+    Attributes:
+        title: for the table.
+        train: trains what is missing in a run.
+        published: key of its row in :data:`PUBLISHED`, if it has one.
+    """
+
+    title: str
+    train: Callable[[Run, Rivals], Trained]
+    published: str = ""
+
+
+# Dice, IoU, PPV, sensitivity, specificity on the 100 slices of MedSeg's first set, quoted from the abstract.
+PUBLISHED = {"DeCoVNet": (0.72, 0.56, 0.73, 0.70, 0.98), "AD3D-MIL": (0.68, 0.51, 0.56, 0.85, 0.99),
+             "dual-task mutual learning": (0.74, 0.57, 0.65, 0.85, 0.97)}
+
+SYSTEMS = {
+    "otsu": System("Otsu in the lung, no learning", _otsu),
+    "grad-cam": System("plain Grad-CAM", _grad_cam),
+    "decovnet": System("DeCoVNet, slices", _decovnet, "DeCoVNet"),
+    "decovnet-3d": System("DeCoVNet, slabs", partial(_decovnet, dims=3), "DeCoVNet"),
+    "ad3d-mil": System("AD3D-MIL, slices", _ad3d_mil, "AD3D-MIL"),
+    "ad3d-mil-3d": System("AD3D-MIL, slabs", partial(_ad3d_mil, dims=3), "AD3D-MIL"),
+    "faithful": System("ours, faithful", partial(_ours, change=faithful), "dual-task mutual learning"),
+    "extended": System("ours, extended", _ours, "dual-task mutual learning"),
+    "masks": System("U-Net, true masks", _masks),
+}
+
+
+def chosen(names: list[str] | None) -> list[str]:
+    """Keys of systems, all of them by default, in the order of the table.
+
+    Raises:
+        SettingsError: there is no such system.
+    """
+    for name in names or []:
+        one_of(name, SYSTEMS, "system")
+    return [name for name in SYSTEMS if names is None or name in names]

@@ -1,0 +1,313 @@
+"""Stage 5: fine labels, one decision a pixel, from the two tasks together.
+
+The activation map finds whole lesions but blurs them; the patches are precise but blocky. Their log odds are
+averaged, and a random walker (Grady, TPAMI 2006) moves the result to the edges of the picture: pixels that both
+are sure of are seeds, all others join the seed that is reached most easily through similar brightness.
+
+Stage 6: a U-Net learns from the fine labels and refines them.
+
+Fine labels are wrong in places, and wrong at random more often than in one direction; a network with a smooth
+idea of a lesion averages such errors out. Doubtful pixels weigh less, and the loss forgives. Slices without a lesion
+are exact, also after lesions were painted in (see :mod:`covidseg.augment`), and have a plain loss. Twice in the
+training the averaged net's own opinion is mixed into the fine labels (mean teacher: Tarvainen and Valpola, NeurIPS
+2017). The same loop with radiologists' masks, and nothing painted, is the upper bound.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from scipy import ndimage as ndi
+from skimage.segmentation import random_walker
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from covidseg.augment import NO_PAINT, Painter, PaintSettings, augment, paste_lesions
+from covidseg.parallel import average_gradients, from_first
+from covidseg.preprocess import Crops, WeakSet, net_input, net_maps, slices_at_once
+from covidseg.training import (
+    Average,
+    Batch,
+    Log,
+    Progress,
+    balanced_batches,
+    keep_freed_memory,
+    learning_rate,
+    on_device,
+    overlapped,
+    run_net,
+    seed_everything,
+)
+from covidseg.unet import make_unet
+
+
+@dataclass(frozen=True)
+class FineSettings:
+    """Settings of the fine labels.
+
+    Attributes:
+        cam_share: share of the activation map in the averaged log odds; the patches have the rest.
+        cam_middle: value of the activation map that counts as one half.
+        seed_lesion: pixels above are seeds of the lesion.
+        seed_lung: pixels below are seeds of the lung.
+        beta: how much a step in brightness hinders the walker.
+        smallest: components of fewer pixels are dropped.
+    """
+
+    cam_share: float = 0.15
+    cam_middle: float = 0.25
+    seed_lesion: float = 0.7
+    seed_lung: float = 0.3
+    beta: float = 130.0
+    smallest: int = 12
+
+
+@dataclass(frozen=True)
+class FineLabels:
+    """Pseudo-labels for the segmenter.
+
+    Attributes:
+        labels: ``(N, S, S)`` bool, lesion.
+        probabilities: ``(N, S, S)`` float32, the fused map before the walker.
+    """
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+
+    @property
+    def targets(self) -> np.ndarray:
+        """What the segmenter is taught, ``(N, S, S)`` float32: half the walker's decision, half the probability.
+
+        Decisions alone shrink from step to step: a doubtful rim is called lung, and the net learns to call it so.
+        """
+        return (0.5 * self.labels + 0.5 * self.probabilities).astype(np.float32)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """How sure the targets are, see :func:`certainty`."""
+        return certainty(self.targets)
+
+
+def certainty(targets: np.ndarray) -> np.ndarray:
+    """Weight of a pixel from its target in [0, 1]: 1 where it is sure, half where it is not, same shape.
+
+    Not less than half: lesions are less sure than lung nearly everywhere, and a loss that hardly counts them would
+    teach the net to leave them out.
+    """
+    return (0.5 + 0.5 * np.abs(2 * targets - 1)).astype(np.float32)
+
+
+def fuse(cam: np.ndarray, patches: np.ndarray, settings: FineSettings) -> np.ndarray:
+    """Weighted mean of log odds of the two maps, ``(..., S, S)`` in [0, 1] each."""
+    def odds(p: np.ndarray) -> np.ndarray:
+        p = np.clip(p, 0.02, 0.98)
+        return np.log(p / (1 - p))
+    middle = np.log(settings.cam_middle / (1 - settings.cam_middle))
+    mixed = settings.cam_share * (odds(cam) - middle) + (1 - settings.cam_share) * odds(patches)
+    return (1 / (1 + np.exp(-mixed))).astype(np.float32)
+
+
+def walk(image: np.ndarray, probability: np.ndarray, lung: np.ndarray, settings: FineSettings) -> np.ndarray:
+    """Edge-aware decision for one slice.
+
+    Args:
+        image: ``(S, S)`` normalised.
+        probability: ``(S, S)`` fused map.
+        lung: ``(S, S)`` bool.
+
+    Returns:
+        ``(S, S)`` bool inside the lung.
+    """
+    seeds = np.zeros(image.shape, int)
+    seeds[probability > settings.seed_lesion] = 1
+    seeds[probability < settings.seed_lung] = 2
+    seeds[~lung] = -1  # the walker never enters these
+    # Seeds that are cut off by the lung's border help nobody; without both kinds there is nothing to decide.
+    if not (seeds == 1).any():
+        return np.zeros_like(lung)
+    if not (seeds == 2).any():
+        return lung & (probability > 0.5)
+    regions, _ = ndi.label(lung)
+    seeded = np.unique(regions[seeds > 0])
+    isolated = lung & ~np.isin(regions, seeded)
+    seeds[isolated] = -1
+    with warnings.catch_warnings():  # the solver recommends an optional package that is not needed at this size
+        warnings.simplefilter("ignore")
+        decided = random_walker(image, seeds, beta=settings.beta, mode="cg_j", tol=1e-2) == 1
+    parts, _ = ndi.label(decided & lung)
+    return (np.bincount(parts.ravel()) >= settings.smallest)[parts] & (parts > 0)
+
+
+def fine_labels(data: WeakSet, cam: np.ndarray, patches: np.ndarray,
+                settings: FineSettings = FineSettings()) -> FineLabels:
+    """Fine labels for all training slices; empty where the slice label says that there is no lesion.
+
+    Args:
+        data: slices and their labels.
+        cam: ``(N, S, S)`` from :func:`covidseg.gradcam.activation_maps`.
+        patches: ``(N, S, S)`` from :func:`covidseg.patches.patch_probabilities`.
+    """
+    probabilities = fuse(cam, patches, settings) * data.crops.lungs
+    probabilities[data.labels == 0] = 0
+    labels = np.zeros(cam.shape, bool)
+    for k in np.flatnonzero(data.labels == 1):
+        labels[k] = walk(data.crops.images[k], probabilities[k], data.crops.lungs[k], settings)
+    return FineLabels(labels, probabilities)
+
+
+# --- the segmenter --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class SegmenterSettings:
+    """Settings of the segmenter.
+
+    Attributes:
+        channels: channels of the U-Net's levels.
+        steps: optimiser steps.
+        batch: slices a step, half of them with a lesion.
+        rate: peak learning rate of AdamW.
+        robustness: q of the generalised cross entropy (Zhang and Sabuncu, NeurIPS 2018, eq. 6): near 0 it is
+            cross entropy, at 1 the mean absolute error, which forgives wrong labels.
+        dice_weight: weight of the soft Dice loss.
+        fine_weight: weight of the fine labels against the exact slices.
+        refresh: after these shares of the steps the fine labels are mixed with the averaged net's opinion.
+        keep: share of the old labels in that mixture.
+        paste: probability that a lesion-free slice gets the lesions of a slice with fine labels, see
+            :func:`paste_lesions`.
+        threshold: lesion from this probability on; below one half, since fine labels leave out doubtful rims.
+        paint: lesions painted on lesion-free slices; a share of 0 leaves them out.
+    """
+
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    steps: int = 300
+    batch: int = 12
+    rate: float = 3e-3
+    robustness: float = 0.3
+    dice_weight: float = 0.5
+    fine_weight: float = 0.5
+    refresh: tuple[float, ...] = (0.4, 0.7)
+    keep: float = 0.5
+    paste: float = 0.0
+    threshold: float = 0.25
+    paint: PaintSettings = field(default_factory=PaintSettings)
+
+
+def trusting(settings: SegmenterSettings) -> SegmenterSettings:
+    """The settings for training with true masks: nearly plain cross entropy, nothing painted, threshold .5."""
+    return replace(settings, robustness=0.1, fine_weight=1.0, refresh=(), paste=0.0, paint=NO_PAINT, threshold=0.5)
+
+
+def make_segmenter(settings: SegmenterSettings) -> nn.Module:
+    """A U-Net: ``(B, 2, S, S)`` picture in the lung and lung, to ``(B, 1, S, S)`` logits."""
+    return make_unet(2, settings.channels)
+
+
+def robust_loss(logits: Tensor, target: Tensor, weight: Tensor, settings: SegmenterSettings) -> Tensor:
+    """Weighted generalised cross entropy plus soft Dice over the batch.
+
+    Args:
+        logits: ``(B, 1, S, S)``.
+        target: ``(B, 1, S, S)`` in [0, 1].
+        weight: ``(B, 1, S, S)``, 0 leaves a pixel out.
+    """
+    p = logits.sigmoid()
+    of_label = (target * p + (1 - target) * (1 - p)).clamp(1e-4, 1)     # probability given to the label
+    q = settings.robustness
+    entropy = (weight * (1 - of_label ** q) / q).sum() / weight.sum().clamp(min=1)
+    overlap = (weight * p * target).sum()
+    dice = 1 - (2 * overlap + 1) / ((weight * (p + target)).sum() + 1)
+    return entropy + settings.dice_weight * dice
+
+
+def exact_loss(logits: Tensor, target: Tensor, inside: Tensor, settings: SegmenterSettings) -> Tensor:
+    """Cross entropy plus soft Dice where labels are exact; arguments as of :func:`robust_loss`, ``inside`` 0 or 1."""
+    entropy = F.binary_cross_entropy_with_logits(logits, target, inside, reduction="sum") / inside.sum().clamp(min=1)
+    p, target = logits.sigmoid() * inside, target * inside
+    return entropy + settings.dice_weight * (1 - (2 * (p * target).sum() + 1) / ((p + target).sum() + 1))
+
+
+def _batches(data: WeakSet, stacked: list[Tensor], settings: SegmenterSettings,
+             generator: torch.Generator) -> Iterator[Batch]:
+    """Batches of all steps: picture, lung, target and weight, ``(B, 4, S, S)``; which slices are exact, ``(B,)`` bool.
+
+    Args:
+        stacked: the four maps of all slices, ``(N, S, S)`` each, read anew for each batch.
+    """
+    painter = Painter(data.crops, settings.paint)
+    for index in balanced_batches(data.labels, data.patients, settings.batch, settings.steps, generator):
+        maps = torch.stack([part[index] for part in stacked], dim=1)
+        exact = torch.from_numpy(data.labels)[index] == 0
+        maps = paste_lesions(painter(maps, index, exact, generator), exact, settings.paste, generator)
+        yield augment(maps, generator), exact
+
+
+def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
+                    settings: SegmenterSettings = SegmenterSettings(), *, seed: int = 0,
+                    device: torch.device = torch.device("cpu"), log: Log = print,
+                    name: str = "segmenter") -> nn.Module:
+    """Trains the segmenter on pixel targets.
+
+    Args:
+        data: slices; their labels balance the batches and say which slices are exact.
+        targets: ``(N, S, S)`` bool or float in [0, 1].
+        weights: ``(N, S, S)`` float32 in [0, 1].
+        name: of this training in the log.
+
+    Returns:
+        The averaged net in evaluation mode.
+    """
+    generator = seed_everything(seed)
+    net = on_device(make_segmenter(settings), device)
+    average = Average(net).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
+    schedule = learning_rate(optimizer, settings.steps)
+    progress = Progress(name, settings.steps, 6, log)
+    stacked = [torch.from_numpy(np.array(part, np.float32))
+               for part in (data.crops.images, data.crops.lungs, targets, weights)]
+    ill = np.flatnonzero(data.labels == 1)
+    refresh = {round(share * settings.steps) + 1 for share in settings.refresh}
+    batches = overlapped(_batches(data, stacked, settings, generator), device, hold=refresh)
+    for step in range(1, settings.steps + 1):
+        if step in refresh:                                                       # its batch is not begun yet
+            opinion = torch.from_numpy(from_first(lambda: lesion_probabilities(average.net, data.crops.take(ill))))
+            stacked[2][ill] = settings.keep * stacked[2][ill] + (1 - settings.keep) * opinion
+            stacked[3][ill] = torch.from_numpy(certainty(stacked[2][ill].numpy()))
+            log(f"{name}: fine labels refreshed after step {step - 1}")
+        maps, exact = next(batches)                                               # (B, 4, S, S), (B,)
+        picture, lung, target, weight = maps.split(1, dim=1)
+        logits = run_net(net, net_input(picture, lung))                           # (B, 1, S, S)
+        loss = exact_loss(logits[exact], target[exact], lung[exact], settings)
+        loss_fine = robust_loss(logits[~exact], target[~exact], (weight * lung)[~exact], settings)
+        optimizer.zero_grad()
+        (loss + settings.fine_weight * loss_fine).backward()
+        average_gradients(net)
+        optimizer.step()
+        schedule.step()
+        average.update(net)
+        progress.step(step, exact=loss.item(), fine=loss_fine.item())
+    return average.net.eval()
+
+
+@torch.no_grad()
+def lesion_probabilities(net: nn.Module, crops: Crops, *, batch: int = 16) -> np.ndarray:
+    """Lesion probability of every pixel, averaged over the four flips, 0 outside the lung.
+
+    Returns:
+        ``(N, S, S)`` float32.
+    """
+    if next(net.parameters()).device.type == "cpu":
+        keep_freed_memory()
+    result = []
+    batch = slices_at_once(batch, crops.images.shape[-1])
+    for start in range(0, len(crops), batch):
+        picture, lung = net_maps(net, crops, slice(start, start + batch))
+        inputs = net_input(picture, lung)
+        mean = torch.zeros_like(lung)
+        for axes in ((), (2,), (3,), (2, 3)):
+            mean += net(inputs.flip(axes)).sigmoid().flip(axes) / 4
+        result.append((mean * lung)[:, 0].float().cpu())
+    return torch.cat(result).numpy() if result else np.zeros((0, 0, 0), np.float32)

@@ -1,0 +1,312 @@
+"""Stored results of stages: safetensors files, a checksum beside each, found again by a hash of what made them.
+
+A stage's key holds its settings, its seed and the key of what it was computed from, so that a changed setting or
+scan leads to another file and nothing stale is ever read. Files are written under a temporary name in the same
+folder and renamed, so that a run that is stopped leaves whole files only and goes on where it stopped. Programs that
+share a folder wait for each other's stages.
+
+What a run notices about itself: versions, the warnings that were given, and the most memory that it needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as serialize
+from torch import nn
+
+from covidseg import __version__
+from covidseg.atomic import write_whole
+from covidseg.errors import ArtifactError
+from covidseg.parallel import from_first, is_first
+
+Arrays = dict[str, np.ndarray]
+
+
+def fingerprint(*parts: Any) -> str:
+    """Hash of settings (dataclasses), numbers, texts, paths' contents and other fingerprints: 16 hex digits.
+
+    A :class:`~pathlib.Path` stands for the bytes of the file.
+    """
+    digest = hashlib.sha256(__version__.encode())
+    for part in parts:
+        if isinstance(part, Path):
+            digest.update(file_hash(part).encode())
+        else:
+            plain = asdict(part) if is_dataclass(part) and not isinstance(part, type) else part
+            digest.update(json.dumps(plain, sort_keys=True).encode())
+        digest.update(b"\0")  # so that (1, 23) and (12, 3) differ
+    return digest.hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file in one piece.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def save_arrays(path: Path, arrays: Arrays, notes: dict[str, Any] | None = None) -> None:
+    """Writes arrays and JSON notes as safetensors, and their sha256 beside them (``NAME.sha256``).
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    plain = {name: np.asarray(value, order="C") for name, value in arrays.items()}
+    metadata = {"notes": json.dumps(notes or {})}
+    # Not save_file, which has a temporary file of its own that would stay behind if the program is killed.
+    content = serialize(plain, metadata)
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
+    write_hash(path)
+
+
+def write_hash(path: Path) -> None:
+    """Writes the sha256 of a file beside it, as the program ``sha256sum`` does.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_text(path.with_name(path.name + ".sha256"), f"{file_hash(path)}  {path.name}\n")
+
+
+def write_with_hash(path: Path, text: str) -> None:
+    """Writes a small text file, and its sha256 beside it for :func:`check_hash`; errors as of :func:`write_text`."""
+    write_text(path, text)
+    write_hash(path)
+
+
+def check_hash(path: Path, remedy: str = "Run the stage again") -> None:
+    """Compares a file with the sha256 beside it.
+
+    Raises:
+        ArtifactError: one of them is missing, or the file was changed.
+    """
+    beside = path.with_name(path.name + ".sha256")
+    if not path.exists() or not beside.exists():
+        raise ArtifactError("the file or its .sha256 is missing", path=path, remedy=remedy)
+    expected = beside.read_text(encoding="utf-8", errors="replace").split()
+    if not expected or expected[0] != file_hash(path):
+        raise ArtifactError("does not have the checksum it was written with", path=path,
+                            remedy=f"The file is damaged. {remedy}")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[safe_open, dict[str, Any]]]:
+    """A stored file, of which no array has been read yet, and its notes."""
+    try:
+        with safe_open(path, framework="numpy") as stored:
+            notes = json.loads((stored.metadata() or {}).get("notes", "{}"))
+            if not isinstance(notes, dict):
+                raise ValueError("its notes have no names")
+            yield stored, notes
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:  # the last two of notes that are no JSON
+        raise ArtifactError(f"is missing or not a safetensors file ({error})", path=path,
+                            remedy="Run the stage again") from error
+
+
+def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
+    """Reads what :func:`save_arrays` wrote, after checking its sha256.
+
+    Raises:
+        ArtifactError: the file or its checksum is missing, or the file was changed.
+    """
+    check_hash(path)
+    with _opened(path) as (stored, notes):
+        return {name: stored.get_tensor(name) for name in stored.keys()}, notes  # noqa: SIM118
+
+
+def _load_or_drop(path: Path) -> tuple[Arrays, dict[str, Any]] | None:
+    """A stored result; None if it is not stored, or was damaged, in which case the file is deleted."""
+    if path.exists():
+        try:
+            return load_arrays(path)
+        except ArtifactError:
+            path.unlink(missing_ok=True)
+    return None
+
+
+class Store:
+    """A folder of stage results. ``store.get`` computes a result once and reads it from then on.
+
+    Of several processes of one training the first alone reads and writes it: what it has stored, all have stored. Of
+    several programs that share the folder, one makes a stage and the others wait for it.
+
+    Args:
+        folder: is made when the first result is stored.
+        log: told when this program waits for another one.
+    """
+
+    def __init__(self, folder: Path, log: Callable[[str], None] = lambda line: None) -> None:
+        self.folder, self.log = folder, log
+        self._within = 0.0  # seconds spent on stages that were asked for while another one was being made
+
+    def path(self, stage: str, key: str) -> Path:
+        """Where the result of a stage with this key lies."""
+        return self.folder / f"{stage}-{key}.safetensors"
+
+    def get(self, stage: str, key: str, make: Callable[[], tuple[Arrays, dict[str, Any]]]
+            ) -> tuple[Arrays, dict[str, Any]]:
+        """The stored result, or the result of ``make()``, which is stored.
+
+        A file that no longer fits its checksum is computed again: the key says that nothing else has changed. The
+        notes also hold ``seconds``, what this stage took without the stages before it, ``peak_memory_mb``, of this
+        process until the stage was done, and ``warnings``, each once.
+        """
+        path = self.path(stage, key)
+        with self.alone(path) if is_first() else nullcontext():
+            stored = from_first(lambda: _load_or_drop(path))
+            if stored is not None:
+                return stored
+            start, outer, self._within = time.monotonic(), self._within, 0.0
+            with noted_warnings() as warned:
+                arrays, notes = make()
+            seconds = time.monotonic() - start
+            notes = {**notes, "seconds": round(seconds - self._within, 2), "peak_memory_mb": peak_memory(),
+                     "warnings": warned}
+            self._within = outer + seconds
+            if is_first():
+                save_arrays(path, arrays, notes)
+            return from_first(lambda: (arrays, notes))
+
+    @contextmanager
+    def alone(self, path: Path) -> Iterator[None]:
+        """Keeps other programs from making the same file meanwhile. A program that dies lets go of it."""
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            # A folder in which no lock can be made is only read, or cannot be written, which is said when it is tried.
+            with suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    lock.acquire(blocking=False)
+                except Timeout:
+                    self.log(f"another program is making {path.name} in this folder; waiting for it")
+                    lock.acquire()
+                for name in (path.name, f"{path.name}.sha256"):  # a program that was killed left what it was writing
+                    for left in path.parent.glob(f".{name}-*"):
+                        left.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
+
+    def notes(self, stage: str, key: str) -> dict[str, Any]:
+        """The notes of a stored stage; reads neither its arrays nor its checksum.
+
+        Raises:
+            ArtifactError: it is not stored, or cannot be read.
+        """
+        with _opened(self.path(stage, key)) as (_, notes):
+            return notes
+
+    def seconds(self, stage: str, key: str) -> float:
+        """What a stored stage took, without the stages before it; errors as of :meth:`notes`."""
+        seconds = self.notes(stage, key).get("seconds", 0.0)
+        if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+            raise ArtifactError("its notes do not say what it took", path=self.path(stage, key),
+                                remedy="Run the stage again")
+        return float(seconds)
+
+
+def net_arrays(net: nn.Module) -> Arrays:
+    """Weights and buffers of a net as NumPy arrays."""
+    return {name: value.detach().cpu().numpy() for name, value in net.state_dict().items()}
+
+
+def load_net(net: nn.Module, arrays: Arrays, path: Path | None = None) -> nn.Module:
+    """Puts stored weights into a net of the same shape, in evaluation mode.
+
+    Args:
+        path: of the file that they were read from, to be named if they do not fit.
+
+    Raises:
+        ArtifactError: names or shapes differ.
+    """
+    try:
+        net.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in arrays.items()})
+    except RuntimeError as error:
+        differs = shorten(str(error).split("\n", 1)[-1], 160)
+        raise ArtifactError(f"stored weights do not fit this net ({differs})", path=path,
+                            remedy="Train again with this version of covidseg") from error
+    return net.eval()
+
+
+# --- what a program needed ------------------------------------------------------------------------------------------
+
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-image", "nibabel", "monai", "grad-cam")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and kind of machine; nothing that names it or its user."""
+    return {
+        "covidseg": __version__, "python": platform.python_version(), "system": platform.system(),
+        "packages": {name: version(name) for name in PACKAGES}, "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(), "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@contextmanager
+def noted_warnings() -> Iterator[list[str]]:
+    """Notes the warnings given inside the ``with`` block, each once; they are shown as ever.
+
+    One thread at a time can do so, as of :class:`warnings.catch_warnings`: what shows warnings serves all threads.
+
+    Yields:
+        A list that grows: ``UserWarning: text`` each, without the name of the file that warned.
+    """
+    noted: list[str] = []
+    show = warnings.showwarning
+
+    def note(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        text = f"{category.__name__}: {message}"
+        if text not in noted:
+            noted.append(text)
+        show(message, category, *where)
+
+    warnings.showwarning = note  # type: ignore[assignment]
+    try:
+        yield noted
+    finally:
+        warnings.showwarning = show
+
+
+def peak_memory() -> dict[str, float]:
+    """The most memory that this process has held so far, in MB (10**6 bytes): ``process`` and, on a GPU, ``gpu``.
+
+    Without ``process`` where the system does not tell (Windows).
+    """
+    peak = {}
+    if sys.platform == "linux":  # getrusage gives no less than what the program held that started this one
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        peak["process"] = round(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6, 1)
+    elif sys.platform != "win32":
+        import resource
+
+        peak["process"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1)  # bytes on macOS
+    if torch.cuda.is_available():
+        peak["gpu"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    return peak

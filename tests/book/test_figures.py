@@ -1,0 +1,175 @@
+"""Figures: what they show, that they leave nothing behind, and that the browser works without a kernel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from tiny import toy
+
+from covidseg.book import figures
+from covidseg.classifier import ClassifierSettings, train_committee
+
+SIDE = 40
+
+
+@pytest.fixture
+def image() -> np.ndarray:
+    """A slice in HU with values that say where they are, ``(SIDE, SIDE)``."""
+    return np.linspace(-1000, 100, SIDE * SIDE).reshape(SIDE, SIDE)
+
+
+@pytest.fixture
+def lung() -> np.ndarray:
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[5:35, 5:35] = True
+    return mask
+
+
+@pytest.fixture
+def lesion() -> np.ndarray:
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[10:20, 10:20] = True
+    return mask
+
+
+def outline_colors(figure: Figure) -> set[str]:
+    """Colours of all contours in a figure."""
+    return {to_hex(color).upper() for axes in figure.axes for part in axes.collections
+            for color in np.atleast_2d(part.get_edgecolor())}
+
+
+def luminance(color: str) -> float:
+    red, green, blue = mpl.colors.to_rgb(color)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_import_changes_no_settings_and_opens_no_figure() -> None:
+    code = ("import matplotlib; before = dict(matplotlib.rcParams); import covidseg.book.figures; "
+            "from matplotlib import pyplot as plt; "
+            "assert {k: v for k, v in matplotlib.rcParams.items() if before[k] != v and k != 'backend'} == {}; "
+            "assert plt.get_fignums() == []")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_style_sets_colours_that_differ() -> None:
+    with mpl.rc_context():
+        figures.use_style()
+        assert mpl.rcParams["axes.prop_cycle"].by_key()["color"] == list(figures.CYCLE)
+    assert len(set(figures.COLORS.values())) == len(figures.COLORS)
+    # Prediction and truth meet in most figures: they differ in lightness too, not in hue alone.
+    assert abs(luminance(figures.COLORS["truth"]) - luminance(figures.COLORS["prediction"])) > 0.3
+
+
+def test_window_maps_centre_and_ends() -> None:
+    values = np.array([-2000, -1350, -600, 150, 500])
+    assert figures.window(values, -600, 1500).tolist() == [0, 0, 0.5, 1, 1]
+
+
+def test_crop_spacing_counts_the_box_in_millimetres() -> None:
+    assert figures.crop_spacing(np.array([3, 4, 320, 320]), 160, (0.7, 0.8)) == pytest.approx((1.4, 1.6))
+
+
+def test_slice_is_upright_with_a_scale_bar_of_the_right_length(image: np.ndarray) -> None:
+    _, axes = figures.new_figure()
+    figures.draw_slice(axes[0, 0], image, (2.0, 2.0), bar_mm=20)
+    picture, bar = axes[0, 0].images[0], axes[0, 0].lines[0]
+    bottom, top = axes[0, 0].get_ylim()
+    assert bottom > top  # row 0 on top
+    assert np.array_equal(picture.get_array(), image)
+    assert np.ptp(bar.get_xdata()) == pytest.approx(10)  # 20 mm of 2 mm pixels
+    assert axes[0, 0].texts[0].get_text() == "20 mm"
+    assert picture.get_clim() == (-1350, 150)
+
+
+def test_normalised_slice_gets_its_own_range_and_pixels_their_shape(image: np.ndarray) -> None:
+    _, axes = figures.new_figure()
+    figures.draw_slice(axes[0, 0], image / 1000, (2.0, 1.0))
+    assert axes[0, 0].images[0].get_clim() == figures.NORMAL_RANGE
+    assert axes[0, 0].get_aspect() == 2.0
+    _, axes = figures.new_figure()
+    figures.draw_slice(axes[0, 0], image)
+    assert len(axes[0, 0].lines) == 0  # no spacing, no scale bar
+
+
+def test_show_slices_draws_masks_in_their_colours(image: np.ndarray, lung: np.ndarray, lesion: np.ndarray) -> None:
+    figure = figures.show_slices([image] * 5, ["a", "b"], [{"lung": lung, "truth": lesion}], columns=3, fill=0.2)
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["a", "b", ""]
+    assert sum(axes.get_visible() for axes in figure.axes) == 5
+    assert outline_colors(figure) == {figures.COLORS["lung"], figures.COLORS["truth"]}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["lung", "truth"]
+    assert plt.get_fignums() == []
+
+
+def test_empty_mask_draws_nothing(image: np.ndarray, lesion: np.ndarray) -> None:
+    figure = figures.show_slices([image], masks=[{"truth": lesion & False}])
+    assert outline_colors(figure) == set()
+
+
+def test_stages_show_maps_in_the_lung_only_and_masks_as_prediction(image: np.ndarray, lung: np.ndarray,
+                                                                  lesion: np.ndarray) -> None:
+    figure = figures.show_stages(image / 1000, lung, {"map": lesion.astype(float), "mask": lesion}, lesion)
+    opacity = figure.axes[1].images[1].get_alpha()
+    assert (opacity[~lung] == 0).all()
+    assert (opacity[lung] > 0).all()
+    assert figures.COLORS["prediction"] in outline_colors(figure)
+    without = figures.show_stages(image / 1000, lung, {"map": lesion.astype(float)}, lesion)
+    assert "prediction" not in [text.get_text() for text in without.legends[0].get_texts()]
+
+
+def test_log_prints_keeps_and_reads_the_last_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = figures.TrainingLog(tmp_path / "run" / "training.log")
+    assert log.losses("classifier") == {}
+    for line in ("classifier step   40/80  loss 0.700  flip 0.010    3.0 s",
+                 "classifier step   80/80  loss 0.500  flip 0.020    6.0 s", "patches phase 1: pace 0.2, 12 admitted",
+                 "patches step   40/40  bag 0.600    3.0 s",
+                 "classifier step   40/80  loss 0.600  flip 0.030    3.0 s",
+                 "classifier step   80/80  loss 0.400  flip 0.040    6.0 s"):
+        log(line)
+    assert capsys.readouterr().out.count("\n") == 6
+    again = figures.TrainingLog(tmp_path / "run" / "training.log")
+    assert again.losses("classifier") == {"step": [40, 80], "loss": [0.6, 0.4], "flip": [0.03, 0.04]}
+    assert again.losses("patches") == {"step": [40], "bag": [0.6]}
+
+
+def test_log_understands_the_lines_of_a_real_training(tmp_path: Path) -> None:
+    from covidseg.training import Progress
+
+    log = figures.TrainingLog(tmp_path / "training.log")
+    progress = Progress("segmenter", 4, 2, log)
+    for step in range(1, 5):
+        progress.step(step, loss=float(step), dice=-0.5)
+    assert log.losses("segmenter") == {"step": [2, 4], "loss": [1.5, 3.5], "dice": [-0.5, -0.5]}
+
+
+def test_log_of_a_committee_is_that_of_its_last_member(tmp_path: Path) -> None:
+    log, (data, _) = figures.TrainingLog(tmp_path / "training.log"), toy(8)
+    train_committee(data, ClassifierSettings(members=2, width=4, steps=2, batch=4), log=log)
+    lines = log.path.read_text(encoding="utf-8").splitlines()
+    assert [line[:19] for line in lines[::len(lines) // 2]] == ["classifier (1 of 2)", "classifier (2 of 2)"]
+    assert log.losses("classifier")["step"] == [1, 2]
+    assert f"loss {log.losses('classifier')['loss'][-1]:.3f}" in lines[-1]
+
+
+def test_training_curve_names_its_losses_and_says_when_there_are_none() -> None:
+    figure = figures.training_curve({"step": [1, 2], "loss": [0.5, 0.4], "flip": [0.1, 0.1]})
+    assert [line.get_label() for line in figure.axes[0].lines] == ["loss", "flip"]
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [0.5, 0.4]
+    assert "no training log" in figures.training_curve({}).axes[0].texts[0].get_text()
+
+
+def test_curriculum_plot_shows_counts_and_purity() -> None:
+    figure = figures.curriculum_plot([0.0, 0.2], {"lesion": [0, 30], "lung": [0, 500]},
+                                     {"lesion": [float("nan"), 0.9], "lung": [float("nan"), 1.0]})
+    left, right = figure.axes
+    assert [bar.get_height() for bar in left.patches] == [0, 30, 0, 500]
+    assert [line.get_ydata()[-1] for line in right.lines] == [0.9, 1.0]
+    assert left.get_xlabel()
+    assert right.get_ylabel()

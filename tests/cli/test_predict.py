@@ -1,0 +1,85 @@
+"""``covidseg lungs``, ``predict`` and ``merge``: parts, tables, and where results go."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import finished_run
+from typer.testing import CliRunner, Result
+
+from covidseg.cli import app
+from covidseg.cli.predict import targets_of
+from covidseg.errors import SettingsError
+
+
+@pytest.fixture(scope="module")
+def run(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished_run(tiny_phantom, tmp_path_factory.getbasetemp() / "tiny-run").folder
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_parts_and_their_merged_table_are_those_of_one_run(tiny_phantom: Path, run: Path, tmp_path: Path) -> None:
+    options = ["--run", run, tiny_phantom / "im", "--threshold", 0.3]
+    assert invoke("predict", *options, "-o", tmp_path / "whole").exit_code == 0
+    out = tmp_path / "out"
+    first = invoke("predict", *options, "-o", out, "--part", "2/3")
+    assert first.exit_code == 0
+    assert "[1/1] phantom_01.nii.gz" in first.output
+    assert names(out) == ["parts", "phantom_01.nii.gz"], "no table before all is done"
+    early = invoke("merge", out)
+    assert early.exit_code != 0
+    assert not (out / "predictions.csv").exists()
+    for part in ("1/3", "3/3"):
+        assert invoke("predict", *options, "-o", out, "--part", part).exit_code == 0
+    merged = invoke("merge", out)
+    assert merged.exit_code == 0
+    assert "4 scans" in merged.output
+    assert (out / "predictions.csv").read_bytes() == (tmp_path / "whole" / "predictions.csv").read_bytes()
+    assert names(out / "parts") == [f"part-{k}-of-3.json" for k in (1, 2, 3)]
+    assert names(tmp_path / "whole") == ["parts", *(f"phantom_0{k}.nii.gz" for k in range(4)), "predictions.csv"]
+
+
+def test_a_second_run_says_that_nothing_was_to_be_done(tiny_phantom: Path, run: Path, tmp_path: Path) -> None:
+    options = ["predict", "--run", run, tiny_phantom / "im", "-o", tmp_path / "out"]
+    assert "as predicted before" not in invoke(*options).output
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.nii.gz")}
+    again = invoke(*options)
+    assert again.exit_code == 0
+    assert again.output.count("as predicted before") == 4
+    assert times == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.nii.gz")}
+
+
+def test_a_bad_scan_has_a_row_and_an_exit_code(tiny_phantom: Path, run: Path, tmp_path: Path) -> None:
+    scans = Path(shutil.copytree(tiny_phantom / "im", tmp_path / "scans"))
+    (scans / "bad.nii.gz").write_bytes(b"not a scan")
+    for part in ("1/2", "2/2"):  # the bad one comes first in order of names
+        result = invoke("predict", "--run", run, scans, "-o", tmp_path / "out", "--part", part)
+        assert result.exit_code == (3 if part == "1/2" else 0)
+    merged = invoke("merge", tmp_path / "out")
+    assert merged.exit_code == 0
+    assert "5 scans, 1 of them failed" in merged.output
+    row = (tmp_path / "out" / "predictions.csv").read_text().splitlines()[1]
+    assert row.startswith("bad,failed,InputFileError,,,,")
+
+
+def test_a_named_file_comes_without_a_report(tiny_phantom: Path, run: Path, tmp_path: Path) -> None:
+    scan = tiny_phantom / "im" / "phantom_01.nii.gz"
+    assert invoke("predict", "--run", run, scan, "-o", tmp_path / "out" / "mask.nii.gz").exit_code == 0
+    assert names(tmp_path / "out") == ["mask.nii.gz"]
+
+
+def test_thousands_of_scans_have_their_targets_at_once(tmp_path: Path) -> None:
+    scans = [tmp_path / f"{k}.nii.gz" for k in range(5000)]
+    targets = targets_of(tmp_path / "out", scans)
+    assert len(set(targets.values())) == 5000
+    with pytest.raises(SettingsError, match="several inputs are called 4999"):
+        targets_of(tmp_path / "out", [*scans, tmp_path / "other" / "4999.nii"])

@@ -1,0 +1,160 @@
+"""Data folders: both layouts, and every way in which a label table can be wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from covidseg.data.folder import load_dataset
+from covidseg.errors import DatasetError
+
+GOOD = "volume,slice,has_lesion,patient\na,0,0,p1\na,2,1,p1\nb,1,0,p2\n"
+
+
+def volumes(root: Path, table: str | bytes | None = GOOD, names: tuple[str, ...] = ("a.nii.gz", "b.nii.gz")) -> Path:
+    """A folder of volumes. Loading opens no scan, so empty files will do."""
+    (root / "im").mkdir(parents=True)
+    for name in names:
+        (root / "im" / name).touch()
+    if table is not None:
+        raw = table.encode() if isinstance(table, str) else table
+        (root / "slice_labels.csv").write_bytes(raw)
+    return root
+
+
+def stacks(root: Path, table: str | None = "position,has_lesion\n0,1\n1,0\n", name: str = "dev") -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / f"{name}_im.nii.gz").touch()
+    if table is not None:
+        (root / f"{name}_slices.csv").write_text(table)
+    return root
+
+
+# --- the two layouts --------------------------------------------------------------------------------------------
+
+def test_volumes_with_labels_and_patients(tmp_path):
+    data = load_dataset(volumes(tmp_path / "d"))
+    assert [(c.id, c.image.name, c.labels, c.patient) for c in data.cases] == [
+        ("a", "a.nii.gz", {0: 0, 2: 1}, "p1"), ("b", "b.nii.gz", {1: 0}, "p2")]
+    assert data.labels() == 3
+    assert all(c.lung is None and c.mask is None for c in data.cases)
+
+
+def test_the_patient_defaults_to_the_volume(tmp_path):
+    plain = load_dataset(volumes(tmp_path / "d", "volume,slice,has_lesion\na,0,0\nb,0,1\n"))
+    blank = load_dataset(volumes(tmp_path / "e", "volume,slice,has_lesion,patient\na,0,0,\nb,0,1,p\n"))
+    assert [c.patient for c in plain.cases] == ["a", "b"]
+    assert [c.patient for c in blank.cases] == ["a", "p"]
+
+
+def test_masks_and_lungs_are_found_where_they_are(tmp_path):
+    root = volumes(tmp_path / "d")
+    for part, name in (("mask", "a.nii.gz"), ("lung", "b.nii.gz")):
+        (root / part).mkdir()
+        (root / part / name).touch()
+    a, b = load_dataset(root).cases
+    assert (a.mask, a.lung) == (root / "mask" / "a.nii.gz", None)
+    assert (b.mask, b.lung) == (None, root / "lung" / "b.nii.gz")
+
+
+def test_a_volume_without_a_line_has_no_labels(tmp_path):
+    cases = load_dataset(volumes(tmp_path / "d", "volume,slice,has_lesion\nb,0,1\n")).cases
+    assert [(c.labels, c.patient) for c in cases] == [({}, "a"), ({0: 1}, "b")]
+
+
+def test_stacks(tmp_path):
+    root = stacks(stacks(tmp_path / "d"), "position,has_lesion\n5,1\n", "val")
+    (root / "dev_mask.nii.gz").touch()
+    dev, val = load_dataset(root).cases
+    assert (dev.id, dev.labels, dev.patient, dev.mask) == ("dev", {0: 1, 1: 0}, "dev", root / "dev_mask.nii.gz")
+    assert (val.id, val.labels, val.mask) == ("val", {5: 1}, None)
+
+
+def test_other_files_in_the_image_folder_are_no_scans(tmp_path):
+    data = load_dataset(volumes(tmp_path / "d", names=("a.nii.gz", "b.nii", "README.md", "c.jpg")))
+    assert [c.id for c in data.cases] == ["a", "b"]
+
+
+def test_more_columns_and_a_byte_order_mark_do_no_harm(tmp_path):
+    # Spreadsheets put a byte-order mark before the first column's name when they save "CSV UTF-8".
+    table = b"\xef\xbb\xbfvolume,reader,slice,has_lesion\r\na,MD,0,0\r\nb,MD,0,1\r\n"
+    assert [c.labels for c in load_dataset(volumes(tmp_path / "d", table)).cases] == [{0: 0}, {0: 1}]
+
+
+def test_labels_may_be_missing_where_they_are_not_needed(tmp_path):
+    for root in (volumes(tmp_path / "v", None), stacks(tmp_path / "s", None)):
+        assert load_dataset(root, need_labels=False).labels() == 0
+    # A table that is there is read all the same, and its faults are reported.
+    assert load_dataset(volumes(tmp_path / "w"), need_labels=False).labels() == 3
+    with pytest.raises(DatasetError, match="lacks the column"):
+        load_dataset(stacks(tmp_path / "t", "a,b\n"), need_labels=False)
+
+
+def test_subset_keeps_the_order_asked_for(tmp_path):
+    data = load_dataset(volumes(tmp_path / "d"))
+    assert [c.id for c in data.subset(["b", "a"]).cases] == ["b", "a"]
+    assert data.subset([]).cases == ()
+    with pytest.raises(DatasetError, match=r"has no volume x, y.*It holds a, b"):
+        data.subset(["a", "x", "y"])
+
+
+def test_the_phantom_is_such_a_folder(tiny_phantom):
+    data = load_dataset(tiny_phantom)
+    assert len(data.cases) == 4
+    assert data.labels() == 40
+    assert all(c.mask and c.mask.exists() and c.lung and c.lung.exists() for c in data.cases)
+    assert {label for c in data.cases for label in c.labels.values()} == {0, 1}
+
+
+# --- faults -----------------------------------------------------------------------------------------------------
+
+def check_refused(root: Path, *words: str) -> None:
+    with pytest.raises(DatasetError) as caught:
+        load_dataset(root)
+    for word in words:
+        assert word in str(caught.value)
+    assert caught.value.remedy
+
+
+def test_folders_that_are_no_data(tmp_path):
+    check_refused(tmp_path / "none", "no such data folder")
+    (tmp_path / "file").touch()
+    check_refused(tmp_path / "file", "no such data folder")
+    (tmp_path / "empty" / "im").mkdir(parents=True)
+    check_refused(tmp_path / "empty", "holds no scans", "slice_labels.csv")
+
+
+@pytest.mark.parametrize(("table", "words"), [
+    (None, ["slice_labels.csv", "no such label table", "volume, slice, has_lesion"]),
+    ("", ["lacks the column volume, slice, has_lesion"]),
+    ("volume,slice\na,0\n", ["lacks the column has_lesion"]),
+    ("volume;slice;has_lesion\na;0;0\n", ["lacks the column volume, slice, has_lesion"]),
+    ("volume,slice,has_lesion\na,0,0\na,1,2\n", ["line 3", "has_lesion 0 or 1"]),
+    ("volume,slice,has_lesion\na,0,\n", ["line 2", "has_lesion 0 or 1"]),
+    ("volume,slice,has_lesion\na,0,yes\n", ["line 2"]),
+    ("volume,slice,has_lesion\na,-1,0\n", ["line 2", "slice number"]),
+    ("volume,slice,has_lesion\na,1.5,0\n", ["line 2"]),
+    ("volume,slice,has_lesion\na,1\n", ["line 2"]),
+    ("volume,slice,has_lesion\na,1,0\na,1,1\n", ["line 3", "slice 1 of volume a a second time"]),
+    ("volume,slice,has_lesion\na,1,0\nz,1,1\ny,0,1\n", ["im/ does not hold: y, z"]),
+    (b"volume,slice,has_lesion\n\xff\xfe,0,1\n", ["not a CSV table", "UTF-8"]),
+])
+def test_label_tables_of_volumes(tmp_path, table, words):
+    check_refused(volumes(tmp_path / "d", table), *words)
+
+
+def test_a_folder_in_place_of_the_table(tmp_path):
+    root = volumes(tmp_path / "d", None)
+    (root / "slice_labels.csv").mkdir()
+    check_refused(root, "slice_labels.csv", "not a CSV table")
+
+
+@pytest.mark.parametrize(("table", "words"), [
+    (None, ["dev_slices.csv", "no such label table", "position, has_lesion"]),
+    ("slice,has_lesion\n0,1\n", ["lacks the column position"]),
+    ("position,has_lesion\n0,1\n0,1\n", ["line 3", "slice 0 a second time"]),
+    ("position,has_lesion\nfirst,1\n", ["line 2", "position must be a slice number"]),
+])
+def test_label_tables_of_stacks(tmp_path, table, words):
+    check_refused(stacks(tmp_path / "d", table), *words)

@@ -1,0 +1,163 @@
+"""Splits: the shipped ones, faulty ones, and what is left of a data set after one has been applied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from data_server import nifti, volume
+
+from covidseg.data.folder import Dataset, load_dataset
+from covidseg.data.phantom import PhantomSettings, is_healthy
+from covidseg.data.splits import PARTS, Split, apply_split, read_split, split_names
+from covidseg.errors import DatasetError
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Volumes a, b and c; b and c are one patient's."""
+    (tmp_path / "im").mkdir()
+    rows = "volume,slice,has_lesion,patient\n"
+    for name, patient in (("a", "p"), ("b", "q"), ("c", "q")):
+        (tmp_path / "im" / f"{name}.nii.gz").write_bytes(nifti(volume(0, (1,))[0]))
+        rows += f"{name},0,0,{patient}\n{name},1,1,{patient}\n"
+    write(tmp_path / "slice_labels.csv", rows)
+    return tmp_path
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Dataset:
+    """A stack of three slices that a published file holds in the opposite order."""
+    (tmp_path / "tr_im.nii.gz").write_bytes(nifti(volume(0, (1,), slices=3)[0]))
+    write(tmp_path / "tr_slices.csv", "position,medseg100_slice,has_lesion\n0,2,0\n1,1,1\n2,0,1\n")
+    return load_dataset(tmp_path)
+
+
+def test_shipped_splits_are_sound() -> None:
+    assert split_names() == ["medseg1", "medseg2", "phantom"]
+    for name in split_names():
+        split = read_split(name)
+        assert split.part("train")
+        assert split.part("test")
+        assert set(split.volumes) | set(split.slices)
+
+
+def test_medseg1_is_the_usual_split() -> None:
+    split = read_split("medseg1")
+    assert sorted(split.slices) == list(range(100))
+    assert len(split.part("train")) == 50
+    assert len(split.part("test")) == 48
+    assert split.part("left_out") == [22, 48]
+    for published, part in ((0, "train"), (6, "test"), (9, "test"), (18, "test"), (67, "train"), (99, "test")):
+        assert split.slices[published] == part
+
+
+def test_medseg2_keeps_the_pair_together() -> None:
+    split = read_split("medseg2")
+    assert list(split.volumes) == [str(v) for v in range(1, 10)]
+    assert split.patients["2"] == split.patients["3"]
+    assert split.volumes["2"] == split.volumes["3"]
+    assert len(set(split.patients.values())) == 8
+
+
+def test_phantom_split_fits_the_phantom() -> None:
+    settings, split = PhantomSettings(), read_split("phantom")
+    assert list(split.volumes) == [f"phantom_{i:02d}" for i in range(settings.patients)]
+    healthy = {f"phantom_{i:02d}" for i in range(settings.patients) if is_healthy(settings, i)}
+    train, test = set(split.part("train")), set(split.part("test"))
+    assert (len(train), len(test)) == (8, 4)
+    assert (len(train & healthy), len(test & healthy)) == (3, 1)
+
+
+@pytest.mark.parametrize(("text", "complaint"), [
+    ("volume,patient,split\na,p,train\nb,p,test\n", "'p' is on two sides: a in train, b in test"),
+    ("volume,patient,split\na,p,train\nb,q,exam\n", "line 3 names the part 'exam'"),
+    ("volume,patient,split\na,p,train\na,p,train\n", "line 3 names 'a' a second time"),
+    ("volume,patient,split\n,p,train\n", "line 2 names '' as a volume"),
+    ("slice,split\n4,train\n4,test\n", "line 3 names '4' a second time"),
+    ("slice,split\n-1,train\n", "'-1' is not a slice number"),
+    ("slice,split\nfour,train\n", "'four' is not a slice number"),
+    ("volume,split\na,train\n", "lacks columns"),
+    ("volume,patient,split\n", "is empty"),
+    ("", "lacks columns"),
+    ("volume,patient,split\na,p\n", "names the part 'None'"),
+])
+def test_faulty_splits_are_refused(text: str, complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=complaint):
+        read_split(write(tmp_path / "mine.csv", text))
+
+
+def test_a_split_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_bytes(b"\xff\xfe\x00volume")
+    with pytest.raises(DatasetError, match="not a CSV table"):
+        read_split(tmp_path / "mine.csv")
+
+
+def test_unknown_split_lists_the_known_ones(tmp_path: Path) -> None:
+    for name in ("medseg3", tmp_path / "none.csv"):
+        with pytest.raises(DatasetError, match="medseg1, medseg2, phantom"):
+            read_split(name)
+
+
+def test_left_out_volumes_of_a_patient_do_no_harm(tmp_path: Path) -> None:
+    split = read_split(write(tmp_path / "m.csv", "volume,patient,split\na,p,train\nb,p,left_out\nc,q,test\n"))
+    assert split.part("train") == ["a"]
+
+
+def test_unknown_and_empty_parts() -> None:
+    split = Split("m", {"a": "train"}, {"a": "a"}, {})
+    with pytest.raises(DatasetError, match=", ".join(PARTS)):
+        split.part("exam")
+    with pytest.raises(DatasetError, match="has nothing in its part 'val'"):
+        split.part("val")
+
+
+def test_apply_by_volume(folder: Path, tmp_path: Path) -> None:
+    split = read_split(write(tmp_path / "m.csv", "volume,patient,split\na,p,test\nb,q,train\nc,q,train\n"))
+    dataset = load_dataset(folder)
+    assert [c.id for c in apply_split(dataset, split, "train").cases] == ["b", "c"]
+    assert [c.id for c in apply_split(dataset, split, "test").cases] == ["a"]
+
+
+def test_folder_and_split_have_to_agree(folder: Path, tmp_path: Path) -> None:
+    more = read_split(write(tmp_path / "m.csv", "volume,patient,split\na,p,test\nb,q,train\nc,q,train\nd,r,test\n"))
+    with pytest.raises(DatasetError, match="differ in d"):
+        apply_split(load_dataset(folder), more, "test")
+    fewer = read_split(write(tmp_path / "n.csv", "volume,patient,split\na,p,test\n"))
+    with pytest.raises(DatasetError, match="differ in b, c"):
+        apply_split(load_dataset(folder), fewer, "test")
+
+
+def test_a_patient_known_to_the_folder_only(folder: Path, tmp_path: Path) -> None:
+    split = read_split(write(tmp_path / "m.csv", "volume,patient,split\na,a,test\nb,b,train\nc,c,test\n"))
+    with pytest.raises(DatasetError, match="'q' is on two sides"):
+        apply_split(load_dataset(folder), split, "test")
+
+
+def test_apply_by_slice_counts_as_the_published_file(stack: Dataset, tmp_path: Path) -> None:
+    split = read_split(write(tmp_path / "m.csv", "slice,split\n0,test\n1,train\n2,left_out\n"))
+    assert apply_split(stack, split, "test").cases[0].labels == {2: 1}
+    assert apply_split(stack, split, "train").cases[0].labels == {1: 1}
+    assert apply_split(stack, split, "left_out").cases[0].labels == {0: 0}
+
+
+def test_slices_without_a_place_or_a_stack(stack: Dataset, folder: Path, tmp_path: Path) -> None:
+    split = read_split(write(tmp_path / "m.csv", "slice,split\n0,test\n7,train\n"))
+    with pytest.raises(DatasetError, match="does not place slices 1, 2"):
+        apply_split(stack, split, "test")
+    whole = read_split(write(tmp_path / "n.csv", "slice,split\n0,test\n1,test\n2,test\n7,train\n"))
+    with pytest.raises(DatasetError, match="none of its slices"):
+        apply_split(stack, whole, "train")
+    with pytest.raises(DatasetError, match="for one stack"):
+        apply_split(load_dataset(folder), split, "test")
+
+
+def test_stack_without_published_numbers_counts_itself(stack: Dataset, tmp_path: Path) -> None:
+    write(tmp_path / "tr_slices.csv", "position,has_lesion\n0,0\n1,1\n2,1\n")
+    split = read_split(write(tmp_path / "m.csv", "slice,split\n0,test\n1,train\n2,train\n"))
+    assert apply_split(load_dataset(tmp_path), split, "test").cases[0].labels == {0: 0}

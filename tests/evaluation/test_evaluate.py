@@ -1,0 +1,609 @@
+"""Measuring the stages: the rows, the counting path with an oracle, and figures computed a second way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from skimage.filters import threshold_otsu
+from tiny import TINY, finished_run, quiet, toy
+
+from covidseg.classifier import Classifier
+from covidseg.curriculum import Round
+from covidseg.data.folder import Case, Dataset, load_dataset
+from covidseg.data.scan import Grid, read_mask, read_scan, write_like
+from covidseg.data.splits import Split, apply_split
+from covidseg.errors import DatasetError
+from covidseg.evaluation import evaluate
+from covidseg.evaluation.evaluate import (
+    Evaluation,
+    Finder,
+    Outliner,
+    evaluate_lungs,
+    evaluate_run,
+    lesion_coverage,
+    measure,
+    otsu_in_lung,
+    otsu_outliner,
+    stage_outliner,
+    supervised_outliner,
+    training_truth,
+    unseen_slices,
+)
+from covidseg.evaluation.metrics import confusion
+from covidseg.evaluation.statistics import reliability_sums
+from covidseg.gradcam import CamSettings
+from covidseg.lungnet import robust_lungs
+from covidseg.lungs import lung_masks
+from covidseg.patches import PatchNet, patch_probabilities
+from covidseg.pipeline import Run
+from covidseg.preprocess import Crops, PrepareSettings, make_crops, uncrop, uncrop_all
+from covidseg.segmenter import make_segmenter, trusting
+
+ROWS = ["Otsu in the lung", "Grad-CAM", "Patch MIL", "Fine label map", "Segmenter"]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finished_run(tiny_phantom, tmp_path_factory.getbasetemp() / "tiny-run")
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_run: Run) -> Evaluation:
+    return evaluate_run(tiny_run, tiny_run.data.subset(["phantom_01", "phantom_02"]), upper_bound=False)
+
+
+def test_rows_come_in_the_order_of_the_stages(measured: Evaluation) -> None:
+    assert [stage.name for stage in measured.stages] == ROWS
+    assert [stage.supervision for stage in measured.stages] == ["none"] + 4 * ["slice labels"]
+
+
+def test_the_upper_bound_is_a_row_of_its_own_and_says_so(tiny_run: Run) -> None:
+    result = evaluate_run(tiny_run, tiny_run.data.subset(["phantom_01"]))
+    assert [stage.name for stage in result.stages] == [*ROWS, "Segmenter, true masks"]
+    assert result.stages[-1].supervision == "pixel masks"
+
+
+def test_every_full_slice_is_counted_in_every_row(measured: Evaluation, tiny_run: Run) -> None:
+    masks = [read_mask(case.mask) for case in tiny_run.data.subset(["phantom_01", "phantom_02"]).cases]
+    assert measured.slices == 20
+    for stage in measured.stages:
+        assert (stage.counts.sum(axis=1) == 128 * 128).all()
+        np.testing.assert_array_equal(stage.counts[:, 0] + stage.counts[:, 2], np.concatenate(masks).sum((1, 2)))
+
+
+def test_the_otsu_row_equals_a_direct_computation(measured: Evaluation, tiny_run: Run) -> None:
+    counts = []
+    for case in tiny_run.data.subset(["phantom_01", "phantom_02"]).cases:
+        pixels, mask = read_scan(case.image).pixels, read_mask(case.mask)
+        for image, lung, truth in zip(pixels, lung_masks(pixels), mask, strict=True):
+            found = np.zeros(truth.shape, bool)
+            if lung.any():
+                crop = robust_lungs(tiny_run.lung_net(), make_crops(image[None], lung[None], TINY.prepare),
+                                    TINY.lung_net)
+                inside = crop.images[0][crop.lungs[0]]
+                small = crop.lungs[0] & (crop.images[0] > threshold_otsu(inside))
+                found = uncrop(small, crop.boxes[0], truth.shape) >= 0.5
+            counts.append([(found & truth).sum(), (found & ~truth).sum(), (~found & truth).sum(),
+                           (~found & ~truth).sum()])
+    np.testing.assert_array_equal(measured.stages[0].counts, counts)
+    assert 0 < measured.stages[0].micro().dice < 1
+
+
+def test_micro_figures_pool_all_slices(measured: Evaluation) -> None:
+    for stage in measured.stages:
+        hit, false, miss, _ = stage.counts.sum(axis=0)
+        assert stage.micro().dice == pytest.approx(2 * hit / (2 * hit + false + miss))
+
+
+def test_thresholds_are_fixed_without_masks(measured: Evaluation, tiny_run: Run) -> None:
+    thresholds = [stage.threshold for stage in measured.stages]
+    assert np.isnan(thresholds[0]), "Otsu's is found in each slice"
+    assert thresholds[1:] == [tiny_run.profile.cam.outline, tiny_run.profile.mil.threshold, 0.5,
+                              tiny_run.profile.segmenter.threshold]
+
+
+def test_otsu_in_the_lung_by_hand() -> None:
+    images = np.zeros((3, 4, 4), np.float32)
+    images[:, :2], images[0, 0, :2] = 0.1, 0.9
+    lungs = np.zeros((3, 4, 4), bool)
+    lungs[0, :2] = True
+    lungs[1, :2] = True           # even brightness: nothing to separate
+    found = otsu_in_lung(images, lungs)
+    assert found[0, 0].tolist() == [1, 1, 0, 0]
+    assert found.sum() == 2
+
+
+@pytest.fixture
+def squares(tmp_path: Path) -> Dataset:
+    """Two volumes of 80 x 80 in which a voxel is a lesion where it is bright: an oracle can read the truth off."""
+    rng = np.random.default_rng(0)
+    cases = []
+    for name in ("one", "two"):
+        mask = rng.random((4, 80, 80)) < 0.2
+        mask[3] = False
+        pixels = np.where(mask, 0, -900).astype(np.int16)
+        grid = Grid((80, 80, 4), np.diag([-1.0, -1.0, 5.0, 1.0]))
+        image = write_like(pixels, grid, tmp_path / "im" / f"{name}.nii.gz")
+        drawn = write_like(mask, grid, tmp_path / "mask" / f"{name}.nii.gz")
+        cases.append(Case(name, image, {k: int(mask[k].any()) for k in range(4)}, name, None, drawn))
+    return Dataset(tmp_path, tuple(cases))
+
+
+@pytest.fixture
+def untrained(squares: Dataset) -> SimpleNamespace:
+    """What evaluate_run needs of a run, with nets that know nothing; crops are whole slices, pixel by pixel."""
+    torch.manual_seed(0)
+    data, _ = toy(4, size=80)
+    profile = SimpleNamespace(**{**vars(TINY), "prepare": PrepareSettings(size=80, margin=0.0)})
+    classifier, patch_net = Classifier(TINY.classifier).eval(), PatchNet(TINY.mil).eval()
+    return SimpleNamespace(
+        data=squares, profile=profile, best=lambda: 1,
+        committee=lambda number: classifier, mil=lambda number: (patch_net, []),
+        segmenter=lambda: make_segmenter(TINY.segmenter).eval(), weak=lambda: data, crops=in_lungs(everywhere))
+
+
+def everywhere(pixels: np.ndarray) -> np.ndarray:
+    return np.ones(pixels.shape, bool)
+
+
+def left_half(pixels: np.ndarray) -> np.ndarray:
+    masks = np.zeros(pixels.shape, bool)
+    masks[:, :, :40] = True
+    return masks
+
+
+def all_but(number: int) -> Finder:
+    """Lung everywhere except in one slice of each volume."""
+    def find(pixels: np.ndarray) -> np.ndarray:
+        masks = everywhere(pixels)
+        masks[number] = False
+        return masks
+    return find
+
+
+def in_lungs(find: Finder) -> Callable[..., tuple[np.ndarray, Crops]]:
+    """The crops that a run would make whose lungs are found by ``find``."""
+    def crops(pixels: np.ndarray, volume: bool | None = None) -> tuple[np.ndarray, Crops]:
+        lungs = find(pixels)
+        found = np.flatnonzero(lungs.any(axis=(1, 2)))
+        return found, make_crops(pixels[found], lungs[found], PrepareSettings(size=80, margin=0.0))
+    return crops
+
+
+def oracle(net: object, crops: Crops) -> np.ndarray:
+    return (crops.images > 0.5).astype(np.float32)
+
+
+def test_an_oracle_scores_one(untrained: SimpleNamespace, squares: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "lesion_probabilities", oracle)
+    result = evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
+    assert result.slices == 8
+    row = result.stages[-1]
+    assert row.micro().as_dict() == dict.fromkeys(("dice", "iou", "ppv", "sensitivity", "specificity"), 1.0)
+    assert row.macro().dice == 1
+    assert result.stages[-2].micro().dice < 1, "the other stages are no oracles"
+
+
+def test_slices_without_a_lung_count_as_missed(untrained: SimpleNamespace, squares: Dataset,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    untrained.crops = in_lungs(all_but(1))
+    monkeypatch.setattr(evaluate, "lesion_probabilities", oracle)
+    row = evaluate_run(untrained, squares, upper_bound=False).stages[-1]  # type: ignore[arg-type]
+    truth = np.concatenate([read_mask(case.mask) for case in squares.cases])
+    for k in range(8):
+        lesion = truth[k].sum()
+        expected = [0, 0, lesion, 6400 - lesion] if k % 4 == 1 else [lesion, 0, 0, 6400 - lesion]
+        assert row.counts[k].tolist() == expected
+    assert row.macro().dice == pytest.approx(2 / 3)  # of three slices with a lesion in each volume, one is missed
+
+
+TEST_SIDE = [1, 3]
+
+
+@pytest.fixture
+def one_side(squares: Dataset) -> Dataset:
+    """The test side of a stack whose slices are split: slices 1 and 3 of four."""
+    stack = Dataset(squares.root, squares.cases[:1])
+    sides = {k: "test" if k in TEST_SIDE else "train" for k in range(4)}
+    return apply_split(stack, Split("odd", {}, {}, sides), "test")
+
+
+def test_only_the_side_of_a_split_stack_is_measured(untrained: SimpleNamespace, squares: Dataset, one_side: Dataset,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def oracle_of_slices(net: object, crops: Crops) -> np.ndarray:
+        asked.append(len(crops))
+        return (crops.images > 0.5).mean((1, 2)).astype(np.float32)
+    monkeypatch.setattr(evaluate, "slice_probabilities", oracle_of_slices)
+    whole = evaluate_run(untrained, Dataset(squares.root, squares.cases[:1]), upper_bound=False)  # type: ignore[arg-type]
+    side = evaluate_run(untrained, one_side, upper_bound=False)  # type: ignore[arg-type]
+    assert (whole.slices, side.slices) == (4, 2)
+    for a, b in zip(whole.stages, side.stages, strict=True):
+        np.testing.assert_array_equal(b.counts, a.counts[TEST_SIDE])
+    # One slice of either class is left for the classifier: the last slice has no lesion.
+    assert asked == [4, 4], "once a volume, for the maps and for the figure"
+    assert side.classifier_auc == 1
+    no_lesion = replace(one_side.cases[0], labels={3: 0})
+    alone = evaluate_run(untrained, Dataset(squares.root, (no_lesion,)), upper_bound=False)  # type: ignore[arg-type]
+    assert alone.slices == 1
+    assert np.isnan(alone.classifier_auc), "the other slices would give it a second class"
+
+
+def test_coverage_of_one_side_of_a_split_stack(squares: Dataset, one_side: Dataset) -> None:
+    truth = read_mask(squares.cases[0].mask)
+
+    def only(number: int) -> Finder:
+        return lambda pixels: ~all_but(number)(pixels)
+    inside, masked = lesion_coverage(one_side, left_half)
+    assert inside == truth[1, :, :40].sum() / truth[1].sum()
+    assert masked == 0.5
+    assert lesion_coverage(one_side, only(1)) == (1, 0.5)
+    assert lesion_coverage(one_side, only(0)) == (0, 0), "a slice of the other side is no part of it"
+
+
+def test_predictions_outside_the_lung_are_cut_off(untrained: SimpleNamespace, squares: Dataset,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    untrained.crops = in_lungs(left_half)
+    placed: list[np.ndarray] = []
+    monkeypatch.setattr(evaluate, "uncrop_all", lambda maps, *rest: placed.extend(maps) or uncrop_all(maps, *rest))
+    evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
+    assert len(placed) == 8 * (len(ROWS) + 1), "each row of each slice, and the lungs"
+    lung = in_lungs(left_half)(np.zeros((1, 80, 80)))[1].lungs[0]
+    assert lung.sum() == 80 * 40
+    for small in placed:
+        assert (small[~lung] == 0).all()
+    assert sum((small[lung] > 0).any() for small in placed) > len(placed) / 2, "inside the lung they do predict"
+    # A stage that marks all of the lung marks just that half of the slice.
+    monkeypatch.setattr(evaluate, "lesion_probabilities", lambda net, crops: crops.lungs.astype(np.float32))
+    row = evaluate_run(untrained, squares, upper_bound=False).stages[-1]  # type: ignore[arg-type]
+    assert (row.counts[:, 0] + row.counts[:, 1] == 80 * 40).all()
+    truth = np.concatenate([read_mask(case.mask) for case in squares.cases])
+    assert row.counts[:, 0].tolist() == truth[:, :, :40].sum(axis=(1, 2)).tolist()
+
+
+def test_auc_of_one_class_is_undefined(untrained: SimpleNamespace, squares: Dataset) -> None:
+    untrained.crops = in_lungs(all_but(3))
+    assert np.isnan(evaluate_run(untrained, squares, upper_bound=False).classifier_auc)  # type: ignore[arg-type]
+
+
+def test_classifier_auc_uses_the_masks_of_the_test_set(untrained: SimpleNamespace, squares: Dataset,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "slice_probabilities",
+                        lambda net, crops: (crops.images > 0.5).mean((1, 2)).astype(np.float32))
+    assert evaluate_run(untrained, squares, upper_bound=False).classifier_auc == 1  # type: ignore[arg-type]
+
+
+def test_maps_are_made_with_the_settings_of_the_run(untrained: SimpleNamespace, squares: Dataset,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def record(net: object, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
+        used.append(settings)
+        return np.zeros(crops.images.shape, np.float32)
+    monkeypatch.setattr(evaluate, "activation_maps", record)
+    monkeypatch.setattr(evaluate, "slice_probabilities", lambda net, crops: np.ones(len(crops), np.float32))
+    untrained.profile.cam = CamSettings(top=77.0)
+    evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
+    assert len(used) == len(squares.cases), "once a volume: the fused row reuses the map of its own row"
+    assert {settings.top for settings in used} == {77.0}
+
+
+def test_the_nets_of_the_best_round_are_measured(untrained: SimpleNamespace, squares: Dataset) -> None:
+    asked: list[tuple[str, int]] = []
+    classifier, patch_net = untrained.committee(1), untrained.mil(1)
+    untrained.best = lambda: 3
+    untrained.committee = lambda number: asked.append(("committee", number)) or classifier
+    untrained.mil = lambda number: asked.append(("mil", number)) or patch_net
+    evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
+    assert asked == [("committee", 3), ("mil", 3)]
+
+
+@pytest.mark.parametrize("best", [1, 2])
+def test_figures_are_those_of_the_best_round(tiny_run: Run, monkeypatch: pytest.MonkeyPatch, best: int) -> None:
+    """Whichever round agreed best: the rows of map and patches, computed directly from its nets."""
+    # A net that was hardly trained calls no slice ill; believed throughout, each round's maps leave their own mark.
+    monkeypatch.setattr(evaluate, "slice_probabilities", lambda net, crops: np.ones(len(crops), np.float32))
+    run = Run(tiny_run.data, TINY, 0, tiny_run.folder, "cpu", quiet)
+    run.rounds = lambda: [Round(float(k == best), 0.0, 0.0) for k in (1, 2)]  # type: ignore[method-assign]
+    data = run.data.subset(["phantom_01"])
+    result = evaluate_run(run, data, upper_bound=False)
+    found, crops = run.crops(read_scan(data.cases[0].image).pixels)
+    mask = read_mask(data.cases[0].mask)
+
+    def counts(number: int) -> list[np.ndarray]:
+        cam = evaluate.believed_maps(run.classifier(number), crops, np.ones(len(crops), bool), TINY.cam)
+        rows = []
+        for maps, level in ((cam, TINY.cam.outline), (patch_probabilities(run.mil(number)[0], crops, cam),
+                                                      TINY.mil.threshold)):
+            predicted = np.zeros(mask.shape, bool)
+            for k, small, box in zip(found, maps, crops.boxes, strict=True):
+                predicted[k] = uncrop(small, box, mask.shape[1:]) >= level
+            rows.append(confusion(predicted, mask))
+        return rows
+    mine, other = counts(best), counts(3 - best)
+    for row, expected in zip(result.stages[1:3], mine, strict=True):
+        np.testing.assert_array_equal(row.counts, expected)
+    assert any(not np.array_equal(a, b) for a, b in zip(mine, other, strict=True)), "the rounds differ"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_true_lungs_are_used_where_a_profile_asks_for_them(untrained: SimpleNamespace, squares: Dataset,
+                                                           tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                           wanted: bool) -> None:
+    """One volume has a lung mask, its right half; the other has none and keeps the lungs that were found."""
+    one, two = squares.cases
+    grid = Grid((80, 80, 4), np.diag([-1.0, -1.0, 5.0, 1.0]))
+    lung = write_like(~left_half(np.zeros((4, 80, 80))), grid, tmp_path / "lung" / "one.nii.gz")
+    data = Dataset(squares.root, (replace(one, lung=lung), two))
+    untrained.profile.true_lungs = wanted
+    monkeypatch.setattr(evaluate, "lesion_probabilities", lambda net, crops: crops.lungs.astype(np.float32))
+    row = evaluate_run(untrained, data, upper_bound=False).stages[-1]  # type: ignore[arg-type]
+    truth = read_mask(one.mask)
+    assert row.counts[:4, :2].sum(axis=1).tolist() == [80 * 40 if wanted else 80 * 80] * 4
+    assert row.counts[:4, 0].tolist() == truth[:, :, 40 if wanted else 0:].sum(axis=(1, 2)).tolist()
+    assert row.counts[4:, :2].sum(axis=1).tolist() == [80 * 80] * 4
+
+
+def test_the_upper_bound_has_the_threshold_of_trusted_masks(tiny_run: Run) -> None:
+    bound = evaluate_run(tiny_run, tiny_run.data.subset(["phantom_01"])).stages[-1]
+    assert bound.threshold == trusting(TINY.segmenter).threshold == 0.5
+    assert bound.threshold != TINY.segmenter.threshold
+
+
+def test_measuring_needs_masks(tiny_run: Run, squares: Dataset) -> None:
+    bare = Dataset(squares.root, tuple(Case(c.id, c.image, c.labels, c.patient) for c in squares.cases))
+    with pytest.raises(DatasetError, match="no lesion mask"):
+        evaluate_run(tiny_run, bare, upper_bound=False)
+
+
+def test_training_truth_lies_on_the_training_crops(tiny_run: Run) -> None:
+    masks, data = training_truth(tiny_run), tiny_run.weak()
+    assert masks.shape == data.crops.images.shape
+    truth = {case.id: read_mask(case.mask) for case in tiny_run.data.cases}
+    for name, box, small in zip(data.names, data.crops.boxes, masks, strict=True):
+        volume, number = name.rsplit(":", 1)
+        full = truth[volume][int(number)]
+        back = uncrop(small, box, full.shape) >= 0.5
+        if full.sum() > 100:
+            assert 2 * (back & full).sum() / (back.sum() + full.sum()) > 0.8
+        elif not full.any():
+            assert not back.any()
+
+
+def test_lung_dice_of_each_slice(tiny_phantom: Path) -> None:
+    data = load_dataset(tiny_phantom).subset(["phantom_00", "phantom_02"])
+    result = evaluate_lungs(data)
+    first = read_mask(data.cases[0].lung)
+    mine = lung_masks(read_scan(data.cases[0].image).pixels)
+    for name, value in zip(result.names, result.dice, strict=True):
+        volume, k = name.split(":")
+        if volume == "phantom_00":
+            a, b = first[int(k)], mine[int(k)]
+            assert value == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+    assert np.median(result.dice) > 0.8
+
+
+def test_lung_dice_of_a_finder(tiny_phantom: Path, tiny_run: Run) -> None:
+    data = load_dataset(tiny_phantom).subset(["phantom_00"])
+    truth = read_mask(data.cases[0].lung)
+    pixels = read_scan(data.cases[0].image).pixels
+    perfect = evaluate_lungs(data, lambda given: truth if np.array_equal(given, pixels) else ~truth)
+    assert len(perfect.dice) > 5
+    assert (perfect.dice == 1).all()
+    assert (evaluate_lungs(data, lambda given: ~truth).dice == 0).all()
+    everything = evaluate_lungs(data, everywhere)
+    for name, value in zip(everything.names, everything.dice, strict=True):
+        share = truth[int(name.split(":")[1])].mean()
+        assert value == pytest.approx(2 * share / (1 + share))
+    mine = tiny_run.lungs(pixels)
+    result = evaluate_lungs(data, tiny_run.lungs)
+    for name, value in zip(result.names, result.dice, strict=True):
+        a, b = truth[int(name.split(":")[1])], mine[int(name.split(":")[1])]
+        assert value == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+def test_slices_with_hardly_any_lung_are_not_judged(tiny_phantom: Path) -> None:
+    data = load_dataset(tiny_phantom).subset(["phantom_00"])
+    shares = read_mask(data.cases[0].lung).mean(axis=(1, 2))
+    middle = float(np.median(shares))
+    expected = [f"phantom_00:{k}" for k in np.flatnonzero(shares >= middle)]
+    assert 0 < len(expected) < len(shares)
+    assert evaluate_lungs(data, everywhere, least=middle).names.tolist() == expected
+
+
+# --- how much of the lesions a lung mask holds --------------------------------------------------------------------
+
+def test_coverage_by_hand(squares: Dataset) -> None:
+    truth = np.concatenate([read_mask(case.mask) for case in squares.cases])
+    inside, masked = lesion_coverage(squares, left_half)
+    assert masked == 0.5
+    assert inside == pytest.approx(truth[:, :, :40].sum() / truth.sum())
+    assert inside != 0.5
+    assert lesion_coverage(squares, everywhere) == (1, 1)
+    assert lesion_coverage(squares, lambda pixels: ~everywhere(pixels)) == (0, 0)
+
+
+def test_coverage_pools_voxels_over_volumes(squares: Dataset) -> None:
+    def of_the_first(pixels: np.ndarray) -> np.ndarray:
+        return np.full(pixels.shape, np.array_equal(pixels, first))
+    first = read_scan(squares.cases[0].image).pixels
+    lesions = [read_mask(case.mask).sum() for case in squares.cases]
+    assert lesion_coverage(squares, of_the_first) == (pytest.approx(lesions[0] / sum(lesions)), 0.5)
+
+
+def test_coverage_without_a_lesion_is_undefined(squares: Dataset) -> None:
+    write_like(np.zeros((4, 80, 80), bool), Grid((80, 80, 4), np.diag([-1.0, -1.0, 5.0, 1.0])), squares.cases[0].mask)
+    inside, masked = lesion_coverage(Dataset(squares.root, squares.cases[:1]), left_half)
+    assert np.isnan(inside)
+    assert masked == 0.5
+
+
+def test_coverage_of_the_threshold_by_default(tiny_phantom: Path) -> None:
+    data = load_dataset(tiny_phantom)
+    assert lesion_coverage(data) == lesion_coverage(data, lung_masks)
+    inside, masked = lesion_coverage(data)
+    assert inside > 2 * masked > 0, "lesions lie in lungs"
+
+
+def test_coverage_needs_masks(squares: Dataset) -> None:
+    bare = Dataset(squares.root, tuple(replace(case, mask=None) for case in squares.cases))
+    with pytest.raises(DatasetError, match="no lesion mask"):
+        lesion_coverage(bare, everywhere)
+
+
+def test_volumes_without_true_lungs_are_skipped(squares: Dataset) -> None:
+    assert len(evaluate_lungs(squares).dice) == 0
+
+
+def test_maps_of_slices_called_healthy_are_empty(untrained: SimpleNamespace, squares: Dataset,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    _, crops = untrained.crops(read_scan(squares.cases[0].image).pixels)
+    ill = np.arange(len(crops)) % 2 == 0
+    monkeypatch.setattr(evaluate, "activation_maps", lambda net, c, settings: np.ones(c.images.shape, np.float32))
+    for called in (ill, ~ill, np.zeros(len(crops), bool)):
+        maps = evaluate.believed_maps(untrained.committee(1), crops, called, CamSettings())
+        assert (maps.max(axis=(1, 2)) == called).all()
+
+
+def test_a_slice_is_called_ill_from_one_half_on(untrained: SimpleNamespace, squares: Dataset,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "slice_probabilities", lambda net, crops: np.array([0.5, 0.49, 1, 0], np.float32))
+    monkeypatch.setattr(evaluate, "activation_maps", lambda net, c, settings: np.ones(c.images.shape, np.float32))
+    row = evaluate_run(untrained, squares, upper_bound=False).stages[1]  # type: ignore[arg-type]
+    assert row.counts[:, :2].any(axis=1).tolist() == [True, False, True, False] * 2
+
+
+def test_a_volume_without_any_lung_is_missed_whole(untrained: SimpleNamespace, squares: Dataset) -> None:
+    untrained.crops = in_lungs(lambda pixels: ~everywhere(pixels))
+    result = evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
+    truth = np.concatenate([read_mask(case.mask) for case in squares.cases]).sum(axis=(1, 2))
+    for row in result.stages:
+        assert not row.counts[:, :2].any()
+        assert row.counts[:, 2].tolist() == truth.tolist()
+    assert np.isnan(result.classifier_auc)
+
+
+def test_the_lungs_are_measured_as_the_lesions_see_them(tiny_run: Run, measured: Evaluation) -> None:
+    data = tiny_run.data.subset(["phantom_01", "phantom_02"])
+    assert measured.lung_shares() == pytest.approx(lesion_coverage(data, tiny_run.lungs))
+    assert all(np.isnan(value) for value in replace(measured, lungs=None).lung_shares())
+    nothing = replace(measured, lungs=np.array([[0, 5, 0, 15]])).lung_shares()
+    assert np.isnan(nothing[0]), "no lesion to be inside"
+    assert nothing[1] == 0.25
+
+
+# --- several outliners at once ------------------------------------------------------------------------------------
+
+def level_outliner(level: float, threshold: float, verdict: float | None = None,
+                   asked: list[bool] | None = None) -> Outliner:
+    """Says ``level`` in all of the crop, and ``verdict`` of every slice."""
+    def maps(crops: Crops, volume: bool) -> tuple[np.ndarray | None, list[np.ndarray]]:
+        if asked is not None:
+            asked.append(volume)
+        judged = None if verdict is None else np.full(len(crops), verdict, np.float32)
+        return judged, [np.full(crops.images.shape, level, np.float32)]
+    return Outliner([(f"level {level}", "slice labels", threshold)], maps)
+
+
+def test_outliners_are_measured_apart_on_the_same_slices(untrained: SimpleNamespace, squares: Dataset) -> None:
+    untrained.crops = in_lungs(all_but(1))
+    given = [level_outliner(0.3, 0.3, 0.7), level_outliner(0.3, 0.301), otsu_outliner()]
+    exact, above, otsu = measure(untrained, squares, given)  # type: ignore[arg-type]
+    names = tuple(f"{volume}:{k}" for volume in ("one", "two") for k in range(4))
+    for result in (exact, above, otsu):
+        assert result.slices == 8
+        assert result.names == names
+        np.testing.assert_array_equal(result.lungs, exact.lungs)
+        assert result.lungs[:, :2].sum(axis=1).tolist() == [6400, 0, 6400, 6400] * 2
+        assert len(result.stages) == 1
+    truth = np.concatenate([read_mask(case.mask) for case in squares.cases]).sum(axis=(1, 2))
+    all_of_it = [[lesion, 6400 - lesion, 0, 0] for lesion in truth]
+    nothing = [[0, 0, lesion, 6400 - lesion] for lesion in truth]
+    expected = [nothing[k] if k % 4 == 1 else all_of_it[k] for k in range(8)]
+    assert exact.stages[0].counts.tolist() == expected, "a lesion from the threshold on"
+    assert above.stages[0].counts.tolist() == nothing
+    assert exact.classifier_auc == 0.5, "the same verdict of all slices"
+    assert np.isnan(above.classifier_auc), "it judges no slice"
+
+
+def test_each_outliner_together_is_as_it_is_alone(tiny_run: Run, measured: Evaluation) -> None:
+    data = tiny_run.data.subset(["phantom_01", "phantom_02"])
+    alone, = measure(tiny_run, data, [stage_outliner(tiny_run)])
+    assert [row.name for row in alone.stages] == ROWS[1:]
+    assert alone.classifier_auc == measured.classifier_auc
+    assert alone.names == measured.names == tuple(f"{case.id}:{k}" for case in data.cases for k in range(10))
+    for a, b in zip(alone.stages, measured.stages[1:], strict=True):
+        np.testing.assert_array_equal(a.counts, b.counts)
+        np.testing.assert_array_equal(a.reliability, b.reliability)
+        np.testing.assert_array_equal(a.levels, b.levels)
+    rows = supervised_outliner(tiny_run, tiny_run.supervised(training_truth(tiny_run))).rows
+    assert rows == [("Segmenter, true masks", "pixel masks", 0.5)]
+
+
+def test_calibration_is_that_of_the_map_inside_the_lungs(tiny_run: Run, measured: Evaluation) -> None:
+    expected = np.zeros((evaluate.BINS, 3))
+    for case in tiny_run.data.subset(["phantom_01", "phantom_02"]).cases:
+        pixels, mask = read_scan(case.image).pixels, read_mask(case.mask)
+        found, crops = tiny_run.crops(pixels)
+        small = evaluate.lesion_probabilities(tiny_run.segmenter(), crops)
+        for k, each, lung, box in zip(found, small, crops.lungs, crops.boxes, strict=True):
+            inside = uncrop(lung, box, mask.shape[1:]) > 0.5
+            expected += reliability_sums(uncrop(each, box, mask.shape[1:])[inside], mask[k][inside], evaluate.BINS)
+    np.testing.assert_allclose(measured.stages[-1].reliability, expected)
+    assert expected[:, 2].sum() == measured.lungs[:, :2].sum(), "pixels of the lungs, and no other"  # type: ignore[index]
+
+
+def test_counts_at_the_level_of_the_outline_are_those_of_the_table(measured: Evaluation) -> None:
+    for stage in measured.stages:
+        level = 50 if np.isnan(stage.threshold) else round(100 * stage.threshold)
+        np.testing.assert_array_equal(stage.levels[level], stage.counts.sum(axis=0))  # type: ignore[index]
+        assert (np.diff(stage.levels[:, :2], axis=0) <= 0).all(), "the higher, the fewer"  # type: ignore[index]
+
+
+def test_outliners_are_told_what_is_a_volume(untrained: SimpleNamespace, squares: Dataset,
+                                             tmp_path: Path) -> None:
+    """The volumes here are noise, slice by slice: a stack. One slice over and over again is a volume."""
+    asked: list[bool] = []
+    measure(untrained, squares, [level_outliner(0.5, 0.5, asked=asked)])  # type: ignore[arg-type]
+    case = squares.cases[0]
+    scan = read_scan(case.image)
+    same = write_like(np.repeat(scan.pixels[:1], 4, axis=0), scan.grid, tmp_path / "same.nii.gz")
+    volume = Dataset(squares.root, (replace(case, image=same),))
+    measure(untrained, volume, [level_outliner(0.5, 0.5, asked=asked)])  # type: ignore[arg-type]
+    assert asked == [False, False, True]
+
+
+def test_answers_slice_by_slice_are_those_that_were_measured(tiny_run: Run, measured: Evaluation) -> None:
+    unseen = unseen_slices(tiny_run, tiny_run.data.subset(["phantom_01", "phantom_02"]))
+    assert set(unseen.names) <= set(measured.names)
+    assert len(unseen.names) == len(unseen.crops) == len(unseen.truth) == len(unseen.labels)
+    outliner = stage_outliner(tiny_run)
+    probability, maps, masks = unseen.answers(outliner)
+    assert probability is not None
+    assert len(probability) == len(maps)
+    np.testing.assert_array_equal(masks, maps >= outliner.rows[-1][2])
+    np.testing.assert_array_equal(maps, unseen.maps(lambda crops, volume: outliner.maps(crops, volume)[1][-1]))
+    # Back in the full slice they are the masks that were counted.
+    rows = [measured.names.index(name) for name in unseen.names]
+    counts = measured.stages[-1].counts[rows]
+    for small, box, (hit, false, *_) in zip(maps, unseen.crops.boxes, counts, strict=True):
+        full = uncrop(small, box, (128, 128)).clip(0, 1)
+        assert (full >= outliner.rows[-1][2]).sum() == hit + false
+
+
+def test_slices_that_are_not_measured_are_not_looked_at(tiny_run: Run) -> None:
+    """A net still reads the whole volume."""
+    one = tiny_run.data.subset(["phantom_01"]).cases[0]
+    some = dict(list(one.labels.items())[3:6])
+    unseen = unseen_slices(tiny_run, Dataset(tiny_run.data.root, (replace(one, labels=some),)))
+    assert set(unseen.names) <= {f"phantom_01:{k}" for k in some}
+    assert len(unseen.scans[0][0]) > len(unseen.names)
+    assert unseen.answers(otsu_outliner())[0] is None
+    assert unseen.answers(otsu_outliner())[2].shape == unseen.truth.shape

@@ -1,0 +1,520 @@
+"""Table 1: comparisons that go on where they were stopped, and tables that say what the counts say."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tiny import TINY, TINY_RIVALS, finished_run, quiet
+
+from covidseg import DISCLAIMER
+from covidseg.data.folder import Dataset, load_dataset
+from covidseg.data.scan import read_mask, read_scan, write_like
+from covidseg.evaluation import experiments as module
+from covidseg.evaluation.evaluate import (
+    Evaluation,
+    Outliner,
+    StageResult,
+    cross_validated,
+    measure,
+    stage_outliner,
+    supervised_outliner,
+    training_truth,
+)
+from covidseg.evaluation.experiments import (
+    EARLIER,
+    HEADS,
+    OURS,
+    Line,
+    Record,
+    by_system,
+    compare,
+    cost_markdown,
+    counts_of,
+    differences,
+    levels_of,
+    patients_of,
+    strongest_earlier,
+    table_lines,
+    table_markdown,
+    table_rich,
+    volume_dice,
+    volume_table,
+)
+from covidseg.evaluation.methods import PUBLISHED, SYSTEMS, Rivals, System, Trained
+from covidseg.evaluation.metrics import macro, micro
+from covidseg.evaluation.statistics import bootstrap_difference, bootstrap_interval, paired_test
+from covidseg.pipeline import Run
+
+# --- comparisons ------------------------------------------------------------------------------------------------
+
+MEASURED = ["phantom_01", "phantom_02"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A folder of its own that starts with the stages of the extended method."""
+    finished = finished_run(tiny_phantom, tmp_path_factory.getbasetemp() / "tiny-run")
+    folder = Path(shutil.copytree(finished.folder, tmp_path_factory.mktemp("compare") / "run"))
+    return Run(finished.data, TINY, 0, folder, "cpu", quiet)
+
+
+@pytest.fixture(scope="module")
+def test_set(run: Run) -> Dataset:
+    return run.data.subset(MEASURED)
+
+
+@pytest.fixture(scope="module")
+def results(run: Run, test_set: Dataset) -> list[Record]:
+    return compare(run, test_set, None, TINY_RIVALS)
+
+
+def again(run: Run, folder: Path, **changes: object) -> tuple[Run, list[str]]:
+    """A new Run object on a folder, and the list its log goes to."""
+    lines: list[str] = []
+    given = {"data": run.data, "profile": TINY, "seed": 0, **changes}
+    return Run(**given, folder=folder, device="cpu", log=lines.append), lines  # type: ignore[arg-type]
+
+
+def test_every_system_is_compared(results: list[Record], run: Run) -> None:
+    assert [result["system"] for result in results] == list(SYSTEMS)
+    assert len(list((run.folder / "table1").iterdir())) == len(SYSTEMS)
+    for result in results:
+        trained = SYSTEMS[result["system"]].train(run, TINY_RIVALS)  # as it is stored
+        assert result["seed"] == 0
+        assert result["parameters"] == trained.parameters()
+        assert result["seconds"] == trained.seconds()
+        assert [row["name"] for row in result["rows"]] == [name for name, _, _ in trained.outliner.rows]
+        assert list(result["counts"]) == [f"{case}:{k}" for case in MEASURED for k in range(10)]
+        assert result["slices"] == 20
+
+
+def test_counts_survive_the_round_trip(results: list[Record], run: Run, test_set: Dataset) -> None:
+    outliners = [SYSTEMS["otsu"].train(run, TINY_RIVALS).outliner, stage_outliner(run),
+                 supervised_outliner(run, run.supervised(training_truth(run)))]
+    for name, direct in zip(("otsu", "extended", "masks"), measure(run, test_set, outliners), strict=True):
+        own = by_system(results)[name]
+        answer = direct.stages[-1]
+        assert counts_of(own).dtype == np.int64
+        np.testing.assert_array_equal(counts_of(own), answer.counts[None])
+        np.testing.assert_allclose(own[0]["reliability"], answer.reliability, atol=0.05)
+        np.testing.assert_array_equal(levels_of(own), answer.levels[None])
+        assert levels_of([{**own[0], "levels": None}]) is None
+        assert own[0]["rows"][-1]["micro"]["dice"] == pytest.approx(answer.micro().dice, abs=1e-4, nan_ok=True)
+        assert (own[0]["classifier_auc"] is None) is (name != "extended")
+    assert own[0]["counts"].keys() == dict.fromkeys(direct.names).keys()
+
+
+def test_a_finished_comparison_is_read(results: list[Record], run: Run, test_set: Dataset,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("measured again")
+    monkeypatch.setattr(module, "measure", never)
+    monkeypatch.setattr(module, "cross_validated", never)
+    second, lines = again(run, run.folder)
+    assert compare(second, test_set, None, TINY_RIVALS) == results
+    some = compare(second, test_set, ["masks", "decovnet"], TINY_RIVALS)
+    assert some == [results[2], results[-1]], "in the order of the table"
+    assert lines == []
+
+
+def test_a_comparison_that_was_stopped_goes_on(results: list[Record], run: Run, test_set: Dataset, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(shutil.copytree(run.folder, tmp_path / "run"))
+    for path in (folder / "table1").iterdir():
+        if path.name.startswith(("otsu-", "ad3d-mil-3d-")):
+            path.unlink()
+        else:  # a mark that no measurement would leave
+            path.write_text(json.dumps({**json.loads(path.read_text()), "mark": True}))
+    asked: list[int] = []
+
+    def watched(run: Run, test: Dataset, outliners: Sequence[Outliner], **rest: bool) -> list[Evaluation]:
+        asked.append(len(outliners))
+        return measure(run, test, outliners, **rest)
+    monkeypatch.setattr(module, "measure", watched)
+    second, lines = again(run, folder)
+    found = compare(second, test_set, None, TINY_RIVALS)
+    assert asked == [2]
+    assert [line for line in lines if "step" in line] == [], "the nets were stored"
+    for result, before in zip(found, results, strict=True):
+        assert result.pop("mark", False) is (result["system"] not in ("otsu", "ad3d-mil-3d"))
+        assert result == before
+
+
+def hand_made(count: int = 1) -> Evaluation:
+    counts = np.tile([1, 2, 3, 4], (count, 1))
+    return Evaluation([StageResult("by hand", "none", 0.5, counts)], float("nan"), count,
+                      names=tuple(f"v:{k}" for k in range(count)))
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two systems and no training: notes what was measured."""
+    seen: list[str] = []
+
+    def system(name: str) -> System:
+        def train(run: Run, rivals: Rivals) -> Trained:
+            seen.append(name)
+            return Trained(Outliner([("by hand", "none", 0.5)], lambda crops, volume: (None, [])), run, {}, [])
+        return System(name, train)
+
+    def crossed(run: Run, test: Dataset) -> Evaluation:
+        seen.append("cross-validation")
+        return hand_made(2)
+    for name in ("otsu", "masks"):
+        monkeypatch.setitem(SYSTEMS, name, system(name))
+    monkeypatch.setattr(module, "measure", lambda run, test, outliners, **rest: [hand_made() for _ in outliners])
+    monkeypatch.setattr(module, "cross_validated", crossed)
+    return seen
+
+
+def changed_file(data: Dataset, part: str, folder: Path) -> Dataset:
+    """The same set with one voxel of a file of its first volume turned."""
+    case = data.cases[0]
+    scan = read_scan(getattr(case, part))
+    pixels = scan.pixels.copy()
+    pixels[4, 60, 60] = pixels[4, 60, 60] == 0
+    path = write_like(pixels if part == "image" else pixels != 0, scan.grid, folder / f"{part}.nii.gz")
+    return replace(data, cases=(replace(case, **{part: path}), *data.cases[1:]))
+
+
+def changed_case(data: Dataset, **changes: object) -> Dataset:
+    return replace(data, cases=(replace(data.cases[0], **changes), *data.cases[1:]))  # type: ignore[arg-type]
+
+
+TEST_CHANGES: dict[str, Callable[[Dataset, Path], Dataset]] = {
+    "image": lambda data, folder: changed_file(data, "image", folder),
+    "mask": lambda data, folder: changed_file(data, "mask", folder),
+    "lung": lambda data, folder: changed_file(data, "lung", folder),
+    "fewer volumes": lambda data, folder: data.subset(MEASURED[:1]),
+    "another order": lambda data, folder: data.subset(MEASURED[::-1]),
+    "the other side of a stack": lambda data, folder: changed_case(data, labels={0: 0, 4: 1}),
+    "name": lambda data, folder: changed_case(data, id="other"),
+    "patient": lambda data, folder: changed_case(data, patient="other"),
+}
+
+
+@pytest.mark.parametrize("change", list(TEST_CHANGES))
+def test_other_test_slices_are_another_measurement(run: Run, test_set: Dataset, tmp_path: Path, faked: list[str],
+                                                   change: str) -> None:
+    mine, _ = again(run, tmp_path)
+    for _ in range(2):
+        compare(mine, test_set, ["otsu"], TINY_RIVALS)
+        assert faked == ["otsu"]
+    compare(mine, TEST_CHANGES[change](test_set, tmp_path), ["otsu"], TINY_RIVALS)
+    assert faked == ["otsu", "otsu"]
+    compare(mine, test_set, ["otsu"], TINY_RIVALS)
+    assert faked == ["otsu", "otsu"], "the first one is kept"
+
+
+def test_other_settings_are_another_measurement(run: Run, test_set: Dataset, tmp_path: Path,
+                                                faked: list[str]) -> None:
+    mine, _ = again(run, tmp_path)
+    compare(mine, test_set, ["otsu"], TINY_RIVALS)
+    slower = replace(TINY, segmenter=replace(TINY.segmenter, rate=0.123))
+    other_rival = replace(TINY_RIVALS, ad3d_mil=replace(TINY_RIVALS.ad3d_mil, outline=0.123))
+    for number, (other, rivals) in enumerate((
+            (again(run, tmp_path, seed=1)[0], TINY_RIVALS), (again(run, tmp_path, profile=slower)[0], TINY_RIVALS),
+            (mine, other_rival), (again(run, tmp_path, data=run.data.subset(MEASURED))[0], TINY_RIVALS)), start=2):
+        compare(other, test_set, ["otsu"], rivals)
+        assert len(faked) == number
+    moved = load_dataset(shutil.copytree(run.data.root, tmp_path / "elsewhere"))
+    compare(again(run, tmp_path, data=moved)[0], moved.subset(MEASURED), ["otsu"], TINY_RIVALS)
+    assert len(faked) == 5, "where the files lie does not matter"
+
+
+def test_other_training_masks_concern_the_upper_bound_only(run: Run, test_set: Dataset, tmp_path: Path,
+                                                           faked: list[str]) -> None:
+    compare(again(run, tmp_path)[0], test_set, ["otsu", "masks"], TINY_RIVALS)
+    assert faked == ["otsu", "masks"]
+    data = changed_file(run.data, "mask", tmp_path)
+    compare(again(run, tmp_path, data=data)[0], test_set, ["otsu", "masks"], TINY_RIVALS)
+    assert faked == ["otsu", "masks", "masks"]
+
+
+@pytest.mark.parametrize("lacking", [0, 1, 4])
+def test_without_training_masks_the_test_slices_own_are_cross_validated(
+        run: Run, test_set: Dataset, tmp_path: Path, faked: list[str], lacking: int) -> None:
+    cases = tuple(replace(case, mask=None) if k < lacking else case for k, case in enumerate(run.data.cases))
+    mine, lines = again(run, tmp_path, data=replace(run.data, cases=cases))
+    for _ in range(2):
+        otsu, masks = compare(mine, test_set, ["otsu", "masks"], TINY_RIVALS)
+        assert faked == (["otsu", "cross-validation"] if lacking else ["otsu", "masks"])
+    assert (otsu["parameters"], otsu["seconds"]) == (0, 0)
+    if lacking:
+        assert (masks["parameters"], masks["seconds"], masks["slices"]) == (None, None, 2)
+        assert masks["counts"] == {"v:0": "1 2 3 4", "v:1": "1 2 3 4"}
+    assert len(lines) == 2, "one line a system: all of it was measured once"
+
+
+def test_cross_validated_counts_fit_those_of_the_others(results: list[Record], run: Run, test_set: Dataset,
+                                                        tmp_path: Path) -> None:
+    """Slice by slice, so that they can be compared in pairs."""
+    folder = Path(shutil.copytree(run.folder, tmp_path / "run"))
+    bare = replace(run.data, cases=tuple(replace(case, mask=None) for case in run.data.cases))
+    mine, _ = again(run, folder, data=bare)
+    otsu, masks = compare(mine, test_set, ["otsu", "masks"], TINY_RIVALS)
+    direct = cross_validated(mine, test_set).stages[0]
+    np.testing.assert_array_equal(counts_of([masks])[0], direct.counts)
+    assert (masks["rows"][0]["name"], masks["rows"][0]["supervision"]) == ("Segmenter", "pixel masks")
+    assert list(masks["counts"]) == list(otsu["counts"])
+    assert otsu == results[0], "masks do not matter to the others"
+    found = bootstrap_difference(counts_of([masks]), counts_of([otsu]))
+    assert found.mean == pytest.approx(micro(direct.counts).dice - micro(counts_of([otsu])[0]).dice)
+
+
+def test_results_are_measured_by_the_masks(results: list[Record], test_set: Dataset) -> None:
+    lesion = np.concatenate([read_mask(case.mask) for case in test_set.cases]).sum(axis=(1, 2))
+    for result in results:
+        counts = counts_of([result])[0]
+        assert (counts[:, 0] + counts[:, 2]).tolist() == lesion.tolist()
+        assert (counts.sum(axis=1) == 128 * 128).all()
+
+
+# --- records made by hand ---------------------------------------------------------------------------------------
+
+LESION = np.array([0, 400, 300, 200, 500, 250, 100, 600, 0, 350])  # pixels of ten slices of 10000, two without
+NAMES = [f"v{k // 2}:{k % 2}" for k in range(10)]
+STACK = [f"stack:{k}" for k in range(10)]
+
+
+def counts(sensitivity: float, false: int, seed: int = 0) -> np.ndarray:
+    """Slices of which about a share is found, with some false alarms."""
+    rng = np.random.default_rng(seed)
+    hit = rng.binomial(LESION, sensitivity)
+    wrong = rng.integers(false // 2, false + 1, len(LESION))
+    return np.stack([hit, wrong, LESION - hit, 10_000 - LESION - wrong], axis=1)
+
+
+def record(system: str, seed: int, table: np.ndarray, names: Sequence[str] = NAMES, auc: float | None = None,
+           parameters: int | None = 1234, seconds: float | None = 60.0) -> Record:
+    return {"system": system, "seed": seed, "parameters": parameters, "seconds": seconds, "slices": len(table),
+            "classifier_auc": auc, "rows": [], "reliability": None,
+            "counts": {name: " ".join(map(str, row)) for name, row in zip(names, table.tolist(), strict=True)}}
+
+
+def comparison(seeds: int, names: Sequence[str] = NAMES) -> list[Record]:
+    """All but the 3D systems; seeds mixed, ours best of the weak ones, full supervision best of all."""
+    levels = {"masks": (0.95, 20), "extended": (0.8, 60), "faithful": (0.7, 60), "ad3d-mil": (0.6, 300),
+              "decovnet": (0.6, 100), "grad-cam": (0.5, 200), "otsu": (0.9, 900)}
+    return [record(name, seed, counts(*level, seed=seed + 10), names, None if name == "otsu" else 0.8 + seed / 10,
+                   seconds=None if name == "masks" else 60.0 + seed)
+            for seed in reversed(range(seeds)) for name, level in levels.items()]
+
+
+def test_systems_and_seeds_are_put_in_order() -> None:
+    found = by_system(comparison(3))
+    assert list(found) == ["otsu", "grad-cam", "decovnet", "ad3d-mil", "faithful", "extended", "masks"]
+    assert all([result["seed"] for result in own] == [0, 1, 2] for own in found.values())
+    assert by_system([]) == {}
+
+
+def test_lines_follow_from_the_counts() -> None:
+    lines = {line.key: line for line in table_lines(comparison(2))}
+    for name, level in (("otsu", (0.9, 900)), ("extended", (0.8, 60)), ("masks", (0.95, 20))):
+        line, own = lines[name], [counts(*level, seed=seed + 10) for seed in (0, 1)]
+        assert line.title == SYSTEMS[name].title
+        assert line.seeds == (0, 1)
+        for k, table in enumerate(own):
+            hit, false, miss, rest = table.sum(axis=0).tolist()
+            np.testing.assert_allclose(line.micro[k], [
+                2 * hit / (2 * hit + false + miss), hit / (hit + false + miss), hit / (hit + false),
+                hit / (hit + miss), rest / (rest + false)])
+            dice = [2 * h / (2 * h + f + m) for h, f, m, _ in table[LESION > 0].tolist()]
+            assert line.macro[k] == pytest.approx(np.mean(dice)) == pytest.approx(macro(table).dice)
+        groups = np.array([volume.split(":")[0] for volume in NAMES])
+        assert line.interval == bootstrap_interval(np.stack(own), groups=groups)
+        assert line.interval[0] < line.micro[:, 0].mean() < line.interval[1]
+        assert line.parameters == 1234
+        assert line.seconds == (None if name == "masks" else 60.5)
+    np.testing.assert_allclose(lines["extended"].auc, [0.8, 0.9])
+    assert np.isnan(lines["otsu"].auc).all()
+
+
+def test_dice_of_each_volume() -> None:
+    own = by_system(comparison(2))["extended"]
+    found = volume_dice(own)
+    assert list(found) == [f"v{k}" for k in range(5)]
+    for k, name in enumerate(found):
+        for seed, dice in enumerate(found[name]):
+            hit, false, miss, _ = counts(0.8, 60, seed=seed + 10)[2 * k:2 * k + 2].sum(axis=0)
+            assert dice == pytest.approx(2 * hit / (2 * hit + false + miss), nan_ok=True)
+    assert volume_dice(by_system(comparison(2, STACK))["extended"]) == {}
+    table = volume_table(comparison(2), "volumes")
+    assert table is not None
+    assert table.row_count == 6
+    shown = [list(column.cells) for column in table.columns]
+    assert shown[0] == [*found, "mean"]
+    ours = list(by_system(comparison(2))).index("extended") + 1
+    assert shown[ours][0] == f"{found['v0'].mean():.2f}"
+    assert volume_table(comparison(2, STACK), "slices") is None
+    assert volume_table([], "nothing") is None
+
+
+def test_whole_volumes_are_drawn_and_single_slices_of_a_stack() -> None:
+    volumes = patients_of(comparison(1))
+    assert volumes is not None
+    assert volumes.tolist() == [f"v{k // 2}" for k in range(10)]
+    assert patients_of(comparison(1, STACK)) is None
+    colons = [record("otsu", 0, counts(0.5, 9), [f"a:b{k % 2}:{k}" for k in range(10)])]
+    assert sorted(set(patients_of(colons))) == ["a:b0", "a:b1"]  # type: ignore[arg-type]
+    single, grouped = (table_lines(comparison(1, names))[0].interval for names in (STACK, NAMES))
+    assert single == bootstrap_interval(counts(0.9, 900, 10))
+    assert single != grouped
+
+
+def test_the_strongest_earlier_system_has_the_highest_mean_dice() -> None:
+    assert strongest_earlier(comparison(2)) == "decovnet", "not Otsu, masks or ours"
+    assert strongest_earlier([r for r in comparison(2) if r["system"] not in EARLIER]) is None
+    assert strongest_earlier([]) is None
+    best_once = [record("ad3d-mil", 0, counts(0.9, 10)), record("ad3d-mil", 1, counts(0.1, 10)),
+                 record("decovnet-3d", 0, counts(0.7, 10)), record("decovnet-3d", 1, counts(0.7, 10))]
+    assert strongest_earlier(best_once) == "decovnet-3d", "the mean over seeds counts"
+    assert strongest_earlier(best_once[:1] + best_once[2:]) == "ad3d-mil"
+
+
+@pytest.mark.parametrize("names", [NAMES, STACK], ids=["volumes", "stack"])
+def test_ours_are_compared_with_the_strongest_in_pairs(names: list[str]) -> None:
+    results = comparison(2, names)
+    lines = {line.key: line for line in table_lines(results)}
+    groups = patients_of(results)
+    other = np.stack([counts(0.6, 100, seed=seed + 10) for seed in (0, 1)])
+    for name, level in (("faithful", (0.7, 60)), ("extended", (0.8, 60))):
+        own = np.stack([counts(*level, seed=seed + 10) for seed in (0, 1)])
+        assert lines[name].dice == bootstrap_difference(own, other, "dice", groups=groups)
+        assert lines[name].iou == bootstrap_difference(own, other, "iou", groups=groups)
+        assert lines[name].dice != lines[name].iou
+        np.testing.assert_equal(lines[name].p, paired_test(own, other, groups=groups))
+        expected = np.mean([micro(a).dice - micro(b).dice for a, b in zip(own, other, strict=True)])
+        assert lines[name].dice.mean == pytest.approx(expected)  # type: ignore[union-attr]
+    for name in lines.keys() - set(OURS):
+        assert lines[name].dice is lines[name].iou is None
+        assert np.isnan(lines[name].p)
+
+
+def test_differences_as_sentences() -> None:
+    lines = table_lines(comparison(2, STACK))
+    faithful, extended = differences(lines, "decovnet")
+    line = next(line for line in lines if line.key == "extended")
+    assert line.dice is not None
+    assert line.iou is not None
+    assert line.p < 0.01
+    assert extended == (
+        f"ours, extended against DeCoVNet, slices: Dice +{line.dice.mean:.3f} (+{line.dice.low:.3f} to "
+        f"+{line.dice.high:.3f}), IoU +{line.iou.mean:.3f} (+{line.iou.low:.3f} to +{line.iou.high:.3f}), "
+        f"signed rank test p = {line.p:.1g}")
+    assert faithful.startswith("ours, faithful against DeCoVNet, slices: ")
+    few = differences(table_lines(comparison(2)), "decovnet")
+    assert len(few) == 2
+    assert all(sentence.endswith("too few slices for a paired test") for sentence in few), "five volumes"
+    alone = table_lines([r for r in comparison(1) if r["system"] not in EARLIER])
+    assert differences(alone, "decovnet") == []
+
+
+def test_a_test_set_without_a_lesion_has_dashes(recwarn: pytest.WarningsRecorder) -> None:
+    healthy = np.array([[0, 0, 0, 100]] * 8)
+    names = [f"v:{k}" for k in range(8)]
+    lines = table_lines([record(name, 0, healthy, names) for name in ("otsu", "decovnet", "extended")])
+    assert len(recwarn) == 0
+    row = table_markdown(lines).splitlines()[2]
+    assert row == "| Otsu in the lung, no learning | – | – | – | – | 1.000 | – | – | – |"
+    assert len(differences(lines, "decovnet")) == 1
+
+
+# --- tables -----------------------------------------------------------------------------------------------------
+
+def cells(lines: Sequence[Line]) -> dict[str, list[str]]:
+    """Rows of the Markdown table by title."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table_markdown(lines).splitlines()]
+    assert rows[0] == ["", *HEADS]
+    assert {len(row) for row in rows} == {1 + len(HEADS)}
+    assert len({row[0] for row in rows}) == len(rows), "each title once"
+    return {row[0]: row[1:] for row in rows[2:]}
+
+
+def test_rows_show_the_figures_of_their_lines() -> None:
+    lines = table_lines(comparison(3))
+    rows = cells(lines)
+    for line in lines:
+        row = rows[line.title]
+        for cell, values in zip(row[:6], [*line.micro.T, line.macro], strict=True):
+            assert cell == f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
+        assert row[6] == f"{line.interval[0]:.3f} to {line.interval[1]:.3f}"
+        assert row[7] == ("–" if line.key == "otsu" else "0.900 ± 0.100")
+
+
+def test_a_single_seed_has_no_deviation() -> None:
+    lines = table_lines(comparison(1))
+    assert "±" not in table_markdown(lines)
+    assert all(len(line.seeds) == 1 for line in lines)
+    assert cells(lines)["ours, extended"][0] == f"{lines[-2].micro[0, 0]:.3f}"
+
+
+def test_published_figures_stand_once_under_the_last_system_of_their_kind() -> None:
+    three_d = [record(name, 0, counts(0.5, 90)) for name in ("decovnet-3d", "ad3d-mil-3d")]
+    rows = cells(table_lines(comparison(1) + three_d))
+    assert list(rows) == [
+        SYSTEMS["otsu"].title, SYSTEMS["grad-cam"].title, "DeCoVNet, slices", "DeCoVNet, slabs",
+        "*published: DeCoVNet*", "AD3D-MIL, slices", "AD3D-MIL, slabs", "*published: AD3D-MIL*", "ours, faithful",
+        "ours, extended", "*published: dual-task mutual learning*", SYSTEMS["masks"].title]
+    assert rows["*published: DeCoVNet*"] == ["0.72", "0.56", "0.73", "0.70", "0.98", "", "", ""]
+    for name, figures in PUBLISHED.items():
+        assert [float(cell) for cell in rows[f"*published: {name}*"][:5]] == list(figures)
+    some = [r for r in comparison(1) if r["system"] in ("otsu", "decovnet", "faithful", "masks")]
+    assert list(cells(table_lines(some)))[1:5] == ["DeCoVNet, slices", "*published: DeCoVNet*", "ours, faithful",
+                                                   "*published: dual-task mutual learning*"]
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\d+\.\d+", cell)]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_both_tables_hold_the_same_numbers(seeds: int) -> None:
+    """The terminal's shows deviations of Dice only, for want of room."""
+    lines = table_lines(comparison(seeds))
+    written, shown = cells(lines), table_rich(lines, "a title")
+    columns = [list(column.cells) for column in shown.columns]
+    assert columns[0] == [title.strip("*") for title in written]
+    for column, head in zip(shown.columns, ["", *HEADS], strict=True):
+        assert " ".join(str(column.header).split()) == head
+    for k, row in enumerate(written.values()):
+        for head, cell, other in zip(HEADS, row, [column[k] for column in columns[1:]], strict=True):
+            keep = 2 if head in ("Dice", "95 % of Dice") else 1
+            assert numbers(str(other)) == numbers(cell)[:keep]
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(shown)
+    text = console.export_text()
+    assert "a title" in text
+    assert "".join(DISCLAIMER.split()) in "".join(text.split())
+    for row in written.values():
+        assert all(f"{number:.{2 if len(row[0]) == 4 else 3}f}" in text for number in numbers(row[0]))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text, "nothing is cut off in a terminal of 80 columns"
+
+
+def test_costs() -> None:
+    rows = cost_markdown(table_lines(comparison(2))).splitlines()
+    assert len(rows) == 2 + 7
+    assert "| ours, extended | 1,234 | 60 |" in rows  # 60.5 s is rounded to even
+    assert "| U-Net, true masks | 1,234 | – |" in rows
+    unknown = cost_markdown(table_lines([record("masks", 0, counts(0.9, 9), parameters=None, seconds=None)]))
+    assert unknown.splitlines()[-1] == "| U-Net, true masks | – | – |"
+
+
+def test_tables_of_a_real_comparison(results: list[Record]) -> None:
+    lines = table_lines(results)
+    assert [line.key for line in lines] == list(SYSTEMS)
+    rows = cells(lines)
+    assert len(rows) == len(SYSTEMS) + len(PUBLISHED)
+    assert rows[SYSTEMS["otsu"].title][0] == f"{results[0]['rows'][0]['micro']['dice']:.3f}"
+    rival = strongest_earlier(results)
+    assert rival in EARLIER
+    assert len(differences(lines, rival)) == 2  # type: ignore[arg-type]

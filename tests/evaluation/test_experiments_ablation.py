@@ -1,0 +1,255 @@
+"""Ablations: each variant changes what it says and nothing else, rows are measured, and a stopped one goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import TINY, quiet
+
+from covidseg.data.folder import Dataset, load_dataset
+from covidseg.data.scan import read_scan, write_like
+from covidseg.errors import DatasetError, SettingsError
+from covidseg.evaluation import experiments as module
+from covidseg.evaluation.evaluate import Evaluation, StageResult, cross_validated, evaluate_run
+from covidseg.evaluation.experiments import VARIANTS, ablate, ablation_rows, chosen
+from covidseg.evaluation.metrics import macro, micro
+from covidseg.evaluation.tables import evaluation_json, scores_json
+from covidseg.pipeline import Run
+from covidseg.profiles import PROFILES, profile_named
+
+
+def differences(a: dict, b: dict, path: str = "") -> set[str]:
+    """Names of the settings in which two profiles differ."""
+    found = set()
+    for key in a:
+        if isinstance(a[key], dict):
+            found |= differences(a[key], b[key], f"{path}{key}.")
+        elif a[key] != b[key]:
+            found.add(path + key)
+    return found
+
+
+CHANGES = {
+    "whole": set(),
+    "threshold-lungs": {"lung_net.steps"},
+    "no-curriculum": {"mil.curriculum.order", "mil.curriculum.weights"},
+    "random-order": {"mil.curriculum.order"},
+    "reversed-order": {"mil.curriculum.order"},
+    "patch-10": {"mil.patch"},
+    "patch-grid": {"mil.reading"},
+    "mean-pooling": {"mil.pooling"},
+    "no-zeros": {"mil.zeros"},
+    "true-lungs": {"true_lungs"},
+    "no-exchange": {"mutual.exchange", "mil.component_weight", "fine.cam_share"},
+    "one-way": {"mutual.exchange"},
+    "no-vessels": {"classifier.paint.vessels", "mil.paint.vessels", "segmenter.paint.vessels"},
+    "faithful": {"method", "mil.paint.share", "segmenter.paint.share", "segmenter.fine_weight", "segmenter.paste",
+                 "segmenter.threshold"},
+    "no-paint": {"classifier.paint.vessels", "mil.paint.vessels", "segmenter.paint.vessels", "mil.paint.share",
+                 "segmenter.paint.share"},
+    "pixel-masks": set(),  # the settings stay: what is taught differs, see below
+}
+
+
+def test_every_variant_is_looked_at() -> None:
+    assert set(CHANGES) == set(VARIANTS)
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_each_variant_changes_only_what_it_names(name: str) -> None:
+    base = profile_named("quick")
+    assert differences(asdict(base), asdict(VARIANTS[name].change(base))) == CHANGES[name]
+
+
+def test_the_three_orders_differ() -> None:
+    orders = [VARIANTS[f"{name}"].change(TINY).mil.curriculum.order
+              for name in ("no-curriculum", "random-order", "reversed-order")]
+    assert orders == ["none", "random", "reversed"]
+
+
+def test_the_faithful_variant_is_the_faithful_method() -> None:
+    assert VARIANTS["faithful"].change(profile_named("full")) == profile_named("full", "faithful")
+
+
+def test_unknown_variants_are_named() -> None:
+    with pytest.raises(SettingsError, match="no-sense"):
+        chosen(["whole", "no-sense"])
+    assert chosen(None) == list(VARIANTS)
+    assert chosen(["one-way", "whole", "one-way"]) == ["one-way", "whole"]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(load_dataset(tiny_phantom), TINY, 0, tmp_path_factory.mktemp("ablation"), "cpu", quiet)
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_run: Run) -> list[dict]:
+    test = tiny_run.data.subset(["phantom_01"])
+    names = ["whole", "mean-pooling", "true-lungs", "pixel-masks"]
+    return [content for _, content in ablate(tiny_run, test, names, log=quiet, upper_bound=False)]
+
+
+def test_untouched_stages_are_shared(measured: list[dict], tiny_run: Run) -> None:
+    count = {stage: len(list((tiny_run.folder / "stages").glob(f"{stage}-*.safetensors")))
+             for stage in ("threshold", "lung_net", "weak", "classifier1", "mil1", "segmenter", "fold")}
+    # The pooling concerns the patches and what follows, the true lungs all that looks at lungs; masks teach one net a
+    # fold and leave the weak stages alone.
+    assert count == {"threshold": 1, "lung_net": 1, "weak": 2, "classifier1": 2, "mil1": 3, "segmenter": 3, "fold": 5}
+
+
+def test_the_other_slices_of_the_same_files_are_measured_by_themselves(measured: list[dict], tiny_run: Run) -> None:
+    case, = tiny_run.data.subset(["phantom_01"]).cases
+    few = Dataset(tiny_run.data.root, (replace(case, labels={k: v for k, v in case.labels.items() if k < 4}),))
+    (_, content), = ablate(tiny_run, few, ["whole"], log=quiet, upper_bound=False)
+    assert (measured[0]["slices"], content["slices"]) == (10, 4)
+
+
+def test_rows_of_the_table(measured: list[dict]) -> None:
+    titles = [title for title, _ in ablation_rows(measured)]
+    assert titles == [
+        "the whole method: Otsu in the lung", "the whole method: Grad-CAM", "the whole method: Patch MIL",
+        "the whole method: Fine label map", "the whole method: Segmenter",
+        "mean pooling in place of attention: Patch MIL", "mean pooling in place of attention: Segmenter",
+        "true lungs where the data has them: Patch MIL", "true lungs where the data has them: Segmenter",
+        "full supervision on the test set, 5-fold cross-validation: Segmenter"]
+    for title, row in ablation_rows(measured):
+        assert 0 <= row["micro"]["dice"] <= 1
+        assert row["supervision"] == ("none" if "Otsu" in title else
+                                      "pixel masks" if "full supervision" in title else "slice labels")
+
+
+def test_pixel_masks_are_one_row_measured_by_cross_validation(measured: list[dict], tiny_run: Run) -> None:
+    content = measured[3]
+    test = tiny_run.data.subset(["phantom_01"])
+    assert (content["name"], content["slices"], content["classifier_auc"]) == ("pixel-masks", 10, None)
+    row, = content["rows"]
+    assert (row["name"], row["supervision"], row["threshold"]) == ("Segmenter", "pixel masks", 0.5)
+    stored = cross_validated(Run(tiny_run.data, TINY, 0, tiny_run.folder, "cpu", quiet), test)
+    counts = stored.stages[0].counts
+    assert row["micro"] == scores_json(micro(counts))
+    assert row["macro"] == scores_json(macro(counts))
+    assert row["micro"] != ablation_rows(measured)[4][1]["micro"], "not the weak segmenter's row"
+
+
+def test_true_lungs_reach_training_and_measurement(measured: list[dict], tiny_run: Run) -> None:
+    run = Run(tiny_run.data, replace(TINY, true_lungs=True), 0, tiny_run.folder, "cpu", quiet)
+    test = tiny_run.data.subset(["phantom_01"])
+    result = evaluation_json(evaluate_run(run, test, upper_bound=False))  # of stored nets
+    assert measured[2]["rows"] == result["rows"]
+    whole, mine = ({row["name"]: row["micro"] for row in measured[k]["rows"]} for k in (0, 2))
+    assert whole.keys() == mine.keys()
+    # No net has a say in this row: that it changed shows that the lungs of the measured slices did.
+    assert whole["Otsu in the lung"] != mine["Otsu in the lung"]
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two variants and no training: notes the profiles that were measured."""
+    seen: list[str] = []
+
+    def evaluate(run: Run, test: Dataset, **rest: object) -> Evaluation:
+        seen.append("true lungs" if run.profile.true_lungs else "found lungs")
+        return Evaluation([StageResult("Segmenter", "slice labels", 0.5, np.array([[1, 2, 3, 4]]))], float("nan"), 1)
+    monkeypatch.setattr(module, "VARIANTS", {name: VARIANTS[name] for name in ("whole", "true-lungs")})
+    monkeypatch.setattr(module, "evaluate_run", evaluate)
+    return seen
+
+
+def without_lungs(data: Dataset) -> Dataset:
+    """The first volume has no lung mask, the others have one."""
+    return replace(data, cases=(replace(data.cases[0], lung=None), *data.cases[1:]))
+
+
+def test_true_lungs_are_left_out_by_default_where_there_are_none(tiny_run: Run, tmp_path: Path,
+                                                                 faked: list[str]) -> None:
+    lines: list[str] = []
+    bare = Run(without_lungs(tiny_run.data), TINY, 0, tmp_path / "bare", "cpu", quiet)
+    assert [name for name, _ in ablate(bare, tiny_run.data, log=lines.append)] == ["whole"]
+    assert faked == ["found lungs"]
+    assert any("true-lungs left out" in line for line in lines)
+    lines.clear()
+    full = Run(tiny_run.data, TINY, 0, tmp_path / "full", "cpu", quiet)
+    assert [name for name, _ in ablate(full, tiny_run.data, log=lines.append)] == ["whole", "true-lungs"]
+    assert faked == ["found lungs", "found lungs", "true lungs"]
+    assert not any("left out" in line for line in lines)
+
+
+def test_true_lungs_that_are_asked_for_have_to_be_there(tiny_run: Run) -> None:
+    bare = Run(without_lungs(tiny_run.data), TINY, 0, tiny_run.folder, "cpu", quiet)
+    with pytest.raises(DatasetError, match="phantom_00 has no lung mask"):
+        list(ablate(bare, tiny_run.data.subset(["phantom_01"]), ["true-lungs"], log=quiet))
+
+
+def test_other_masks_of_the_test_slices_are_another_measurement(tiny_run: Run, tiny_phantom: Path, tmp_path: Path,
+                                                                faked: list[str]) -> None:
+    run = Run(tiny_run.data, TINY, 0, tmp_path / "run", "cpu", quiet)
+    folder = Path(shutil.copytree(tiny_phantom, tmp_path / "data"))
+    for expected in (1, 1):  # the second time it is read
+        list(ablate(run, load_dataset(folder), ["whole"], log=quiet))
+        assert len(faked) == expected
+    for number, part in enumerate(("lung", "mask", "im"), start=2):
+        scan = read_scan(folder / part / "phantom_01.nii.gz")
+        pixels = scan.pixels.copy()
+        pixels[4, 60:64, 60:64] = pixels[4, 60, 60] == 0
+        write_like(pixels.astype(bool) if part != "im" else pixels, scan.grid, scan.path)
+        list(ablate(run, load_dataset(folder), ["whole"], log=quiet))
+        assert len(faked) == number, part
+
+
+def test_the_command_leaves_true_lungs_out_where_there_are_none(tiny_phantom: Path, tmp_path: Path, faked: list[str],
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from covidseg.cli import app
+
+    monkeypatch.setitem(PROFILES, "quick", TINY)
+    folder = Path(shutil.copytree(tiny_phantom, tmp_path / "data"))
+    (folder / "lung" / "phantom_00.nii.gz").unlink()
+    result = CliRunner().invoke(app, ["ablate", "--data", str(folder), "--test", str(tiny_phantom), "--out",
+                                      str(tmp_path / "run"), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert [v["name"] for v in json.loads((tmp_path / "run/ablation.json").read_text())["variants"]] == ["whole"]
+    assert "true-lungs left out" in " ".join(result.output.split())
+    assert faked == ["found lungs"]
+
+
+def test_a_finished_variant_is_read_and_not_trained_again(measured: list[dict], tiny_run: Run,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("measured again")
+    monkeypatch.setattr(module, "evaluate_run", never)
+    again = dict(ablate(tiny_run, tiny_run.data.subset(["phantom_01"]), ["mean-pooling"], log=quiet))
+    assert again["mean-pooling"] == measured[1]
+    with pytest.raises(AssertionError, match="measured again"):  # other test slices are another measurement
+        list(ablate(tiny_run, tiny_run.data.subset(["phantom_02"]), ["mean-pooling"], log=quiet))
+    monkeypatch.setattr(module, "cross_validated", never)
+    again = dict(ablate(tiny_run, tiny_run.data.subset(["phantom_01"]), ["pixel-masks"], log=quiet))
+    assert again["pixel-masks"] == measured[3]
+    with pytest.raises(AssertionError, match="measured again"):
+        list(ablate(tiny_run, tiny_run.data.subset(["phantom_00"]), ["pixel-masks"], log=quiet))
+
+
+def test_command_line(tiny_phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from covidseg.cli import app
+
+    monkeypatch.setitem(PROFILES, "quick", TINY)
+    result = CliRunner().invoke(app, ["ablate", "--data", str(tiny_phantom), "--test", str(tiny_phantom), "--only",
+                                      "one-way", "--out", str(tmp_path / "run"), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "run/ablation.json").read_text())
+    assert [v["name"] for v in content["variants"]] == ["one-way"]
+    assert content["settings"]["mil"]["steps"] == TINY.mil.steps
+    assert content["seed"] == 0
+    assert set(content["test_data"])
+    assert set(content["data"])
+    assert content["environment"]["device"] == "cpu"
+    bad = CliRunner().invoke(app, ["ablate", "--data", str(tiny_phantom), "--only", "nothing"])
+    assert isinstance(bad.exception, SettingsError)

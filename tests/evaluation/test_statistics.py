@@ -1,0 +1,397 @@
+"""Intervals, tests and calibration against plain loops, another library and simulated truth."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import stats
+
+from covidseg.evaluation.metrics import NAMES, confusion, macro, micro
+from covidseg.evaluation.statistics import (
+    FEWEST,
+    Difference,
+    at_sensitivity,
+    bootstrap_difference,
+    bootstrap_interval,
+    calibration,
+    dice_by_size,
+    level_counts,
+    paired_test,
+    reliability_sums,
+    slice_figures,
+)
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # NaN is an answer, never an accident
+SLICE = 4000  # pixels
+
+
+def simulated(rng: np.random.Generator, quality: np.ndarray, area: np.ndarray) -> np.ndarray:
+    """Counts of slices with the given lesion area in which about ``quality`` of the lesion was hit, ``(..., N, 4)``."""
+    hit = rng.binomial(area, quality)
+    false = rng.binomial(SLICE - area, 0.01)
+    return np.stack([hit, false, area - hit, SLICE - area - false], axis=-1)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(5)
+
+
+@pytest.fixture
+def seeds(rng) -> np.ndarray:
+    """Three seeds, 30 slices; three without a lesion, and one lesion that no seed finds."""
+    area = rng.integers(20, 900, 30)
+    area[:3] = 0
+    counts = np.stack([simulated(rng, rng.uniform(0.4, 0.9, 30), area) for _ in range(3)])
+    counts[:, 3] = [0, 0, area[3], SLICE - area[3]]
+    return counts
+
+
+# --- the interval -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("figure", NAMES)
+@pytest.mark.parametrize("average", [micro, macro])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_interval_is_that_of_a_plain_loop(seeds, figure, average, grouped):
+    patients = np.repeat(["c", "a", "b", "e", "d"], 6)
+    names = np.unique(patients)
+    units = [np.flatnonzero(patients == n) for n in names] if grouped else [np.array([n]) for n in range(30)]
+    times = np.random.default_rng(3).multinomial(len(units), np.full(len(units), 1 / len(units)), 200)
+    drawn = []
+    for row in times:
+        taken = np.concatenate([np.tile(unit, k) for unit, k in zip(units, row, strict=True)])
+        drawn.append(np.mean([getattr(average(counts[taken]), figure) for counts in seeds]))
+    expected = np.nanquantile(drawn, [0.05, 0.95])
+    found = bootstrap_interval(seeds, figure, average.__name__, groups=patients if grouped else None, level=0.9,
+                               draws=200, seed=3)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_pooled_counts_of_a_draw_are_exact(seeds):
+    times = np.random.default_rng(3).multinomial(30, np.full(30, 1 / 30), 200)
+    drawn = [micro(seeds[0].repeat(row, axis=0)).dice for row in times]
+    assert bootstrap_interval(seeds[0], level=0.5, draws=200, seed=3) == tuple(np.quantile(drawn, [0.25, 0.75]))
+
+
+def test_interval_agrees_with_scipy(seeds):
+    counts = seeds[0]
+    for average, name in ((micro, "micro"), (macro, "macro")):
+        theirs = stats.bootstrap((np.arange(30),), lambda n, average=average: average(counts[n]).dice, n_resamples=2000,
+                                 vectorized=False, method="percentile", rng=np.random.default_rng(1))
+        ours = bootstrap_interval(counts, average=name)
+        np.testing.assert_allclose(ours, theirs.confidence_interval, atol=0.015)
+        assert ours[0] < average(counts).dice < ours[1]
+        wide = bootstrap_interval(counts, average=name, level=0.99)
+        assert wide[0] < ours[0]
+        assert wide[1] > ours[1]
+
+
+@pytest.mark.parametrize("average", ["micro", "macro"])
+def test_interval_covers_the_true_figure_about_as_often_as_it_says(average):
+    rng = np.random.default_rng(11)
+    population = simulated(rng, rng.beta(4, 2, 5000), rng.integers(50, 800, 5000))
+    truth = (micro if average == "micro" else macro)(population).dice
+    ends = np.array([bootstrap_interval(population[rng.integers(0, 5000, 50)], average=average, level=0.9, draws=300,
+                                        seed=k) for k in range(200)])
+    assert 0.82 < ((ends[:, 0] <= truth) & (truth <= ends[:, 1])).mean() < 0.96
+
+
+def test_groups_are_never_split():
+    # Patient a: all found. Patient b: nothing. Whole patients give micro Dice 0, 2/3 (one of each) or 1, nothing else.
+    counts = np.array([[10, 0, 0, 90]] * 4 + [[0, 0, 10, 90]] * 4)
+    patients = np.array(["b", "a"]).repeat(4)
+    ends = {bootstrap_interval(counts, groups=patients, level=0.01, draws=1, seed=s)[0] for s in range(40)}
+    assert ends == {0.0, 2 / 3, 1.0}
+    single = {bootstrap_interval(counts, level=0.01, draws=1, seed=s)[0] for s in range(40)}
+    assert len(single) > 3
+
+
+def test_slices_that_resemble_each_other_need_groups(rng):
+    patients = np.arange(20).repeat(10)
+    counts = simulated(rng, rng.uniform(0.2, 0.9, 20)[patients], np.full(200, 400))
+    low, high = bootstrap_interval(counts)
+    wide_low, wide_high = bootstrap_interval(counts, groups=patients)
+    assert wide_high - wide_low > 2 * (high - low)
+
+
+def test_seeds_are_averaged_and_one_seed_needs_no_axis(seeds):
+    assert bootstrap_interval(seeds[0]) == bootstrap_interval(seeds[:1])
+    twice = bootstrap_interval(np.concatenate([seeds[:1], seeds[:1]]))
+    assert twice == bootstrap_interval(seeds[0])  # the same training twice is no more slices
+    assert bootstrap_interval(seeds, seed=1) != bootstrap_interval(seeds, seed=2)
+
+
+def test_the_interval_is_quick_enough_for_a_page(rng):
+    """No loop over draws: the number of calls, which no machine changes, does not grow with them."""
+    counts = np.stack([simulated(rng, np.full(200, 0.7), rng.integers(20, 900, 200))] * 3)
+    called = []
+    sys.setprofile(lambda frame, event, argument: called.append(event))
+    try:
+        bootstrap_interval(counts)
+    finally:
+        sys.setprofile(None)
+    assert 0 < len(called) < 5000
+
+
+# --- the difference ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("average", ["micro", "macro"])
+def test_a_system_does_not_differ_from_itself(seeds, average):
+    for figure in NAMES:
+        assert bootstrap_difference(seeds, seeds, figure, average) == Difference(0, 0, 0)
+
+
+@pytest.mark.parametrize("average", [micro, macro])
+def test_pairing_narrows_the_interval_where_slices_are_hard_for_both(rng, average):
+    area, hard = rng.integers(100, 900, 52), rng.uniform(0.2, 0.85, 52)
+    ours, other = simulated(rng, hard + 0.05, area), simulated(rng, hard, area)
+    found = bootstrap_difference(ours, other, "dice", average.__name__)
+    assert found.mean == pytest.approx(average(ours).dice - average(other).dice, abs=1e-12)
+    assert 0 < found.low < found.mean < found.high
+    alone = [bootstrap_interval(c, "dice", average.__name__) for c in (ours, other)]
+    assert found.high - found.low < 0.5 * min(high - low for low, high in alone)
+    back = bootstrap_difference(other, ours, "dice", average.__name__)
+    assert (back.mean, back.low, back.high) == pytest.approx((-found.mean, -found.high, -found.low))
+
+
+def test_difference_is_that_of_a_plain_loop_with_other_numbers_of_seeds(seeds):
+    ours, other = seeds[:2], seeds[2]
+    times = np.random.default_rng(0).multinomial(30, np.full(30, 1 / 30), 100)
+    drawn = [np.mean([micro(c.repeat(row, axis=0)).dice for c in ours]) - micro(other.repeat(row, axis=0)).dice
+             for row in times]
+    found = bootstrap_difference(ours, other, draws=100)
+    np.testing.assert_allclose((found.low, found.high), np.quantile(drawn, [0.025, 0.975]), rtol=1e-12)
+
+
+def test_difference_draws_whole_groups():
+    counts = np.array([[10, 0, 0, 90]] * 4 + [[0, 0, 10, 90]] * 4)
+    nothing = np.array([[0, 0, 10, 90]] * 8)
+    drawn = {bootstrap_difference(counts, nothing, groups=np.arange(2).repeat(4), draws=1, seed=s).low
+             for s in range(40)}
+    assert drawn == {0.0, 2 / 3, 1.0}
+
+
+# --- the test ---------------------------------------------------------------------------------------------------
+
+def test_p_of_equal_systems_is_one(seeds):
+    assert paired_test(seeds, seeds) == 1
+    assert paired_test(seeds, seeds[[2, 0, 1]]) == 1  # the same seeds in another order: nothing but rounding
+
+
+def test_p_of_a_clearly_better_system_is_tiny(rng):
+    area, hard = rng.integers(100, 900, 52), rng.uniform(0.2, 0.7, 52)
+    ours, other = simulated(rng, hard + 0.2, area), simulated(rng, hard, area)
+    assert paired_test(ours, other) < 1e-6
+    assert paired_test(ours, other) == paired_test(other, ours)  # two-sided
+
+
+def test_p_is_that_of_the_slices_with_a_lesion(seeds):
+    ours, other = seeds[:2], seeds[2]
+    dice = [[macro(c[n:n + 1]).dice for n in range(3, 30)] for c in seeds]
+    expected = stats.wilcoxon(np.mean(dice[:2], axis=0), dice[2]).pvalue
+    assert paired_test(ours, other) == pytest.approx(expected, rel=1e-9)
+
+
+def test_p_ranks_one_difference_per_group(rng):
+    # Eight patients, the first of them without a lesion: seven differences, all in our favour.
+    patients = np.arange(8).repeat(10)
+    area = np.where(patients > 0, 400, 0)
+    ours, other = simulated(rng, np.full(80, 0.9), area), simulated(rng, np.full(80, 0.3), area)
+    assert paired_test(ours, other, groups=patients) == pytest.approx(2 / 2**7)
+    assert paired_test(ours, other) < 1e-10
+    assert math.isnan(paired_test(ours, other, groups=patients // 2))
+
+
+def test_p_is_rarely_small_without_a_difference():
+    rng = np.random.default_rng(2)
+    area, hard = rng.integers(100, 900, 30), rng.uniform(0.3, 0.9, 30)
+    p = np.array([paired_test(simulated(rng, hard, area), simulated(rng, hard, area)) for _ in range(200)])
+    assert 0.01 < (p < 0.05).mean() < 0.1
+
+
+def test_too_few_slices_have_no_p(seeds):
+    enough = seeds[:, :3 + FEWEST]  # the first three have no lesion
+    assert 0 < paired_test(enough[0], enough[1]) <= 1
+    assert math.isnan(paired_test(enough[0, :-1], enough[1, :-1]))
+    assert 2 / 2**FEWEST < 0.05 < 2 / 2**(FEWEST - 1)
+
+
+# --- where a figure is undefined --------------------------------------------------------------------------------
+
+def test_slice_figures_follow_macro(seeds):
+    for figure in NAMES:
+        each = slice_figures(seeds[0], figure)
+        assert np.nanmean(each) == pytest.approx(getattr(macro(seeds[0]), figure))
+    dice = slice_figures(seeds)
+    assert np.isnan(dice[:3]).all()
+    assert dice[3] == 0  # a lesion, and nothing predicted
+    assert slice_figures(np.array([[0, 0, 50, 0], [10, 10, 0, 30]]), "specificity") == pytest.approx(
+        [math.nan, 0.75], nan_ok=True)
+
+
+def test_without_any_lesion_there_is_no_dice():
+    healthy = np.array([[0, 0, 0, 100]] * 10)
+    alarms = np.array([[0, 5, 0, 95]] * 10)
+    for counts, average in ((healthy, "micro"), (healthy, "macro"), (alarms, "macro")):
+        assert np.isnan(bootstrap_interval(counts, average=average)).all()
+        found = bootstrap_difference(counts, counts, average=average)
+        assert np.isnan([found.mean, found.low, found.high]).all()
+    assert bootstrap_interval(alarms) == (0, 0)  # as metrics.micro: pooled, false alarms make Dice 0
+    assert math.isnan(paired_test(healthy, alarms))
+    count, dice = dice_by_size(alarms, [10])
+    assert count.tolist() == [0, 0]
+    assert np.isnan(dice).all()
+
+
+def test_draws_without_a_lesion_are_left_out():
+    counts = np.array([[10, 0, 0, 90]] + [[0, 0, 0, 100]] * 9)
+    assert bootstrap_interval(counts, average="macro") == (1, 1)
+    assert bootstrap_interval(counts, average="micro") == (1, 1)
+
+
+def test_a_single_slice_or_group_has_no_interval(seeds):
+    assert np.isnan(bootstrap_interval(seeds[:, 5:6])).all()
+    assert np.isnan(bootstrap_interval(seeds[:, :0])).all()
+    found = bootstrap_difference(seeds, seeds[0], average="macro", groups=np.zeros(30))
+    assert not math.isnan(found.mean)
+    assert np.isnan([found.low, found.high]).all()
+
+
+def test_what_does_not_fit_is_refused(seeds):
+    one, swapped = seeds[0], seeds[0][::-1]
+    larger = one + np.array([0, 0, 0, 7])
+    for bad in (one[0], one[:, :3], seeds[None], seeds[:0]):
+        with pytest.raises(ValueError, match="neither"):
+            bootstrap_interval(bad)
+    for bad in (swapped, larger):
+        with pytest.raises(ValueError, match="same ones in the same order"):
+            bootstrap_interval(np.stack([one, bad]))
+        for function in (bootstrap_difference, paired_test):
+            with pytest.raises(ValueError, match="same ones in the same order"):
+                function(one, bad)
+    for function in (bootstrap_difference, paired_test):
+        with pytest.raises(ValueError, match="30 slices, other 29"):
+            function(one, one[:-1])
+        with pytest.raises(ValueError, match="group for each of 30"):
+            function(one, one, groups=np.zeros(29))
+    with pytest.raises(ValueError, match="group for each of 30"):
+        bootstrap_interval(one, groups=np.zeros((30, 1)))
+    for average in ("micro", "macro"):
+        with pytest.raises(ValueError, match="none of dice, iou"):
+            bootstrap_interval(one, "f1", average)
+    with pytest.raises(ValueError, match="neither micro nor macro"):
+        bootstrap_interval(one, "dice", "mean")
+    for wrong in ({"level": 95}, {"level": 0}, {"draws": 0}):
+        with pytest.raises(ValueError, match="level in"):
+            bootstrap_interval(one, **wrong)
+
+
+# --- lesion size ------------------------------------------------------------------------------------------------
+
+def test_dice_by_size_by_hand():
+    counts = np.array([[0, 0, 99, 901], [100, 0, 0, 900], [50, 0, 50, 900], [500, 0, 500, 0], [0, 9, 0, 991]])
+    count, dice = dice_by_size(counts, [100, 1000])
+    assert count.tolist() == [1, 2, 1]  # the slice without a lesion is in none
+    assert dice == pytest.approx([0, (1 + 2 / 3) / 2, 2 / 3])
+    count, dice = dice_by_size(counts, [1, 2, 99])
+    assert count.tolist() == [0, 0, 0, 4]
+    assert dice == pytest.approx([math.nan] * 3 + [macro(counts).dice], nan_ok=True)
+
+
+def test_dice_by_size_is_the_mean_over_seeds(seeds):
+    _, dice = dice_by_size(seeds, [200, 500])
+    np.testing.assert_allclose(dice, np.mean([dice_by_size(c, [200, 500])[1] for c in seeds], axis=0))
+    for edges in ([500, 200], [200, 200]):
+        with pytest.raises(ValueError, match="do not ascend"):
+            dice_by_size(seeds, edges)
+
+
+# --- calibration ------------------------------------------------------------------------------------------------
+
+def test_calibration_by_hand():
+    p = np.array([[0.0, 0.1, 0.6], [0.5, 1.0, 0.9]])
+    truth = np.array([[False, True, True], [False, True, True]])
+    sums = reliability_sums(p, truth, bins=4)
+    np.testing.assert_allclose(sums, [[0.1, 1, 2], [0, 0, 0], [1.1, 1, 2], [1.9, 2, 2]])
+    found = calibration(sums)
+    np.testing.assert_allclose(found.confidence, [0.05, math.nan, 0.55, 0.95])
+    np.testing.assert_allclose(found.observed, [0.5, math.nan, 0.5, 1])
+    assert found.count.tolist() == [2, 0, 2, 2]
+    assert found.error == pytest.approx((2 * 0.45 + 2 * 0.05 + 2 * 0.05) / 6)
+
+
+@given(arrays(float, st.integers(0, 60), elements=st.floats(0, 1)), st.integers(0, 60), st.integers(1, 12))
+def test_slices_add_up(p, cut, bins):
+    truth = p > 0.3
+    whole = reliability_sums(p, truth, bins)
+    np.testing.assert_allclose(reliability_sums(p[:cut], truth[:cut], bins)
+                               + reliability_sums(p[cut:], truth[cut:], bins), whole, atol=1e-9)
+    found = calibration(whole)
+    assert found.count.sum() == len(p)
+    assert math.isnan(found.error) if not len(p) else 0 <= found.error <= 1
+    full = found.count > 0
+    np.testing.assert_array_equal(np.isnan(found.confidence), ~full)
+    k = np.arange(bins)[full]
+    assert ((found.confidence[full] > k / bins - 1e-9) & (found.confidence[full] < (k + 1) / bins + 1e-9)).all()
+
+
+def test_calibrated_probabilities_have_no_error_and_shifted_ones_have_the_shift(rng):
+    true, shifted = np.zeros((10, 3)), np.zeros((10, 3))
+    for _ in range(20):  # slice by slice
+        p = rng.uniform(0, 0.8, (100, 100)).astype(np.float32)
+        lesion = rng.uniform(size=p.shape) < p
+        true += reliability_sums(p, lesion)
+        shifted += reliability_sums(p + np.float32(0.15), lesion)
+    assert calibration(true).error < 0.01
+    assert calibration(shifted).error == pytest.approx(0.15, abs=0.01)
+    filled = calibration(shifted).count > 0
+    assert (calibration(shifted).observed < calibration(shifted).confidence)[filled].all()
+
+
+def test_calibration_refuses_what_is_no_probability():
+    p, truth = np.full((2, 3), 0.5), np.zeros((2, 3), bool)
+    for bad in ((p, truth.T, 10), (p, truth.astype(int), 10), (p, truth, 0)):
+        with pytest.raises(ValueError, match="equal shapes"):
+            reliability_sums(*bad)
+    for value in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="outside"):
+            reliability_sums(np.full((2, 3), value), truth)
+
+
+# --- levels -----------------------------------------------------------------------------------------------------
+
+def test_counts_at_every_level_by_hand():
+    p = np.array([0.0, 0.3, 0.5, 0.99, 1.0])
+    truth = np.array([False, True, False, True, True])
+    assert level_counts(p, truth, steps=2).tolist() == [[3, 2, 0, 0], [2, 1, 1, 1], [1, 0, 2, 2]]
+
+
+@given(arrays(np.float32, st.integers(0, 60), elements=st.floats(0, 1, width=32)), st.integers(0, 60),
+       st.integers(0, 100))
+def test_they_are_those_of_an_outline_at_that_level_and_add_up(p, cut, k):
+    truth = np.arange(len(p)) % 3 == 0
+    counts = level_counts(p, truth)
+    assert counts.shape == (101, 4)
+    assert counts[k].tolist() == confusion((p >= k / 100)[None], truth[None])[0].tolist()
+    np.testing.assert_array_equal(level_counts(p[:cut], truth[:cut]) + level_counts(p[cut:], truth[cut:]), counts)
+
+
+def test_levels_want_probabilities_and_a_mask():
+    good = np.zeros(3), np.zeros(3, bool)
+    for bad in ((good[0], np.zeros(4, bool)), (good[0], np.zeros(3)), (np.full(3, 1.1), good[1]),
+                (np.full(3, np.nan), good[1])):
+        with pytest.raises(ValueError, match=r"wanted are|outside"):
+            level_counts(*bad)
+    with pytest.raises(ValueError, match="at least one step"):
+        level_counts(*good, steps=0)
+
+
+def test_level_for_a_sensitivity():
+    counts = np.array([[10, 90, 0, 0], [9, 30, 1, 60], [7, 10, 3, 80], [7, 9, 3, 81], [0, 0, 10, 90]])
+    assert [at_sensitivity(counts, s) for s in (1.0, 0.95, 0.9, 0.7, 0.1)] == [0, 0, 1, 3, 3]

@@ -1,0 +1,384 @@
+"""Painted lesions and vessels: in the lung, labelled exactly, alike at every crop size, only on lesion-free slices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage as ndi
+
+from covidseg import augment
+from covidseg.augment import Painter, PaintSettings, paint_lesions, paint_organ, paint_vessels, places
+from covidseg.preprocess import Crops
+
+SIZE = 80
+SIDES = (80, 160)
+BLOBS, FIELDS = {"scattered": 1.0}, {"scattered": 0.0}
+# Far brighter than tissue and cut off there: what is painted is then the softness itself.
+GLARING = {"solid": (50.0, 50.0), "haze": (50.0, 50.0, 50.0), "faint": 0.0}
+
+
+def two_lungs(side: int = SIZE) -> np.ndarray:
+    """Two upright ellipses with a mediastinum between them."""
+    rows, columns = (np.indices((side, side)) + 0.5) / side - 0.5
+    return (np.hypot(rows / 0.38, (columns + 0.22) / 0.15) < 1) | (np.hypot(rows / 0.38, (columns - 0.22) / 0.15) < 1)
+
+
+LUNG = two_lungs()
+
+
+def lesions(seed: int = 0, side: int = SIZE, **settings: object) -> tuple[np.ndarray, np.ndarray]:
+    """Lesions painted on black: picture and mask."""
+    return paint_lesions(np.zeros((side, side), np.float32), two_lungs(side),
+                         PaintSettings(**settings), np.random.default_rng(seed))  # type: ignore[arg-type]
+
+
+def vessels(seed: int = 0, side: int = SIZE, **settings: object) -> np.ndarray:
+    """Vessels painted on black."""
+    return paint_vessels(np.zeros((side, side), np.float32), two_lungs(side),
+                         PaintSettings(**settings), np.random.default_rng(seed))  # type: ignore[arg-type]
+
+
+# --- lesions ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", [BLOBS, FIELDS], ids=["blobs", "field"])
+@pytest.mark.parametrize("seed", range(6))
+def test_lesions_stay_in_the_lung_and_are_where_the_mask_says(seed: int, kind: dict) -> None:
+    picture, mask = lesions(seed, **kind)
+    assert (picture.dtype, mask.dtype) == (np.float32, bool)
+    assert mask.any()
+    assert not (mask & ~LUNG).any()
+    assert (picture[~LUNG] == 0).all()
+    assert picture[mask].mean() > 2 * picture[LUNG & ~mask].mean()
+    assert picture.max() <= 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_mask_of_one_blob_is_where_it_is_half_there(seed: int) -> None:
+    picture, mask = lesions(seed, **BLOBS, **GLARING, count=(1, 1), solid_share=1.0)
+    np.testing.assert_array_equal(mask, picture > 0.5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_mask_of_a_field_is_where_it_is_half_there(seed: int) -> None:
+    picture, mask = lesions(seed, **FIELDS, **GLARING, solid_share=0.0)
+    assert not ((picture > 0.5) & ~mask).any()
+    # Its texture may leave a few dark spots.
+    assert (picture[mask] > 0.5).mean() > 0.95
+
+
+def test_the_mask_of_several_blobs_covers_all_of_them() -> None:
+    for seed in range(6):
+        picture, mask = lesions(seed, **BLOBS, **GLARING, count=(3, 3), solid_share=1.0)
+        assert not (mask & (picture <= 0.5)).any()
+        # Two soft rims may add up to more than a half.
+        assert ((picture > 0.5) & ~mask).sum() < 0.15 * mask.sum() + 10
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_away_from_a_lesion_the_picture_stays_as_it_is(seed: int) -> None:
+    image = np.random.default_rng(9).normal(0.1, 0.05, LUNG.shape).astype(np.float32)
+    before = image.copy()
+    picture, mask = paint_lesions(image, LUNG, PaintSettings(**BLOBS), np.random.default_rng(seed))
+    distance = ndi.distance_transform_edt(~mask)
+    assert np.abs(picture - image)[distance > 0.2 * SIZE].max(initial=0) < 0.01
+    assert np.array_equal(picture[~LUNG], image[~LUNG])
+    assert np.array_equal(image, before), "the picture that came in is not changed"
+
+
+@pytest.mark.parametrize("kind", [BLOBS, FIELDS], ids=["blobs", "field"])
+def test_what_is_as_bright_as_tissue_keeps_its_brightness(kind: dict) -> None:
+    image = np.zeros(LUNG.shape, np.float32)
+    image[30:34], image[46:50] = 1.0, 1.4  # a vessel and a rib's edge across both lungs
+    for seed in range(4):
+        picture, mask = paint_lesions(image, LUNG, PaintSettings(**kind, count=(5, 5), cover=(0.6, 0.7)),
+                                      np.random.default_rng(seed))
+        assert mask[30:34].any() or mask[46:50].any()
+        assert np.array_equal(picture[30:34], image[30:34])
+        assert np.array_equal(picture[46:50], image[46:50])
+
+
+def test_consolidation_is_brighter_than_ground_glass() -> None:
+    # One blob each: where blobs overlap they add up.
+    glass, solid = ([np.percentile(p[m], 80) for p, m in (
+        lesions(seed, **BLOBS, solid_share=share, count=(1, 1), faint=0.0) for seed in range(8))]
+        for share in (0.0, 1.0))
+    assert max(glass) < 0.7
+    assert np.mean(glass) + 0.2 < np.mean(solid)
+
+
+def test_a_field_gets_a_solid_core_unless_nothing_may_be_solid() -> None:
+    with_core, without = ([lesions(seed, **FIELDS, solid_share=share, solid=(1.0, 1.0))[0].max()
+                           for seed in range(12)] for share in (1.0, 0.0))
+    assert np.mean(with_core) > np.mean(without) + 0.15
+
+
+def test_faint_glass_is_fainter() -> None:
+    one = {**BLOBS, "solid_share": 0.0, "count": (1, 1)}
+    faint, usual = ([p[m].mean() for p, m in (lesions(seed, **one, faint=share) for seed in range(8))]
+                    for share in (1.0, 0.0))
+    assert max(faint) < 0.25
+    assert np.mean(faint) < 0.6 * np.mean(usual)
+
+
+def test_small_blobs_prefer_the_chest_wall_and_shun_the_mediastinum() -> None:
+    place = places(LUNG)
+    small = {**BLOBS, "count": (3, 3), "radius": (0.02, 0.04)}
+    near, anywhere = ([lesions(seed, **small, outer=outer)[1] for seed in range(25)] for outer in (50.0, 0.0))
+    assert np.mean([place.depth[m].mean() for m in near]) < 0.7 * np.mean([place.depth[m].mean() for m in anywhere])
+    # Evenly spread blobs would hit the strip at the mediastinum as often as its size says.
+    strip = LUNG & (place.medial < 0.06)
+    assert np.mean([m[strip].mean() for m in anywhere]) < 0.7 * np.mean([m[LUNG & ~strip].mean() for m in anywhere])
+
+
+def test_a_field_covers_the_share_that_was_asked_for() -> None:
+    for cover in (0.1, 0.5):
+        for seed in range(4):
+            _, mask = lesions(seed, **FIELDS, cover=(cover, cover))
+            assert mask.sum() / LUNG.sum() == pytest.approx(cover, abs=0.01)
+
+
+def test_number_of_blobs() -> None:
+    tiny = {**BLOBS, "radius": (0.02, 0.021), "solid_share": 1.0}
+    ones, fives = ([ndi.label(lesions(seed, **tiny, count=(n, n))[1], np.ones((3, 3)))[1] for seed in range(10)]
+                   for n in (1, 5))
+    assert max(ones) <= 2  # a ragged blob may fall apart
+    assert np.mean(fives) > 3
+
+
+# --- vessels ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(6))
+def test_vessels_are_bright_and_grow_from_the_mediastinum(seed: int) -> None:
+    place, picture = places(LUNG), vessels(seed)
+    bright = picture > 0.5
+    assert picture.dtype == np.float32
+    assert (picture[~LUNG] == 0).all()
+    assert 0.75 < picture.max() <= 1.1
+    parts, count = ndi.label(bright, np.ones((3, 3)))
+    sizes = ndi.sum(bright, parts, range(1, count + 1))
+    assert place.medial[parts == 1 + np.argmax(sizes)].min() < 0.06
+
+
+def test_vessels_are_commoner_near_the_mediastinum() -> None:
+    medial = places(LUNG).medial
+    found = np.mean([vessels(seed) > 0.5 for seed in range(20)], axis=0)
+    near, far = (found[LUNG & part].mean() for part in (medial < 0.08, medial > 0.16))
+    assert near > 2 * far > 0
+
+
+def test_vessels_only_brighten() -> None:
+    image = np.random.default_rng(3).uniform(0, 1.4, LUNG.shape).astype(np.float32)
+    before = image.copy()
+    picture = paint_vessels(image, LUNG, PaintSettings(), np.random.default_rng(0))
+    assert (picture >= image - 1e-6).all()
+    assert (picture > image + 0.1).sum() > 20
+    assert np.array_equal(picture[~LUNG], image[~LUNG])
+    assert np.array_equal(image, before), "the picture that came in is not changed"
+
+
+def test_thickness_and_number_of_vessels() -> None:
+    def share(**settings: object) -> float:
+        return float(np.mean([(vessels(seed, **settings) > 0.5).sum() for seed in range(10)]))
+    assert share(thickness=(0.03, 0.031)) > 1.5 * share(thickness=(0.0125, 0.013))
+    assert share(branches=(8, 8)) > 2 * share(branches=(1, 1))
+
+
+# --- crop sizes -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", [BLOBS, FIELDS], ids=["blobs", "field"])
+def test_lesions_of_another_crop_size_cover_the_same_share(kind: dict) -> None:
+    shares = {side: np.array([lesions(seed, side, **kind)[1].sum() / two_lungs(side).sum() for seed in range(30)])
+              for side in SIDES}
+    assert all(values.min() > 0.001 for values in shares.values()), "nothing vanishes"
+    assert shares[80].mean() == pytest.approx(shares[160].mean(), rel=0.25)
+    assert np.corrcoef(shares[80], shares[160])[0, 1] > 0.6
+
+
+def test_vessels_of_another_crop_size_cover_the_same_share() -> None:
+    shares = {side: np.array([(vessels(seed, side) > 0.5).sum() / two_lungs(side).sum() for seed in range(20)])
+              for side in SIDES}
+    assert all(values.min() > 0.003 for values in shares.values()), "nothing vanishes"
+    assert shares[80].mean() == pytest.approx(shares[160].mean(), rel=0.25)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_organ_is_bright_and_even_and_cut_out_of_the_lung(seed: int) -> None:
+    dark = np.full(LUNG.shape, 0.1, np.float32)
+    picture, left = paint_organ(dark, LUNG, (0.08, 0.08), np.random.default_rng(seed))
+    assert picture.dtype == np.float32
+    assert not (left & ~LUNG).any()
+    gone = LUNG & ~left
+    assert 0 < gone.sum() < 1.3 * np.pi * (0.08 * len(LUNG)) ** 2
+    assert (picture[ndi.binary_erosion(gone, iterations=2)] > 0.7).all()
+    core = picture[picture > 0.85]
+    assert len(core) > 20
+    assert np.std(core) < 0.06
+    far = ~ndi.binary_dilation(picture > 0.3, iterations=len(LUNG) // 8)
+    assert far.any()
+    np.testing.assert_allclose(picture[far], 0.1, atol=0.02)
+
+
+def test_an_organ_darkens_nothing_and_its_size_is_a_share_of_the_side() -> None:
+    bright = np.full(LUNG.shape, 1.2, np.float32)
+    assert (paint_organ(bright, LUNG, (0.1, 0.1), np.random.default_rng(0))[0] >= 1.2 - 1e-5).all()
+    everywhere = [np.ones((side, side), bool) for side in (64, 128)]
+    shares = [[1 - paint_organ(lung.astype(np.float32), lung, (0.1, 0.1), np.random.default_rng(seed))[1].mean()
+               for seed in range(12)] for lung in everywhere]
+    assert np.mean(shares[0]) == pytest.approx(np.mean(shares[1]), rel=0.25)
+
+
+def test_places_are_fractions_of_the_side() -> None:
+    small, large = places(two_lungs(80)), places(two_lungs(160))
+    for name in ("depth", "medial"):
+        halved = getattr(large, name)[::2, ::2]
+        np.testing.assert_allclose(getattr(small, name)[LUNG], halved[LUNG], atol=0.03)
+    middle = small.medial[40, 38:42]
+    assert (middle == 0).all(), "the mediastinum itself"
+    # Along the middle row the chest wall is at either end of the lungs, and nowhere between.
+    row = np.flatnonzero(LUNG[40])
+    assert small.depth[40, row[0]] == small.depth[40, row[-1]] == pytest.approx(1 / 80)
+    assert small.depth[40, 40] > 0.3
+
+
+# --- lungs that hardly are any ----------------------------------------------------------------------------------
+
+def odd_lungs() -> dict[str, np.ndarray]:
+    rows, columns = np.indices((SIZE, SIZE))
+    found = {name: np.zeros((SIZE, SIZE), bool) for name in ("pixel", "two pixels", "line", "corner")}
+    found["pixel"][40, 41] = True
+    found["two pixels"][[5, 60], [70, 3]] = True
+    found["line"][40, 10:60] = True
+    found["corner"][:3, :3] = True
+    return {**found, "round": np.hypot(rows - 40, columns - 40) < 25, "full": np.ones((SIZE, SIZE), bool)}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", odd_lungs())
+def test_odd_lungs_are_painted_without_fault(name: str) -> None:
+    lung, image = odd_lungs()[name], np.full((SIZE, SIZE), 0.1, np.float32)
+    area = 0
+    for seed in range(8):
+        for kind in (BLOBS, FIELDS):
+            picture, mask = paint_lesions(image, lung, PaintSettings(**kind), np.random.default_rng(seed))
+            assert np.isfinite(picture).all()
+            assert np.array_equal(picture[~lung], image[~lung])
+            assert not (mask & ~lung).any()
+            area += mask.sum()
+        picture = paint_vessels(image, lung, PaintSettings(), np.random.default_rng(seed))
+        assert np.array_equal(picture, image), "without a mediastinum there is nothing to grow from"
+    assert area > 0
+
+
+# --- batches ----------------------------------------------------------------------------------------------------
+
+COUNT = 6
+
+
+def crops() -> Crops:
+    """Black slices; the lungs of every other one are shifted upwards."""
+    lungs = np.stack([np.roll(LUNG, -6 * (k % 2), axis=0) for k in range(COUNT)])
+    return Crops(np.zeros(lungs.shape, np.float32), lungs, np.zeros((COUNT, 4), int))
+
+
+INDEX = torch.tensor([5, 2, 3, 0, 1, 4])
+FREE = torch.tensor([True, False, True, True, False, True])
+
+
+def batch(index: torch.Tensor = INDEX) -> torch.Tensor:
+    """Picture, lung, target, weight."""
+    maps = torch.zeros(len(index), 4, SIZE, SIZE)
+    maps[:, 1] = torch.from_numpy(crops().lungs)[index].float()
+    maps[:, 3] = 1
+    return maps
+
+
+def painted(seed: int = 0, free: torch.Tensor = FREE, **settings: object) -> torch.Tensor:
+    return Painter(crops(), PaintSettings(**settings))(  # type: ignore[arg-type]
+        batch(), INDEX, free, torch.Generator().manual_seed(seed))
+
+
+def test_only_lesion_free_slices_are_painted() -> None:
+    maps = batch()
+    maps[~FREE, 2, 40, 20] = 1
+    before = maps.clone()
+    result = Painter(crops(), PaintSettings(share=1.0, vessels=1.0))(maps, INDEX, FREE,
+                                                                     torch.Generator().manual_seed(0))
+    assert torch.equal(result[~FREE], maps[~FREE])
+    assert (result[FREE][:, 2].flatten(1).sum(1) > 0).all()
+    assert (result[FREE][:, 0].flatten(1).max(1).values > 0.1).all()
+    assert torch.equal(result[:, [1, 3]], maps[:, [1, 3]])
+    assert torch.equal(maps, before), "the batch that came in is not changed"
+
+
+def test_each_slice_is_painted_into_its_own_lung() -> None:
+    for seed in range(3):
+        result = painted(seed, torch.ones(COUNT, dtype=torch.bool), share=1.0, vessels=1.0)
+        for channel in (0, 2):
+            assert (result[:, channel][result[:, 1] == 0] == 0).all()
+    # A field that covers all of a lung reaches its ends, wherever it lies.
+    result = painted(0, torch.ones(COUNT, dtype=torch.bool), share=1.0, vessels=0.0, **FIELDS, cover=(0.99, 0.99))
+    assert (result[:, 2].sum((1, 2)) > 0.97 * result[:, 1].sum((1, 2))).all()
+
+
+def test_vessels_are_no_lesions() -> None:
+    result = painted(share=0.0, vessels=1.0)
+    assert (result[FREE][:, 0].flatten(1).max(1).values > 0.75).all()
+    assert (result[:, 2] == 0).all()
+    assert (result[~FREE][:, 0] == 0).all()
+
+
+def test_lesions_without_vessels() -> None:
+    faint = {"solid_share": 0.0, "faint": 1.0, **BLOBS, "count": (1, 1)}
+    result = painted(share=1.0, vessels=0.0, **faint)
+    assert (result[FREE][:, 2].flatten(1).sum(1) > 0).all()
+    assert result[:, 0].max() < 0.5, "nothing as bright as a vessel"
+    assert painted(share=1.0, vessels=1.0, **faint)[:, 0].max() > 0.75
+
+
+def test_both_switched_off() -> None:
+    source = torch.Generator().manual_seed(0)
+    state = source.get_state()
+    result = Painter(crops(), PaintSettings(share=0, vessels=0))(batch(), INDEX, FREE, source)
+    assert torch.equal(result, batch())
+    assert torch.equal(source.get_state(), state), "nothing was drawn: training is as without painting"
+
+
+def test_shares_are_probabilities() -> None:
+    index = torch.zeros(150, dtype=torch.long)
+    free = torch.ones(150, dtype=torch.bool)
+    result = Painter(crops(), PaintSettings(share=0.3, vessels=0.0))(batch(index), index, free,
+                                                                     torch.Generator().manual_seed(0))
+    assert (result[:, 2].flatten(1).sum(1) > 0).float().mean().item() == pytest.approx(0.3, abs=0.1)
+    result = Painter(crops(), PaintSettings(share=0.0, vessels=0.7))(batch(index), index, free,
+                                                                     torch.Generator().manual_seed(0))
+    assert (result[:, 0].flatten(1).max(1).values > 0.5).float().mean().item() == pytest.approx(0.7, abs=0.1)
+
+
+def test_a_slice_without_a_lung_is_left_alone() -> None:
+    empty = crops()
+    empty.lungs[3] = False
+    result = Painter(empty, PaintSettings(share=1.0, vessels=1.0))(batch(), INDEX, torch.ones(COUNT, dtype=torch.bool),
+                                                                   torch.Generator().manual_seed(0))
+    untouched = [k for k in range(COUNT) if torch.equal(result[k], batch()[k])]
+    assert untouched == [2], "position 2 of the batch holds slice 3"
+
+
+def test_the_same_generator_paints_the_same() -> None:
+    first, second, other = (painted(seed) for seed in (4, 4, 5))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_the_next_batch_is_painted_differently() -> None:
+    painter, source = Painter(crops(), PaintSettings(share=1.0)), torch.Generator().manual_seed(0)
+    assert not torch.equal(painter(batch(), INDEX, FREE, source), painter(batch(), INDEX, FREE, source))
+
+
+def test_places_are_measured_once_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    monkeypatch.setattr(augment, "places", lambda lung: measured.append(1) or places(lung))
+    painter, source = Painter(crops(), PaintSettings(share=1.0)), torch.Generator().manual_seed(0)
+    for _ in range(3):
+        painter(batch(), INDEX, FREE, source)
+    assert len(measured) == FREE.sum()

@@ -1,0 +1,321 @@
+"""The slice classifier: pooling inside the lung, learning from slice labels, figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import in_turn, quiet, same_weights, toy, weights
+from torch import nn
+from torch.nn import functional as F
+
+from covidseg.augment import NO_PAINT, PaintSettings
+from covidseg.classifier import (
+    Classifier,
+    ClassifierSettings,
+    Committee,
+    Lesson,
+    auc,
+    slice_probabilities,
+    train_classifier,
+    train_committee,
+)
+from covidseg.errors import SettingsError
+from covidseg.preprocess import Crops, net_input
+
+pytestmark = pytest.mark.nets
+
+SMALL = ClassifierSettings(width=4, steps=6, batch=4, temperature=4.0)
+ENOUGH = ClassifierSettings(width=6, steps=30, batch=8, rate=3e-3, temperature=4.0, flip_weight=0.5, outside_weight=0.1)
+
+
+@pytest.fixture
+def net() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(SMALL)
+
+
+def test_shapes(net: Classifier) -> None:
+    inputs = torch.rand(3, 2, 80, 80)
+    assert net.maps(inputs).shape == (3, 1, 10, 10)
+    assert net(inputs).shape == (3, 1)
+
+
+@pytest.mark.parametrize(("parts", "field"), [
+    (("fine",), 7), (("fine", "middle"), 19), (("fine", "middle", "coarse", "evidence"), 43)])
+def test_a_cell_sees_a_window_of_the_slice_and_no_more(net: Classifier, parts: tuple[str, ...], field: int) -> None:
+    """What lies beyond the window may change as it likes; its outermost pixels still count."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data.abs_()  # so that no ReLU hides an effect
+    net.eval().double()
+    see = nn.Sequential(*(getattr(net, part) for part in parts))
+    inputs = torch.rand(1, 2, 160, 160, dtype=torch.float64)  # in double, since the corners have little weight
+    centre, reach = (80, 72), field // 2
+    cell = [position * see(inputs).shape[-1] // 160 for position in centre]
+
+    @torch.no_grad()
+    def change(where: tuple[object, ...]) -> float:
+        other = inputs.clone()
+        other[(0, slice(None), *where)] += 1
+        before, after = (see(given)[0, :, cell[0], cell[1]] for given in (inputs, other))
+        return ((after - before).abs() / before.abs()).max().item()
+
+    rows, columns = np.mgrid[:160, :160]
+    away = np.maximum(abs(rows - centre[0]), abs(columns - centre[1]))
+    assert change((torch.from_numpy(away > reach),)) == 0
+    for down in (-reach, reach):
+        for right in (-reach, reach):
+            assert change((centre[0] + down, centre[1] + right)) > 1e-9
+    assert change(centre) > 1e-3
+
+
+def half_lung() -> torch.Tensor:
+    lungs = torch.zeros(2, 1, 80, 80)
+    lungs[..., :40] = 1
+    return lungs
+
+
+def test_pooling_ignores_evidence_outside_the_lung(net: Classifier) -> None:
+    evidence = torch.randn(2, 1, 10, 10)
+    loud = evidence.clone()
+    loud[..., 5:] += 50
+    assert torch.equal(net.pool(evidence, half_lung()), net.pool(loud, half_lung()))
+    loud[..., 2, 2] += 1
+    assert (net.pool(loud, half_lung()) > net.pool(evidence, half_lung())).all()
+
+
+def test_pooling_sends_no_gradient_outside_the_lung(net: Classifier) -> None:
+    evidence = torch.randn(2, 1, 10, 10, requires_grad=True)
+    net.pool(evidence, half_lung()).sum().backward()
+    assert (evidence.grad[..., 5:] == 0).all()
+    assert (evidence.grad[..., :5] > 0).all()
+
+
+@pytest.mark.parametrize("columns", [8, 40, 80])
+def test_even_evidence_pools_to_itself_whatever_the_size_of_the_lung(net: Classifier, columns: int) -> None:
+    lungs = torch.zeros(1, 1, 80, 80)
+    lungs[..., :columns] = 1
+    assert net.pool(torch.full((1, 1, 10, 10), 1.7), lungs).item() == pytest.approx(1.7, abs=1e-4)
+
+
+def test_a_small_lesion_counts(net: Classifier) -> None:
+    evidence = torch.full((1, 1, 10, 10), -2.0)
+    evidence[0, 0, 3, 3] = 6
+    pooled = net.pool(evidence, torch.ones(1, 1, 80, 80)).item()
+    mean, lone_share = evidence.mean().item(), 1 / 100
+    assert pooled > 0 > mean, "one patch among a hundred decides, where the mean alone would not"
+    assert pooled < evidence.max().item()
+    evidence.requires_grad_(True)
+    net.pool(evidence, torch.ones(1, 1, 80, 80)).backward()
+    assert evidence.grad[0, 0, 3, 3] > 10 * lone_share
+
+
+def test_a_larger_temperature_looks_at_fewer_pixels() -> None:
+    evidence = torch.randn(1, 1, 10, 10, generator=torch.Generator().manual_seed(0))
+    shares, pooled = [], []
+    for temperature in (0.25, ClassifierSettings().temperature, 4.0):
+        given = evidence.clone().requires_grad_(True)
+        logit = Classifier(replace(SMALL, temperature=temperature)).pool(given, torch.ones(1, 1, 80, 80))
+        logit.sum().backward()
+        assert given.grad.sum().item() == pytest.approx(1, abs=1e-4)
+        shares.append(given.grad.max().item())
+        pooled.append(logit.item())
+    assert shares == sorted(shares)
+    assert shares[1] > 2 * shares[0]
+    assert shares[2] > 2 * shares[1]
+    assert evidence.mean() < pooled[0] < pooled[1] < pooled[2] < evidence.max()
+
+
+def test_a_slice_without_lung_stays_finite(net: Classifier) -> None:
+    assert torch.isfinite(net(torch.zeros(1, 2, 80, 80))).all()
+
+
+def test_learns_bright_disks_from_slice_labels() -> None:
+    data, _ = toy(32)
+    lines: list[str] = []
+    net = train_classifier(data, ENOUGH, seed=1, log=lines.append)
+    fresh, _ = toy(40, seed=9)
+    untrained = auc(slice_probabilities(Classifier(SMALL).eval(), fresh.crops), fresh.labels)
+    assert auc(slice_probabilities(net, fresh.crops), fresh.labels) > max(0.9, untrained)
+    assert not net.training
+    assert lines
+    assert all(line.startswith("classifier step") for line in lines)
+
+
+def test_shuffled_labels_teach_nothing() -> None:
+    data, _ = toy(32)
+    # Swap the labels of every other pair: half of the disks are called free of a lesion.
+    wrong = np.where(np.arange(32) // 2 % 2 == 0, data.labels, 1 - data.labels)
+    shuffled = type(data)(data.crops, wrong, data.patients, data.names)
+    net = train_classifier(shuffled, ENOUGH, seed=1, log=quiet)
+    fresh, _ = toy(40, seed=9)
+    probabilities = slice_probabilities(net, fresh.crops)
+    assert np.ptp(probabilities) < 0.5, "no confident verdict can be learned from chance"
+
+
+def test_training_repeats_bit_for_bit_with_the_seed() -> None:
+    data, _ = toy(12)
+    first = train_classifier(data, SMALL, seed=3, log=quiet)
+    assert same_weights(first, train_classifier(data, SMALL, seed=3, log=quiet))
+    assert not same_weights(first, train_classifier(data, SMALL, seed=4, log=quiet))
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_batches_made_ahead_are_those_made_in_turn(monkeypatch: pytest.MonkeyPatch, taught: bool) -> None:
+    data, disks = toy(12)
+    lesson = Lesson(disks.astype(np.float32), data.crops.lungs, 1.0) if taught else None
+    ahead = train_classifier(data, SMALL, lesson=lesson, seed=3, log=quiet)
+    monkeypatch.setattr("covidseg.classifier.overlapped", in_turn)
+    assert same_weights(ahead, train_classifier(data, SMALL, lesson=lesson, seed=3, log=quiet))
+
+
+def test_training_goes_on_from_given_weights() -> None:
+    data, _ = toy(12)
+    first = train_classifier(data, SMALL, seed=1, log=quiet)
+    before = {name: value.copy() for name, value in weights(first).items()}
+    still = replace(SMALL, rate=1e-12)
+    names = [name for name, _ in first.named_parameters()]
+
+    def as_before(net: Classifier) -> bool:
+        return all(np.allclose(weights(net)[name], before[name], atol=1e-6) for name in names)
+
+    assert as_before(train_classifier(data, still, start=first, seed=2, log=quiet))
+    assert not as_before(train_classifier(data, still, seed=2, log=quiet))
+    assert not as_before(train_classifier(data, SMALL, start=first, seed=2, log=quiet))
+    assert all(np.array_equal(weights(first)[name], before[name]) for name in before), "the start itself stays"
+
+
+def test_vessels_are_painted_on_lesion_free_slices_and_lesions_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    from covidseg import augment as augmenting
+
+    data, _ = toy(8)
+    painted: list[np.ndarray] = []
+
+    def spy(image: np.ndarray, *rest: object, real: object = augmenting.paint_vessels) -> np.ndarray:
+        painted.append(image)
+        return real(image, *rest)  # type: ignore[operator]
+
+    def refuse(*arguments: object) -> None:
+        pytest.fail("a lesion was painted on a slice labelled free of one")
+    monkeypatch.setattr(augmenting, "paint_vessels", spy)
+    monkeypatch.setattr(augmenting, "paint_lesions", refuse)
+    plain = train_classifier(data, replace(SMALL, paint=NO_PAINT), log=quiet)
+    assert not painted
+    assert not same_weights(plain, train_classifier(data, SMALL, log=quiet))
+    assert painted
+    free = data.crops.images[data.labels == 0]
+    assert all((free == image).all((1, 2)).any() for image in painted)
+
+
+def evidence_of(net: Classifier) -> tuple[float, float, float]:
+    """Mean evidence of fresh slices in the disks, in the lung around them and in the lung without."""
+    fresh, disks = toy(24, 80, seed=9)
+    lungs = torch.from_numpy(fresh.crops.lungs)[:, None].float()
+    with torch.no_grad():
+        maps = net.maps(net_input(torch.from_numpy(fresh.crops.images)[:, None], lungs)).sigmoid()
+    large = F.interpolate(maps, size=(80, 80), mode="nearest")[:, 0].numpy()
+    ill = (fresh.labels == 1)[:, None, None]
+    return (float(large[disks].mean()), float(large[fresh.crops.lungs & ill & ~disks].mean()),
+            float(large[fresh.crops.lungs & ~ill].mean()))
+
+
+def test_a_lesson_raises_evidence_where_it_says_lesion_and_lowers_it_where_it_says_lung() -> None:
+    data, disks = toy(32, 80, seed=1)
+    lungs = data.crops.lungs
+    lines: list[str] = []
+    net = train_classifier(data, ENOUGH, lesson=Lesson(disks.astype(np.float32), lungs, 2.0), seed=1, log=lines.append)
+    assert all("lesson" in line for line in lines)
+    plain = evidence_of(train_classifier(data, ENOUGH, seed=1, log=quiet))
+    taught = evidence_of(net)
+    everywhere = [evidence_of(train_classifier(data, ENOUGH, lesson=Lesson(np.full(lungs.shape, value, np.float32),
+                                                                           lungs, 2.0), seed=1, log=quiet))
+                  for value in (0.0, 1.0)]
+    # Disks stand out without a lesson as well; what it adds shows beside a lesson that calls all of the lung healthy.
+    assert taught[0] > everywhere[0][0] + 0.3
+    assert taught[1] < plain[1] - 0.03
+    assert taught[1] < everywhere[0][1] + 0.1
+    assert taught[0] - taught[1] > 0.3, "the lesson moves along when the picture is flipped"
+    ill = lungs & (data.labels == 1)[:, None, None]
+    wrong = evidence_of(train_classifier(data, ENOUGH, lesson=Lesson((ill & ~disks).astype(np.float32), ill, 2.0),
+                                         seed=1, log=quiet))
+    assert wrong[0] - wrong[1] < taught[0] - taught[1] - 0.2
+    assert everywhere[0][2] < everywhere[1][2] - 0.1
+
+
+def test_only_taught_pixels_and_a_weight_above_0_make_a_difference() -> None:
+    data, disks = toy(12)
+    some = data.crops.lungs & (np.arange(40) < 20)
+    teacher = disks.astype(np.float32)
+
+    def trained(lesson: Lesson | None) -> Classifier:
+        return train_classifier(data, SMALL, lesson=lesson, seed=3, log=quiet)
+
+    plain, taught = trained(None), trained(Lesson(teacher, some, 1.0))
+    assert not same_weights(plain, taught)
+    assert same_weights(taught, trained(Lesson(np.where(some, teacher, 0.7).astype(np.float32), some, 1.0)))
+    # Nothing taught is as good as no lesson, bit for bit: a lesson draws no random numbers.
+    assert same_weights(plain, trained(Lesson(teacher, some, 0.0)))
+    assert same_weights(plain, trained(Lesson(teacher, np.zeros_like(some), 1.0)))
+
+
+def test_probabilities_do_not_depend_on_the_batch(net: Classifier) -> None:
+    data, _ = toy(7)
+    net.eval()
+    whole = slice_probabilities(net, data.crops)
+    assert whole.shape == (7,)
+    assert ((whole > 0) & (whole < 1)).all()
+    np.testing.assert_allclose(slice_probabilities(net, data.crops, batch=2), whole, atol=1e-6)
+
+
+def test_no_slices_no_probabilities(net: Classifier) -> None:
+    empty = Crops(np.zeros((0, 40, 40), np.float32), np.zeros((0, 40, 40), bool), np.zeros((0, 4), int))
+    assert slice_probabilities(net, empty).shape == (0,)
+
+
+@pytest.mark.parametrize(("probabilities", "expected"), [
+    ([0.1, 0.2, 0.8, 0.9], 1.0), ([0.9, 0.8, 0.2, 0.1], 0.0), ([0.5, 0.5, 0.5, 0.5], 0.5),
+    ([0.1, 0.6, 0.5, 0.9], 0.75)])
+def test_auc_by_hand(probabilities: list[float], expected: float) -> None:
+    assert auc(np.array(probabilities, np.float32), np.array([0, 0, 1, 1])) == pytest.approx(expected)
+
+
+def test_lesions_cannot_be_painted_for_the_classifier() -> None:
+    with pytest.raises(SettingsError, match="contradict"):
+        ClassifierSettings(paint=PaintSettings())
+
+
+def test_a_committee_is_its_members_with_seeds_of_their_own_and_answers_with_their_mean() -> None:
+    data, disks = toy(8)
+    lines: list[str] = []
+    committee = train_committee(data, replace(SMALL, members=2), seed=3, log=lines.append)
+    first, second = committee.members
+    assert same_weights(first, train_classifier(data, SMALL, seed=3, log=quiet))
+    assert not same_weights(first, second)
+    assert not committee.training
+    assert {line.split(" step")[0] for line in lines} == {"classifier (1 of 2)", "classifier (2 of 2)"}
+    images, lungs = (torch.from_numpy(part)[:, None].float() for part in (data.crops.images, data.crops.lungs))
+    inputs = net_input(images, lungs)
+    with torch.no_grad():
+        torch.testing.assert_close(committee(inputs), (first(inputs) + second(inputs)) / 2)
+    # In a later round each goes on from itself.
+    lesson = Lesson(disks.astype(np.float32), data.crops.lungs, 1.0)
+    later = train_committee(data, replace(SMALL, members=2), start=committee, lesson=lesson, seed=4, log=quiet)
+    for old, new, seed in zip(committee.members, later.members, (4, 1004), strict=True):
+        assert same_weights(new, train_classifier(data, SMALL, start=old, lesson=lesson, seed=seed,  # type: ignore[arg-type]
+                                                  log=quiet))
+
+
+def test_a_committee_of_one_is_a_classifier() -> None:
+    data, _ = toy(8)
+    lines: list[str] = []
+    committee = train_committee(data, SMALL, log=lines.append)
+    net = train_classifier(data, SMALL, log=quiet)
+    assert same_weights(committee.members[0], net)
+    assert lines[0].startswith("classifier step")
+    np.testing.assert_allclose(*(slice_probabilities(one, data.crops) for one in (committee, net)), atol=1e-6)
+    assert isinstance(committee, Committee)
+    with pytest.raises(SettingsError, match="at least one"):
+        ClassifierSettings(members=0)

@@ -1,0 +1,259 @@
+"""Grad-CAM and LayerCAM against their own definitions, their mixture, and the coarse labels made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from bench.cam_library import activation_maps_library, grad_cam_library, layer_cam_library
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import toy
+from torch import nn
+from torch.nn import functional as F
+
+from covidseg.classifier import Classifier, ClassifierSettings, Committee
+from covidseg.gradcam import CamSettings, activation_maps, coarse_labels, grad_cam, layer_cam, scale_by_top
+from covidseg.preprocess import Crops, net_input
+
+pytestmark = pytest.mark.nets
+
+SETTINGS = CamSettings()
+Method = Callable[..., np.ndarray]
+
+
+@pytest.fixture
+def net() -> Classifier:
+    torch.manual_seed(1)
+    net = Classifier(ClassifierSettings(width=4))
+    for module in net.modules():  # larger than at the start, so that evidence differs from place to place
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    return net.eval()
+
+
+@pytest.fixture
+def crops() -> Crops:
+    data, _ = toy(6, size=80, seed=2)
+    lungs = data.crops.lungs.copy()
+    lungs[:, :, 60:] = False  # lopsided, so that a missing flip shows
+    return replace(data.crops, lungs=lungs)
+
+
+def inputs_of(crops: Crops) -> torch.Tensor:
+    return net_input(torch.from_numpy(crops.images)[:, None], torch.from_numpy(crops.lungs)[:, None].float())
+
+
+def unit(maps: torch.Tensor) -> torch.Tensor:
+    """Each map from 0 to 1, as the library scales them."""
+    maps = maps - maps.amin((1, 2), keepdim=True)
+    return maps / (maps.amax((1, 2), keepdim=True) + 1e-7)
+
+
+def by_definition(net: Classifier, inputs: torch.Tensor) -> torch.Tensor:
+    """Equations 1 and 2 of Selvaraju et al. (ICCV 2017) with autograd, on the last block; ``(B, S, S)``."""
+    layer = net.coarse(net.middle(net.fine(inputs))).detach().requires_grad_(True)     # A_k
+    score = net.pool(net.evidence(layer), inputs[:, 1:2])                              # y, before the sigmoid
+    slopes, = torch.autograd.grad(score.sum(), layer)
+    alpha = slopes.mean((2, 3), keepdim=True)                                          # eq. 1
+    maps = F.relu((alpha * layer.detach()).sum(1))                                     # eq. 2
+    large = F.interpolate(unit(maps)[:, None], size=inputs.shape[-2:], mode="bilinear", align_corners=False)
+    return unit(large[:, 0])
+
+
+def mirror_mean(definition: Callable[[Classifier, torch.Tensor], torch.Tensor], net: Classifier,
+                crops: Crops) -> np.ndarray:
+    """A definition averaged over the slices and their mirror images, scaled as the package does."""
+    inputs = inputs_of(crops)
+    straight, mirrored = definition(net, inputs), definition(net, inputs.flip(3)).flip(2)
+    return scale_by_top((0.5 * (straight + mirrored)).numpy() * crops.lungs, crops.lungs, SETTINGS.top)
+
+
+def test_equals_the_definition_averaged_over_the_mirror_image(net: Classifier, crops: Crops) -> None:
+    maps = grad_cam(net, crops)
+    np.testing.assert_allclose(maps, mirror_mean(by_definition, net, crops), atol=1e-4)
+    straight = by_definition(net, inputs_of(crops))
+    # The comparison has teeth: without the mirror image the maps differ visibly.
+    alone = scale_by_top(straight.numpy() * crops.lungs, crops.lungs, SETTINGS.top)
+    assert np.abs(maps - alone).max() > 0.05
+    assert (maps.max((1, 2)) == 1).any()
+
+
+def layer_by_definition(net: Classifier, inputs: torch.Tensor) -> torch.Tensor:
+    """Equations 4 and 5 of Jiang et al. (IEEE TIP 2021) with autograd, mean of two blocks; ``(B, S, S)``."""
+    middle = net.middle(net.fine(inputs))
+    last = net.coarse(middle)
+    score = net.pool(net.evidence(last), inputs[:, 1:2])
+    maps = []
+    for layer, slopes in zip((middle, last), torch.autograd.grad(score.sum(), (middle, last)), strict=True):
+        found = F.relu((F.relu(slopes) * layer).sum(1))                                # a weight for every position
+        maps.append(F.interpolate(unit(found)[:, None], size=inputs.shape[-2:], mode="bilinear",
+                                  align_corners=False)[:, 0])
+    return unit(torch.stack(maps).mean(0)).detach()
+
+
+def test_layer_cam_equals_its_definition_averaged_over_the_mirror_image(net: Classifier, crops: Crops) -> None:
+    maps = layer_cam(net, crops)
+    np.testing.assert_allclose(maps, mirror_mean(layer_by_definition, net, crops), atol=1e-4)
+    assert np.abs(maps - grad_cam(net, crops)).max() > 0.1, "it is another method"
+
+
+@pytest.mark.parametrize("settings", [
+    SETTINGS, CamSettings(scales=(0.75, 1.25)), CamSettings(batch=4), CamSettings(layer_share=0.0),
+    CamSettings(layer_share=1.0)], ids=["plain", "scales", "batch", "grad", "layer"])
+@pytest.mark.parametrize(("fast", "library"), [
+    (grad_cam, grad_cam_library), (layer_cam, layer_cam_library), (activation_maps, activation_maps_library)])
+def test_equals_the_library(fast: Method, library: Method, settings: CamSettings, net: Classifier,
+                            crops: Crops) -> None:
+    maps = fast(net, crops, settings)
+    np.testing.assert_allclose(maps, library(net, crops, settings), atol=1e-6)
+    assert maps.std() > 0.05
+    on = net.to(memory_format=torch.channels_last)  # as trained nets come
+    np.testing.assert_allclose(fast(on, crops, settings), library(on, crops, settings), atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.3, SETTINGS.layer_share])
+def test_the_mixture_ends_at_the_two_methods(net: Classifier, crops: Crops, share: float) -> None:
+    first, second = grad_cam(net, crops), layer_cam(net, crops)
+    assert np.array_equal(activation_maps(net, crops, replace(SETTINGS, layer_share=0.0)), first)
+    assert np.array_equal(activation_maps(net, crops, replace(SETTINGS, layer_share=1.0)), second)
+    mixed = activation_maps(net, crops, replace(SETTINGS, layer_share=share))
+    expected = scale_by_top((1 - share) * first + share * second, crops.lungs, SETTINGS.top)
+    np.testing.assert_allclose(mixed, expected, atol=1e-6)
+    assert np.abs(mixed - first).max() > 0.01
+
+
+@pytest.mark.parametrize("scales", [(1.5,), (0.75, 1.0, 1.25)])
+@pytest.mark.parametrize("method", [grad_cam, layer_cam, activation_maps])
+def test_other_scales_give_another_map_of_the_same_kind(method: Method, scales: tuple[float, ...], net: Classifier,
+                                                        crops: Crops) -> None:
+    settings = replace(SETTINGS, scales=scales)
+    maps, plain = method(net, crops, settings), method(net, crops)
+    assert np.abs(maps - plain).max() > 0.05
+    assert maps.shape == plain.shape
+    assert maps.dtype == np.float32
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+    assert (maps[~crops.lungs] == 0).all()
+    assert np.corrcoef(maps[crops.lungs], plain[crops.lungs])[0, 1] > 0.3, "enlarged maps come back to their place"
+    np.testing.assert_allclose(method(net, crops, replace(settings, scales=scales[::-1])), maps, atol=1e-5)
+    flipped = Crops(crops.images[..., ::-1].copy(), crops.lungs[..., ::-1].copy(), crops.boxes)
+    np.testing.assert_allclose(method(net, flipped, settings)[..., ::-1], maps, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [grad_cam, layer_cam, activation_maps])
+def test_maps_lie_in_0_to_1_and_within_the_lung(method: Method, net: Classifier, crops: Crops) -> None:
+    maps = method(net, crops)
+    assert maps.shape == crops.images.shape
+    assert maps.dtype == np.float32
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+    assert (maps[~crops.lungs] == 0).all()
+    assert (maps[crops.lungs] > 0).any()
+
+
+@st.composite
+def nets_and_crops(draw: st.DrawFn) -> tuple[Classifier, Crops, CamSettings]:
+    """A net of random weights, tiny to huge, and crops of noise, constants and specks with any lung, none included."""
+    seed, size = draw(st.integers(0, 10**6)), draw(st.sampled_from([40, 80]))
+    torch.manual_seed(seed)
+    net = Classifier(ClassifierSettings(width=4))
+    gain = draw(st.sampled_from([1e-3, 1.0, 5.0]))
+    for value in net.parameters():
+        nn.init.normal_(value, std=gain)
+    rng, count = np.random.default_rng(seed), draw(st.integers(1, 5))
+    images = np.stack([rng.uniform(-0.3, 1.5, (size, size)) if rng.random() < 0.7 else np.full((size, size), 0.5)
+                       for _ in range(count)]).astype(np.float32)
+    lungs = rng.random((count, size, size)) < rng.choice([0.0, 0.001, 0.5, 1.0], (count, 1, 1))
+    settings = CamSettings(batch=draw(st.integers(1, 6)), layer_share=draw(st.sampled_from([0.0, 0.2, 1.0])),
+                           scales=draw(st.sampled_from([(1.0,), (0.75, 1.25)])), top=draw(st.floats(1, 100)))
+    return net.eval(), Crops(images, lungs, np.tile([0, 0, size, size], (count, 1))), settings
+
+
+def faults_of_maps(maps: np.ndarray, lungs: np.ndarray) -> list[str]:
+    """What keeps these from being activation maps."""
+    faults = {"another shape": maps.shape != lungs.shape, "not float32": maps.dtype != np.float32,
+              "no number": not np.isfinite(maps).all(), "outside 0 to 1": not ((maps >= 0) & (maps <= 1)).all(),
+              "outside the lung": (maps[~lungs] != 0).any()}
+    return [fault for fault, there in faults.items() if there]
+
+
+@given(nets_and_crops())
+def test_maps_of_any_net_and_crop_lie_in_0_to_1_and_within_the_lung(
+        drawn: tuple[Classifier, Crops, CamSettings]) -> None:
+    net, crops, settings = drawn
+    for method in (grad_cam, layer_cam, activation_maps):
+        assert faults_of_maps(method(net, crops, settings), crops.lungs) == [], method.__name__
+
+
+def test_check_of_maps_fires(net: Classifier, crops: Crops) -> None:
+    maps = grad_cam(net, crops)
+    assert faults_of_maps(maps, crops.lungs) == []
+    assert faults_of_maps(maps + 1e-6, crops.lungs) == ["outside 0 to 1", "outside the lung"]
+    assert faults_of_maps(np.where(maps == 1, np.nan, maps).astype(float), crops.lungs) == [
+        "not float32", "no number", "outside 0 to 1"]
+
+
+def test_mirrored_slices_give_mirrored_maps(net: Classifier, crops: Crops) -> None:
+    flipped = Crops(crops.images[..., ::-1].copy(), crops.lungs[..., ::-1].copy(), crops.boxes)
+    np.testing.assert_allclose(grad_cam(net, flipped)[..., ::-1], grad_cam(net, crops), atol=1e-5)
+
+
+def test_maps_do_not_depend_on_the_batch(net: Classifier, crops: Crops) -> None:
+    np.testing.assert_allclose(grad_cam(net, crops, replace(SETTINGS, batch=2)), grad_cam(net, crops), atol=1e-5)
+
+
+def test_works_on_frozen_weights_and_leaves_the_net_as_it_was(net: Classifier, crops: Crops) -> None:
+    expected = grad_cam(net, crops)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    np.testing.assert_allclose(grad_cam(net.requires_grad_(False), crops), expected, atol=1e-6)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert not net.coarse._forward_hooks
+    assert not net.training
+
+
+def test_a_slice_without_lung_has_an_empty_map(net: Classifier, crops: Crops) -> None:
+    crops.lungs[0] = False
+    maps = grad_cam(net, crops)
+    assert (maps[0] == 0).all()
+    assert np.isfinite(maps).all()
+
+
+def test_scaling_by_hand() -> None:
+    maps = np.zeros((3, 2, 5), np.float32)
+    maps[0] = np.arange(10).reshape(2, 5)
+    lungs = np.ones(maps.shape, bool)
+    lungs[0, 0] = False     # 5..9 are inside: the median is 7
+    lungs[2] = False
+    scaled = scale_by_top(maps, lungs, 50.0)
+    np.testing.assert_allclose(scaled[0, 1], [5 / 7, 6 / 7, 1, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose(scaled[0, 0], np.arange(5) / 7, rtol=1e-6)
+    assert (scaled[1:] == 0).all(), "a map of zeros, and one without lung, stay zero"
+
+
+def test_coarse_label_codes() -> None:
+    settings = CamSettings(lesion=0.6, lung=0.2)
+    maps = np.tile(np.array([0.0, 0.19, 0.2, 0.59, 0.6, 1.0], np.float32), (2, 1, 1))
+    coarse = coarse_labels(maps, np.array([1, 0]), settings)
+    assert coarse.dtype == np.uint8
+    assert coarse[0, 0].tolist() == [0, 0, 255, 255, 1, 1]
+    assert (coarse[1] == 0).all(), "a slice without a lesion is lung throughout"
+
+
+def test_the_map_of_a_committee_is_the_mean_over_its_members(net: Classifier, crops: Crops) -> None:
+    torch.manual_seed(7)
+    both = Committee(ClassifierSettings(width=4, members=2)).eval()
+    both.members[0].load_state_dict(net.state_dict())
+    mean = sum(activation_maps(member, crops, SETTINGS) for member in both.members) / 2  # type: ignore[arg-type]
+    np.testing.assert_allclose(activation_maps(both, crops, SETTINGS), scale_by_top(mean, crops.lungs, SETTINGS.top),
+                               atol=1e-6)
+    mean = np.mean([activation_maps_library(member, crops, SETTINGS) for member in both.members],  # type: ignore[arg-type]
+                   axis=0)
+    np.testing.assert_allclose(activation_maps(both, crops, SETTINGS), scale_by_top(mean, crops.lungs, SETTINGS.top),
+                               atol=1e-6)
+    alone = Committee(ClassifierSettings(width=4)).eval()
+    alone.members[0].load_state_dict(net.state_dict())
+    np.testing.assert_array_equal(activation_maps(alone, crops, SETTINGS), activation_maps(net, crops, SETTINGS))

@@ -1,0 +1,430 @@
+"""Crops and their scale: windows do not matter, boxes fit, and weak training never opens a mask."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from covidseg import preprocess
+from covidseg.data.folder import Dataset, load_dataset
+from covidseg.data.scan import Grid, read_mask, read_scan, write_like
+from covidseg.errors import DatasetError, InputFileError, NoLungError
+from covidseg.lungs import lung_masks
+from covidseg.preprocess import (
+    CLIP,
+    PrepareSettings,
+    WeakSet,
+    crop,
+    crop_masks,
+    lung_box,
+    make_crops,
+    normalise,
+    uncrop,
+    uncrop_all,
+    weak_set,
+    with_true_lungs,
+)
+
+WINDOWS = [(-1000, 200), (-1200, 600), (-1350, 150)]
+SMALL = PrepareSettings(size=80)
+
+
+@pytest.fixture(scope="module")
+def first(tiny_phantom: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels and threshold lungs of the first volume."""
+    pixels = read_scan(load_dataset(tiny_phantom).cases[0].image).pixels
+    return pixels, lung_masks(pixels)
+
+
+# --- one scale for all windows ----------------------------------------------------------------------------------
+
+def test_air_is_zero_and_soft_tissue_is_one(first):
+    for image, lung in zip(*first, strict=True):
+        scaled = normalise(image, lung)
+        assert scaled.dtype == np.float32
+        assert np.percentile(scaled[lung], 10) == pytest.approx(0, abs=1e-6)
+        assert (scaled >= CLIP[0]).all()
+        assert (scaled <= CLIP[1]).all()
+        # Soft tissue is within 150 HU of water, wherever it lies.
+        tissue = scaled[(image > -100) & (image < 100)]
+        assert 0.85 < np.median(tissue) < 1.1
+
+
+def test_two_points_by_hand():
+    lung = np.zeros((10, 10), bool)
+    lung[2:8, 2:8] = True
+    image = np.full((10, 10), -1000.0)  # air around the patient, outside the lungs' rows and columns
+    image[2:8, 2:8] = -800
+    image[2:8, 4:6] = 40  # the mediastinum between the lungs
+    lung[2:8, 4:6] = False
+    scaled = normalise(image, lung)
+    np.testing.assert_allclose(scaled[lung], 0, atol=1e-6)
+    np.testing.assert_allclose(scaled[2:8, 4:6], 1, atol=1e-6)
+    np.testing.assert_allclose(scaled[0], (-1000 + 800) / 840, atol=1e-6)
+
+
+@given(st.floats(0.05, 50), st.floats(-2000, 2000))
+def test_gain_and_offset_cancel(gain, offset):
+    rng = np.random.default_rng(0)
+    image = np.where(rng.random((20, 20)) < 0.5, -800, 40) + rng.normal(0, 40, (20, 20))
+    lung = image < -400
+    np.testing.assert_allclose(normalise(image * gain + offset, lung), normalise(image, lung), atol=2e-3)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_display_windows_cancel_inside_the_lung(first, window):
+    low, high = window
+    for image, lung in zip(*first, strict=True):
+        shown = np.rint(np.clip((image.astype(float) - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+        difference = np.abs(normalise(shown, lung) - normalise(image, lung))[lung]
+        assert difference.mean() < 0.005  # measured .002: the rounding to 256 levels
+        assert np.percentile(difference, 99) < 0.02
+
+
+def test_burnt_in_text_outside_the_lungs_changes_nothing(first):
+    image, lung = first[0][4].copy(), first[1][4]
+    before = normalise(image, lung)
+    image[:8, :40] = 3000
+    np.testing.assert_array_equal(normalise(image, lung)[8:], before[8:])
+
+
+def test_a_slice_of_one_value_stays_finite():
+    scaled = normalise(np.full((8, 8), 7, np.uint8), np.ones((8, 8), bool))
+    np.testing.assert_array_equal(scaled, 0)
+
+
+# --- boxes ------------------------------------------------------------------------------------------------------
+
+@st.composite
+def lungs_anywhere(draw: st.DrawFn) -> np.ndarray:
+    lung = np.zeros((draw(st.integers(1, 40)), draw(st.integers(1, 40))), bool)
+    for _ in range(2):
+        lung[draw(st.integers(0, lung.shape[0] - 1)), draw(st.integers(0, lung.shape[1] - 1))] = True
+    return lung
+
+
+@given(lungs_anywhere(), st.floats(0, 0.5))
+def test_a_box_is_a_square_that_holds_the_lung_and_its_margin(lung, margin):
+    top, left, height, width = lung_box(lung, margin)
+    rows, columns = np.nonzero(lung)
+    longer = max(np.ptp(rows), np.ptp(columns)) + 1
+    assert height == width
+    assert longer * (1 + 2 * margin) <= height < longer * (1 + 2 * margin) + 1.001
+    assert top <= rows.min() <= rows.max() < top + height
+    assert left <= columns.min() <= columns.max() < left + width
+    # In the middle, give or take the rounding.
+    assert abs((top + height / 2) - (rows.min() + rows.max() + 1) / 2) <= 1
+    assert abs((left + width / 2) - (columns.min() + columns.max() + 1) / 2) <= 1
+
+
+def inside(box: tuple[int, int, int, int], shape: tuple[int, int]) -> np.ndarray:
+    """Pixels of the slice that lie in the box, found one by one."""
+    top, left, height, width = box
+    rows, columns = np.mgrid[:shape[0], :shape[1]]
+    return (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
+
+
+@st.composite
+def slices_and_boxes(draw: st.DrawFn) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """A slice and a square box that meets it but may reach beyond it on every side."""
+    image = draw(arrays(np.float32, st.tuples(st.integers(2, 12), st.integers(2, 12)),
+                        elements=st.floats(-1, 2, width=32)))
+    side = draw(st.integers(2, 20))
+    top = draw(st.integers(1 - side, image.shape[0] - 1))
+    left = draw(st.integers(1 - side, image.shape[1] - 1))
+    return image, (top, left, side, side)
+
+
+@given(slices_and_boxes())
+def test_without_resizing_uncrop_undoes_crop_exactly(pair):
+    image, box = pair
+    small = crop(image, box, box[2], fill=-7)
+    assert small.shape == (box[2], box[2])
+    part = inside(box, image.shape)
+    assert np.isclose(small, -7).sum() == small.size - part.sum()  # what lies beyond the slice, and nothing else
+    np.testing.assert_allclose(uncrop(small, box, image.shape), np.where(part, image, 0), atol=1e-5)
+
+
+@given(slices_and_boxes(), st.integers(4, 30))
+def test_with_resizing_a_constant_stays_constant_and_values_stay_in_range(pair, size):
+    image, box = pair
+    part = inside(box, image.shape)
+    full = uncrop(crop(np.full_like(image, 0.5), box, size, fill=0.5), box, image.shape)
+    np.testing.assert_allclose(full, np.where(part, 0.5, 0), atol=1e-5)
+    small = crop(image, box, size, fill=0)
+    assert small.shape == (size, size)
+    assert small.dtype == np.float32
+    assert small.min() >= min(image.min(), 0) - 1e-5
+    assert small.max() <= max(image.max(), 0) + 1e-5
+    assert not uncrop(small, box, image.shape)[~part].any()
+
+
+@pytest.mark.parametrize("box", [(20, 30, 90, 90), (-15, -20, 120, 120), (40, 60, 100, 100)])
+@pytest.mark.parametrize("size", [80, 160, 200])
+def test_a_mask_comes_back_where_it_was(box, size):
+    rows, columns = np.mgrid[:128, :128]
+    disk = np.hypot(rows - 75, columns - 85) < 25
+    expected = disk & inside(box, disk.shape)
+    back = uncrop(crop(disk.astype(float), box, size, 0.0), box, disk.shape) > 0.5
+    assert 2 * (back & expected).sum() / (back.sum() + expected.sum()) > 0.985
+    # Half a pixel of displacement would show in the centre of mass.
+    assert np.argwhere(back).mean(axis=0) == pytest.approx(np.argwhere(expected).mean(axis=0), abs=0.2)
+
+
+def test_maps_come_back_into_their_own_slices(first):
+    pixels, lungs = first
+    found = np.array([2, 5, 7])
+    crops = make_crops(pixels[found], lungs[found], SMALL)
+    for maps in (crops.images, crops.lungs):
+        full = uncrop_all(maps, crops.boxes, found, pixels.shape)
+        assert full.dtype == np.float32
+        assert full.shape == pixels.shape
+        assert np.flatnonzero(full.any(axis=(1, 2))).tolist() == found.tolist()
+        for k, small, box in zip(found, maps, crops.boxes, strict=True):
+            np.testing.assert_array_equal(full[k], uncrop(small, box, pixels.shape[1:]))
+    nothing = uncrop_all(np.zeros((0, 80, 80)), np.zeros((0, 4), int), np.zeros(0, int), pixels.shape)
+    assert nothing.shape == pixels.shape
+    assert not nothing.any()
+    with pytest.raises(ValueError, match="shorter"):
+        uncrop_all(crops.images, crops.boxes[:2], found, pixels.shape)
+
+
+def test_crops_of_a_volume(first):
+    pixels, lungs = first
+    crops = make_crops(pixels, lungs, SMALL)
+    assert len(crops) == len(pixels)
+    assert crops.images.shape == crops.lungs.shape == (10, 80, 80)
+    assert (crops.images.dtype, crops.lungs.dtype) == (np.float32, bool)
+    for k, box in enumerate(crops.boxes):
+        assert tuple(box) == lung_box(lungs[k], SMALL.margin)
+        back = uncrop(crops.lungs[k], box, lungs[k].shape) > 0.5
+        assert 2 * (back & lungs[k]).sum() / (back.sum() + lungs[k].sum()) > 0.97
+        assert crops.images[k][crops.lungs[k]].mean() < 0.4 < crops.images[k][~crops.lungs[k]].mean()
+
+
+def test_the_margin_leaves_room_around_the_lungs(first):
+    crops = make_crops(*first, PrepareSettings(size=80))
+    for lung in crops.lungs:
+        for axis in (0, 1):
+            taken = np.flatnonzero(lung.any(axis=axis))
+            assert taken[0] >= 5, "a tenth on either side: at least 0.1 / 1.2 of 80 pixels, less the rounding"
+            assert taken[-1] <= 74
+    narrow = make_crops(*first, PrepareSettings(size=80, margin=0.0))
+    assert (narrow.boxes[:, 2] < crops.boxes[:, 2]).all()
+    assert all(lung.any(axis=0)[[0, -1]].any() or lung.any(axis=1)[[0, -1]].any() for lung in narrow.lungs)
+
+
+def test_no_slices_make_no_crops():
+    crops = make_crops(np.zeros((0, 64, 64)), np.zeros((0, 64, 64), bool), SMALL)
+    assert len(crops) == 0
+    assert crops.images.shape == crops.lungs.shape == (0, 80, 80)
+    assert crops.boxes.shape == (0, 4)
+
+
+def test_masks_are_cut_out_as_the_slices_are(first):
+    pixels, lungs = first
+    crops = make_crops(pixels, lungs, SMALL)
+    masks = crop_masks(lungs, crops.boxes, SMALL.size)
+    assert masks.dtype == bool
+    np.testing.assert_array_equal(masks, crops.lungs)
+    bright = crop_masks(pixels > -100, crops.boxes, SMALL.size)
+    for mask, image in zip(bright, crops.images, strict=True):
+        assert image[mask].mean() > image[~mask].mean() + 0.5, "the picture is bright where the mask says so"
+
+
+def test_masks_by_hand():
+    masks = np.zeros((2, 6, 6), bool)
+    masks[0, 2:4, 1:3] = True
+    masks[1, 0, 0] = True
+    boxes = np.array([[1, 0, 4, 4], [-1, -1, 4, 4]])
+    small = crop_masks(masks, boxes, 4)
+    expected = np.zeros((2, 4, 4), bool)
+    expected[0, 1:3, 1:3] = True
+    expected[1, 1, 1] = True
+    np.testing.assert_array_equal(small, expected)
+    twice = crop_masks(masks, boxes, 8)
+    assert twice.shape == (2, 8, 8)
+    assert twice[0].sum() == pytest.approx(4 * 4, abs=6)
+
+
+def test_no_masks_make_no_crops_and_boxes_have_to_fit():
+    assert crop_masks(np.zeros((0, 64, 64), bool), np.zeros((0, 4), int), 80).shape == (0, 80, 80)
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        crop_masks(np.zeros((2, 64, 64), bool), np.array([[0, 0, 64, 64]]), 80)
+
+
+# --- the weak set -----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def weak(tiny_phantom: Path) -> WeakSet:
+    return weak_set(load_dataset(tiny_phantom), SMALL)
+
+
+def copy_of(phantom: Path, target: Path) -> Path:
+    return Path(shutil.copytree(phantom, target))
+
+
+def arrays_of(data: WeakSet) -> list[np.ndarray]:
+    return [data.crops.images, data.crops.lungs, data.crops.boxes, data.labels, data.patients, data.names]
+
+
+def relabel(root: Path, label: str | None = None, drop: str = "", extra: str = "") -> None:
+    """Changes the label table: every label, the rows of one volume, or one more line."""
+    table = root / "slice_labels.csv"
+    with table.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    lines = [f"{r['volume']},{r['slice']},{label if label is not None else r['has_lesion']},{r['patient']}"
+             for r in rows if r["volume"] != drop]
+    table.write_text("\n".join(["volume,slice,has_lesion,patient", *lines, extra]) + "\n")
+
+
+def test_the_weak_set_holds_the_labels_of_the_table(tiny_phantom, weak):
+    with (tiny_phantom / "slice_labels.csv").open(newline="") as stream:
+        table = {f"{r['volume']}:{r['slice']}": (int(r["has_lesion"]), r["patient"]) for r in csv.DictReader(stream)}
+    assert len(weak) == len(weak.crops) == 40
+    assert weak.names.tolist() == list(table)
+    assert list(zip(weak.labels.tolist(), weak.patients.tolist(), strict=True)) == list(table.values())
+
+
+def test_each_crop_belongs_to_its_name(tiny_phantom, weak):
+    cases = {c.id: c for c in load_dataset(tiny_phantom).cases}
+    for index in (0, 13, 39):
+        volume, k = weak.names[index].rsplit(":", 1)
+        pixels = read_scan(cases[volume].image).pixels
+        one = make_crops(pixels[[int(k)]], lung_masks(pixels)[[int(k)]], SMALL)
+        np.testing.assert_array_equal(one.images[0], weak.crops.images[index])
+
+
+def test_masks_are_never_opened_and_have_no_influence(tiny_phantom, weak, tmp_path):
+    corrupt, without = copy_of(tiny_phantom, tmp_path / "corrupt"), copy_of(tiny_phantom, tmp_path / "without")
+    for part in ("mask", "lung", "kind"):
+        shutil.rmtree(without / part)
+        for path in (corrupt / part).iterdir():
+            path.write_bytes(b"this is no scan")
+    assert load_dataset(corrupt).cases[0].mask is not None  # they are seen, but not opened
+    for root in (corrupt, without):
+        for found, expected in zip(arrays_of(weak_set(load_dataset(root), SMALL)), arrays_of(weak), strict=True):
+            assert found.dtype == expected.dtype
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_only_images_are_read(tiny_phantom, monkeypatch):
+    opened: list[Path] = []
+    monkeypatch.setattr(preprocess, "read_scan", lambda path: opened.append(path) or read_scan(path))
+    weak_set(load_dataset(tiny_phantom), SMALL)
+    assert opened == [c.image for c in load_dataset(tiny_phantom).cases]
+    assert not {"mask", "truth", "lesions"} & {f.name for f in fields(WeakSet)}
+
+
+def test_slices_without_enough_lung_are_left_out(tiny_phantom, weak):
+    data = load_dataset(tiny_phantom)
+    demanding = weak_set(data, PrepareSettings(size=80, least_lung=0.1))
+    shares = {f"{c.id}:{k}": mask.mean() for c in data.cases
+              for k, mask in enumerate(lung_masks(read_scan(c.image).pixels))}
+    assert demanding.names.tolist() == [n for n in weak.names if shares[n] >= 0.1]
+    assert 0 < len(demanding) < len(weak)
+    assert len(demanding.crops) == len(demanding.labels) == len(demanding.patients) == len(demanding.names)
+
+
+def test_unlabelled_slices_are_left_out(tiny_phantom, tmp_path):
+    root = copy_of(tiny_phantom, tmp_path / "d")
+    relabel(root, drop="phantom_01")
+    names = weak_set(load_dataset(root), SMALL).names.tolist()
+    assert len(names) == 30
+    assert not [n for n in names if n.startswith("phantom_01")]
+
+
+@pytest.mark.parametrize("label", ["0", "1"])
+def test_one_class_is_missing(tiny_phantom, tmp_path, label):
+    root = copy_of(tiny_phantom, tmp_path / "d")
+    relabel(root, label)
+    with pytest.raises(DatasetError, match="with and without a lesion"):
+        weak_set(load_dataset(root), SMALL)
+
+
+def test_no_lung_anywhere(tmp_path):
+    write_like(np.full((3, 64, 64), -1000, np.int16), Grid((64, 64, 3), np.eye(4)), tmp_path / "im" / "a.nii.gz")
+    (tmp_path / "slice_labels.csv").write_text("volume,slice,has_lesion\na,0,0\na,1,1\n")
+    with pytest.raises(NoLungError, match=r"a\.nii\.gz"):
+        weak_set(load_dataset(tmp_path), SMALL)
+
+
+def test_scans_that_do_not_look_like_ct_are_read_on_request(tiny_phantom, tmp_path):
+    root = copy_of(tiny_phantom, tmp_path / "d")
+    path = root / "im" / "phantom_02.nii.gz"
+    scan = read_scan(path)
+    fat = np.where((scan.pixels > -200) & (scan.pixels < -20), 1500, scan.pixels)  # as bright as in MR
+    write_like(fat.astype(np.int16), scan.grid, path)
+    data = load_dataset(root)
+    for refused in (data, data.subset(["phantom_02", "phantom_03"])):
+        with pytest.raises(InputFileError, match=r"phantom_02\.nii\.gz: does not look like chest CT"):
+            weak_set(refused, SMALL)
+        taken = weak_set(replace(refused, check=False), SMALL).names.tolist()
+        assert [name for name in taken if name.startswith("phantom_02")]
+    assert not replace(data, check=False).subset(["phantom_02"]).check, "what is asked of all is asked of some"
+
+
+def test_no_slice_with_enough_lung(tiny_phantom):
+    with pytest.raises(DatasetError, match="lungs in both"):
+        weak_set(load_dataset(tiny_phantom), replace(SMALL, least_lung=0.99))
+
+
+def test_a_label_beyond_the_last_slice(tiny_phantom, tmp_path):
+    root = copy_of(tiny_phantom, tmp_path / "d")
+    relabel(root, extra="phantom_02,10,1,phantom_02")
+    with pytest.raises(DatasetError, match="phantom_02 has 10 slices, slice 10 is labelled"):
+        weak_set(load_dataset(root), SMALL)
+
+
+def test_take_keeps_pictures_lungs_and_boxes_together(tiny_phantom):
+    crops = weak_set(load_dataset(tiny_phantom), SMALL).crops
+    few = crops.take(np.array([5, 0]))
+    assert len(few) == 2
+    for part in ("images", "lungs", "boxes"):
+        assert np.array_equal(getattr(few, part)[0], getattr(crops, part)[5])
+        assert np.array_equal(getattr(few, part)[1], getattr(crops, part)[0])
+
+
+# --- true lungs, for comparison ---------------------------------------------------------------------------------
+
+def test_true_lungs_are_those_of_the_data_folder(tiny_phantom, weak):
+    data = load_dataset(tiny_phantom)
+    true = with_true_lungs(data, weak)
+    masks = {case.id: read_mask(case.lung) for case in data.cases}
+    for name, box, lung in zip(true.names, true.crops.boxes, true.crops.lungs, strict=True):
+        volume, k = name.rsplit(":", 1)
+        np.testing.assert_array_equal(lung, crop(masks[volume][int(k)], box, SMALL.size, 0.0) > 0.5)
+        assert lung.any()
+    assert not np.array_equal(true.crops.lungs, weak.crops.lungs)
+    for found, expected in zip(arrays_of(true), arrays_of(weak), strict=True):
+        if found is not true.crops.lungs:
+            assert found is expected, "all else stays"
+
+
+def test_true_lungs_of_slices_in_any_order(tiny_phantom, weak):
+    """Lungs follow the names, not the order of the folder."""
+    order = np.random.default_rng(0).permutation(len(weak))[:25]
+    some = WeakSet(weak.crops.take(order), weak.labels[order], weak.patients[order], weak.names[order])
+    np.testing.assert_array_equal(with_true_lungs(load_dataset(tiny_phantom), some).crops.lungs,
+                                  with_true_lungs(load_dataset(tiny_phantom), weak).crops.lungs[order])
+
+
+def test_a_volume_that_trains_nothing_does_no_harm(tiny_phantom, weak):
+    mine = np.flatnonzero([not name.startswith("phantom_01") for name in weak.names])
+    some = WeakSet(weak.crops.take(mine), weak.labels[mine], weak.patients[mine], weak.names[mine])
+    assert len(with_true_lungs(load_dataset(tiny_phantom), some)) == 30
+
+
+def test_without_a_lung_mask_there_are_no_true_lungs(tiny_phantom, weak):
+    data = load_dataset(tiny_phantom)
+    bare = Dataset(data.root, (*data.cases[:2], replace(data.cases[2], lung=None), data.cases[3]))
+    with pytest.raises(DatasetError, match="phantom_02 has no lung mask"):
+        with_true_lungs(bare, weak)

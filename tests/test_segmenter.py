@@ -1,0 +1,283 @@
+"""The segmenter: its loss at the limits, what weights do, and that training lowers the error."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import in_turn, quiet, same_weights, toy
+from torch.nn import functional as F
+
+from covidseg.augment import NO_PAINT, PaintSettings, paste_lesions
+from covidseg.preprocess import Crops
+from covidseg.segmenter import (
+    SegmenterSettings,
+    certainty,
+    exact_loss,
+    lesion_probabilities,
+    make_segmenter,
+    robust_loss,
+    train_segmenter,
+    trusting,
+)
+from covidseg.training import overlapped
+
+pytestmark = pytest.mark.nets
+
+SMALL = SegmenterSettings(channels=(4, 8), steps=6, batch=4)
+ENTROPY_ONLY = SegmenterSettings(dice_weight=0.0)
+
+
+@pytest.fixture
+def case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, hard target and weights, in double precision so that the limit q -> 0 can be taken."""
+    source = torch.Generator().manual_seed(0)
+    shape = (2, 1, 12, 12)
+    logits = 2 * torch.randn(shape, generator=source, dtype=torch.float64)
+    return (logits, (torch.rand(shape, generator=source) < 0.3).double(),
+            torch.rand(shape, generator=source, dtype=torch.float64))
+
+
+def test_near_zero_the_loss_is_cross_entropy(case: tuple[torch.Tensor, ...]) -> None:
+    logits, target, weight = case
+    expected = F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum") / weight.sum()
+    found = robust_loss(logits, target, weight, replace(ENTROPY_ONLY, robustness=1e-6))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_at_one_the_loss_is_the_mean_absolute_error(case: tuple[torch.Tensor, ...]) -> None:
+    logits, target, weight = case
+    expected = (weight * (logits.sigmoid() - target).abs()).sum() / weight.sum()
+    found = robust_loss(logits, target, weight, replace(ENTROPY_ONLY, robustness=1.0))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_dice_part_by_hand() -> None:
+    logits = torch.tensor([20.0, 20.0, -20.0, -20.0]).reshape(1, 1, 2, 2)
+    target = torch.tensor([1.0, 0.0, 1.0, 0.0]).reshape(1, 1, 2, 2)
+    one = torch.ones_like(target)
+    with_dice, without = (robust_loss(logits, target, one, replace(ENTROPY_ONLY, dice_weight=w)) for w in (1.0, 0.0))
+    assert (with_dice - without).item() == pytest.approx(1 - (2 * 1 + 1) / (4 + 1), abs=1e-5)
+
+
+def test_pixels_of_weight_zero_have_no_gradient(case: tuple[torch.Tensor, ...]) -> None:
+    logits, target, weight = case
+    weight = torch.where(weight < 0.5, 0.0, weight)
+    logits.requires_grad_(True)
+    robust_loss(logits, target, weight, SegmenterSettings()).backward()
+    assert (logits.grad[weight == 0] == 0).all()
+    assert (logits.grad[weight > 0] != 0).all()
+    shifted = torch.where(weight == 0, logits + 5, logits)
+    assert robust_loss(shifted, target, weight, SegmenterSettings()).item() == pytest.approx(
+        robust_loss(logits, target, weight, SegmenterSettings()).item())
+
+
+def test_no_weight_at_all_gives_a_finite_loss(case: tuple[torch.Tensor, ...]) -> None:
+    logits, target, weight = case
+    assert torch.isfinite(robust_loss(logits, target, torch.zeros_like(weight), SegmenterSettings()))
+
+
+def test_a_robust_loss_pulls_less_on_a_label_that_is_plainly_wrong() -> None:
+    pulls = []
+    for q in (0.01, 0.5, 1.0):
+        logits = torch.tensor([[[[-4.0]]]], requires_grad=True)
+        one = torch.ones(1, 1, 1, 1)
+        robust_loss(logits, one, one, replace(ENTROPY_ONLY, robustness=q)).backward()
+        pulls.append(-logits.grad.item())
+    assert pulls[0] > 2 * pulls[1] > 2 * pulls[2] > 0
+
+
+def errors(net: torch.nn.Module) -> tuple[float, float]:
+    """Mean absolute error inside the lung, and Dice, on fresh slices."""
+    fresh, disks = toy(16, seed=9)
+    p = lesion_probabilities(net, fresh.crops)
+    found = p > 0.5
+    return (float(np.abs(p - disks)[fresh.crops.lungs].mean()),
+            float(2 * (found & disks).sum() / max(1, found.sum() + disks.sum())))
+
+
+def test_training_lowers_the_error() -> None:
+    data, disks = toy(24)
+    settings = SegmenterSettings(channels=(8, 16), steps=40, batch=8, rate=1e-2, robustness=0.4, dice_weight=0.5)
+    torch.manual_seed(1)
+    before, _ = errors(make_segmenter(settings).eval())
+    net = train_segmenter(data, disks, np.ones(disks.shape, np.float32), settings, seed=1, log=quiet)
+    after, dice = errors(net)
+    assert after < 0.5 * before
+    assert dice > 0.85
+    assert not net.training
+
+
+def test_pixels_of_weight_zero_teach_nothing() -> None:
+    data, disks = toy(12)
+    weights = np.ones(disks.shape, np.float32)
+    weights[:, :20] = 0
+    nonsense = disks.copy()
+    nonsense[1::2, :20] = ~nonsense[1::2, :20]  # of the slices with a lesion; those without are exact throughout
+    settings = replace(SMALL, refresh=())
+    first = train_segmenter(data, disks, weights, settings, seed=2, log=quiet)
+    assert same_weights(first, train_segmenter(data, nonsense, weights, settings, seed=2, log=quiet))
+    # The same nonsense with weight leads elsewhere.
+    assert not same_weights(first, train_segmenter(data, nonsense, np.ones_like(weights), settings, seed=2, log=quiet))
+
+
+def test_slices_without_a_lesion_are_exact_whatever_their_weight() -> None:
+    data, disks = toy(12)
+    first = train_segmenter(data, disks, np.ones(disks.shape, np.float32), SMALL, seed=2, log=quiet)
+    for label, same in ((0, True), (1, False)):
+        weights = np.ones(disks.shape, np.float32)
+        weights[data.labels == label, :20] = 0
+        net = train_segmenter(data, disks, weights, replace(SMALL, refresh=()) if label else SMALL, seed=2, log=quiet)
+        assert same_weights(first, net) == same
+
+
+def test_the_exact_loss_by_hand() -> None:
+    logits = torch.tensor([20.0, 20.0, -20.0, 0.0]).reshape(1, 1, 2, 2)
+    target = torch.tensor([1.0, 0.0, 1.0, 1.0]).reshape(1, 1, 2, 2)
+    inside = torch.tensor([1.0, 1.0, 0.0, 1.0]).reshape(1, 1, 2, 2)
+    entropy = (0 + 20 + float(np.log(2))) / 3
+    assert exact_loss(logits, target, inside, ENTROPY_ONLY).item() == pytest.approx(entropy, rel=1e-5)
+    overlap = exact_loss(logits, target, inside, replace(ENTROPY_ONLY, dice_weight=1.0)).item() - entropy
+    assert overlap == pytest.approx(1 - (2 * 1.5 + 1) / (2.5 + 2 + 1), abs=1e-5)
+
+
+def test_fine_labels_are_refreshed_when_the_settings_say_so() -> None:
+    data, disks = toy(12)
+    weights = np.ones(disks.shape, np.float32)
+    taught, kept = disks.copy(), weights.copy()
+    nets, lines = [], []
+    for refresh in ((0.34, 0.67), ()):
+        log: list[str] = []
+        nets.append(train_segmenter(data, taught, kept, replace(SMALL, refresh=refresh), seed=2, log=log.append))
+        lines.append([line for line in log if "refreshed" in line])
+    assert [line.split()[-1] for line in lines[0]] == ["2", "4"]
+    assert lines[1] == []
+    assert not same_weights(*nets)
+    assert np.array_equal(taught, disks), "the labels given are not changed"
+    assert np.array_equal(kept, weights)
+    # Nothing but the old labels in the mixture, which were certain: as good as no refreshment.
+    same = train_segmenter(data, disks, weights, replace(SMALL, refresh=(0.34,), keep=1.0), seed=2, log=quiet)
+    assert same_weights(nets[1], same)
+
+
+def test_batches_made_ahead_are_those_made_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those after the fine labels were refreshed, which must not be made of the old ones."""
+    data, disks = toy(12)
+    doubtful = np.where(disks, np.float32(0.6), np.float32(0.2))
+    settings = replace(SMALL, steps=12, refresh=(0.3, 0.6), paste=0.5)
+
+    def trained() -> torch.nn.Module:
+        return train_segmenter(data, doubtful, np.ones_like(doubtful), settings, seed=2, log=quiet)
+    ahead, real = trained(), overlapped
+    monkeypatch.setattr("covidseg.segmenter.overlapped", in_turn)
+    assert same_weights(ahead, trained())
+    monkeypatch.setattr("covidseg.segmenter.overlapped", lambda batches, device, hold: real(batches, device))
+    assert not same_weights(ahead, trained()), "what they are held for matters"
+
+
+def test_a_refreshment_weighs_each_pixel_by_its_certainty() -> None:
+    """With nothing but the old labels in the mixture, only the weights can change, and only to their certainty."""
+    data, disks = toy(12)
+    doubtful = (0.7 * disks + 0.1).astype(np.float32)
+    doubtful[data.labels == 0] = 0
+    nets = {}
+    for refresh in ((), (0.34,)):
+        for name, weights in (("sure", certainty(doubtful)), ("even", np.ones(disks.shape, np.float32))):
+            nets[name, refresh] = train_segmenter(data, doubtful, weights, replace(SMALL, refresh=refresh, keep=1.0),
+                                                  seed=2, log=quiet)
+    assert same_weights(nets["sure", ()], nets["sure", (0.34,)])
+    assert not same_weights(nets["even", ()], nets["even", (0.34,)])
+
+
+def test_true_masks_are_trusted() -> None:
+    settings = trusting(SegmenterSettings())
+    assert settings.threshold == 0.5 > SegmenterSettings().threshold
+    assert settings.robustness < SegmenterSettings().robustness
+    assert settings.fine_weight == 1
+    assert settings.refresh == ()
+    assert settings.paint == NO_PAINT
+    assert trusting(settings) == settings
+
+
+def test_painting_alone_teaches_what_a_lesion_is() -> None:
+    """Fine labels of no weight: all that is learned comes from lesions painted on lesion-free slices."""
+    data, disks = toy(24)
+    nothing = np.zeros(disks.shape, np.float32)
+    bright = replace(PaintSettings(), share=1.0, scattered=1.0, count=(1, 2), radius=(0.1, 0.2), solid_share=1.0,
+                     solid=(0.5, 0.8))
+    settings = SegmenterSettings(channels=(8, 16), steps=40, batch=8, rate=1e-2, refresh=(), paint=bright)
+    _, dice = errors(train_segmenter(data, nothing, nothing, settings, seed=1, log=quiet))
+    _, without = errors(train_segmenter(data, nothing, nothing, replace(settings, paint=NO_PAINT), seed=1, log=quiet))
+    assert dice > 0.7
+    assert without < 0.1
+
+
+def test_labels_outside_the_lung_teach_nothing() -> None:
+    data, disks = toy(12)
+    weights = np.ones(disks.shape, np.float32)
+    first = train_segmenter(data, disks, weights, SMALL, seed=2, log=quiet)
+    assert same_weights(first, train_segmenter(data, disks | ~data.crops.lungs, weights, SMALL, seed=2, log=quiet))
+
+
+def test_probabilities_are_averaged_over_flips_and_stay_in_the_lung() -> None:
+    data, _ = toy(5)
+    torch.manual_seed(0)
+    net = make_segmenter(SMALL).eval()
+    p = lesion_probabilities(net, data.crops)
+    assert p.shape == data.crops.images.shape
+    assert p.dtype == np.float32
+    assert (p[~data.crops.lungs] == 0).all()
+    assert 0 < p[data.crops.lungs].min() <= p.max() < 1
+    np.testing.assert_allclose(lesion_probabilities(net, data.crops, batch=2), p, atol=1e-6)
+    for axis in (1, 2):
+        flipped = Crops(np.flip(data.crops.images, axis).copy(), np.flip(data.crops.lungs, axis).copy(),
+                        data.crops.boxes)
+        np.testing.assert_allclose(np.flip(lesion_probabilities(net, flipped), axis), p, atol=1e-5)
+
+
+def test_no_slices_no_probabilities() -> None:
+    empty = Crops(np.zeros((0, 40, 40), np.float32), np.zeros((0, 40, 40), bool), np.zeros((0, 4), int))
+    assert len(lesion_probabilities(make_segmenter(SMALL), empty)) == 0
+
+
+def batch_of_maps() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two fine-labelled slices with a lesion each, two lesion-free ones: picture, lung, target, weight."""
+    maps = torch.zeros(4, 4, 20, 20)
+    maps[:, 1, 2:18, 2:18] = 1
+    maps[:, 3] = 1
+    for k, target in ((0, 0.9), (1, 0.6)):
+        maps[k, 0, 4:9, 4:9] = 0.8
+        maps[k, 2, 4:9, 4:9] = target
+    maps[2, 1, :, :10] = 0                                   # half of this lung is missing
+    return maps, torch.tensor([False, False, True, True])
+
+
+def test_lesions_are_moved_into_lesion_free_slices_only() -> None:
+    maps, exact = batch_of_maps()
+    before = maps.clone()
+    pasted = paste_lesions(maps, exact, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(maps, before), "the slices of the set stay as they are"
+    assert torch.equal(pasted[:2], before[:2])
+    assert torch.equal(pasted[:, [1, 3]], before[:, [1, 3]]), "lung and weight stay"
+    assert sorted(round(v, 3) for v in pasted[3, 2].unique().tolist()) in ([0.0, 0.9], [0.0, 0.6])
+    assert int((pasted[3, 2] > 0).sum()) == 25, "the whole lesion, as it was or mirrored"
+    assert float(pasted[3, 0][pasted[3, 2] > 0].min()) > 0.3, "and its picture with it"
+    assert not pasted[2, 2][before[2, 1] == 0].any(), "no lesion outside the lung"
+
+
+def test_paste_follows_its_share_and_the_seed() -> None:
+    maps, exact = batch_of_maps()
+    assert torch.equal(paste_lesions(maps, exact, 0.0, torch.Generator()), maps)
+    assert torch.equal(paste_lesions(maps, torch.ones(4, dtype=torch.bool), 1.0, torch.Generator()), maps)
+    one, two = (paste_lesions(maps, exact, 0.5, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(one, two)
+    count = sum(bool(paste_lesions(maps, exact, 0.3, torch.Generator().manual_seed(k))[3, 2].any()) for k in range(100))
+    assert 15 < count < 45
+
+
+def test_unsure_pixels_are_not_pasted() -> None:
+    maps, exact = batch_of_maps()
+    maps[:2, 2] = 0.2
+    assert not paste_lesions(maps, exact, 1.0, torch.Generator().manual_seed(0))[2:, 2].any()

@@ -1,0 +1,387 @@
+"""Stored results: what was written comes back, what was damaged is noticed, what is good is not made twice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from torch import nn
+
+from covidseg import store as storing
+from covidseg.errors import ArtifactError, OutputError
+from covidseg.lungs import LungSettings
+from covidseg.preprocess import PrepareSettings
+from covidseg.store import Store, file_hash, fingerprint, load_arrays, load_net, net_arrays, save_arrays, write_text
+
+SOME = {"weights": np.linspace(-1, 1, 60, dtype=np.float32).reshape(3, 4, 5), "boxes": np.arange(8).reshape(2, 4)}
+DTYPES = st.sampled_from([bool, np.uint8, np.int16, np.int32, np.int64, np.float16, np.float32, np.float64])
+
+
+def check_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert found[name].shape == value.shape
+        np.testing.assert_array_equal(found[name], value)
+
+
+# --- round trip -------------------------------------------------------------------------------------------------
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8),
+                       DTYPES.flatmap(lambda t: arrays(t, array_shapes(min_dims=0, max_dims=4, min_side=0,
+                                                                       max_side=4))), max_size=4))
+def test_any_arrays_come_back(tmp_path, some):
+    save_arrays(tmp_path / "x.safetensors", some)
+    check_equal(load_arrays(tmp_path / "x.safetensors")[0], some)
+
+
+def test_transposed_and_strided_arrays_come_back(tmp_path):
+    some = {"t": SOME["weights"].T, "strided": SOME["weights"][:, ::2], "backwards": SOME["boxes"][::-1]}
+    save_arrays(tmp_path / "x.safetensors", some)
+    check_equal(load_arrays(tmp_path / "x.safetensors")[0], some)
+
+
+def test_notes_come_back(tmp_path):
+    notes = {"seed": 3, "names": ["a:1", "Zoë:2"], "loss": [0.5, 0.25], "nested": {"x": None}}
+    save_arrays(tmp_path / "new" / "x.safetensors", SOME, notes)
+    assert load_arrays(tmp_path / "new" / "x.safetensors")[1] == notes
+    save_arrays(tmp_path / "x.safetensors", SOME)
+    assert load_arrays(tmp_path / "x.safetensors")[1] == {}
+
+
+def test_the_checksum_is_the_one_that_sha256sum_reads(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_arrays(path, SOME)
+    assert (tmp_path / "x.safetensors.sha256").read_text() == f"{file_hash(path)}  x.safetensors\n"
+    (tmp_path / "abc").write_bytes(b"abc")  # the example of the standard, FIPS 180-2
+    assert file_hash(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# --- damage -----------------------------------------------------------------------------------------------------
+
+def test_one_changed_byte_is_found_wherever_it_is(tmp_path):
+    path, check = tmp_path / "x.safetensors", tmp_path / "x.safetensors.sha256"
+    save_arrays(path, SOME, {"seed": 1})
+    rng = np.random.default_rng(0)
+    hashes = range(64)  # the digits; the name behind them says nothing about the contents
+    for file, positions in ((path, rng.choice(path.stat().st_size, 40, replace=False)), (check, hashes)):
+        whole = file.read_bytes()
+        for position in positions:
+            changed = bytearray(whole)
+            changed[position] ^= 1 << rng.integers(8)
+            file.write_bytes(changed)
+            with pytest.raises(ArtifactError, match="checksum"):
+                load_arrays(path)
+        file.write_bytes(whole)
+    check_equal(load_arrays(path)[0], SOME)
+
+
+def test_missing_parts(tmp_path):
+    path, check = tmp_path / "x.safetensors", tmp_path / "x.safetensors.sha256"
+    with pytest.raises(ArtifactError, match="missing"):
+        load_arrays(path)
+    save_arrays(path, SOME)
+    whole = check.read_bytes()
+    check.unlink()
+    with pytest.raises(ArtifactError, match="missing"):
+        load_arrays(path)
+    check.write_bytes(b"")
+    with pytest.raises(ArtifactError, match="checksum"):
+        load_arrays(path)
+    check.write_bytes(whole)
+    path.unlink()
+    with pytest.raises(ArtifactError, match="missing"):
+        load_arrays(path)
+
+
+def test_a_file_with_a_right_checksum_that_is_something_else(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"not a safetensors file at all")
+    write_text(tmp_path / "x.safetensors.sha256", file_hash(path))
+    with pytest.raises(ArtifactError, match="not a safetensors file"):
+        load_arrays(path)
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("where", ["while writing", "before renaming"])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, reason, where):
+    path = tmp_path / "x.safetensors"
+    save_arrays(path, SOME)
+
+    def half(*args: Any) -> None:
+        if where == "while writing":
+            with args[0].open("wb") as stream:
+                stream.write(b"half a fi")
+        raise reason
+
+    monkeypatch.setattr(*((Path, "write_bytes", half) if where == "while writing" else (os, "replace", half)))
+    with pytest.raises(OutputError if isinstance(reason, OSError) else KeyboardInterrupt):
+        save_arrays(path, {"other": np.zeros(3)})
+    monkeypatch.undo()
+    check_equal(load_arrays(path)[0], SOME)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.safetensors", "x.safetensors.sha256"]
+
+
+def test_a_write_broken_off_between_file_and_checksum_is_noticed(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    save_arrays(path, SOME)
+    monkeypatch.setattr(storing, "write_text", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        save_arrays(path, {"other": np.zeros(3)})
+    with pytest.raises(ArtifactError, match="checksum"):
+        load_arrays(path)
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for write in (lambda p: save_arrays(p, SOME), lambda p: write_text(p, "text")):
+        with pytest.raises(OutputError, match="cannot be written"):
+            write(tmp_path / "file" / "x")
+    assert [p.name for p in tmp_path.rglob("*")] == ["file"]
+
+
+def test_text_is_written_as_utf8(tmp_path):
+    write_text(tmp_path / "a" / "t.txt", "Größe\n")
+    assert (tmp_path / "a" / "t.txt").read_bytes() == "Größe\n".encode()
+
+
+# --- fingerprints -----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Outer:
+    inner: LungSettings = field(default_factory=LungSettings)
+    name: str = "x"
+
+
+@pytest.mark.parametrize("base", [LungSettings(), PrepareSettings()])
+def test_any_changed_setting_changes_the_fingerprint(base):
+    step = 40  # sizes of crops have to stay multiples of 40
+    changed = [replace(base, **{f.name: getattr(base, f.name) + step}) for f in fields(base)]
+    keys = {fingerprint(s, 0) for s in (base, *changed)}
+    assert len(keys) == len(fields(base)) + 1
+    assert fingerprint(replace(base), 0) == fingerprint(base, 0)
+
+
+def test_a_fingerprint_sees_seed_nesting_order_and_version(monkeypatch):
+    base = fingerprint(Outer(), 0)
+    assert len(base) == 16
+    assert int(base, 16) >= 0
+    assert base == fingerprint(Outer(), 0)
+    others = [fingerprint(Outer(), 1), fingerprint(Outer(LungSettings(rim=3)), 0), fingerprint(0, Outer()),
+              fingerprint(Outer()), fingerprint(Outer(), "0"), fingerprint(Outer(), 0, [])]
+    monkeypatch.setattr(storing, "__version__", "0.0.0")
+    others.append(fingerprint(Outer(), 0))
+    assert len({base, *others}) == 1 + len(others)
+
+
+def test_the_order_of_keys_does_not_matter_but_that_of_lists_does():
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint([1, 2]) != fingerprint([2, 1])
+
+
+def test_a_path_stands_for_what_the_file_holds(tmp_path):
+    for name, content in (("a", b"same"), ("b", b"same"), ("c", b"other")):
+        (tmp_path / name).write_bytes(content)
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+    assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "c")
+    before = fingerprint(tmp_path / "a", 1)
+    (tmp_path / "a").write_bytes(b"sbme")
+    assert fingerprint(tmp_path / "a", 1) != before
+
+
+def test_numbers_side_by_side_do_not_run_together():
+    assert fingerprint(1, 23) != fingerprint(12, 3)
+
+
+# --- the store --------------------------------------------------------------------------------------------------
+
+class Maker:
+    """Counts how often a stage was computed."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        self.calls += 1
+        return SOME, {"made": "here"}
+
+
+def test_the_store_computes_once_and_reuses_what_is_good(tmp_path):
+    make = Maker()
+    for _ in range(3):
+        stored, notes = Store(tmp_path / "stages").get("cam", "0123", make)
+        check_equal(stored, SOME)
+        assert notes.keys() == {"made", "seconds", "peak_memory_mb", "warnings"}
+        assert notes["made"] == "here"
+        assert notes["seconds"] >= 0
+    assert make.calls == 1
+    store = Store(tmp_path / "stages")
+    store.get("cam", "4567", make)
+    store.get("mil", "0123", make)
+    assert make.calls == 3  # another key and another stage are other results
+    assert sorted(p.name for p in (tmp_path / "stages").glob("*.safetensors")) == [
+        store.path("cam", "0123").name, store.path("cam", "4567").name, store.path("mil", "0123").name]
+
+
+class Stages:
+    """Stages that take a given time by a clock of their own and ask for others in between."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.store = 1000.0, Store(folder)
+        monkeypatch.setattr(storing, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def get(self, stage: str, takes: float, *before: Callable[[], Any]) -> dict[str, Any]:
+        """Half of the time goes by before the other stages are asked for, half after them."""
+        def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+            self.now += takes / 2
+            for ask in before:
+                ask()
+            self.now += takes / 2
+            return SOME, {"made": "here"}
+        return self.store.get(stage, "0123", make)[1]
+
+    def seconds(self, *stages: str) -> list[float]:
+        return [self.store.seconds(stage, "0123") for stage in stages]
+
+
+@pytest.fixture
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
+    return Stages(tmp_path, monkeypatch)
+
+
+def test_a_stage_took_its_own_time_not_that_of_the_stages_before_it(stages):
+    def cam() -> dict[str, Any]:
+        return stages.get("cam", 5)
+
+    def mil() -> dict[str, Any]:
+        return stages.get("mil", 3, cam, cam)     # the second time it is stored
+    notes = stages.get("fine", 2, mil, cam, lambda: stages.get("weak", 7))
+    assert (notes["made"], notes["seconds"]) == ("here", 2)
+    assert stages.now == 1000 + 5 + 3 + 2 + 7
+    assert stages.seconds("cam", "mil", "fine", "weak") == [5, 3, 2, 7]
+    assert stages.get("segmenter", 4)["seconds"] == 4, "what was made before is no concern of the next one"
+    assert stages.get("fine", 100) == notes, "what is stored says what it took when it was made"
+
+
+def test_times_are_right_after_a_stage_was_stopped(stages):
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    def cam() -> dict[str, Any]:
+        return stages.get("cam", 5)
+    with pytest.raises(KeyboardInterrupt):
+        stages.get("mil", 6, cam, stop)
+    stages.get("fine", 2, lambda: stages.get("mil", 6, cam))
+    assert stages.seconds("cam", "mil", "fine") == [5, 6, 2]
+
+
+def test_times_need_a_stored_stage(tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(ArtifactError, match="missing"):
+        store.seconds("cam", "0123")
+    save_arrays(store.path("cam", "0123"), SOME)
+    assert store.seconds("cam", "0123") == 0, "nobody measured it"
+    store.path("cam", "0123").write_bytes(b"damaged")
+    with pytest.raises(ArtifactError, match="not a safetensors file"):
+        store.seconds("cam", "0123")
+
+
+def test_times_are_read_without_the_arrays(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    save_arrays(store.path("cam", "0123"), SOME, {"seconds": 2.5})
+    monkeypatch.setattr(storing, "file_hash", lambda path: pytest.fail("all of the file is read"))
+    content = bytearray(store.path("cam", "0123").read_bytes())
+    content[-1] ^= 1  # in the arrays
+    store.path("cam", "0123").write_bytes(content)
+    assert store.seconds("cam", "0123") == 2.5
+
+
+def test_forty_flipped_bytes_are_forty_faults(tmp_path):
+    rng, path = np.random.default_rng(1), tmp_path / "stage.safetensors"
+    save_arrays(path, {"a": rng.normal(size=(50, 50))})
+    whole = path.read_bytes()
+    for position in rng.choice(len(whole), 40, replace=False):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ int(rng.integers(1, 256))]) + whole[position + 1:])
+        with pytest.raises(ArtifactError):
+            load_arrays(path)
+    path.write_bytes(whole)
+    beside = path.with_name(path.name + ".sha256")
+    digest = beside.read_bytes()
+    for position in rng.choice(64, 40, replace=False):
+        beside.write_bytes(digest[:position] + bytes([digest[position] ^ 1]) + digest[position + 1:])
+        with pytest.raises(ArtifactError):
+            load_arrays(path)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no checksum", "bad checksum"])
+def test_the_store_computes_damaged_files_again(tmp_path, damage):
+    store, make = Store(tmp_path), Maker()
+    store.get("cam", "0123", make)
+    path = store.path("cam", "0123")
+    check, whole = path.with_name(path.name + ".sha256"), path.read_bytes()
+    if damage == "flip":
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    elif damage in ("truncate", "empty"):
+        path.write_bytes(whole[:len(whole) // 2 if damage == "truncate" else 0])
+    elif damage == "no checksum":
+        check.unlink()
+    else:
+        check.write_bytes(b"\xff\xfe\0")
+    check_equal(store.get("cam", "0123", make)[0], SOME)
+    assert make.calls == 2
+    check_equal(load_arrays(path)[0], SOME)  # and the good file lies there now
+    store.get("cam", "0123", make)
+    assert make.calls == 2
+
+
+def test_a_stage_that_fails_stores_nothing(tmp_path):
+    def fail() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path).get("cam", "0123", fail)
+    assert not list(tmp_path.glob("cam*"))
+
+
+# --- nets -------------------------------------------------------------------------------------------------------
+
+def net(width: int = 4, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Dropout(0.5), nn.ReLU())
+
+
+def test_a_net_comes_back_with_weights_and_buffers_ready_to_predict(tmp_path):
+    trained = net()
+    trained(torch.randn(5, 1, 8, 8))  # moves the running means
+    save_arrays(tmp_path / "n.safetensors", net_arrays(trained))
+    found = load_net(net(seed=1), load_arrays(tmp_path / "n.safetensors")[0])
+    assert not found.training
+    images = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(found(images), trained.eval()(images), rtol=0, atol=0)
+    assert not torch.equal(found(images), net(seed=1).eval()(images))
+
+
+def test_weights_of_another_net_are_refused():
+    with pytest.raises(ArtifactError, match="do not fit"):
+        load_net(net(width=5), net_arrays(net()))
+    with pytest.raises(ArtifactError, match=r"net\.safetensors: .*do not fit.*0\.bias"):
+        load_net(net(), {k: v for k, v in net_arrays(net()).items() if k != "0.bias"}, Path("net.safetensors"))
+
+
+def test_loaded_weights_are_copies():
+    stored = net_arrays(net())
+    before = stored["0.weight"].copy()
+    with torch.no_grad():
+        load_net(net(seed=1), stored)[0].weight += 1
+    np.testing.assert_array_equal(stored["0.weight"], before)

@@ -1,0 +1,465 @@
+"""The builder of the book, and the pages that it made, in a browser where there is one."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import json
+import re
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import unquote
+
+import nbformat
+import pages
+import pytest
+import yaml
+from axe_playwright_python.sync_playwright import Axe
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from notebooks import PICTURES
+
+from covidseg.book.records import read_records
+from covidseg.evaluation.experiments import Line, table_lines
+from covidseg.evaluation.tables import spread
+
+ROOT = Path(__file__).resolve().parents[2]
+HTML = ROOT / "_build" / "html"
+
+
+def load_builder() -> ModuleType:
+    """tools/build_book.py is a program, not part of the package: load it from its file."""
+    spec = importlib.util.spec_from_file_location("build_book", ROOT / "tools" / "build_book.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+builder = load_builder()
+
+
+def toc_pages() -> list[str]:
+    return builder.toc_files(yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8")))
+
+
+# --- the builder -------------------------------------------------------------------------------------------------
+
+def test_toc_lists_every_chapter_and_nothing_else() -> None:
+    pages = toc_pages()
+    assert len(pages) == len(set(pages))
+    sources = {str(path.relative_to(ROOT).with_suffix("")) for path in (ROOT / "chapters").glob("*.*")
+               if path.suffix in {".ipynb", ".md"}}
+    assert set(pages) == sources
+
+
+def test_toc_is_read_in_order_through_parts_and_sections() -> None:
+    toc = {"root": "a", "parts": [{"chapters": [{"file": "b", "sections": [{"file": "c"}]}, {"file": "d"}]}]}
+    assert builder.toc_files(toc) == ["a", "b", "c", "d"]
+
+
+def test_tidy_hides_injected_parameters_and_drops_paths() -> None:
+    cell = new_code_cell("x = 1", metadata={"tags": ["injected-parameters"], "papermill": {}})
+    notebook = new_notebook(cells=[cell], metadata={"papermill": {"input_path": "/somewhere"}})
+    clean = builder.tidy(notebook)
+    assert clean.cells[0].metadata == {"tags": ["injected-parameters", "remove-cell"]}
+    assert "papermill" not in clean.metadata
+    assert "papermill" in notebook.metadata  # the original stays as it was
+
+
+def test_outputs_with_machine_paths_are_found() -> None:
+    good, bad = new_code_cell("1"), new_code_cell("2")
+    good.outputs = [new_output("stream", text="runs/classifier.safetensors")]
+    bad.outputs = [new_output("execute_result", data={"text/plain": "PosixPath('/some/place/runs')"})]
+    assert builder.machine_paths(new_notebook(cells=[good, bad]), ["/some/place"]) == [bad.id]
+
+
+def test_pages_are_mended_and_thebe_goes() -> None:
+    page = ('<script src="a.js"></script><script>const THEBE_JS_URL = "x"; const y = 1</script>'
+            '<script async="async" src="../_static/sphinx-thebe.js?v=1"></script><p>text</p>'
+            '<div role="list" class="citation-list">')
+    assert pages.mended(page) == '<script src="a.js"></script><p>text</p><div class="citation-list">'
+
+
+@pytest.mark.slow
+def test_chapter_runs_are_reported_and_failures_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook that fails is written with its error, and says so; one that works reports its slowest cell."""
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    parameters = new_code_cell('profile = "quick"', metadata={"tags": ["parameters"]}, id="parameters")
+    body = new_code_cell('import sys, time\ntime.sleep(0.5)\nprint("note", file=sys.stderr)\n'
+                         'assert profile == "full", f"profile is {profile}"', id="body")
+    source = tmp_path / "source.ipynb"
+    nbformat.write(new_notebook(cells=[parameters, body], metadata=kernel), source)
+
+    good = builder.run_chapter("good", source, tmp_path / "good.ipynb", tmp_path, "full")
+    assert good.error == ""
+    assert good.slowest_cell == "body"
+    assert good.slowest_seconds >= 0.5
+    assert good.stderr_cells == ("body",)
+    injected = nbformat.read(tmp_path / "good.ipynb", as_version=4).cells[1]
+    assert {"injected-parameters", "remove-cell"} <= set(injected.metadata["tags"])
+
+    bad = builder.run_chapter("bad", source, tmp_path / "bad.ipynb", tmp_path, "quick")
+    assert "profile is quick" in bad.error
+    kept = nbformat.read(tmp_path / "bad.ipynb", as_version=4)
+    assert any(o.output_type == "error" for cell in kept.cells if cell.cell_type == "code" for o in cell.outputs)
+
+
+def test_stage_keeps_executed_chapters_when_asked(tmp_path: Path) -> None:
+    root, target = tmp_path / "root", tmp_path / "stage"
+    (root / "chapters").mkdir(parents=True)
+    (root / "_toc.yml").write_text("root: chapters/a\n")
+    (root / "chapters" / "a.ipynb").write_text("clean")
+    builder.stage(root, target, keep_executed=False)
+    (target / "chapters" / "a.ipynb").write_text("executed")
+    (root / "chapters" / "b.md").write_text("new")
+    builder.stage(root, target, keep_executed=True)
+    assert (target / "chapters" / "a.ipynb").read_text() == "executed"
+    assert (target / "chapters" / "b.md").read_text() == "new"
+    builder.stage(root, target, keep_executed=False)
+    assert (target / "chapters" / "a.ipynb").read_text() == "clean"
+
+
+def test_tables_of_the_build_stand_where_pages_ask_for_them(tmp_path: Path) -> None:
+    (tmp_path / "chapters").mkdir()
+    nbformat.write(new_notebook(cells=[nbformat.v4.new_markdown_cell("# 1 · A title\n")]),
+                   tmp_path / "chapters" / "01_a.ipynb")
+    page = tmp_path / "chapters" / "status.md"
+    page.write_text("before\n<!-- table: times -->\n<!-- table: unknown -->\n")
+    run = {"chapter": "chapters/01_a", "seconds": 61.4, "slowest_seconds": 20.6, "slowest_cell": "train"}
+    status = {"profile": "quick", "machine": "Linux", "date": "2026-01-01", "python": "3.12.1",
+              "versions": {"torch": "2.11.0"}, "chapters": [run, {**run, "chapter": "chapters/gone"}]}
+    tables = pages.status_tables(status, tmp_path)
+    pages.fill_tables(tmp_path, tables)
+    assert "| [1 · A title](01_a) | 61 | 21 | `train` |\n| **all** | **61** | | |" in page.read_text()
+    assert page.read_text().endswith("(not measured yet)\n")
+    assert "| torch | 2.11.0 |" in tables["versions"]
+
+
+def test_pictures_become_files_and_spare_mathjax_goes(tmp_path: Path) -> None:
+    (tmp_path / "chapters").mkdir()
+    page = tmp_path / "chapters" / "a.md"
+    page.write_text(f"![x]({PICTURES}a.svg)")
+    pages.localise(tmp_path)
+    assert page.read_text() == "![x](images/a.svg)"
+    for name in ("tex-chtml.js", "tex-svg.js"):
+        (tmp_path / name).write_text("")
+    pages.trim_mathjax(tmp_path)
+    assert not (tmp_path / "tex-svg.js").exists()
+    assert (tmp_path / "tex-chtml.js").exists()
+
+
+def test_status_keeps_what_was_measured_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "STATUS", tmp_path / "status.json")
+    first, second = builder.chapters_to_run(ROOT)[:2]
+    builder.write_status([builder.ChapterRun(first, 10.0), builder.ChapterRun(second, 20.0)], "quick")
+    builder.write_status([builder.ChapterRun(second, 30.0)], "quick")
+    kept = json.loads((tmp_path / "status.json").read_text())
+    assert [run["seconds"] for run in kept["chapters"]] == [10.0, 30.0]
+    builder.write_status([builder.ChapterRun(second, 30.0)], "full")
+    assert len(json.loads((tmp_path / "status.json").read_text())["chapters"]) == 1
+
+
+# --- the built pages, as files -----------------------------------------------------------------------------------
+
+def missing_pages(html: Path, pages: list[str]) -> list[str]:
+    """Entries of the table of contents without a page."""
+    return [page for page in pages if not (html / f"{page}.html").exists()]
+
+
+def pages_with_paths(html: Path, folders: list[str]) -> list[str]:
+    """Pages, downloads and the search index that name a folder of the machine which built them."""
+    files = [*html.rglob("*.html"), *html.rglob("*.ipynb"), *html.glob("searchindex.js")]
+    return [f"{file.relative_to(html)}: {folder}" for file in sorted(files) for folder in folders
+            if folder in file.read_text(encoding="utf-8")]
+
+
+@pytest.fixture(scope="module")
+def book() -> Path:
+    if not (HTML / "index.html").exists():
+        pytest.skip("the book is not built: run `make book` first")
+    return HTML
+
+
+@pytest.mark.book
+def test_every_page_is_built(book: Path) -> None:
+    assert missing_pages(book, toc_pages()) == [], "run `make book` again"
+    assert toc_pages()[0] in (book / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.book
+def test_build_left_no_warnings(book: Path) -> None:
+    assert not (book.parent / "warnings.txt").exists()
+
+
+@pytest.mark.book
+def test_pages_name_no_machine_path(book: Path) -> None:
+    assert pages_with_paths(book, [*builder.private_folders(), "/home/"]) == []
+
+
+@pytest.mark.book
+def test_every_page_carries_the_disclaimer(book: Path) -> None:
+    for page in toc_pages():
+        assert "not a medical device" in (book / f"{page}.html").read_text(encoding="utf-8"), page
+
+
+def figures_missing(page: str, lines: Sequence[Line]) -> list[str]:
+    """Systems of a comparison whose figures are not on a page: a row with the title and all five, in order."""
+    text = html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page)))
+    return [line.title for line in lines
+            if " ".join([line.title, *(spread(column) for column in line.micro.T)]) not in text]
+
+
+@pytest.mark.book
+def test_results_page_shows_the_recorded_comparison(book: Path) -> None:
+    record = read_records("table1-medseg9-full")["table1-medseg9-full"]
+    page = (book / "chapters/09_results.html").read_text(encoding="utf-8")
+    assert figures_missing(page, table_lines(record["results"])) == [], "run `make book` again"
+
+
+def test_check_of_the_results_page_fires() -> None:
+    record = read_records("table1-medseg9-full")["table1-medseg9-full"]
+    lines = table_lines(record["results"])
+    page = "".join(f"<tr><td>{line.title}</td>" + "".join(f"<td>{spread(c)}</td>\n" for c in line.micro.T) + "</tr>"
+                   for line in lines)
+    assert figures_missing(page, lines) == []
+    ours = next(line for line in lines if line.key == "extended")
+    assert figures_missing(page.replace(spread(ours.micro[:, 0]), "0.999 ± 0.001"), lines) == [ours.title]
+
+
+def test_page_checks_fire(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text("saved in /home/someone/covidseg")
+    assert missing_pages(tmp_path, ["a", "b"]) == ["b"]
+    assert pages_with_paths(tmp_path, ["/home/", "/elsewhere/"]) == ["a.html: /home/"]
+
+
+def broken_links(root: Path) -> list[str]:
+    """Links, pictures, styles and scripts of all pages that lead to nothing inside the book."""
+    pages = {page: re.sub(r"(<script\b[^>]*>).*?</script>", r"\1", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+             for page in root.rglob("*.html")  # what scripts write is no link yet
+             if "_static" not in page.relative_to(root).parts}  # templates of the theme lie there
+    anchors = {page: set(re.findall(r"""\s(?:id|name)=["']([^"']+)""", text)) for page, text in pages.items()}
+    faults = []
+    for page, text in pages.items():
+        for target in re.findall(r"""<(?:a|img|link|script|source)\b[^>]*?\s(?:href|src)=["']([^"']+)""", text):
+            link = html.unescape(target)
+            if re.match(r"[a-z][a-z+.-]*:|//", link, re.IGNORECASE) or link in ("#", ""):
+                continue
+            path, _, anchor = link.partition("#")
+            file = (page.parent / unquote(path.partition("?")[0])).resolve() if path else page
+            if not file.exists() or (anchor and file in anchors and unquote(anchor) not in anchors[file]):
+                faults.append(f"{page.relative_to(root)}: {link}")
+    return sorted(set(faults))
+
+
+@pytest.mark.book
+@pytest.mark.parametrize("name", builder.chapters_to_run(ROOT))
+def test_every_chapter_opens_on_colab(book: Path, name: str) -> None:
+    """The button leads to the source in the repository, which has no outputs."""
+    page = (book / f"{name}.html").read_text(encoding="utf-8")
+    assert f"https://colab.research.google.com/github/covidseg/covidseg/blob/main/{name}.ipynb" in page
+
+
+@pytest.mark.book
+def test_students_find_their_notebooks(book: Path) -> None:
+    page = (book / "chapters/instructor.html").read_text(encoding="utf-8")
+    link = re.search(r'href="([^"]+covidseg-students\.zip)"', page)
+    assert link is not None
+    with zipfile.ZipFile(book / "chapters" / link[1]) as packed:
+        assert packed.namelist() == [f"{Path(name).name}.ipynb" for name in builder.chapters_to_run(ROOT)]
+
+
+@pytest.mark.book
+def test_no_link_is_broken(book: Path) -> None:
+    assert broken_links(book.resolve()) == []
+
+
+def test_link_check_fires(tmp_path: Path) -> None:
+    (tmp_path / "b.html").write_text('<h1 id="here">x</h1>')
+    (tmp_path / "a.html").write_text('<a href="b.html#here"></a><a href="b.html#gone"></a><a href="c.html"></a>'
+                                     '<img alt="" src="p.png?v=1"><a href="#"></a><a href="https://x.example/"></a>'
+                                     '<script src="s.js">"<a href=$1>"; \'<a href="$2">\'</script>')
+    assert broken_links(tmp_path) == ["a.html: b.html#gone", "a.html: c.html", "a.html: p.png?v=1",
+                                      "a.html: s.js"]
+
+
+# --- the built pages, in a browser -------------------------------------------------------------------------------
+
+FAULTS_SCRIPT = """() => {
+  const faults = [];
+  const width = document.documentElement.clientWidth;
+  if (document.documentElement.scrollWidth > width) {
+    const wide = [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > width + 1)
+      .map(e => e.tagName.toLowerCase() + (e.id ? "#" + e.id : "")).slice(0, 5);
+    faults.push(`scrolls sideways: ${document.documentElement.scrollWidth} of ${width} px, ${wide.join(", ")}`);
+  }
+  for (const image of document.querySelectorAll("article img, main img, body > img")) {
+    const name = (image.getAttribute("src") || "").slice(0, 60);
+    if (!image.alt.trim()) faults.push(`picture without description: ${name}`);
+    if (image.complete && image.naturalWidth === 0 && !/^https?:/.test(name)) faults.push(`broken picture: ${name}`);
+  }
+  return faults;
+}"""
+
+
+# Code is thousands of coloured words: of each kind a few are looked at, the others become plain text.
+FEW_WORDS_SCRIPT = """() => {
+  const seen = {};
+  for (const word of document.querySelectorAll(".highlight pre span[class]")) {
+    seen[word.className] = (seen[word.className] || 0) + 1;
+    if (seen[word.className] > 3) word.replaceWith(...word.childNodes);
+  }
+}"""
+
+
+def access_faults(page: Any) -> list[str]:
+    """What axe finds that hinders readers with a keyboard, a screen reader or weak eyes; thins the page's code out."""
+    page.evaluate(FEW_WORDS_SCRIPT)
+    # Without its preload, which fetches the stylesheets once more and may not, from a file; and without what passed.
+    found = Axe().run(page, options={"preload": False, "resultTypes": ["violations"]}).response["violations"]
+    return [f"{one['id']}: {one['help']} ({node['target'][0]})" for one in found
+            if one["impact"] in ("serious", "critical") for node in one["nodes"]]
+
+
+VIEWS = ((390, "dark"), (1280, "light"))  # a phone at night, a desk by day
+
+
+def slider_faults(page: Any) -> list[str]:
+    """Whether an arrow key moves the first slider that has the focus, and another picture comes, as with the mouse."""
+    box = page.locator(".covidseg-explorer").first
+    slider, shown = box.locator("input").first, box.locator("figure:visible img")
+    before = shown.get_attribute("src")
+    slider.focus()
+    at_end = slider.get_attribute("max") == slider.input_value()
+    page.keyboard.press("ArrowLeft" if at_end else "ArrowRight")
+    if shown.count() != 1:
+        return [f"{shown.count()} pictures of a slider at once"]
+    return ["a slider that changes nothing"] if shown.get_attribute("src") == before else []
+
+
+def page_faults(browser: Any, file: Path, *views: tuple[int, str], slider: bool = False) -> list[str]:
+    """What goes wrong on a page, with no network.
+
+    Args:
+        views: widths in pixels and colour schemes; the page is opened in the first, and turned to the others.
+        slider: whether there must be one that works.
+    """
+    page = browser.new_page(viewport={"width": views[0][0], "height": 900}, color_scheme=views[0][1])
+    faults: list[str] = []
+
+    def refuse(route: Any) -> None:
+        faults.append(f"asks another host: {route.request.url}")
+        route.abort()
+
+    try:
+        page.on("console", lambda message: faults.append(f"console: {message.text}")
+                if message.type == "error" and "ERR_FAILED" not in message.text else None)
+        page.on("pageerror", lambda error: faults.append(f"script: {error}"))
+        page.route(lambda url: url.startswith("http"), refuse)
+        page.goto(file.as_uri(), wait_until="load")
+        # A quiz is built after half a second, and formulas are set meanwhile.
+        page.wait_for_timeout(900 if page.locator(".math, [id*=Quiz]").count() else 300)
+        for width, scheme in views:
+            page.set_viewport_size({"width": width, "height": 900})
+            page.emulate_media(color_scheme=scheme)
+            page.wait_for_timeout(100)  # colours fade
+            faults += page.evaluate(FAULTS_SCRIPT) + access_faults(page)
+        return faults + (slider_faults(page) if slider else [])
+    finally:
+        page.close()
+
+
+def teaching_pages() -> list[str]:
+    return builder.chapters_to_run(ROOT)[1:]
+
+
+@pytest.mark.book
+@pytest.mark.parametrize("name", toc_pages())
+def test_page_opens_without_faults(book: Path, browser: Any, name: str) -> None:
+    file = book / f"{name}.html"
+    assert file.exists(), "run `make book` again"
+    assert page_faults(browser, file, *VIEWS, slider=name in teaching_pages()) == []
+
+
+@pytest.mark.book
+def test_pages_follow_the_colour_scheme(book: Path, browser: Any) -> None:
+    """Or the second look would be at the colours of the first."""
+    page = browser.new_page(color_scheme="dark")
+    try:
+        page.goto((book / f"{teaching_pages()[0]}.html").as_uri())
+        colours = []
+        for scheme in ("dark", "light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            page.wait_for_timeout(100)
+            colours.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert colours[0] == colours[2] != colours[1]
+    finally:
+        page.close()
+
+
+@pytest.mark.book
+def test_search_finds_a_chapter(book: Path, browser: Any) -> None:
+    page = browser.new_page()
+    try:
+        page.goto((book / "search.html").as_uri() + "?q=hounsfield")
+        page.locator("#search-results li a").first.wait_for(timeout=10_000)
+        assert any("01_ct_and_weak_labels" in str(link.get_attribute("href"))
+                   for link in page.locator("#search-results li a").all())
+    finally:
+        page.close()
+
+
+@pytest.mark.book
+def test_formulas_are_set_without_a_network(book: Path, browser: Any) -> None:
+    page = browser.new_page()
+    try:
+        page.route(lambda url: url.startswith("http"), lambda route: route.abort())
+        page.goto((book / "chapters/02_lungs.html").as_uri())
+        page.locator("mjx-container").first.wait_for(timeout=10_000)
+        assert page.locator("mjx-merror").count() == 0
+    finally:
+        page.close()
+
+
+def test_browser_check_fires(browser: Any, tmp_path: Path) -> None:
+    page = tmp_path / "bad.html"
+    page.write_text('<body style="margin:0"><img src="gone.png"><div id="wide" style="width:700px">x</div>'
+                    '<script src="https://outside.example/x.js"></script>'
+                    '<script>console.error("loud"); undefinedFunction();</script></body>')
+    faults = page_faults(browser, page, (390, "light"))
+    for expected in ("console: loud", "undefinedFunction is not defined", "scrolls sideways: 700 of 390 px, div#wide",
+                     "picture without description: gone.png", "broken picture: gone.png",
+                     "asks another host: https://outside.example/x.js", "image-alt: ", "document-title: "):
+        assert any(expected in fault for fault in faults), (expected, faults)
+    assert "scrolls sideways" not in " ".join(page_faults(browser, page, (1280, "light")))
+
+
+def test_contrast_is_checked_in_the_dark_too(browser: Any, tmp_path: Path) -> None:
+    page = tmp_path / "grey.html"
+    page.write_text('<html lang="en"><title>x</title><style>body{background:#fff;color:#222}'
+                    "@media(prefers-color-scheme:dark){body{background:#222;color:#333}}</style>"
+                    "<body><main><h1>x</h1><p>text</p></main></body></html>")
+    assert page_faults(browser, page, (390, "light")) == []
+    for views in ([(390, "dark")], [(390, "light"), (1280, "dark")]):
+        assert any(fault.startswith("color-contrast") for fault in page_faults(browser, page, *views))
+
+
+@pytest.mark.parametrize(("script", "said"), [
+    ("", ["a slider that changes nothing"]), ("this.nextSibling.firstChild.src = 'b.png'", []),
+    ("this.parentNode.append(this.nextSibling.cloneNode(true))", ["2 pictures of a slider at once"])])
+def test_slider_check_fires(browser: Any, tmp_path: Path, script: str, said: list[str]) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(f'<div class="covidseg-explorer"><input type="range" max="3" value="0" oninput="{script}">'
+                    '<figure><img src="a.png" width="9" height="9"></figure></div>')
+    page = browser.new_page()
+    try:
+        page.goto(file.as_uri())
+        assert slider_faults(page) == said
+    finally:
+        page.close()

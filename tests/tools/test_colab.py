@@ -1,0 +1,53 @@
+"""The check of the chapters on Colab's versions: what it asks for, and that it tells a chapter that fails."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+
+import colab_check
+import nbformat
+import notebooks
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_the_package_installs_beside_colabs_versions() -> None:
+    """Its lower bounds must not force Colab to replace what is imported already."""
+    wanted = colab_check.constraints(colab_check.CONSTRAINTS.read_text(encoding="utf-8"))
+    assert {"torch", "torchvision", "numpy", "nibabel", "ipywidgets"} <= set(wanted)
+    for text in PROJECT["dependencies"]:
+        requirement = Requirement(text)
+        if requirement.name in wanted:
+            assert requirement.specifier.contains(wanted[requirement.name]), text
+
+
+def test_constraints_are_read() -> None:
+    assert colab_check.constraints("# note\na==1.0  # why\n\nb==2\n") == {"a": "1.0", "b": "2"}
+
+
+def test_first_cell_installs_this_version() -> None:
+    """A chapter opened on Colab runs with the package that it was written for."""
+    setup = nbformat.read(ROOT / "chapters" / "00_welcome.ipynb", as_version=4).cells
+    source = next(cell.source for cell in setup if cell.id == "colab-setup")
+    assert f"covidseg@v{PROJECT['version']}" in source
+
+
+@pytest.mark.slow
+def test_a_chapter_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    folder = tmp_path / "away"
+    folder.mkdir()
+    for name, code in (("good", "import os; assert 'COVIDSEG_RUNS' not in os.environ"), ("bad", "1 / 0")):
+        nbformat.write(new_notebook(cells=[new_code_cell(code)], metadata=kernel), tmp_path / f"{name}.ipynb")
+    failed = colab_check.run_chapters(Path(sys.executable), [tmp_path / "good.ipynb", tmp_path / "bad.ipynb"], folder)
+    assert failed == ["bad"]
+    printed = capsys.readouterr().out
+    assert "ZeroDivisionError" in printed
+    assert "colab: good: ran" in printed
+    assert notebooks.tags(nbformat.read(folder / "done-good.ipynb", as_version=4).cells[0]) == []

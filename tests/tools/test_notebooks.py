@@ -1,0 +1,161 @@
+"""The chapters as they are kept in git: no outputs, the same opening cells, readable ids, described pictures."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+from notebooks import tags
+
+CHAPTERS = sorted((Path(__file__).resolve().parents[2] / "chapters").glob("*.ipynb"))
+WELCOME = CHAPTERS[0]
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+
+
+def strip_faults(notebook: NotebookNode) -> list[str]:
+    """Traces of a run, and metadata that papermill or another machine would trip over."""
+    faults = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and (cell.outputs or cell.execution_count is not None):
+            faults.append(f"{cell.id}: has outputs, run `make strip`")
+        if extra := set(cell.metadata) - {"tags", "mystnb"}:
+            faults.append(f"{cell.id}: has metadata {', '.join(sorted(extra))}, run `make strip`")
+        if "injected-parameters" in tags(cell):
+            faults.append(f"{cell.id}: was injected by papermill, remove it")
+    if notebook.metadata.get("kernelspec") != KERNEL:
+        faults.append(f"kernelspec must be {KERNEL}")
+    if extra := set(notebook.metadata) - {"kernelspec", "language_info"}:
+        faults.append(f"notebook has metadata {', '.join(sorted(extra))}")
+    if (notebook.nbformat, notebook.nbformat_minor) != (4, 5):
+        faults.append("notebook format must be 4.5")
+    return faults
+
+
+def opening_faults(notebook: NotebookNode, setup: str) -> list[str]:
+    """Deviations from the cells that open every chapter; ``setup`` is the source of the one that installs."""
+    opening = ("title", "idea", "colab-setup", "imports", "parameters")
+    if tuple(cell.id for cell in notebook.cells[:5]) != opening:
+        return [f"the first cells must be {', '.join(opening)}"]
+    title, _, colab, imports, parameters = notebook.cells[:5]
+    faults = []
+    if not re.match(r"# \S", title.source) or not re.search(r"^- ", title.source, re.MULTILINE):
+        faults.append("title: must start with a heading and list what the reader can do afterwards")
+    if colab.source != setup or "hide-input" not in tags(colab):
+        faults.append("colab-setup: must be the same as in the first chapter, with the tag hide-input")
+    if "covidseg.__version__" not in imports.source:
+        faults.append("imports: must print the version of covidseg")
+    lines = parameters.source.splitlines()
+    if "parameters" not in tags(parameters) or 'profile = "quick"' not in lines or "seed = 0" not in lines:
+        faults.append('parameters: must have that tag, profile = "quick" and seed = 0')
+    return faults
+
+
+def id_faults(notebook: NotebookNode) -> list[str]:
+    """Cell ids that are double, unreadable or the eight random characters that Jupyter makes up."""
+    ids = [cell.id for cell in notebook.cells]
+    faults = [f"{i}: is used twice" for i in sorted({i for i in ids if ids.count(i) > 1})]
+    return faults + [f"{i}: is no readable name" for i in ids
+                     if not re.fullmatch(r"[a-z][a-z0-9-]{2,63}", i) or re.fullmatch(r"[0-9a-f]{8,}", i)]
+
+
+def picture_faults(notebook: NotebookNode) -> list[str]:
+    """Pictures without a description: cells tagged ``figure`` carry it as ``mystnb.image.alt``."""
+    faults = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and re.search(r"!\[\s*\]\(|<img(?![^>]*\salt=[\"'][^\"'])", cell.source):
+            faults.append(f"{cell.id}: a picture has no alternative text")
+        if cell.cell_type != "code":
+            continue
+        if "plt.show(" in cell.source and "figure" not in tags(cell):
+            faults.append(f"{cell.id}: draws, so it needs the tag figure")
+        alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        if "figure" in tags(cell) and len(alt) < 20:
+            faults.append(f"{cell.id}: needs mystnb.image.alt that says what is to be seen")
+    return faults
+
+
+@pytest.fixture(params=CHAPTERS, ids=lambda path: path.stem)
+def chapter(request: pytest.FixtureRequest) -> NotebookNode:
+    return nbformat.read(request.param, as_version=4)
+
+
+@pytest.fixture
+def welcome() -> NotebookNode:
+    return copy.deepcopy(nbformat.read(WELCOME, as_version=4))
+
+
+def setup_source() -> str:
+    return next(cell.source for cell in nbformat.read(WELCOME, as_version=4).cells if cell.id == "colab-setup")
+
+
+def test_there_are_chapters() -> None:
+    assert WELCOME.name == "00_welcome.ipynb"
+
+
+def test_chapter_is_valid_and_stripped(chapter: NotebookNode) -> None:
+    nbformat.validate(chapter)
+    assert strip_faults(chapter) == []
+
+
+def test_chapter_opens_like_the_others(chapter: NotebookNode) -> None:
+    assert opening_faults(chapter, setup_source()) == []
+
+
+def test_chapter_has_readable_ids(chapter: NotebookNode) -> None:
+    assert id_faults(chapter) == []
+
+
+def test_chapter_describes_its_pictures(chapter: NotebookNode) -> None:
+    assert picture_faults(chapter) == []
+
+
+def test_setup_installs_on_colab_only_and_names_the_gpu() -> None:
+    source = setup_source()
+    assert 'if "google.colab" in sys.modules:\n    %pip install' in source
+    assert "torch.cuda.is_available()" in source
+
+
+def test_strip_check_fires(welcome: NotebookNode) -> None:
+    welcome.cells[3].outputs = [nbformat.v4.new_output("stream", text="left over")]
+    welcome.cells[4].metadata["papermill"] = {"duration": 1}
+    welcome.metadata["papermill"] = {"input_path": "somewhere"}
+    del welcome.metadata["kernelspec"]["language"]
+    assert strip_faults(welcome) == [
+        "imports: has outputs, run `make strip`", "parameters: has metadata papermill, run `make strip`",
+        f"kernelspec must be {KERNEL}", "notebook has metadata papermill"]
+    welcome.cells[4].metadata["tags"] = ["injected-parameters"]
+    welcome.nbformat_minor = 4
+    assert {"parameters: was injected by papermill, remove it", "notebook format must be 4.5"} <= set(
+        strip_faults(welcome))
+
+
+def test_opening_check_fires(welcome: NotebookNode) -> None:
+    setup = setup_source()
+    welcome.cells[0].source = "No heading"
+    welcome.cells[2].source += "\n# changed"
+    welcome.cells[3].source = "import covidseg"
+    welcome.cells[4].source = 'profile = "full"\nseed = 0'
+    assert [fault.split(":")[0] for fault in opening_faults(welcome, setup)] == [
+        "title", "colab-setup", "imports", "parameters"]
+    del welcome.cells[1]
+    assert opening_faults(welcome, setup) == ["the first cells must be title, idea, colab-setup, imports, parameters"]
+
+
+def test_id_check_fires(welcome: NotebookNode) -> None:
+    welcome.cells[0].id = welcome.cells[1].id = "a1b2c3d4"
+    welcome.cells[2].id = "Cell 3"
+    assert id_faults(welcome) == ["a1b2c3d4: is used twice", "a1b2c3d4: is no readable name",
+                                  "a1b2c3d4: is no readable name", "Cell 3: is no readable name"]
+
+
+def test_picture_check_fires(welcome: NotebookNode) -> None:
+    welcome.cells[0].source += "\n![](picture.png)"
+    welcome.cells[3].source += "\nplt.show()"
+    welcome.cells[4].metadata["tags"] = ["parameters", "figure"]
+    assert picture_faults(welcome) == [
+        "title: a picture has no alternative text", "imports: draws, so it needs the tag figure",
+        "parameters: needs mystnb.image.alt that says what is to be seen"]
