@@ -1,4 +1,4 @@
-"""Stage 2: a classifier that says whether a slice shows a lesion. Its labels are the only supervision there is.
+"""Chapter 3: a classifier that says whether a slice shows a lesion. Its labels are the only supervision there is.
 
 A plain convolutional trunk of stride 8, so that the map that Grad-CAM reads is fine enough to show where. It is short
 on purpose: each cell of the evidence map sees 43 pixels of the slice and no more. A net that sees the whole lung can
@@ -9,8 +9,8 @@ The evidence is pooled inside the lung only; half mean, half log-sum-exp, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,20 +19,8 @@ from torch.nn import functional as F
 
 from covidseg.augment import Painter, PaintSettings, augment
 from covidseg.errors import SettingsError
-from covidseg.parallel import average_gradients
 from covidseg.preprocess import Crops, WeakSet, net_input, net_maps
-from covidseg.training import (
-    Average,
-    Batch,
-    Log,
-    Progress,
-    balanced_batches,
-    learning_rate,
-    on_device,
-    overlapped,
-    run_net,
-    seed_everything,
-)
+from covidseg.training import Batch, Log, Training
 
 
 @dataclass(frozen=True)
@@ -47,7 +35,7 @@ class ClassifierSettings:
         temperature: of the log-sum-exp pooling; larger looks at fewer pixels.
         flip_weight: weight of the loss that asks the evidence map to move along when the picture is flipped.
         outside_weight: weight of the loss that keeps evidence inside the lung.
-        members: classifiers in the committee, see :class:`Committee`.
+        members: classifiers in the ensemble, see :class:`Ensemble`.
         paint: vessels painted on lesion-free slices, which mostly come from the ends of the lungs: without them the
             net learns that thick vessels mean a lesion. No lesion is painted for the classifier.
     """
@@ -64,24 +52,24 @@ class ClassifierSettings:
 
     def __post_init__(self) -> None:
         if self.members < 1:
-            raise SettingsError("a committee needs at least one classifier", remedy="Set members to 1 or more")
+            raise SettingsError("an ensemble needs at least one classifier", remedy="Set members to 1 or more")
         if self.paint.share:
             raise SettingsError("lesions painted for the classifier would contradict its slice labels",
                                 remedy="Set the share of its paint to 0; vessels may stay")
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What the patches teach the classifier.
+class Guidance:
+    """What the patches teach the classifier about places.
 
     Attributes:
-        teacher: ``(N, S, S)`` float32, probability of a lesion.
-        taught: ``(N, S, S)`` bool, the pixels of the lesson.
-        weight: of the lesson's loss.
+        target: ``(N, S, S)`` float32, probability of a lesion.
+        mask: ``(N, S, S)`` bool, the pixels that are taught.
+        weight: Weight of this loss.
     """
 
-    teacher: np.ndarray
-    taught: np.ndarray
+    target: np.ndarray
+    mask: np.ndarray
     weight: float
 
 
@@ -124,75 +112,79 @@ class Classifier(nn.Module):
         return self.pool(self.maps(inputs), inputs[:, 1:2])
 
 
-def _batches(data: WeakSet, settings: ClassifierSettings, lesson: Lesson | None,
-             generator: torch.Generator) -> Iterator[Batch]:
-    """Batches of all steps: picture, lung and, with a lesson, teacher and taught, ``(B, 2 or 4, S, S)``; labels."""
-    parts = [data.crops.images, data.crops.lungs] + ([] if lesson is None else [lesson.teacher, lesson.taught])
-    stacked = [torch.from_numpy(np.asarray(part, np.float32)) for part in parts]
-    labels = torch.from_numpy(data.labels).float()
-    painter = Painter(data.crops, settings.paint)
-    for index in balanced_batches(data.labels, data.patients, settings.batch, settings.steps, generator):
-        maps = torch.stack([part[index] for part in stacked], dim=1)
-        maps = painter(maps, index, labels[index] == 0, generator)
-        yield augment(maps, generator), labels[index]
-
-
 def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSettings(), *,
-                     start: Classifier | None = None, lesson: Lesson | None = None, seed: int = 0,
+                     start: Classifier | None = None, guidance: Guidance | None = None, seed: int = 0,
                      device: torch.device = torch.device("cpu"), log: Log = print,
                      name: str = "classifier") -> Classifier:
-    """Trains the classifier on slice labels and returns its averaged weights, in evaluation mode.
+    """Trains the classifier on slice labels.
 
     Args:
+        data: slices and their labels.
+        settings: of net and training.
         start: a classifier of an earlier round to go on from.
-        lesson: what the patch net teaches about places, see :mod:`covidseg.curriculum`.
+        guidance: what the patch net says about places, see :mod:`covidseg.curriculum`.
+        seed: of start weights, batches and augmentation.
+        device: where it is trained.
+        log: receives one line an epoch.
         name: of this training in the log.
+
+    Returns:
+        The averaged net in evaluation mode.
     """
-    generator = seed_everything(seed)
-    net = Classifier(settings)
-    if start is not None:
-        net.load_state_dict(start.state_dict())
-    net = on_device(net, device)
-    average = Average(net).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
-    schedule = learning_rate(optimizer, settings.steps)
-    progress = Progress(name, settings.steps, 6, log)
-    batches = overlapped(_batches(data, settings, lesson, generator), device)
-    for step, (maps, target) in enumerate(batches, start=1):                      # (B, 2 or 4, S, S), (B,)
+    training = Training(name, settings, seed, device, log)
+    net = training.begin(Classifier(settings), start)
+    parts = [data.crops.images, data.crops.lungs, *([] if guidance is None else [guidance.target, guidance.mask])]
+    slices = [torch.from_numpy(np.asarray(part, np.float32)) for part in parts]           # (N, S, S) each
+    labels = torch.from_numpy(data.labels).float()                                        # (N,)
+    painter = Painter(data.crops, settings.paint)
+
+    def make_batch(index: Tensor) -> Batch:
+        maps = torch.stack([part[index] for part in slices], dim=1)
+        maps = painter(maps, index, labels[index] == 0, training.generator)
+        return augment(maps, training.generator), labels[index]
+
+    for maps, label in training.batches(make_batch, data):                                # (B, 2 or 4, S, S), (B,)
         inputs = net_input(maps[:, :1], maps[:, 1:2])
-        evidence = run_net(net.maps, inputs)                                      # (B, 1, S/8, S/8)
-        loss_class = F.binary_cross_entropy_with_logits(net.pool(evidence, inputs[:, 1:])[:, 0], target)
+        evidence = training.run(net.maps, inputs)                                         # (B, 1, S/8, S/8)
+        loss_class = F.binary_cross_entropy_with_logits(net.pool(evidence, inputs[:, 1:])[:, 0], label)
         # Flipped, a part of the batch has to give the flipped map (equivariance: Wang et al., CVPR 2020, SEAM).
         part = max(1, len(inputs) // 3)
-        flipped = run_net(net.maps, inputs[:part].flip(3)).flip(3)
+        flipped = training.run(net.maps, inputs[:part].flip(3)).flip(3)
         loss_flip = (evidence[:part].sigmoid() - flipped.sigmoid()).abs().mean()
         outside = 1 - F.adaptive_max_pool2d(inputs[:, 1:], evidence.shape[-2:])
         loss_outside = (evidence.sigmoid() * outside).mean()
         loss = loss_class + settings.flip_weight * loss_flip + settings.outside_weight * loss_outside
-        losses = {"loss": loss_class.item(), "flip": loss_flip.item()}
-        if lesson is not None:
-            # The lesson in the grid of the evidence: means over the taught pixels of each cell.
-            grid = (evidence.shape[2], evidence.shape[3])
-            share = F.adaptive_avg_pool2d(maps[:, 3:4], grid)
-            wanted = F.adaptive_avg_pool2d(maps[:, 2:3] * maps[:, 3:4], grid) / share.clamp(min=1e-6)
-            loss_lesson = (share * (evidence.sigmoid() - wanted).abs()).sum() / share.sum().clamp(min=1e-6)
-            loss, losses["lesson"] = loss + lesson.weight * loss_lesson, loss_lesson.item()
-        optimizer.zero_grad()
-        loss.backward()
-        average_gradients(net)
-        optimizer.step()
-        schedule.step()
-        average.update(net)
-        progress.step(step, **losses)
-    return average.net.eval()  # type: ignore[return-value]
+        shown = {"loss": loss_class, "flip": loss_flip}
+        if guidance is not None:
+            shown["guidance"] = guidance_loss(evidence, maps[:, 2:3], maps[:, 3:4])
+            loss = loss + guidance.weight * shown["guidance"]
+        training.step(loss, **shown)
+    return training.averaged()
 
 
-class Committee(nn.Module):
+def guidance_loss(evidence: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean distance of the evidence from what the patches say, in the grid of the evidence.
+
+    Args:
+        evidence: ``(B, 1, h, w)`` logits.
+        target: ``(B, 1, S, S)`` probability of a lesion; each cell takes the mean over its guided pixels.
+        mask: ``(B, 1, S, S)`` 0 or 1, the guided pixels.
+
+    Returns:
+        Scalar in [0, 1]; 0 where no pixel is guided.
+    """
+    grid = (evidence.shape[2], evidence.shape[3])
+    share = F.adaptive_avg_pool2d(mask, grid)
+    wanted = F.adaptive_avg_pool2d(target * mask, grid) / share.clamp(min=1e-6)
+    return (share * (evidence.sigmoid() - wanted).abs()).sum() / share.sum().clamp(min=1e-6)
+
+
+class Ensemble(nn.Module):
     """Classifiers that differ in nothing but their seed; logits and maps are averaged.
 
     Slice labels fix the verdict and leave open what it is read from, so that now and then a training ends in a net with
     right labels and a useless map. The mean over a few nets seldom does (deep ensembles: Lakshminarayanan et al.,
-    NeurIPS 2017). ``forward`` is that of :class:`Classifier`.
+    NeurIPS 2017). ``forward`` takes ``(B, 2, S, S)`` and returns logits ``(B, 1)``, as that of :class:`Classifier`.
     """
 
     def __init__(self, settings: ClassifierSettings = ClassifierSettings()) -> None:
@@ -203,24 +195,26 @@ class Committee(nn.Module):
         return torch.stack([member(inputs) for member in self.members]).mean(dim=0)
 
 
-def train_committee(data: WeakSet, settings: ClassifierSettings = ClassifierSettings(), *,
-                    start: Committee | None = None, lesson: Lesson | None = None, seed: int = 0,
-                    device: torch.device = torch.device("cpu"), log: Log = print,
-                    name: str = "classifier") -> Committee:
-    """Trains each member with a seed of its own; arguments as of :func:`train_classifier`."""
-    committee = Committee(settings)
-    for k, member in enumerate(committee.members):
-        trained = train_classifier(
+def train_ensemble(data: WeakSet, settings: ClassifierSettings = ClassifierSettings(), *,
+                   start: Ensemble | None = None, guidance: Guidance | None = None, seed: int = 0,
+                   device: torch.device = torch.device("cpu"), log: Log = print,
+                   name: str = "classifier") -> Ensemble:
+    """Trains each member with a seed of its own; the arguments are those of :func:`train_classifier`."""
+    ensemble, history = Ensemble(settings), list[dict[str, float]]()
+    for k, member in enumerate(ensemble.members):
+        trained: Any = train_classifier(
             data, settings, start=None if start is None else start.members[k],  # type: ignore[arg-type]
-            lesson=lesson, seed=seed + 1000 * k, device=device, log=log,
+            guidance=guidance, seed=seed + 1000 * k, device=device, log=log,
             name=name if settings.members == 1 else f"{name} ({k + 1} of {settings.members})")
         member.load_state_dict(trained.state_dict())
-    return committee.to(device).eval()
+        history += [{"member": k + 1, **losses} for losses in trained.history]
+    ensemble.history = history  # type: ignore[assignment]
+    return ensemble.to(device).eval()
 
 
 @torch.no_grad()
 def slice_probabilities(net: nn.Module, crops: Crops, *, batch: int = 32) -> np.ndarray:
-    """Probability of a lesion for each slice, ``(N,)`` float32, by a classifier or a committee."""
+    """Probability of a lesion for each slice, ``(N,)`` float32, by a classifier or an ensemble."""
     result = []
     for start in range(0, len(crops), batch):
         inputs = net_input(*net_maps(net, crops, slice(start, start + batch)))

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from covidseg.classifier import Lesson
+from covidseg.classifier import Guidance
 from covidseg.errors import SettingsError, one_of
 from covidseg.preprocess import WeakSet
 
@@ -177,14 +177,23 @@ class Round:
     taught: float
 
 
-def make_lesson(data: WeakSet, cam: np.ndarray, patches: np.ndarray, settings: MutualSettings, number: int) -> Lesson:
-    """The lesson for the classifier in round ``number`` (2 or later), from the maps ``(N, S, S)`` of the one before."""
+def make_guidance(data: WeakSet, cam: np.ndarray, patches: np.ndarray, settings: MutualSettings,
+                  number: int) -> Guidance:
+    """What the patches teach the classifier in a round.
+
+    Args:
+        data: slices and their labels.
+        cam: ``(N, S, S)`` activation maps of the round before, in [0, 1].
+        patches: ``(N, S, S)`` probabilities of the patches of the round before.
+        settings: where the patches are sure, and how much they count.
+        number: of the round, 2 or later.
+    """
     low, high = settings.sure
     decided = (patches < low) | (patches > high)
-    taught = data.crops.lungs & decided & (np.abs(patches - cam) < settings.gap)
-    taught[data.labels == 0] = data.crops.lungs[data.labels == 0]  # known without any net
-    teacher = np.where((data.labels == 1)[:, None, None], patches, 0).astype(np.float32)
-    return Lesson(teacher, taught, settings.weights[min(number - 2, len(settings.weights) - 1)])
+    mask = data.crops.lungs & decided & (np.abs(patches - cam) < settings.gap)
+    mask[data.labels == 0] = data.crops.lungs[data.labels == 0]  # known without any net
+    target = np.where((data.labels == 1)[:, None, None], patches, 0).astype(np.float32)
+    return Guidance(target, mask, settings.weights[min(number - 2, len(settings.weights) - 1)])
 
 
 def agreement(data: WeakSet, cam: np.ndarray, patches: np.ndarray) -> float:

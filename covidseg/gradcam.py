@@ -1,28 +1,28 @@
-"""Stage 3: class activation maps turn the classifier into coarse labels.
+"""Chapter 4: class activation maps turn the classifier into coarse labels.
 
 Grad-CAM (Selvaraju et al., ICCV 2017, eqs. 1-2) weighs each channel ``k`` of a layer by the mean gradient of the class
 score, ``alpha_k = mean_ij d y / d A_k(i, j)``, and keeps what speaks for the class: ``M = ReLU(sum_k alpha_k A_k)``.
 LayerCAM (Jiang et al., IEEE TIP 2021, eqs. 4-5) gives every position a weight of its own, its positive gradient, and so
-can read earlier, finer layers. The library pytorch-grad-cam draws the same maps; tests and benchmark compare the two.
+can read earlier, finer layers.
 
-The library runs any net whole, forward with a graph and backward to the picture. But the maps need no more than the
-activations of the last layers and the gradients of the score there. So the net is cut (:class:`Cut`): all before the
-first of these layers runs without a graph, one backward from the score serves all layers, and several methods read
-the same pass. The scaling and enlarging that follow are those of the library, operation by operation.
+The library pytorch-grad-cam draws the same maps, and tests and benchmark compare the two. It runs a net whole, forward
+with a graph and backward to the picture, once for each method. The maps need no more than the activations of the last
+layers and the gradients of the score there: here everything before these layers runs without a graph, and one backward
+serves all methods. Scaling and enlarging are those of the library, operation by operation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2  # comes with grad-cam
+import cv2  # comes with grad-cam, which names no version of it; the headless one serves as well
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from covidseg.classifier import Classifier, Committee
+from covidseg.classifier import Classifier, Ensemble
 from covidseg.errors import one_of
 from covidseg.preprocess import Crops, net_input, net_maps, slices_at_once, slices_in_cache
 
@@ -50,30 +50,95 @@ class CamSettings:
     outline: float = 0.1
 
 
-def _cut(net: Classifier, methods: Sequence[str]) -> Cut:
-    """The classifier cut before the last block for LayerCAM, which reads the block before as well, or behind it."""
-    def score(last: Tensor, inputs: Tensor) -> Tensor:
-        return net.pool(net.evidence(last), inputs[:, 1:2])[:, 0]  # the one logit of a slice
+Layer = tuple[np.ndarray, np.ndarray]  # activations and gradients, (B, K, h, w) each
+METHODS = ("grad", "layer")
 
-    def early(inputs: Tensor) -> Tensor:
-        return net.middle(net.fine(inputs))
 
-    return Cut(early, [net.coarse], score) if "layer" in methods else Cut(lambda x: net.coarse(early(x)), [], score)
+def read_layers(net: Classifier, inputs: Tensor, blocks: int = 2) -> list[Layer]:
+    """Activations of the last blocks, and the gradients of each slice's score there.
+
+    Args:
+        net: in evaluation mode.
+        inputs: ``(B, 2, S, S)``.
+        blocks: 1 reads the last block, 2 the one before as well.
+
+    Returns:
+        A pair for each block, the last one last.
+    """
+    def stem(part: Tensor) -> Tensor:
+        before = net.middle(net.fine(part))
+        return before if blocks == 2 else net.coarse(before)
+    parts = inputs.split(max(1, slices_in_cache(len(inputs), inputs.shape[-1], inputs.device)))
+    with torch.no_grad():
+        layers = [torch.cat([stem(part) for part in parts])]
+    with torch.enable_grad():
+        layers[0].requires_grad_(True)  # the graph starts here
+        if blocks == 2:
+            layers.append(net.coarse(layers[0]))
+        score = net.pool(net.evidence(layers[-1]), inputs[:, 1:2])[:, 0]                   # (B,), the one logit
+        slopes = torch.autograd.grad(score.sum(), layers)
+    return [(layer.detach().cpu().numpy(), slope.cpu().numpy()) for layer, slope in zip(layers, slopes, strict=True)]
+
+
+def class_activation_maps(net: Classifier, inputs: Tensor, methods: Sequence[str] = ("grad",)) -> list[np.ndarray]:
+    """Class activation maps of a batch, all methods from one pass.
+
+    Args:
+        net: in evaluation mode.
+        inputs: ``(B, 2, S, S)``.
+        methods: ``grad`` is Grad-CAM of the last block; ``layer`` is the mean over LayerCAM of the last two.
+
+    Returns:
+        For each method ``(B, S, S)`` float32, each map scaled to [0, 1].
+
+    Raises:
+        SettingsError: there is no such method.
+    """
+    for method in methods:
+        one_of(method, METHODS, "method")
+    layers = read_layers(net, inputs, 2 if "layer" in methods else 1)
+    result = []
+    for method in methods:
+        small = [_grad_cam(*layers[-1])] if method == "grad" else [_layer_cam(*layer) for layer in layers]
+        result.append(_unit(np.mean([_enlarged(maps, inputs.shape[-1]) for maps in small], axis=0)))
+    return result
+
+
+def _grad_cam(activation: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """Equations 1 and 2 of Selvaraju et al. (ICCV 2017), ``(B, h, w)``."""
+    alpha = gradient.mean(axis=(2, 3))                                                     # (B, K)
+    return np.maximum((alpha[:, :, None, None] * activation).sum(axis=1), 0)
+
+
+def _layer_cam(activation: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """Equations 4 and 5 of Jiang et al. (IEEE TIP 2021), ``(B, h, w)``."""
+    return np.maximum((np.maximum(gradient, 0) * activation).sum(axis=1), 0)
+
+
+def _unit(maps: np.ndarray) -> np.ndarray:
+    """Each map from 0 to 1; a constant one is 0."""
+    maps = maps - maps.min(axis=(1, 2), keepdims=True)
+    return maps / (1e-7 + maps.max(axis=(1, 2), keepdims=True))
+
+
+def _enlarged(maps: np.ndarray, size: int) -> np.ndarray:
+    """Maps from 0 to 1, ``(B, size, size)``, as OpenCV interpolates them."""
+    return np.stack([cv2.resize(one, (size, size)) for one in _unit(maps)])
 
 
 def _averaged(net: Classifier, crops: Crops, settings: CamSettings, methods: Sequence[str]) -> list[np.ndarray]:
     """Each method over all scales and both mirror images, ``(N, S, S)`` in [0, 1], 0 outside the lung."""
+    net.eval()
     result = [np.zeros(crops.images.shape, np.float32) for _ in methods]
     side = crops.images.shape[-1]
-    cut = _cut(net.eval(), methods)
     batch = slices_at_once(settings.batch, side)
     for start in range(0, len(crops), batch):
         part = slice(start, start + batch)
-        whole = net_input(*net_maps(net, crops, part))
+        whole = net_input(*net_maps(net, crops, part))                                     # (B, 2, S, S)
         for scale in settings.scales:
             size = round(side * scale / 8) * 8  # the trunk's stride
             scaled = _resized(whole, size)
-            straight, mirrored = (class_activation_maps(cut, way, methods) for way in (scaled, scaled.flip(3)))
+            straight, mirrored = (class_activation_maps(net, way, methods) for way in (scaled, scaled.flip(3)))
             for maps, one, other in zip(result, straight, mirrored, strict=True):
                 both = torch.from_numpy(one + other[..., ::-1])[:, None]                   # (B, 1, size, size)
                 maps[part] += _resized(both, side)[:, 0].numpy() / (2 * len(settings.scales))
@@ -104,12 +169,12 @@ def layer_cam(net: Classifier, crops: Crops, settings: CamSettings = CamSettings
     return _averaged(net, crops, settings, ["layer"])[0]
 
 
-def activation_maps(net: Classifier | Committee, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
+def activation_maps(net: Classifier | Ensemble, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
     """The map that the later stages use: Grad-CAM and LayerCAM mixed, ``(N, S, S)`` float32 in [0, 1].
 
-    That of a committee is the mean over its members.
+    That of an ensemble is the mean over its members.
     """
-    if isinstance(net, Committee):
+    if isinstance(net, Ensemble):
         members = [activation_maps(member, crops, settings) for member in net.members]  # type: ignore[arg-type]
         return members[0] if len(members) == 1 else scale_by_top(np.mean(members, axis=0), crops.lungs, settings.top)
     shares = {"grad": 1 - settings.layer_share, "layer": settings.layer_share}
@@ -148,82 +213,3 @@ def coarse_labels(maps: np.ndarray, labels: np.ndarray, settings: CamSettings = 
     coarse[maps >= settings.lesion] = 1
     coarse[labels == 0] = 0
     return coarse
-
-
-# --- the arithmetic -------------------------------------------------------------------------------------------------
-
-METHODS = ("grad", "layer")
-Layer = tuple[np.ndarray, np.ndarray]  # activations and gradients, (B, K, h, w) each
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A net in evaluation mode, cut at the layers that the maps are read from.
-
-    Attributes:
-        stem: takes pictures ``(B, C, H, W)`` to the activations of the first of the layers.
-        blocks: each takes the activations of a layer to those of the next.
-        score: takes the activations of the last layer, and the pictures, to the class score of each, ``(B,)``.
-    """
-
-    stem: Callable[[Tensor], Tensor]
-    blocks: Sequence[Callable[[Tensor], Tensor]]
-    score: Callable[[Tensor, Tensor], Tensor]
-
-
-def read_layers(cut: Cut, inputs: Tensor) -> list[Layer]:
-    """Activations and gradients of every layer of the cut, the last one last."""
-    parts = inputs.split(max(1, slices_in_cache(len(inputs), inputs.shape[-1], inputs.device)))
-    with torch.no_grad():
-        layers = [torch.cat([cut.stem(part) for part in parts])]
-    with torch.enable_grad():
-        layers[0].requires_grad_(True)  # the graph starts here
-        for block in cut.blocks:
-            layers.append(block(layers[-1]))
-        slopes = torch.autograd.grad(cut.score(layers[-1], inputs).sum(), layers)
-    return [(layer.detach().cpu().numpy(), slope.cpu().numpy()) for layer, slope in zip(layers, slopes, strict=True)]
-
-
-def class_activation_maps(cut: Cut, inputs: Tensor, methods: Sequence[str] = ("grad",)) -> list[np.ndarray]:
-    """Class activation maps of a batch of pictures, all methods from one pass.
-
-    Args:
-        inputs: ``(B, C, H, W)``.
-        methods: ``grad``, Grad-CAM of the last layer; ``layer``, the mean over LayerCAM of all layers.
-
-    Returns:
-        For each method ``(B, H, W)`` float32, each map scaled to [0, 1]: the values of the library.
-
-    Raises:
-        SettingsError: there is no such method.
-    """
-    for method in methods:
-        one_of(method, METHODS, "method")
-    layers, size = read_layers(cut, inputs), (inputs.shape[-1], inputs.shape[-2])
-    result = []
-    for method in methods:
-        small = [_grad_cam(*layers[-1])] if method == "grad" else [_layer_cam(*layer) for layer in layers]
-        result.append(_unit(np.mean([_enlarged(maps, size) for maps in small], axis=0)))
-    return result
-
-
-def _grad_cam(activation: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-    """Equations 1 and 2 of Selvaraju et al. (ICCV 2017), ``(B, h, w)``."""
-    alpha = gradient.mean(axis=(2, 3))                                                     # (B, K)
-    return np.maximum((alpha[:, :, None, None] * activation).sum(axis=1), 0)
-
-
-def _layer_cam(activation: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-    """Equations 4 and 5 of Jiang et al. (IEEE TIP 2021), ``(B, h, w)``."""
-    return np.maximum((np.maximum(gradient, 0) * activation).sum(axis=1), 0)
-
-
-def _unit(maps: np.ndarray) -> np.ndarray:
-    """Each map from 0 to 1; a constant one is 0."""
-    maps = maps - maps.min(axis=(1, 2), keepdims=True)
-    return maps / (1e-7 + maps.max(axis=(1, 2), keepdims=True))
-
-
-def _enlarged(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Maps from 0 to 1 in the size of the picture (columns, rows), as OpenCV interpolates them."""
-    return np.stack([cv2.resize(one, size) for one in _unit(maps)])

@@ -15,7 +15,6 @@ second generation are added here.)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,19 +25,8 @@ from torch.nn import functional as F
 
 from covidseg.augment import PaintSettings, Places, jitter, paint_lesions, paint_organ, places
 from covidseg.lungs import fill_holes
-from covidseg.parallel import average_gradients, from_first
 from covidseg.preprocess import Crops, WeakSet
-from covidseg.training import (
-    Average,
-    Batch,
-    Log,
-    Progress,
-    learning_rate,
-    on_device,
-    overlapped,
-    run_net,
-    seed_everything,
-)
+from covidseg.training import Batch, Log, Training, from_first
 from covidseg.unet import make_unet
 
 
@@ -170,50 +158,37 @@ def train_lung_net(data: WeakSet, settings: LungNetSettings = LungNetSettings(),
     """
     free, ill = (data.crops.take(np.flatnonzero(data.labels == label)) for label in (0, 1))
     pools = [_lungs_of(free, settings)]
-    net = _generation(pools, settings, settings.steps, seed, device, log, "lungs")
+    net = _train_generation("lungs", pools, settings, settings.steps, seed, device, log)
     if settings.again and len(ill):
         completed = from_first(lambda: robust_lungs(net, ill, settings).lungs)
         pools.append(_lungs_of(replace(ill, lungs=completed), settings))
-        net = _generation(pools, settings, settings.again, seed + 1, device, log, "lungs-2")
+        net = _train_generation("lungs-2", pools, settings, settings.again, seed + 1, device, log)
     return net
 
 
-def _batches(pools: list[list[_Lung]], settings: LungNetSettings, steps: int, seed: int,
-             generator: torch.Generator) -> Iterator[Batch]:
-    """Batches of all steps, slices drawn from each of the pools in turn: picture and wanted mask, ``(B, 2, s, s)``."""
-    random = np.random.default_rng(seed)
-    for _ in range(steps):
-        drawn = [pool[random.integers(len(pool))] for _, pool in zip(range(settings.batch), itertools.cycle(pools))]
-        pairs = np.stack([lung.painted(settings, random) for lung in drawn])
-        maps = _move(torch.from_numpy(pairs), settings, generator)
-        maps = torch.cat([_window(maps[:, :1], generator), maps[:, 1:]], dim=1)
-        yield (jitter(maps, generator),)
-
-
-def _generation(pools: list[list[_Lung]], settings: LungNetSettings, steps: int, seed: int, device: torch.device,
-                log: Log, name: str) -> nn.Module:
+def _train_generation(name: str, pools: list[list[_Lung]], settings: LungNetSettings, steps: int, seed: int,
+                      device: torch.device, log: Log) -> nn.Module:
     """Trains a net from scratch on slices that are drawn from each of the pools in turn."""
-    generator = seed_everything(seed)
-    net = on_device(make_lung_net(settings), device)
-    average = Average(net).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
-    schedule = learning_rate(optimizer, steps)
-    progress = Progress(name, steps, 6, log)
-    batches = overlapped(_batches(pools, settings, steps, seed, generator), device)
-    for step, (maps,) in enumerate(batches, start=1):                                  # (B, 2, s, s)
+    training = Training(name, replace(settings, steps=steps), seed, device, log)
+    net = training.begin(make_lung_net(settings))
+    random = np.random.default_rng(training.seed)
+
+    def make_batch() -> Batch:
+        in_turn = itertools.islice(itertools.cycle(pools), training.own_batch())
+        drawn = [pool[random.integers(len(pool))] for pool in in_turn]
+        pairs = np.stack([lung.painted(settings, random) for lung in drawn])          # (B, 2, s, s)
+        maps = _move(torch.from_numpy(pairs), settings, training.generator)
+        maps = torch.cat([_window(maps[:, :1], training.generator), maps[:, 1:]], dim=1)
+        return (jitter(maps, training.generator),)
+
+    for (maps,) in training.prefetched(make_batch() for _ in range(steps)):           # (B, 2, s, s)
         picture, target = maps.split(1, dim=1)
-        logits = run_net(net, picture)
+        logits = training.run(net, picture)
         p = logits.sigmoid()
-        overlap = 1 - (2 * (p * target).sum() + 1) / ((p + target).sum() + 1)          # soft Dice
+        overlap = 1 - (2 * (p * target).sum() + 1) / ((p + target).sum() + 1)         # soft Dice
         loss = F.binary_cross_entropy_with_logits(logits, target) + overlap
-        optimizer.zero_grad()
-        loss.backward()
-        average_gradients(net)
-        optimizer.step()
-        schedule.step()
-        average.update(net)
-        progress.step(step, loss=loss.item())
-    return average.net.eval()
+        training.step(loss, loss=loss)
+    return training.averaged()
 
 
 @torch.no_grad()

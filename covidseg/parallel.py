@@ -1,10 +1,9 @@
-"""Training in several processes that ``torchrun`` started: each computes its share of every batch.
+"""Training in several processes that ``torchrun`` started, by ``torch.distributed``.
 
-All processes draw and prepare the same batches from the same seeds, each runs the net on its share, and the shares of
-the result are gathered, so that every process computes the same loss on the whole batch. Losses that do not add up over
-slices, such as soft Dice, thus stay what they are. Two things have to be put together on the way: the statistics of
-batch normalisation (:class:`WholeBatchNorm2d`) and the gradients (:func:`average_gradients`). The weights that come out
-are those of one process, but for the order in which numbers were added.
+Each process trains the same net on batches of its own, and their gradients are averaged before each step. Torch's
+``DistributedDataParallel`` does the same around one ``forward``; a loop of this package calls a net in several pieces,
+and some pieces more than once a step, which that class cannot follow. Losses and batch normalisation are those of a
+process's own batch, as there.
 
 The first process alone reads and writes files and decides what the others go on with (:func:`from_first`). In a process
 that is alone all functions here do nothing.
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from covidseg.errors import ProcessError, SettingsError
 
@@ -86,9 +85,14 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number of this process among them, from 0."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
 def is_first() -> bool:
     """Whether this is the process that writes."""
-    return processes() == 1 or dist.get_rank() == 0
+    return rank() == 0
 
 
 @contextmanager
@@ -118,112 +122,12 @@ def from_first(make: Callable[[], T]) -> T:
     return box[0]
 
 
-# --- shares of a batch ----------------------------------------------------------------------------------------------
-
-def _sizes(count: int) -> list[int]:
-    """Sizes of the shares of a batch of ``count`` slices: as even as can be, empty if there are fewer slices."""
-    number = processes()
-    return [count // number + (k < count % number) for k in range(number)]
-
-
-def own_share(batch: Tensor) -> Tensor:
-    """The part of ``(B, ...)`` that this process computes."""
-    return batch.split(_sizes(len(batch)))[dist.get_rank()] if processes() > 1 else batch
-
-
-def gathered(share: Tensor, count: int) -> Tensor:
-    """The shares of all processes put together, ``(count, ...)``; gradients go back to where a share was computed."""
-    return _Gather.apply(share, _sizes(count)) if processes() > 1 else share
-
-
-class _Gather(torch.autograd.Function):
-    """All processes compute the same loss from the result, so that each already has the whole gradient of its share.
-
-    It is multiplied by their number since :func:`average_gradients` divides by it. Weights that every process uses on
-    the whole batch, outside of the shares, have the same gradient everywhere, and so its average.
-    """
-
-    @staticmethod
-    def forward(context: Any, share: Tensor, sizes: list[int]) -> Tensor:
-        context.sizes = sizes
-        padded = share.new_zeros(max(sizes), *share.shape[1:])      # shares of one size can be exchanged
-        padded[:len(share)] = share
-        parts = [torch.empty_like(padded) for _ in sizes]
-        with _exchange():
-            dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return len(context.sizes) * gradients[0].split(context.sizes)[dist.get_rank()], None
-
-
 def average_gradients(net: nn.Module) -> None:
     """Puts the gradients of all processes together; to be called between ``backward`` and the optimiser's step."""
     if processes() == 1:
         return
-    gradients = [weight.grad for weight in net.parameters() if weight.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
     with _exchange():
-        dist.all_reduce(flat)
-    flat /= processes()
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part.view(gradient.shape))
-
-
-# --- batch normalisation --------------------------------------------------------------------------------------------
-
-class _Sum(torch.autograd.Function):
-    """Sum over all processes. What each adds changes the results of all, so their gradients are summed as well."""
-
-    @staticmethod
-    def forward(context: Any, own: Tensor) -> Tensor:
-        return _summed(own)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
-        return _summed(gradients[0])
-
-
-def _summed(own: Tensor) -> Tensor:
-    total = own.clone(memory_format=torch.contiguous_format)
-    with _exchange():
-        dist.all_reduce(total)
-    return total
-
-
-class WholeBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation by the statistics of the whole batch, of which each process holds a share.
-
-    Torch's own, ``SyncBatchNorm``, needs GPUs. Names and shapes of the weights are those of ``BatchNorm2d``, so that
-    either loads what the other stored; in evaluation, or in a process that is alone, this is one.
-    """
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        if not self.training or processes() == 1:
-            return super().forward(inputs)
-        full = inputs.float() if inputs.dtype in (torch.bfloat16, torch.float16) else inputs    # (b, C, H, W)
-        count = full.new_tensor([full.numel() // full.shape[1]])                                # an empty share: 0
-        sums = _Sum.apply(torch.cat([full.sum((0, 2, 3)), count]))                              # (C + 1,)
-        number = sums[-1].detach()
-        mean = sums[:-1] / number
-        centred = full - mean[:, None, None]
-        variance = _Sum.apply(centred.square().sum((0, 2, 3))) / number
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-            self.running_mean.lerp_(mean, self.momentum)  # type: ignore[arg-type, union-attr]
-            self.running_var.lerp_(variance * number / (number - 1), self.momentum)  # type: ignore[arg-type, union-attr]
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(inputs.dtype)
-
-
-def with_whole_batch_norms(net: nn.Module) -> None:
-    """Replaces the batch normalisations of a net that several processes train; others keep theirs."""
-    if processes() == 1:
-        return
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d:
-                whole = WholeBatchNorm2d(child.num_features, child.eps, child.momentum).to(child.weight)
-                whole.load_state_dict(child.state_dict())
-                setattr(module, name, whole)
+        for weight in net.parameters():
+            if weight.grad is not None:
+                dist.all_reduce(weight.grad)
+                weight.grad /= processes()

@@ -9,17 +9,12 @@ A slice is a *bag* of patches, its *instances*. A bag with a lesion holds at lea
 in a bag without, every patch is healthy. Attention (Ilse et al., ICML 2018, eqs. 8-9) pools the patch scores to a
 slice score that the slice label can teach. Each component of the coarse label is a smaller bag of its own.
 
-Bags are rows of an array, padded to the longest (:func:`bag_probability`). For bags of very unequal size there is the
-same without padding: all patches in one vector, each with the number of its bag (:func:`flat_bag_probability`,
-:func:`flat_attention_pool`).
-
 The bags alone leave much open, so the class activation map joins in, a little at a time: see
 :mod:`covidseg.curriculum`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,20 +26,8 @@ from torch.nn import functional as F
 from covidseg.augment import Painter, PaintSettings, augment
 from covidseg.curriculum import CurriculumSettings, Phase, plan_phase
 from covidseg.errors import SettingsError, one_of
-from covidseg.parallel import average_gradients, from_first
 from covidseg.preprocess import Crops, WeakSet, net_input, net_maps, slices_at_once, slices_in_cache
-from covidseg.training import (
-    Average,
-    Batch,
-    Log,
-    Progress,
-    balanced_batches,
-    learning_rate,
-    on_device,
-    overlapped,
-    run_net,
-    seed_everything,
-)
+from covidseg.training import Batch, Log, Training
 
 PATCH = 5
 
@@ -170,51 +153,6 @@ def bag_probability(scores: Tensor, attention: Tensor, members: Tensor, pooling:
     pooled = (weights * scores).sum(dim=1).sigmoid()
     powers = (scores.sigmoid() ** 4 * members).sum(dim=1) / members.sum(dim=1).clamp(min=1)
     return 0.5 * pooled + 0.5 * (powers + 1e-8) ** 0.25
-
-
-def flat_bag_probability(scores: Tensor, attention: Tensor, bag: Tensor, bags: int,
-                         pooling: str = "attention") -> Tensor:
-    """:func:`bag_probability` of ragged bags.
-
-    Args:
-        scores, attention: ``(M,)`` logits of the patches of all bags.
-        bag: ``(M,)`` int64 in ``0 .. bags - 1``, the bag of each patch, in any order.
-        pooling: ``attention`` weighs the scores, ``mean`` does not.
-
-    Returns:
-        ``(bags,)`` in (0, 1); what is said of a bag without patches means nothing.
-    """
-    weights = segment_softmax(attention if pooling == "attention" else torch.zeros_like(attention), bag, bags)
-    pooled = _segment_sum(weights * scores, bag, bags).sigmoid()
-    sizes = torch.bincount(bag, minlength=bags).clamp(min=1)
-    powers = _segment_sum(scores.sigmoid() ** 4, bag, bags) / sizes
-    return 0.5 * pooled + 0.5 * (powers + 1e-8) ** 0.25
-
-
-def flat_attention_pool(h: Tensor, logits: Tensor, bag: Tensor, bags: int) -> Tensor:
-    """Embeddings of ragged bags, the attention-weighted means of those of their patches (eq. 8 of Ilse et al.).
-
-    Args:
-        h: ``(M, d)`` embeddings of the patches of all bags.
-        logits: ``(M,)`` of :func:`gated_attention`.
-        bag: ``(M,)`` int64 in ``0 .. bags - 1``, the bag of each patch, in any order.
-
-    Returns:
-        ``(bags, d)``; a bag without patches is 0.
-    """
-    return _segment_sum(segment_softmax(logits, bag, bags)[:, None] * h, bag, bags)
-
-
-def segment_softmax(logits: Tensor, bag: Tensor, bags: int) -> Tensor:
-    """Softmax of ``(M,)`` logits within each bag."""
-    # The largest logit of each bag keeps the exponentials finite; it cancels, so it needs no gradient.
-    top = logits.new_full((bags,), -torch.inf).scatter_reduce(0, bag, logits.detach(), "amax")
-    powers = (logits - top[bag]).exp()
-    return powers / _segment_sum(powers, bag, bags)[bag]
-
-
-def _segment_sum(values: Tensor, bag: Tensor, bags: int) -> Tensor:
-    return values.new_zeros(bags, *values.shape[1:]).index_add(0, bag, values)
 
 
 def component_bags(cam: np.ndarray, ids: np.ndarray, labels: np.ndarray, threshold: float) -> np.ndarray:
@@ -357,90 +295,77 @@ def patch_ids(crops: Crops, cam: np.ndarray | None, settings: MilSettings) -> np
     return grid_ids(crops.lungs, (cam >= settings.component) & crops.lungs, patch=settings.patch)
 
 
-def _batches(data: WeakSet, ids: np.ndarray, settings: MilSettings, generator: torch.Generator) -> Iterator[Batch]:
-    """Batches of all steps: picture, lung, painted lesion, patch numbers, ``(B, 4, S, S)``; the slices, ``(B,)``."""
-    images, lungs, numbers = (torch.from_numpy(part.astype(np.float32))
-                              for part in (data.crops.images, data.crops.lungs, ids))
-    free = torch.from_numpy(data.labels) == 0
-    painter = Painter(data.crops, settings.paint)
-    for index in balanced_batches(data.labels, data.patients, settings.batch, settings.steps, generator):
-        maps = torch.stack([images[index], lungs[index], torch.zeros_like(images[index]), numbers[index]], dim=1)
-        yield augment(painter(maps, index, free[index], generator), generator), index
-
-
 def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSettings(), *, start: PatchNet | None = None,
-              seed: int = 0, device: torch.device = torch.device("cpu"),
-              log: Log = print,
+              seed: int = 0, device: torch.device = torch.device("cpu"), log: Log = print,
               name: str = "patches") -> tuple[PatchNet, list[Phase]]:
     """Trains the patch net on slice labels and activation maps, from easy to difficult patches.
 
     Args:
         data: slices and their labels.
         cam: ``(N, S, S)`` activation maps from :func:`covidseg.gradcam.activation_maps`.
+        settings: of net and training.
         start: a net of an earlier round to go on from.
+        seed: of start weights, batches, augmentation and a random order.
+        device: where it is trained.
+        log: receives one line an epoch and one a phase.
         name: of this training in the log.
 
     Returns:
         The averaged net in evaluation mode, and what each phase admitted.
     """
-    generator = seed_everything(seed)
-    net = PatchNet(settings)
-    if start is not None:
-        net.load_state_dict(start.state_dict())
-    net = on_device(net, device)
-    average = Average(net).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
-    schedule = learning_rate(optimizer, settings.steps)
-    progress = Progress(name, settings.steps, 8, log)
+    training = Training(name, settings, seed, device, log, lines=8)
+    net = training.begin(PatchNet(settings), start)
     ids = patch_ids(data.crops, cam, settings)                                         # (N, S, S)
     count = int(ids.max())
     prior, members = patch_values(cam, ids), instances(ids)                            # (N, P + 1)
-    bags = component_bags(cam, ids, data.labels, settings.component)
+    bags = component_bags(cam, ids, data.labels, settings.component)                   # (N, P + 1)
     of_slices = [torch.from_numpy(part).to(device) for part in (data.labels.astype(np.float32), members, bags)]
-    ill = np.flatnonzero(data.labels == 1)  # only their patches can be admitted
+    positive = np.flatnonzero(data.labels == 1)  # only their patches can be admitted
     candidates = members & (data.labels == 1)[:, None]
-    paces = len(settings.curriculum.paces)
-    phases: list[Phase] = []
-    batches = overlapped(_batches(data, ids, settings, generator), device)
-    for step, (maps, index) in enumerate(batches, start=1):                            # (B, 4, S, S), (B,)
-        if (step - 1) * paces // settings.steps == len(phases):                        # phases of equal length
+    images, lungs, numbers = (torch.from_numpy(part.astype(np.float32))
+                              for part in (data.crops.images, data.crops.lungs, ids))  # (N, S, S) each
+    lesion_free = torch.from_numpy(data.labels) == 0
+    painter = Painter(data.crops, settings.paint)
+
+    def make_batch(index: Tensor) -> Batch:
+        maps = torch.stack([images[index], lungs[index], torch.zeros_like(images[index]), numbers[index]], dim=1)
+        maps = painter(maps, index, lesion_free[index], training.generator)
+        return augment(maps, training.generator), index
+
+    curriculum, phases = settings.curriculum, list[Phase]()
+    for step, (maps, index) in enumerate(training.batches(make_batch, data)):          # (B, 4, S, S), (B,)
+        if step * len(curriculum.paces) // settings.steps == len(phases):              # phases of equal length
             opinion = prior.copy()
             if phases or start is not None:
-                opinion[ill] = from_first(lambda: patch_scores(
-                    average.net, data.crops.take(ill), ids[ill], count))  # type: ignore[arg-type]
-            phases.append(plan_phase(prior, opinion, candidates, settings.curriculum, len(phases), seed=seed))
+                opinion[positive] = training.from_first(lambda: patch_scores(
+                    training.average, data.crops.take(positive), ids[positive], count))
+            phases.append(plan_phase(prior, opinion, candidates, curriculum, len(phases), seed=seed))
             log(f"{name} phase {len(phases)}: pace {phases[-1].pace:.1f}, {phases[-1].admitted.sum()} admitted")
             lesson = [torch.from_numpy(part).to(device) for part in (phases[-1].target, phases[-1].admitted)]
-            weight = settings.curriculum.weights[len(phases) - 1]
+            weight = curriculum.weights[len(phases) - 1]
         picture, lung, painted, number = maps.split(1, dim=1)
         own = number[:, 0].long()                                                      # patch numbers move along
-        described = run_net(lambda inputs, numbers: net.describe(net.features(inputs), numbers, count),
-                            net_input(picture, lung), own)                             # (B, P + 1, 7w)
+        described = training.run(lambda inputs, numbers: net.describe(net.features(inputs), numbers, count),
+                                 net_input(picture, lung), own)                        # (B, P + 1, 7w)
         scores, attention = net.judge(described)                                       # (B, P + 1)
-        label, inside, parts = (part[index] for part in of_slices)
-        free = label == 0
-        y = torch.maximum(label, painted.amax(dim=(1, 2, 3)))                          # a painted slice is ill
-        bag = F.binary_cross_entropy(bag_probability(scores, attention, inside, settings.pooling), y)
+        label, inside, components = (part[index] for part in of_slices)
+        # The bag: a slice with a lesion holds at least one lesion patch, and so does one that was painted.
+        y = torch.maximum(label, painted.amax(dim=(1, 2, 3)))
+        loss_bag = F.binary_cross_entropy(bag_probability(scores, attention, inside, settings.pooling), y)
         # A slice without a lesion labels all its patches, and so does one whose lesions were painted.
         exact = F.binary_cross_entropy_with_logits(scores, pool(painted, own, count)[..., 0], reduction="none")
-        known = inside & free[:, None]
-        zero = (exact * known).sum() / known.sum().clamp(min=1)
+        known = inside & (label == 0)[:, None]
+        loss_free = (exact * known).sum() / known.sum().clamp(min=1)
+        # The curriculum: both classes weigh the same, however few lesion patches were admitted.
         target, admitted = (part[index] for part in lesson)
         soft = F.binary_cross_entropy_with_logits(scores, target, reduction="none")
-        # Both classes weigh the same, however few lesion patches were admitted.
-        taught = torch.stack([(soft * part).sum() / part.sum().clamp(min=1)
-                              for part in (admitted & (target >= 0.5), admitted & (target < 0.5))]).mean()
-        loss = bag + settings.zeros * zero + weight * taught
+        loss_taught = torch.stack([(soft * part).sum() / part.sum().clamp(min=1)
+                                   for part in (admitted & (target >= 0.5), admitted & (target < 0.5))]).mean()
+        loss = loss_bag + settings.zeros * loss_free + weight * loss_taught
         if settings.component_weight:
-            loss = loss + settings.component_weight * component_loss(scores, attention, parts, settings.pooling)
-        optimizer.zero_grad()
-        loss.backward()
-        average_gradients(net)
-        optimizer.step()
-        schedule.step()
-        average.update(net)
-        progress.step(step, bag=bag.item(), free=zero.item(), taught=taught.item())
-    return average.net.eval(), phases  # type: ignore[return-value]
+            loss = loss + settings.component_weight * component_loss(scores, attention, components, settings.pooling)
+        training.step(loss, bag=loss_bag, free=loss_free, taught=loss_taught)
+    return training.averaged(), phases
 
 
 def patch_scores(net: PatchNet, crops: Crops, ids: np.ndarray, count: int | None = None, *,

@@ -16,7 +16,6 @@ training the averaged net's own opinion is mixed into the fine labels (mean teac
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,21 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from covidseg.augment import NO_PAINT, Painter, PaintSettings, augment, paste_lesions
-from covidseg.parallel import average_gradients, from_first
 from covidseg.preprocess import Crops, WeakSet, net_input, net_maps, slices_at_once
-from covidseg.training import (
-    Average,
-    Batch,
-    Log,
-    Progress,
-    balanced_batches,
-    keep_freed_memory,
-    learning_rate,
-    on_device,
-    overlapped,
-    run_net,
-    seed_everything,
-)
+from covidseg.training import Batch, Log, Training, keep_freed_memory
 from covidseg.unet import make_unet
 
 
@@ -196,7 +182,7 @@ class SegmenterSettings:
     paint: PaintSettings = field(default_factory=PaintSettings)
 
 
-def trusting(settings: SegmenterSettings) -> SegmenterSettings:
+def supervised_settings(settings: SegmenterSettings) -> SegmenterSettings:
     """The settings for training with true masks: nearly plain cross entropy, nothing painted, threshold .5."""
     return replace(settings, robustness=0.1, fine_weight=1.0, refresh=(), paste=0.0, paint=NO_PAINT, threshold=0.5)
 
@@ -230,21 +216,6 @@ def exact_loss(logits: Tensor, target: Tensor, inside: Tensor, settings: Segment
     return entropy + settings.dice_weight * (1 - (2 * (p * target).sum() + 1) / ((p + target).sum() + 1))
 
 
-def _batches(data: WeakSet, stacked: list[Tensor], settings: SegmenterSettings,
-             generator: torch.Generator) -> Iterator[Batch]:
-    """Batches of all steps: picture, lung, target and weight, ``(B, 4, S, S)``; which slices are exact, ``(B,)`` bool.
-
-    Args:
-        stacked: the four maps of all slices, ``(N, S, S)`` each, read anew for each batch.
-    """
-    painter = Painter(data.crops, settings.paint)
-    for index in balanced_batches(data.labels, data.patients, settings.batch, settings.steps, generator):
-        maps = torch.stack([part[index] for part in stacked], dim=1)
-        exact = torch.from_numpy(data.labels)[index] == 0
-        maps = paste_lesions(painter(maps, index, exact, generator), exact, settings.paste, generator)
-        yield augment(maps, generator), exact
-
-
 def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
                     settings: SegmenterSettings = SegmenterSettings(), *, seed: int = 0,
                     device: torch.device = torch.device("cpu"), log: Log = print,
@@ -255,41 +226,42 @@ def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
         data: slices; their labels balance the batches and say which slices are exact.
         targets: ``(N, S, S)`` bool or float in [0, 1].
         weights: ``(N, S, S)`` float32 in [0, 1].
+        settings: of net and training.
+        seed: of start weights, batches and augmentation.
+        device: where it is trained.
+        log: receives one line an epoch and one a refresh.
         name: of this training in the log.
 
     Returns:
         The averaged net in evaluation mode.
     """
-    generator = seed_everything(seed)
-    net = on_device(make_segmenter(settings), device)
-    average = Average(net).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=1e-2)
-    schedule = learning_rate(optimizer, settings.steps)
-    progress = Progress(name, settings.steps, 6, log)
-    stacked = [torch.from_numpy(np.array(part, np.float32))
-               for part in (data.crops.images, data.crops.lungs, targets, weights)]
-    ill = np.flatnonzero(data.labels == 1)
-    refresh = {round(share * settings.steps) + 1 for share in settings.refresh}
-    batches = overlapped(_batches(data, stacked, settings, generator), device, hold=refresh)
-    for step in range(1, settings.steps + 1):
-        if step in refresh:                                                       # its batch is not begun yet
-            opinion = torch.from_numpy(from_first(lambda: lesion_probabilities(average.net, data.crops.take(ill))))
-            stacked[2][ill] = settings.keep * stacked[2][ill] + (1 - settings.keep) * opinion
-            stacked[3][ill] = torch.from_numpy(certainty(stacked[2][ill].numpy()))
-            log(f"{name}: fine labels refreshed after step {step - 1}")
-        maps, exact = next(batches)                                               # (B, 4, S, S), (B,)
+    training = Training(name, settings, seed, device, log)
+    net = training.begin(make_segmenter(settings))
+    slices = [torch.from_numpy(np.array(part, np.float32))                            # (N, S, S) each
+              for part in (data.crops.images, data.crops.lungs, targets, weights)]
+    lesion_free = torch.from_numpy(data.labels) == 0
+    positive = np.flatnonzero(data.labels == 1)
+    painter = Painter(data.crops, settings.paint)
+
+    def make_batch(index: Tensor) -> Batch:
+        maps, exact = torch.stack([part[index] for part in slices], dim=1), lesion_free[index]
+        maps = painter(maps, index, exact, training.generator)
+        return augment(paste_lesions(maps, exact, settings.paste, training.generator), training.generator), exact
+
+    refresh = {round(share * settings.steps) for share in settings.refresh}
+    batches = training.batches(make_batch, data, hold={step + 1 for step in refresh})
+    for step, (maps, exact) in enumerate(batches, start=1):                           # (B, 4, S, S), (B,)
         picture, lung, target, weight = maps.split(1, dim=1)
-        logits = run_net(net, net_input(picture, lung))                           # (B, 1, S, S)
+        logits = training.run(net, net_input(picture, lung))                          # (B, 1, S, S)
         loss = exact_loss(logits[exact], target[exact], lung[exact], settings)
         loss_fine = robust_loss(logits[~exact], target[~exact], (weight * lung)[~exact], settings)
-        optimizer.zero_grad()
-        (loss + settings.fine_weight * loss_fine).backward()
-        average_gradients(net)
-        optimizer.step()
-        schedule.step()
-        average.update(net)
-        progress.step(step, exact=loss.item(), fine=loss_fine.item())
-    return average.net.eval()
+        training.step(loss + settings.fine_weight * loss_fine, exact=loss, fine=loss_fine)
+        if step in refresh:                                                           # the next batch is not begun yet
+            opinion = training.from_first(lambda: lesion_probabilities(training.average, data.crops.take(positive)))
+            slices[2][positive] = settings.keep * slices[2][positive] + (1 - settings.keep) * torch.from_numpy(opinion)
+            slices[3][positive] = torch.from_numpy(certainty(slices[2][positive].numpy()))
+            log(f"{name}: fine labels refreshed after step {step}")
+    return training.averaged()
 
 
 @torch.no_grad()

@@ -1,6 +1,14 @@
-"""What the training loops of all stages share: seeds, balanced batches made ahead, augmentation, an averaged net.
+"""What every training loop shares: seeds, device, precision, averaged weights, schedule, batches made ahead, history.
 
-There is no trainer class. Each stage has its own short loop in its own module and takes these parts from here.
+A stage's loop stands whole in the module of that stage; :class:`Training` holds what would be the same in each::
+
+    training = Training("classifier", settings, seed, device, log)    # seeds come before a net is made
+    net = training.begin(Classifier(settings), start)
+    for maps, target in training.batches(make_batch, data):
+        evidence = training.run(net.maps, maps)
+        loss = ...                                                      # what the stage is about
+        training.step(loss, loss=loss)
+    return training.averaged()
 """
 
 from __future__ import annotations
@@ -14,17 +22,155 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from covidseg.errors import SettingsError, one_of
-from covidseg.parallel import gathered, own_gpu, own_share, several, with_whole_batch_norms
+from covidseg.parallel import average_gradients, from_first, own_gpu, processes, rank, several
 
 Log = Callable[[str], None]
 Batch = tuple[Tensor, ...]
+History = list[dict[str, float]]  # see Training.history
+Net = TypeVar("Net", bound=nn.Module)
+T = TypeVar("T")
+
+
+class LoopSettings(Protocol):
+    """What the settings of every stage with a loop have: optimiser steps, slices a step, peak learning rate."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def rate(self) -> float: ...
+
+
+class Labelled(Protocol):
+    """Slices or slabs to draw batches from: ``labels`` ``(N,)`` 0 or 1, ``patients`` ``(N,)`` str."""
+
+    @property
+    def labels(self) -> np.ndarray: ...
+    @property
+    def patients(self) -> np.ndarray: ...
+
+
+class Training:
+    """One training: AdamW with one cycle of the learning rate, and an average of the weights.
+
+    Args:
+        name: of this training in the log.
+        settings: steps, batch and rate.
+        seed: of start weights, batches and augmentation; set when this object is made, so make the net after it.
+        device: where the net is trained.
+        log: receives one line an epoch.
+        lines: epochs.
+        weight_decay: of AdamW; at 0 it is Adam.
+        cycle: whether the learning rate warms up and decays; otherwise it stays.
+
+    Attributes:
+        generator: source of randomness for batches, on the CPU. Of several processes each has another one.
+        seed: for further sources of randomness in making batches; likewise.
+    """
+
+    def __init__(self, name: str, settings: LoopSettings, seed: int, device: torch.device, log: Log = print, *,
+                 lines: int = 6, weight_decay: float = 1e-2, cycle: bool = True) -> None:
+        self.settings, self.device = settings, device
+        self.generator = seed_everything(seed)
+        self.seed = seed + 7919 * rank()
+        if processes() > 1:  # the same start weights, but batches of its own for each
+            self.generator.manual_seed(self.seed)
+        self._weight_decay, self._cycle = weight_decay, cycle
+        self._progress = Progress(name, settings.steps, lines, log)
+
+    def begin(self, net: Net, start: nn.Module | None = None) -> Net:
+        """Puts a new net on the device and sets up what trains it.
+
+        Args:
+            net: with random weights.
+            start: a trained net of the same shape to go on from.
+        """
+        if start is not None:
+            net.load_state_dict(start.state_dict())
+        net = on_device(net, self.device)
+        self._net = net
+        self._average = Average(net).to(self.device)
+        self._optimizer = torch.optim.AdamW(net.parameters(), lr=self.settings.rate, weight_decay=self._weight_decay)
+        self._schedule = learning_rate(self._optimizer, self.settings.steps) if self._cycle else None
+        return net
+
+    def batches(self, make: Callable[[Tensor], Batch], data: Labelled, *,
+                hold: Collection[int] = ()) -> Iterator[Batch]:
+        """The batches of all steps, half of each with a lesion, on the device.
+
+        Args:
+            make: takes the numbers of a batch's slices, ``(B,)`` int64, and returns its tensors, ``(B, ...)`` each.
+                Runs in a thread of its own, ahead of the net.
+            data: what the numbers are drawn from, see :func:`balanced_batches`.
+            hold: steps, from 1, whose batch is made only when the loop has come to it: what it is made of changes
+                until then.
+        """
+        numbers = balanced_batches(data.labels, data.patients, self.own_batch(), self.settings.steps, self.generator)
+        return self.prefetched(map(make, numbers), hold=hold)
+
+    def prefetched(self, batches: Iterator[Batch], *, hold: Collection[int] = ()) -> Iterator[Batch]:
+        """Batches that the caller makes in a way of its own, on the device, the next ones being made ahead."""
+        return overlapped(batches, self.device, hold=hold)
+
+    def own_batch(self) -> int:
+        """Slices a step of this process: all of them, or its share.
+
+        Raises:
+            SettingsError: a share would be less than one slice of each class.
+        """
+        share = self.settings.batch // processes()
+        if processes() > 1 and share < 2:
+            raise SettingsError(f"a batch of {self.settings.batch} slices is too small for {processes()} processes",
+                                remedy=f"Start {max(1, self.settings.batch // 2)} processes or fewer")
+        return share
+
+    def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """What a net, or a method of it, says of a batch, in full precision; see :func:`run_net`."""
+        return run_net(function, *inputs)
+
+    def step(self, loss: Tensor, /, **shown: Tensor) -> None:
+        """Backward, optimiser, learning rate, average and history.
+
+        Args:
+            loss: scalar.
+            shown: scalars for log and history, by their names there.
+        """
+        self._optimizer.zero_grad()
+        loss.backward()
+        average_gradients(self._net)
+        self._optimizer.step()
+        if self._schedule is not None:
+            self._schedule.step()
+        self._average.update(self._net)
+        self._progress.step(**{name: value.item() for name, value in shown.items()})
+
+    @property
+    def history(self) -> History:
+        """Losses so far: the step, and the mean of each loss since the entry before."""
+        return self._progress.history
+
+    @property
+    def average(self) -> Any:
+        """The averaged net so far, in evaluation mode."""
+        return self._average.net
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What ``make()`` returns; of several processes, in the first of them: all have to go on with the same."""
+        return from_first(make)
+
+    def averaged(self) -> Any:
+        """The averaged net in evaluation mode, of the class that was trained; its ``history`` holds the losses."""
+        net: Any = self._average.net.eval()
+        net.history = self.history
+        return net
 
 
 def seed_everything(seed: int) -> torch.Generator:
@@ -59,17 +205,15 @@ def use_deterministic_kernels() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-Net = TypeVar("Net", bound=nn.Module)
-
-
 def on_device(net: Net, device: torch.device) -> Net:
     """The net on the device where it is to be trained, its weights with channels last: a third faster on a CPU.
 
-    Where several processes train it, its batch normalisations are replaced by those of the whole batch.
+    Convolutions in three dimensions have no such layout and stay as they are.
     """
-    with_whole_batch_norms(net)
     if device.type == "cpu":
         keep_freed_memory()
+    if any(weight.dim() > 4 for weight in net.parameters()):
+        return net.to(device)
     return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -164,9 +308,7 @@ def made_for_half(device: torch.device) -> bool:
 
 
 def run_net(function: Callable[..., Tensor], *inputs: Tensor, half: bool | None = None) -> Tensor:
-    """Runs a net, or a method of it, on a batch; all training loops run theirs through here.
-
-    Of several processes each runs it on a share of the batch, and all of them get the whole result.
+    """Runs a net, or a method of it, on a batch.
 
     On a GPU it computes in bfloat16 where torch thinks it safe (automatic mixed precision: Micikevicius et al., ICLR
     2018), and losses, which are computed from the result, stay in float32.
@@ -182,8 +324,8 @@ def run_net(function: Callable[..., Tensor], *inputs: Tensor, half: bool | None 
     device = inputs[0].device
     half = made_for_half(device) if half is None else half
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        outputs = function(*map(own_share, inputs))
-    return gathered(outputs.float() if half else outputs, len(inputs[0]))
+        outputs = function(*inputs)
+    return outputs.float() if half else outputs
 
 
 class Average(nn.Module):
@@ -217,21 +359,25 @@ def learning_rate(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.l
 
 
 class Progress:
-    """Prints one line an epoch: a bar that redraws itself would leave hundreds of lines in a rendered page."""
+    """Prints one line an epoch: a bar that redraws itself would leave hundreds of lines in a rendered page.
 
-    def __init__(self, stage: str, steps: int, lines: int, log: Log = print) -> None:
-        self.stage, self.steps, self.every, self.log = stage, steps, max(1, steps // lines), log
-        self.start, self.sums, self.count, self.history = time.monotonic(), {}, 0, []  # type: ignore[var-annotated]
+    Attributes:
+        history: what was printed, one entry a line.
+    """
 
-    def step(self, number: int, **losses: float) -> None:
-        """Adds the losses of step ``number`` (from 1) and prints their mean once an epoch."""
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
-        if number % self.every == 0 or number == self.steps:
-            means = {name: total / self.count for name, total in self.sums.items()}
-            self.history.append({"step": number, **means})
+    def __init__(self, name: str, steps: int, lines: int, log: Log = print) -> None:
+        self.name, self.steps, self.every, self.log = name, steps, max(1, steps // lines), log
+        self.history: History = []
+        self._start, self._number, self._since = time.monotonic(), 0, list[dict[str, float]]()
+
+    def step(self, **losses: float) -> None:
+        """Notes the losses of the next step, and prints their mean once an epoch."""
+        self._number += 1
+        self._since.append(losses)
+        if self._number % self.every == 0 or self._number == self.steps:
+            means = {name: sum(each[name] for each in self._since) / len(self._since) for name in losses}
+            self.history.append({"step": self._number, **means})
             text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-            seconds = time.monotonic() - self.start
-            self.log(f"{self.stage} step {number:4d}/{self.steps}  {text}  {seconds:5.1f} s")
-            self.sums, self.count = {}, 0
+            seconds = time.monotonic() - self._start
+            self.log(f"{self.name} step {self._number:4d}/{self.steps}  {text}  {seconds:5.1f} s")
+            self._since = []

@@ -15,12 +15,12 @@ from covidseg.augment import NO_PAINT, PaintSettings
 from covidseg.classifier import (
     Classifier,
     ClassifierSettings,
-    Committee,
-    Lesson,
+    Ensemble,
+    Guidance,
     auc,
     slice_probabilities,
     train_classifier,
-    train_committee,
+    train_ensemble,
 )
 from covidseg.errors import SettingsError
 from covidseg.preprocess import Crops, net_input
@@ -166,10 +166,10 @@ def test_training_repeats_bit_for_bit_with_the_seed() -> None:
 @pytest.mark.parametrize("taught", [False, True])
 def test_batches_made_ahead_are_those_made_in_turn(monkeypatch: pytest.MonkeyPatch, taught: bool) -> None:
     data, disks = toy(12)
-    lesson = Lesson(disks.astype(np.float32), data.crops.lungs, 1.0) if taught else None
-    ahead = train_classifier(data, SMALL, lesson=lesson, seed=3, log=quiet)
-    monkeypatch.setattr("covidseg.classifier.overlapped", in_turn)
-    assert same_weights(ahead, train_classifier(data, SMALL, lesson=lesson, seed=3, log=quiet))
+    guidance = Guidance(disks.astype(np.float32), data.crops.lungs, 1.0) if taught else None
+    ahead = train_classifier(data, SMALL, guidance=guidance, seed=3, log=quiet)
+    monkeypatch.setattr("covidseg.training.overlapped", in_turn)
+    assert same_weights(ahead, train_classifier(data, SMALL, guidance=guidance, seed=3, log=quiet))
 
 
 def test_training_goes_on_from_given_weights() -> None:
@@ -226,11 +226,12 @@ def test_a_lesson_raises_evidence_where_it_says_lesion_and_lowers_it_where_it_sa
     data, disks = toy(32, 80, seed=1)
     lungs = data.crops.lungs
     lines: list[str] = []
-    net = train_classifier(data, ENOUGH, lesson=Lesson(disks.astype(np.float32), lungs, 2.0), seed=1, log=lines.append)
-    assert all("lesson" in line for line in lines)
+    right = Guidance(disks.astype(np.float32), lungs, 2.0)
+    net = train_classifier(data, ENOUGH, guidance=right, seed=1, log=lines.append)
+    assert all("guidance" in line for line in lines)
     plain = evidence_of(train_classifier(data, ENOUGH, seed=1, log=quiet))
     taught = evidence_of(net)
-    everywhere = [evidence_of(train_classifier(data, ENOUGH, lesson=Lesson(np.full(lungs.shape, value, np.float32),
+    everywhere = [evidence_of(train_classifier(data, ENOUGH, guidance=Guidance(np.full(lungs.shape, value, np.float32),
                                                                            lungs, 2.0), seed=1, log=quiet))
                   for value in (0.0, 1.0)]
     # Disks stand out without a lesson as well; what it adds shows beside a lesson that calls all of the lung healthy.
@@ -239,7 +240,7 @@ def test_a_lesson_raises_evidence_where_it_says_lesion_and_lowers_it_where_it_sa
     assert taught[1] < everywhere[0][1] + 0.1
     assert taught[0] - taught[1] > 0.3, "the lesson moves along when the picture is flipped"
     ill = lungs & (data.labels == 1)[:, None, None]
-    wrong = evidence_of(train_classifier(data, ENOUGH, lesson=Lesson((ill & ~disks).astype(np.float32), ill, 2.0),
+    wrong = evidence_of(train_classifier(data, ENOUGH, guidance=Guidance((ill & ~disks).astype(np.float32), ill, 2.0),
                                          seed=1, log=quiet))
     assert wrong[0] - wrong[1] < taught[0] - taught[1] - 0.2
     assert everywhere[0][2] < everywhere[1][2] - 0.1
@@ -250,15 +251,15 @@ def test_only_taught_pixels_and_a_weight_above_0_make_a_difference() -> None:
     some = data.crops.lungs & (np.arange(40) < 20)
     teacher = disks.astype(np.float32)
 
-    def trained(lesson: Lesson | None) -> Classifier:
-        return train_classifier(data, SMALL, lesson=lesson, seed=3, log=quiet)
+    def trained(guidance: Guidance | None) -> Classifier:
+        return train_classifier(data, SMALL, guidance=guidance, seed=3, log=quiet)
 
-    plain, taught = trained(None), trained(Lesson(teacher, some, 1.0))
+    plain, taught = trained(None), trained(Guidance(teacher, some, 1.0))
     assert not same_weights(plain, taught)
-    assert same_weights(taught, trained(Lesson(np.where(some, teacher, 0.7).astype(np.float32), some, 1.0)))
+    assert same_weights(taught, trained(Guidance(np.where(some, teacher, 0.7).astype(np.float32), some, 1.0)))
     # Nothing taught is as good as no lesson, bit for bit: a lesson draws no random numbers.
-    assert same_weights(plain, trained(Lesson(teacher, some, 0.0)))
-    assert same_weights(plain, trained(Lesson(teacher, np.zeros_like(some), 1.0)))
+    assert same_weights(plain, trained(Guidance(teacher, some, 0.0)))
+    assert same_weights(plain, trained(Guidance(teacher, np.zeros_like(some), 1.0)))
 
 
 def test_probabilities_do_not_depend_on_the_batch(net: Classifier) -> None:
@@ -290,7 +291,7 @@ def test_lesions_cannot_be_painted_for_the_classifier() -> None:
 def test_a_committee_is_its_members_with_seeds_of_their_own_and_answers_with_their_mean() -> None:
     data, disks = toy(8)
     lines: list[str] = []
-    committee = train_committee(data, replace(SMALL, members=2), seed=3, log=lines.append)
+    committee = train_ensemble(data, replace(SMALL, members=2), seed=3, log=lines.append)
     first, second = committee.members
     assert same_weights(first, train_classifier(data, SMALL, seed=3, log=quiet))
     assert not same_weights(first, second)
@@ -301,21 +302,21 @@ def test_a_committee_is_its_members_with_seeds_of_their_own_and_answers_with_the
     with torch.no_grad():
         torch.testing.assert_close(committee(inputs), (first(inputs) + second(inputs)) / 2)
     # In a later round each goes on from itself.
-    lesson = Lesson(disks.astype(np.float32), data.crops.lungs, 1.0)
-    later = train_committee(data, replace(SMALL, members=2), start=committee, lesson=lesson, seed=4, log=quiet)
+    guidance = Guidance(disks.astype(np.float32), data.crops.lungs, 1.0)
+    later = train_ensemble(data, replace(SMALL, members=2), start=committee, guidance=guidance, seed=4, log=quiet)
     for old, new, seed in zip(committee.members, later.members, (4, 1004), strict=True):
-        assert same_weights(new, train_classifier(data, SMALL, start=old, lesson=lesson, seed=seed,  # type: ignore[arg-type]
+        assert same_weights(new, train_classifier(data, SMALL, start=old, guidance=guidance, seed=seed,  # type: ignore[arg-type]
                                                   log=quiet))
 
 
 def test_a_committee_of_one_is_a_classifier() -> None:
     data, _ = toy(8)
     lines: list[str] = []
-    committee = train_committee(data, SMALL, log=lines.append)
+    committee = train_ensemble(data, SMALL, log=lines.append)
     net = train_classifier(data, SMALL, log=quiet)
     assert same_weights(committee.members[0], net)
     assert lines[0].startswith("classifier step")
     np.testing.assert_allclose(*(slice_probabilities(one, data.crops) for one in (committee, net)), atol=1e-6)
-    assert isinstance(committee, Committee)
+    assert isinstance(committee, Ensemble)
     with pytest.raises(SettingsError, match="at least one"):
         ClassifierSettings(members=0)

@@ -15,8 +15,18 @@ from tiny import toy
 from torch import nn
 from torch.nn import functional as F
 
-from covidseg.classifier import Classifier, ClassifierSettings, Committee
-from covidseg.gradcam import CamSettings, activation_maps, coarse_labels, grad_cam, layer_cam, scale_by_top
+from covidseg.classifier import Classifier, ClassifierSettings, Ensemble
+from covidseg.errors import SettingsError
+from covidseg.gradcam import (
+    CamSettings,
+    activation_maps,
+    class_activation_maps,
+    coarse_labels,
+    grad_cam,
+    layer_cam,
+    read_layers,
+    scale_by_top,
+)
 from covidseg.preprocess import Crops, net_input
 
 pytestmark = pytest.mark.nets
@@ -245,7 +255,7 @@ def test_coarse_label_codes() -> None:
 
 def test_the_map_of_a_committee_is_the_mean_over_its_members(net: Classifier, crops: Crops) -> None:
     torch.manual_seed(7)
-    both = Committee(ClassifierSettings(width=4, members=2)).eval()
+    both = Ensemble(ClassifierSettings(width=4, members=2)).eval()
     both.members[0].load_state_dict(net.state_dict())
     mean = sum(activation_maps(member, crops, SETTINGS) for member in both.members) / 2  # type: ignore[arg-type]
     np.testing.assert_allclose(activation_maps(both, crops, SETTINGS), scale_by_top(mean, crops.lungs, SETTINGS.top),
@@ -254,6 +264,46 @@ def test_the_map_of_a_committee_is_the_mean_over_its_members(net: Classifier, cr
                    axis=0)
     np.testing.assert_allclose(activation_maps(both, crops, SETTINGS), scale_by_top(mean, crops.lungs, SETTINGS.top),
                                atol=1e-6)
-    alone = Committee(ClassifierSettings(width=4)).eval()
+    alone = Ensemble(ClassifierSettings(width=4)).eval()
     alone.members[0].load_state_dict(net.state_dict())
     np.testing.assert_array_equal(activation_maps(alone, crops, SETTINGS), activation_maps(net, crops, SETTINGS))
+
+
+# --- one pass for all maps ----------------------------------------------------------------------------------------
+
+def test_layers_are_read_as_autograd_does_on_the_whole_net(net: Classifier, crops: Crops) -> None:
+    inputs, kept = inputs_of(crops), {}
+    handles = [getattr(net, name).register_forward_hook(lambda module, given, output, name=name: kept.update(
+        {name: output})) for name in ("middle", "coarse")]
+    score = net(inputs).sum()
+    for handle in handles:
+        handle.remove()
+    slopes = torch.autograd.grad(score, list(kept.values()))
+    for (activation, gradient), whole, slope in zip(read_layers(net, inputs), kept.values(), slopes, strict=True):
+        np.testing.assert_allclose(activation, whole.detach().numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(gradient, slope.numpy(), rtol=1e-4, atol=1e-7)
+    last, = read_layers(net, inputs, blocks=1)
+    np.testing.assert_allclose(last[0], kept["coarse"].detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_but_the_layers_gets_a_gradient(net: Classifier, crops: Crops) -> None:
+    net.zero_grad(set_to_none=True)
+    seen: list[bool] = []
+    net.fine.register_forward_pre_hook(lambda module, given: seen.append(torch.is_grad_enabled()))
+    inputs = inputs_of(crops)
+    with torch.no_grad():  # the caller's state does not matter
+        class_activation_maps(net, inputs, ["grad", "layer"])
+    assert set(seen) == {False}, "the early layers keep no graph"
+    assert all(p.grad is None for p in net.parameters())
+    assert not inputs.requires_grad
+
+
+def test_a_map_without_any_evidence_is_zero(net: Classifier, crops: Crops) -> None:
+    nn.init.zeros_(net.evidence.weight)
+    for maps in class_activation_maps(net, inputs_of(crops), ["grad", "layer"]):
+        assert (maps == 0).all()
+
+
+def test_an_unknown_method_is_refused(net: Classifier, crops: Crops) -> None:
+    with pytest.raises(SettingsError, match="'score'"):
+        class_activation_maps(net, inputs_of(crops), ["score"])

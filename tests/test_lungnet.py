@@ -166,7 +166,7 @@ def test_the_seed_fixes_the_weights() -> None:
 def test_batches_made_ahead_are_those_made_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(SMALL, again=3, paint=replace(SMALL.paint, share=1.0))
     ahead = train_lung_net(mixed(), settings, seed=3, log=quiet)
-    monkeypatch.setattr("covidseg.lungnet.overlapped", in_turn)
+    monkeypatch.setattr("covidseg.training.overlapped", in_turn)
     assert same_weights(ahead, train_lung_net(mixed(), settings, seed=3, log=quiet))
 
 

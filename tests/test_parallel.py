@@ -1,8 +1,7 @@
-"""Several processes train what one trains; the first alone writes; when one ends, the others say so and end as well."""
+"""Several processes train one net; the first alone writes; when one ends, the others say so and end as well."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
@@ -21,30 +19,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import STAGES, TINY, WARM, in_double, quiet, toy, weights
+from tiny import STAGES, TINY, WARM, quiet, toy, weights
 from torch import Tensor, nn
 
-from covidseg.classifier import ClassifierSettings, Lesson, train_classifier
 from covidseg.cli import app, main
 from covidseg.errors import ProcessError, SettingsError
-from covidseg.lungnet import LungNetSettings, train_lung_net
-from covidseg.parallel import (
-    WholeBatchNorm2d,
-    average_gradients,
-    from_first,
-    is_first,
-    joined,
-    own_gpu,
-    own_share,
-    processes,
-    with_whole_batch_norms,
-)
-from covidseg.patches import MilSettings, train_mil
+from covidseg.parallel import average_gradients, from_first, is_first, joined, own_gpu, processes, rank
 from covidseg.predict import load_predictor
 from covidseg.profiles import PROFILES, Profile
 from covidseg.segmenter import SegmenterSettings, train_segmenter
 from covidseg.store import Store, save_arrays
-from covidseg.training import Progress, on_device, pick_device, run_net
+from covidseg.training import Training, pick_device
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[1]
 SECONDS = 200  # for whatever is started here
@@ -101,53 +86,15 @@ def results(job: Callable[..., Any], count: int, folder: Path, *given: Any) -> l
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 
-Trained = tuple[np.ndarray, dict[str, np.ndarray]]  # losses of each step (steps, losses), weights
-
-
 # --- the same training ---------------------------------------------------------------------------------------------
 
-def train_each(batch: int) -> dict[str, Callable[[], nn.Module]]:
-    """A few steps of each net on toy slices."""
-    data, disks = toy(12, 80)  # slices of 80 pixels, so that the coarsest maps are not too small
-    doubtful = np.where(disks, np.float32(0.7), np.float32(0.1))
-    lesson = Lesson(doubtful, data.crops.lungs, 1.0)
-    return {
-        "classifier": lambda: train_classifier(data, ClassifierSettings(width=4, steps=5, batch=batch), lesson=lesson,
-                                               seed=1, log=quiet),
-        "segmenter": lambda: train_segmenter(
-            data, doubtful, np.ones_like(doubtful),
-            SegmenterSettings(channels=(4, 8), steps=5, batch=batch, refresh=(0.5,), paste=0.5), seed=1, log=quiet),
-        "lungs": lambda: train_lung_net(data, LungNetSettings(steps=3, again=3, size=64, channels=(4, 8), batch=batch),
-                                        seed=1, log=quiet),
-        "patches": lambda: train_mil(data, doubtful, MilSettings(width=4, steps=5, batch=batch), seed=1, log=quiet)[0]}
-
-
-def trained(batch: int, double: bool) -> dict[str, Trained]:
-    """Each net by its name."""
-    found = {}
-    with pytest.MonkeyPatch.context() as patch, in_double() if double else nullcontext():
-        for name, train in train_each(batch).items():
-            losses: list[list[float]] = []
-            patch.setattr(Progress, "step", lambda self, number, to=losses, **each: to.append(list(each.values())))
-            values = weights(train())
-            found[name] = np.array(losses), values
-    return found
-
-
-@functools.cache
-def alone(batch: int, double: bool) -> dict[str, Trained]:
-    """:func:`trained` in this process."""
-    return trained(batch, double)
-
-
-def half_precision() -> list[Tensor]:
-    """Result and gradients of a small net that computes in bfloat16, and its running statistics."""
+def gradients(rank: int) -> list[Tensor | None]:
+    """Averaged gradients of a net of which one part is not used in the second process."""
     torch.manual_seed(0)
-    net = on_device(nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 1, 1)), CPU)
-    outputs = run_net(net, torch.rand(5, 2, 12, 12), half=True)
-    outputs.square().mean().backward()
+    net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    net(torch.full((1, 2), rank + 1.0)).sum().backward()
     average_gradients(net)
-    return [outputs.detach(), *(weight.grad for weight in net.parameters()), *net.buffers()]  # type: ignore[list-item]
+    return [weight.grad for weight in net.parameters()]
 
 
 def decisions(folder: Path) -> list[Any]:
@@ -174,14 +121,19 @@ def decisions(folder: Path) -> list[Any]:
 
 
 def all_in_two(folder: Path) -> dict[str, Any]:
+    data, _ = toy(12)
+    drawn: list[np.ndarray] = []
     with joined(CPU):
-        return {"processes": processes(), "double": trained(4, True), "single": trained(4, False),
-                "half": half_precision(), "store": decisions(folder)}
-
-
-def all_in_three() -> dict[str, Trained]:
-    with joined(CPU):
-        return trained(5, True)
+        training = Training("toy", SegmenterSettings(steps=3, batch=4), 0, CPU, quiet)
+        start = weights(training.begin(nn.Linear(2, 1)))
+        list(training.batches(lambda index: drawn.append(index.numpy()) or (index,), data))  # type: ignore[func-returns-value]
+        net = train_segmenter(data, data.crops.lungs, np.ones(data.crops.lungs.shape, np.float32),
+                              SegmenterSettings(channels=(4, 8), steps=3, batch=4), seed=1, log=quiet)
+        with pytest.raises(SettingsError, match="too small for 2 processes") as caught:
+            Training("toy", SegmenterSettings(batch=3), 0, CPU, quiet).own_batch()
+        return {"processes": processes(), "gradients": gradients(rank()), "store": decisions(folder), "start": start,
+                "drawn": drawn, "weights": {name: value.numpy() for name, value in net.named_parameters()},
+                "remedy": caught.value.remedy}
 
 
 @pytest.fixture(scope="module")
@@ -191,57 +143,24 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return results(all_in_two, 2, folder / "run", folder)
 
 
-def farthest(a: Trained, b: Trained) -> tuple[float, float]:
-    """Largest difference of losses and of weights."""
-    assert a[0].shape == b[0].shape
-    assert a[1].keys() == b[1].keys(), "saved weights have the same names"
-    return float(np.abs(a[0] - b[0]).max()), max(float(np.abs(a[1][k] - b[1][k]).max()) for k in a[1])
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["classifier", "segmenter", "lungs", "patches"])
-def test_two_processes_train_what_one_trains(two: list[dict[str, Any]], name: str) -> None:
-    """In double precision it shows that the arithmetic is the same; maps in between are made in single precision."""
-    one = alone(4, True)[name]
+def test_two_processes_train_one_net_on_batches_of_their_own(two: list[dict[str, Any]]) -> None:
     assert [found["processes"] for found in two] == [2, 2]
-    for found in two:
-        losses, values = farthest(one, found["double"][name])
-        assert losses < 1e-10
-        assert values < 1e-7
-    assert np.ptp(one[0][:, 0]) > 1e-3, "something was learned"
+    for name in two[0]["weights"]:
+        assert np.array_equal(two[0]["weights"][name], two[1]["weights"][name]), name
+    for name in two[0]["start"]:
+        assert np.array_equal(two[0]["start"][name], two[1]["start"][name]), "the same start"
+    assert [len(batch) for found in two for batch in found["drawn"]] == [2] * 6, "half of a batch each"
+    assert not np.array_equal(*(np.stack(found["drawn"]) for found in two))
+    assert two[0]["remedy"] == "Start 1 processes or fewer"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["classifier", "segmenter", "lungs", "patches"])
-def test_in_single_precision_they_differ_by_rounding(two: list[dict[str, Any]], name: str) -> None:
-    """Adam carries rounding on: weights without a gradient, such as a bias before a batch normalisation, drift freely.
-
-    So they do in one process that only takes the slices of a batch in another order.
-    """
-    one = alone(4, False)[name]
-    for found in two:
-        differences = np.abs(one[0] - found["single"][name][0])
-        assert differences[0].max() < 1e-6
-        assert differences.max() < 1e-3
-    assert farthest(*(found["single"][name] for found in two)) == (0, 0), "and do not run apart"
-
-
-@pytest.mark.slow
-def test_three_processes_share_five_slices_or_one(tmp_path: Path) -> None:
-    """The classifier looks at one slice flipped: two of the processes have nothing to do then."""
-    for found in results(all_in_three, 3, tmp_path / "run"):
-        for name, one in alone(5, True).items():
-            losses, values = farthest(one, found[name])
-            assert losses < 1e-10
-            assert values < 1e-7
-
-
-@pytest.mark.slow
-def test_half_precision_is_shared_as_well(two: list[dict[str, Any]]) -> None:
-    for found in two:
-        for part, one in zip(found["half"], half_precision(), strict=True):
-            assert part.dtype == one.dtype
-            torch.testing.assert_close(part, one, atol=0.02, rtol=0.02)
+def test_gradients_are_those_of_the_batches_of_all(two: list[dict[str, Any]]) -> None:
+    alone = [gradients(rank) for rank in range(2)]
+    for one, other, first, second in zip(*alone, *(found["gradients"] for found in two), strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, (one + other) / 2)
 
 
 @pytest.mark.slow
@@ -401,21 +320,9 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, ra
 # --- alone ---------------------------------------------------------------------------------------------------------
 
 def test_alone_there_is_nothing_to_share() -> None:
-    inputs = torch.rand(3, 2)
     with joined(CPU):
         assert processes() == 1
+        assert rank() == 0
         assert is_first()
-        assert own_share(inputs) is inputs
         assert from_first(lambda: "made") == "made"
-    net = nn.Sequential(nn.BatchNorm2d(2))
-    with_whole_batch_norms(net)
-    assert type(net[0]) is nn.BatchNorm2d
-
-
-def test_whole_batch_normalisation_is_the_usual_one_in_one_process() -> None:
-    inputs = torch.rand(3, 2, 4, 4)
-    plain, whole = nn.BatchNorm2d(2), WholeBatchNorm2d(2)
-    assert torch.equal(plain(inputs), whole(inputs))
-    plain.load_state_dict(whole.state_dict())
-    whole.load_state_dict(plain.state_dict())
-    assert torch.equal(plain.eval()(inputs), whole.eval()(inputs))
+    assert Training("toy", SegmenterSettings(batch=1), 0, CPU, quiet).own_batch() == 1

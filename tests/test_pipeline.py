@@ -16,8 +16,8 @@ from tiny import STAGES, TINY, all_stages, finished_run, quiet, same_weights, st
 
 from covidseg import pipeline
 from covidseg.augment import PaintSettings
-from covidseg.classifier import ClassifierSettings, Committee
-from covidseg.curriculum import Phase, Round, agreement, best_round, make_lesson
+from covidseg.classifier import ClassifierSettings, Ensemble
+from covidseg.curriculum import Phase, Round, agreement, best_round, make_guidance
 from covidseg.data.folder import load_dataset
 from covidseg.data.scan import read_scan, write_like
 from covidseg.errors import DatasetError
@@ -361,23 +361,23 @@ def test_later_rounds_teach_the_classifier_gently(tiny_run: Run, copied: Path,
     run, _ = again(tiny_run, copied, profile=replace(TINY, mutual=mutual), seed=0)
     taught: dict[str, tuple[Any, dict[str, Any]]] = {}
 
-    def classify(data: WeakSet, settings: ClassifierSettings, **rest: Any) -> Committee:
+    def classify(data: WeakSet, settings: ClassifierSettings, **rest: Any) -> Ensemble:
         taught["classifier"] = settings, rest
-        return Committee(settings)
+        return Ensemble(settings)
 
     def patch(data: WeakSet, prior: np.ndarray, settings: MilSettings, **rest: Any) -> tuple[PatchNet, list[Phase]]:
         taught["mil"] = settings, rest
         return PatchNet(settings), []
-    monkeypatch.setattr(pipeline, "train_committee", classify)
+    monkeypatch.setattr(pipeline, "train_ensemble", classify)
     monkeypatch.setattr(pipeline, "train_mil", patch)
     run.mil(2)
     settings, rest = taught["classifier"]
     assert settings == replace(TINY.classifier, steps=4, rate=0.25 * TINY.classifier.rate)
-    assert same_weights(rest["start"], tiny_run.committee(1))
-    lesson = make_lesson(tiny_run.weak(), tiny_run.cam(1), tiny_run.patches(1), mutual, 2)
-    assert rest["lesson"].weight == lesson.weight == mutual.weights[0]
-    assert np.array_equal(rest["lesson"].teacher, lesson.teacher)
-    assert np.array_equal(rest["lesson"].taught, lesson.taught)
+    assert same_weights(rest["start"], tiny_run.ensemble(1))
+    guidance = make_guidance(tiny_run.weak(), tiny_run.cam(1), tiny_run.patches(1), mutual, 2)
+    assert rest["guidance"].weight == guidance.weight == mutual.weights[0]
+    assert np.array_equal(rest["guidance"].target, guidance.target)
+    assert np.array_equal(rest["guidance"].mask, guidance.mask)
     assert taught["mil"][0] == replace(TINY.mil, steps=4)
     assert same_weights(taught["mil"][1]["start"], tiny_run.mil(1)[0])
     taught.clear()
@@ -385,7 +385,7 @@ def test_later_rounds_teach_the_classifier_gently(tiny_run: Run, copied: Path,
     first.weak = tiny_run.weak  # type: ignore[method-assign]
     first.classifier(1)
     assert taught["classifier"][0] == TINY.classifier, "the first round is as it was"
-    assert "lesson" not in taught["classifier"][1]
+    assert "guidance" not in taught["classifier"][1]
 
 
 def test_the_segmenter_is_taught_the_targets_of_the_fine_labels(tiny_run: Run, copied: Path,

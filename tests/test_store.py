@@ -1,8 +1,13 @@
-"""Stored results: what was written comes back, what was damaged is noticed, what is good is not made twice."""
+"""Stored results: what is written whole, found again and told about."""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -21,7 +26,19 @@ from covidseg import store as storing
 from covidseg.errors import ArtifactError, OutputError
 from covidseg.lungs import LungSettings
 from covidseg.preprocess import PrepareSettings
-from covidseg.store import Store, file_hash, fingerprint, load_arrays, load_net, net_arrays, save_arrays, write_text
+from covidseg.store import (
+    PACKAGES,
+    Store,
+    environment,
+    file_hash,
+    fingerprint,
+    load_arrays,
+    load_net,
+    net_arrays,
+    noted_warnings,
+    save_arrays,
+    write_text,
+)
 
 SOME = {"weights": np.linspace(-1, 1, 60, dtype=np.float32).reshape(3, 4, 5), "boxes": np.arange(8).reshape(2, 4)}
 DTYPES = st.sampled_from([bool, np.uint8, np.int16, np.int32, np.int64, np.float16, np.float32, np.float64])
@@ -385,3 +402,51 @@ def test_loaded_weights_are_copies():
     with torch.no_grad():
         load_net(net(seed=1), stored)[0].weight += 1
     np.testing.assert_array_equal(stored["0.weight"], before)
+
+
+# --- watch ------------------------------------------------------------------------------------------------------------
+
+
+def test_warnings_are_noted_once_and_shown_as_ever() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        with noted_warnings() as noted:
+            for _ in range(2):
+                warnings.warn("odd", UserWarning, stacklevel=1)
+            warnings.warn("old", DeprecationWarning, stacklevel=1)
+        warnings.warn("later", UserWarning, stacklevel=1)
+    assert noted == ["UserWarning: odd", "DeprecationWarning: old"]
+    assert [str(found.message) for found in shown] == ["odd", "odd", "old", "later"]
+
+
+def test_warnings_of_a_part_reach_those_who_note_the_whole() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *shown: None
+        with noted_warnings() as outer:
+            with noted_warnings() as inner:
+                warnings.warn("odd", UserWarning, stacklevel=1)
+            with pytest.raises(ZeroDivisionError), noted_warnings():
+                1 / 0  # noqa: B018
+            warnings.warn("after", UserWarning, stacklevel=1)
+    assert inner == ["UserWarning: odd"]
+    assert outer == ["UserWarning: odd", "UserWarning: after"]
+
+
+def test_peak_memory_counts_what_was_held_in_megabytes() -> None:
+    code = "import numpy as np; from covidseg.store import peak_memory as p; a = p(); np.ones(25_000_000); b = p(); " \
+           "print(b['process'] - a['process'])"
+    grown = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 190 < grown < 220
+
+
+def test_environment_names_versions_but_neither_machine_nor_user() -> None:
+    content = environment(torch.device("cpu"))
+    assert set(content["packages"]) == set(PACKAGES)
+    assert content["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert content["device"] == "cpu"
+    assert content["threads"] >= 1
+    assert content["deterministic"] is False
+    text = json.dumps(content)
+    assert platform.node() not in text
+    assert str(Path.home()) not in text

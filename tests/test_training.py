@@ -383,7 +383,7 @@ def test_progress_prints_one_line_an_epoch_with_means() -> None:
     lines: list[str] = []
     progress = Progress("stage", 10, 3, lines.append)
     for step in range(1, 11):
-        progress.step(step, loss=float(step), other=1.0)
+        progress.step(loss=float(step), other=1.0)
     assert [row["step"] for row in progress.history] == [3, 6, 9, 10]
     assert [row["loss"] for row in progress.history] == [2.0, 5.0, 8.0, 10.0]
     assert len(lines) == 4

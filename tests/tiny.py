@@ -14,7 +14,7 @@ import pytest
 import torch
 from bench.measure import PRELOAD
 
-from covidseg import classifier, lungnet, patches, segmenter
+from covidseg import training
 from covidseg.baselines.ad3d_mil import Ad3dMilSettings
 from covidseg.baselines.decovnet import DeCoVNetSettings
 from covidseg.baselines.slabs import SlabSettings
@@ -91,8 +91,7 @@ def in_double() -> Iterator[None]:
         for batch in in_turn(made, device):
             yield tuple(part.double() if part.is_floating_point() else part for part in batch)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (classifier, segmenter, lungnet, patches):
-            patch.setattr(module, "overlapped", batches)
+        patch.setattr(training, "overlapped", batches)
         torch.set_default_dtype(torch.float64)
         try:
             yield

@@ -20,7 +20,7 @@ from covidseg.augment import Painter, PaintSettings, augment, jitter
 from covidseg.baselines.slabs import SlabSettings, aligned_set, make_slabs
 from covidseg.errors import SettingsError, one_of
 from covidseg.preprocess import WeakSet
-from covidseg.training import Average, Log, Progress, balanced_batches, learning_rate, on_device, seed_everything
+from covidseg.training import Batch, Log, Training
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,6 @@ class Baseline(nn.Module):
 Net = TypeVar("Net", bound=Baseline)
 
 
-def place(net: Net, device: torch.device) -> Net:
-    """The net on a device; in 2D with channels last, which is faster (3D convolutions have no such layout there)."""
-    return on_device(net, device) if net.settings.dims == 2 else net.to(device)
-
-
 def augment_slabs(maps: Tensor, generator: torch.Generator) -> Tensor:
     """Random flips along all three axes, transpositions in the plane, and gain, offset and noise of each slab.
 
@@ -141,22 +136,16 @@ def train_baseline(make: Callable[[], Net], data: WeakSet, settings: BaselineSet
     Raises:
         DatasetError: one of the two classes has no slab.
     """
-    generator = seed_everything(seed)
-    net = place(make(), device)
-    average = Average(net).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=settings.rate, weight_decay=settings.weight_decay)
-    schedule = learning_rate(optimizer, settings.steps) if settings.schedule == "onecycle" else None
-    progress = Progress(name, settings.steps, 6, log)
-    batches = _Slices(data, settings) if settings.dims == 2 else _Slabs(data, settings)
-    labels = torch.from_numpy(batches.labels).float()
-    for step, index in enumerate(balanced_batches(batches.labels, batches.patients, settings.batch, settings.steps,
-                                                  generator), start=1):
-        loss = net.loss(batches(index, generator).to(device), labels[index].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if schedule is not None:
-            schedule.step()
-        average.update(net)
-        progress.step(step, loss=loss.item())
-    return average.net.eval()  # type: ignore[return-value]
+    training = Training(name, settings, seed, device, log, weight_decay=settings.weight_decay,
+                        cycle=settings.schedule == "onecycle")
+    net = training.begin(make())
+    slices = _Slices(data, settings) if settings.dims == 2 else _Slabs(data, settings)
+    labels = torch.from_numpy(slices.labels).float()
+
+    def make_batch(index: Tensor) -> Batch:
+        return slices(index, training.generator), labels[index]
+
+    for maps, label in training.batches(make_batch, slices):     # (B, 2, S, S) or (B, 2, T, S, S), (B,)
+        loss = net.loss(maps, label)
+        training.step(loss, loss=loss)
+    return training.averaged()

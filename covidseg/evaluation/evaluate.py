@@ -20,7 +20,7 @@ from skimage.filters import threshold_otsu
 from torch import nn
 from tqdm import tqdm
 
-from covidseg.classifier import Classifier, Committee, auc, slice_probabilities
+from covidseg.classifier import Classifier, Ensemble, auc, slice_probabilities
 from covidseg.data.folder import Case, Dataset
 from covidseg.data.scan import Scan, read_mask, read_scan
 from covidseg.errors import DatasetError
@@ -31,7 +31,7 @@ from covidseg.lungs import is_volume, lung_masks
 from covidseg.patches import patch_probabilities
 from covidseg.pipeline import Run
 from covidseg.preprocess import Crops, WeakSet, crop_masks, uncrop, uncrop_all
-from covidseg.segmenter import fuse, lesion_probabilities, trusting
+from covidseg.segmenter import fuse, lesion_probabilities, supervised_settings
 
 BINS = 10  # of the calibration
 STEPS = 100  # levels at which an outline could be drawn
@@ -95,7 +95,7 @@ class Evaluation:
         return hit / lesion if lesion else float("nan"), (hit + false) / pixels if pixels else float("nan")
 
 
-def believed_maps(net: Classifier | Committee, crops: Crops, ill: np.ndarray, settings: CamSettings) -> np.ndarray:
+def believed_maps(net: Classifier | Ensemble, crops: Crops, ill: np.ndarray, settings: CamSettings) -> np.ndarray:
     """Activation maps of the slices that the classifier calls ill, 0 in the others.
 
     Each map is scaled to its own maximum, so that it would be as strong in a slice without a lesion.
@@ -165,7 +165,7 @@ class Outliner:
 def stage_outliner(run: Run) -> Outliner:
     """Stages 3 to 6 of a run, classifier and patches as they are after its best round. Trains what is missing."""
     p, best = run.profile, run.best()
-    classifier, (patch_net, _), segmenter = run.committee(best), run.mil(best), run.segmenter()
+    classifier, (patch_net, _), segmenter = run.ensemble(best), run.mil(best), run.segmenter()
 
     def maps(crops: Crops, volume: bool) -> Maps:
         probability = slice_probabilities(classifier, crops)
@@ -186,7 +186,7 @@ def otsu_outliner() -> Outliner:
 
 def supervised_outliner(run: Run, net: nn.Module) -> Outliner:
     """The segmenter taught with the true masks of the training slices, from :meth:`Run.supervised`."""
-    return Outliner([("Segmenter, true masks", "pixel masks", trusting(run.profile.segmenter).threshold)],
+    return Outliner([("Segmenter, true masks", "pixel masks", supervised_settings(run.profile.segmenter).threshold)],
                     lambda crops, volume: (None, [lesion_probabilities(net, crops)]))
 
 
@@ -436,7 +436,7 @@ def cross_validated(run: Run, data: Dataset, *, folds: int = 5) -> Evaluation:
     """
     slices = masked_slices(run, data)
     fold = split_folds(slices.patients, folds)
-    threshold = trusting(run.profile.segmenter).threshold
+    threshold = supervised_settings(run.profile.segmenter).threshold
     counts = np.concatenate([confusion(np.zeros_like(mask)[None], mask[None]) for mask in slices.full])
     sums, levels = np.zeros((BINS, 3)), np.zeros((STEPS + 1, 4), np.int64)
     for place in set(range(len(slices.full))) - set(slices.places.tolist()):  # no lung, no prediction

@@ -102,7 +102,7 @@ def _otsu(run: Run, rivals: Rivals) -> Trained:
 
 def _grad_cam(run: Run, rivals: Rivals) -> Trained:
     """Plain Grad-CAM of the classifiers before any exchange."""
-    net, plain = run.committee(), rivals.grad_cam
+    net, plain = run.ensemble(), rivals.grad_cam
 
     def maps(crops: Crops, volume: bool) -> Maps:
         probability = slice_probabilities(net, crops)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from tiny import toy
 
 from covidseg.book import figures
-from covidseg.classifier import ClassifierSettings, train_committee
+from covidseg.classifier import ClassifierSettings, train_ensemble
 
 SIDE = 40
 
@@ -151,7 +151,7 @@ def test_log_understands_the_lines_of_a_real_training(tmp_path: Path) -> None:
 
 def test_log_of_a_committee_is_that_of_its_last_member(tmp_path: Path) -> None:
     log, (data, _) = figures.TrainingLog(tmp_path / "training.log"), toy(8)
-    train_committee(data, ClassifierSettings(members=2, width=4, steps=2, batch=4), log=log)
+    train_ensemble(data, ClassifierSettings(members=2, width=4, steps=2, batch=4), log=log)
     lines = log.path.read_text(encoding="utf-8").splitlines()
     assert [line[:19] for line in lines[::len(lines) // 2]] == ["classifier (1 of 2)", "classifier (2 of 2)"]
     assert log.losses("classifier")["step"] == [1, 2]

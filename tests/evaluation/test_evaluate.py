@@ -43,7 +43,7 @@ from covidseg.lungs import lung_masks
 from covidseg.patches import PatchNet, patch_probabilities
 from covidseg.pipeline import Run
 from covidseg.preprocess import Crops, PrepareSettings, make_crops, uncrop, uncrop_all
-from covidseg.segmenter import make_segmenter, trusting
+from covidseg.segmenter import make_segmenter, supervised_settings
 
 ROWS = ["Otsu in the lung", "Grad-CAM", "Patch MIL", "Fine label map", "Segmenter"]
 
@@ -297,7 +297,7 @@ def test_maps_are_made_with_the_settings_of_the_run(untrained: SimpleNamespace, 
 
 def test_the_nets_of_the_best_round_are_measured(untrained: SimpleNamespace, squares: Dataset) -> None:
     asked: list[tuple[str, int]] = []
-    classifier, patch_net = untrained.committee(1), untrained.mil(1)
+    classifier, patch_net = untrained.ensemble(1), untrained.mil(1)
     untrained.best = lambda: 3
     untrained.committee = lambda number: asked.append(("committee", number)) or classifier
     untrained.mil = lambda number: asked.append(("mil", number)) or patch_net
@@ -353,7 +353,7 @@ def test_true_lungs_are_used_where_a_profile_asks_for_them(untrained: SimpleName
 
 def test_the_upper_bound_has_the_threshold_of_trusted_masks(tiny_run: Run) -> None:
     bound = evaluate_run(tiny_run, tiny_run.data.subset(["phantom_01"])).stages[-1]
-    assert bound.threshold == trusting(TINY.segmenter).threshold == 0.5
+    assert bound.threshold == supervised_settings(TINY.segmenter).threshold == 0.5
     assert bound.threshold != TINY.segmenter.threshold
 
 
@@ -468,7 +468,7 @@ def test_maps_of_slices_called_healthy_are_empty(untrained: SimpleNamespace, squ
     ill = np.arange(len(crops)) % 2 == 0
     monkeypatch.setattr(evaluate, "activation_maps", lambda net, c, settings: np.ones(c.images.shape, np.float32))
     for called in (ill, ~ill, np.zeros(len(crops), bool)):
-        maps = evaluate.believed_maps(untrained.committee(1), crops, called, CamSettings())
+        maps = evaluate.believed_maps(untrained.ensemble(1), crops, called, CamSettings())
         assert (maps.max(axis=(1, 2)) == called).all()
 
 

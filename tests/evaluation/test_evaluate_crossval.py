@@ -22,7 +22,7 @@ from covidseg.evaluation import evaluate
 from covidseg.evaluation.evaluate import Outliner, cross_validated, masked_slices, measure, split_folds
 from covidseg.pipeline import Run
 from covidseg.preprocess import Crops, WeakSet, crop_masks, uncrop
-from covidseg.segmenter import SegmenterSettings, make_segmenter, train_segmenter, trusting
+from covidseg.segmenter import SegmenterSettings, make_segmenter, supervised_settings, train_segmenter
 
 # --- folds ----------------------------------------------------------------------------------------------------------
 
@@ -300,7 +300,7 @@ def test_nets_are_taught_with_masks_and_with_lesion_free_slices(fresh: Recorded,
             np.testing.assert_array_equal(mask, expected)
             assert label == expected.any()
         assert (fold.weights == 1).all()
-        assert fold.settings == trusting(TINY.segmenter)
+        assert fold.settings == supervised_settings(TINY.segmenter)
         assert {"phantom_02", "phantom_03"} < set(fold.data.patients)
 
 
@@ -353,7 +353,7 @@ def healthy_slices(case: Case) -> list[int]:
 
 
 def test_masks_are_trusted() -> None:
-    settings = trusting(TINY.segmenter)
+    settings = supervised_settings(TINY.segmenter)
     assert settings.paint == NO_PAINT
     assert settings.paint.share == settings.paint.vessels == 0
     assert settings.refresh == ()
