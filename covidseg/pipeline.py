@@ -68,7 +68,7 @@ def _net(empty: Callable[[], nn.Module], device: torch.device) -> Form:
         net: Any = load_net(empty(), arrays).to(device)
         net.history = notes.get("history", [])
         return net
-    return Form(lambda net: (net_arrays(net), {"history": net.history}), unpack)
+    return Form(lambda net: (net_arrays(net), {"history": getattr(net, "history", [])}), unpack)
 
 
 def _mil(empty: Callable[[], PatchNet], device: torch.device) -> Form:
@@ -102,6 +102,15 @@ _ROUNDS = Form(lambda rounds: ({"rounds": np.array([[r.agreement, r.gain, r.taug
                lambda arrays, _: [Round(*row) for row in arrays["rounds"].tolist()])
 _FINE = Form(lambda fine: ({"labels": fine.labels, "probabilities": fine.probabilities}, {}),
              lambda arrays, _: FineLabels(**arrays))
+
+
+def find_lungs(pixels: np.ndarray, net: nn.Module | None, profile: Profile,
+               volume: bool | None = None) -> tuple[np.ndarray, Crops]:
+    """Finds and crops the lungs of slices; ``net`` is the lung net, or None. See :meth:`Run.crops`."""
+    lungs = lung_masks(pixels, profile.lungs, volume)
+    found = np.flatnonzero(lungs.any(axis=(1, 2)))
+    crops = make_crops(pixels[found], lungs[found], profile.prepare)
+    return found, robust_lungs(net, crops, profile.lung_net)
 
 
 class Run:
@@ -293,14 +302,10 @@ class Run:
         Returns:
             Numbers of the slices that have lung, and their crops.
         """
-        def make() -> tuple[np.ndarray, Crops]:
-            lungs = lung_masks(pixels, self.profile.lungs, volume)
-            found = np.flatnonzero(lungs.any(axis=(1, 2)))
-            crops = make_crops(pixels[found], lungs[found], self.profile.prepare)
-            return found, robust_lungs(self.lung_net(), crops, self.profile.lung_net)
         values = hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
         key = fingerprint(self.key("lung_net"), pixels.shape, pixels.dtype.str, values, volume)
-        return _CROPS.unpack(*self.store.get("crops", key, lambda: _CROPS.pack(make())))
+        return _CROPS.unpack(*self.store.get(
+            "crops", key, lambda: _CROPS.pack(find_lungs(pixels, self.lung_net(), self.profile, volume))))
 
     def lungs(self, pixels: np.ndarray, volume: bool | None = None) -> np.ndarray:
         """Completed lung masks of whole slices, ``(S, H, W)`` bool; the arguments are those of :meth:`crops`."""
