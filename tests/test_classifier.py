@@ -288,35 +288,35 @@ def test_lesions_cannot_be_painted_for_the_classifier() -> None:
         ClassifierSettings(paint=PaintSettings())
 
 
-def test_a_committee_is_its_members_with_seeds_of_their_own_and_answers_with_their_mean() -> None:
+def test_an_ensemble_is_its_members_with_seeds_of_their_own_and_answers_with_their_mean() -> None:
     data, disks = toy(8)
     lines: list[str] = []
-    committee = train_ensemble(data, replace(SMALL, members=2), seed=3, log=lines.append)
-    first, second = committee.members
+    ensemble = train_ensemble(data, replace(SMALL, members=2), seed=3, log=lines.append)
+    first, second = ensemble.members
     assert same_weights(first, train_classifier(data, SMALL, seed=3, log=quiet))
     assert not same_weights(first, second)
-    assert not committee.training
+    assert not ensemble.training
     assert {line.split(" step")[0] for line in lines} == {"classifier (1 of 2)", "classifier (2 of 2)"}
     images, lungs = (torch.from_numpy(part)[:, None].float() for part in (data.crops.images, data.crops.lungs))
     inputs = net_input(images, lungs)
     with torch.no_grad():
-        torch.testing.assert_close(committee(inputs), (first(inputs) + second(inputs)) / 2)
+        torch.testing.assert_close(ensemble(inputs), (first(inputs) + second(inputs)) / 2)
     # In a later round each goes on from itself.
     guidance = Guidance(disks.astype(np.float32), data.crops.lungs, 1.0)
-    later = train_ensemble(data, replace(SMALL, members=2), start=committee, guidance=guidance, seed=4, log=quiet)
-    for old, new, seed in zip(committee.members, later.members, (4, 1004), strict=True):
+    later = train_ensemble(data, replace(SMALL, members=2), start=ensemble, guidance=guidance, seed=4, log=quiet)
+    for old, new, seed in zip(ensemble.members, later.members, (4, 1004), strict=True):
         assert same_weights(new, train_classifier(data, SMALL, start=old, guidance=guidance, seed=seed,  # type: ignore[arg-type]
                                                   log=quiet))
 
 
-def test_a_committee_of_one_is_a_classifier() -> None:
+def test_an_ensemble_of_one_is_a_classifier() -> None:
     data, _ = toy(8)
     lines: list[str] = []
-    committee = train_ensemble(data, SMALL, log=lines.append)
+    ensemble = train_ensemble(data, SMALL, log=lines.append)
     net = train_classifier(data, SMALL, log=quiet)
-    assert same_weights(committee.members[0], net)
+    assert same_weights(ensemble.members[0], net)
     assert lines[0].startswith("classifier step")
-    np.testing.assert_allclose(*(slice_probabilities(one, data.crops) for one in (committee, net)), atol=1e-6)
-    assert isinstance(committee, Ensemble)
+    np.testing.assert_allclose(*(slice_probabilities(one, data.crops) for one in (ensemble, net)), atol=1e-6)
+    assert isinstance(ensemble, Ensemble)
     with pytest.raises(SettingsError, match="at least one"):
         ClassifierSettings(members=0)

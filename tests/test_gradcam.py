@@ -253,7 +253,7 @@ def test_coarse_label_codes() -> None:
     assert (coarse[1] == 0).all(), "a slice without a lesion is lung throughout"
 
 
-def test_the_map_of_a_committee_is_the_mean_over_its_members(net: Classifier, crops: Crops) -> None:
+def test_the_map_of_an_ensemble_is_the_mean_over_its_members(net: Classifier, crops: Crops) -> None:
     torch.manual_seed(7)
     both = Ensemble(ClassifierSettings(width=4, members=2)).eval()
     both.members[0].load_state_dict(net.state_dict())
