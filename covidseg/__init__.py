@@ -8,7 +8,7 @@ A chapter is a module, and a stage imports only earlier stages and what all of t
 
     lungs, lungnet (2) > preprocess (1) > classifier (3) > gradcam (4) > patches (5) <> curriculum (6) > segmenter (7)
 
-    shared   augment, training, parallel, unet, profiles, store, atomic, errors
+    shared   augment, training, devices, unet, profiles, store, atomic, errors
     above    pipeline (the recipe), predict (masks for new scans), batch (many of them)
     wings    data (scans, sets, phantom), evaluation (metrics, Table 1), baselines (earlier systems),
              cli (commands), book (what only the chapters use)

@@ -1,18 +1,17 @@
-"""The curriculum of the patch task: a target and a difficulty for every patch, and who is admitted when.
+"""Chapter 6: the curriculum of the patch task, and the rounds in which the two tasks teach each other.
 
-Self-paced learning (Kumar et al., NeurIPS 2010) admits the easiest examples first and lets in harder ones as the net
-improves; Bengio et al. (ICML 2009) called such an order a curriculum. A patch is difficult here where its target is
-undecided, or where the two tasks disagree about it.
+**Curriculum.** Every patch has a target and a difficulty, and is admitted to the training when its turn comes. Self-paced
+learning (Kumar et al., NeurIPS 2010) admits the easiest examples first and lets in harder ones as the net improves;
+Bengio et al. (ICML 2009) called such an order a curriculum. A patch is difficult here where its target is undecided, or
+where the two tasks disagree about it.
 
-Dual-task mutual learning: the classifier and the patch net teach each other in rounds.
-
-In each round the classifier's activation map is the prior of the patch task (A to B), and the patches' map becomes a
-lesson for the classifier's evidence where the patches are sure and the two do not flatly contradict each other (B to
-A). The weight of that lesson is ramped up from round to round, as between two peers on two tasks in Zhang and Zhang
+**Mutual learning.** In each round the classifier's activation map is the prior of the patch task, and the patches' map
+becomes guidance for the classifier's evidence, where the patches are sure and the two do not flatly contradict each
+other. The weight of that guidance is ramped up from round to round, as between two peers on two tasks in Zhang and Zhang
 (PRCV 2021). The rounds end when the two maps agree no better than before, and the round in which they agreed best is
 the one that the later stages use. No mask has a say in either.
 
-This module decides what is taught; :mod:`covidseg.pipeline` runs the rounds and stores each of them.
+This module decides what is taught; :mod:`covidseg.patches` trains the phases, :mod:`covidseg.pipeline` runs the rounds.
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ from covidseg.errors import SettingsError, one_of
 from covidseg.preprocess import WeakSet
 
 ORDERS = ("easy", "random", "reversed", "none")
+SURE = (0.02, 0.98)  # probabilities beyond have the log odds of these: no single opinion decides alone
+UNDECIDED, DISPUTED = 0.6, 0.4  # shares in the difficulty: target near one half, tasks far apart
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class CurriculumSettings:
 
     Attributes:
         order: ``easy`` first; ``random``, ``reversed`` (the hardest first) and ``none`` (all at once) to compare with.
-        paces: share of the patches of positive slices that each phase admits, per class.
-        weights: weight of the admitted patches' loss.
-        trust: how much the target follows the activation map rather than the patch net.
-        prior: patches above this value of the activation map are lesion candidates in the target.
-        sharpness: exponent that moves targets away from one half.
+        paces: Share of the patches of positive slices that each phase admits, per class.
+        weights: Weight of the admitted patches' loss in each phase.
+        trust: How much the target follows the activation map rather than the patch net, in each phase.
+        prior: Patches above this value of the activation map are lesion candidates in the target.
+        sharpness: Exponent that moves targets away from one half.
     """
 
     order: str = "easy"
@@ -62,10 +63,10 @@ class Phase:
     """One phase of the curriculum, arrays of ``(N, P + 1)`` patches.
 
     Attributes:
-        pace: share of the patches of positive slices admitted, per class.
-        target: probability of a lesion that the phase teaches.
-        difficulty: what the order is made by; small is easy.
-        admitted: bool, the patches that are taught.
+        pace: Share of the patches of positive slices admitted, per class.
+        target: Probability of a lesion that the phase teaches.
+        difficulty: What the order is made by; small is easy.
+        admitted: The patches that are taught, bool.
     """
 
     pace: float
@@ -108,11 +109,12 @@ def plan_phase(prior: np.ndarray, opinion: np.ndarray, candidates: np.ndarray, s
     trust = settings.trust[phase]
     # The map's own threshold becomes one half before the two opinions are averaged as log odds.
     middle = float(np.log(settings.prior / (1 - settings.prior)))
-    prior_odds = torch.from_numpy(prior).clamp(0.02, 0.98).logit() - middle
-    own_odds = torch.from_numpy(opinion).clamp(0.02, 0.98).logit()
+    prior_odds = torch.from_numpy(prior).clamp(*SURE).logit() - middle
+    own_odds = torch.from_numpy(opinion).clamp(*SURE).logit()
     target = (settings.sharpness * (trust * prior_odds + (1 - trust) * own_odds)).sigmoid()
     disagreement = (prior_odds.sigmoid() - own_odds.sigmoid()).abs()
-    difficulty = 0.6 * (1 - (2 * target - 1).abs()) + 0.4 * disagreement * (phase > 0)
+    # In the first phase the net has no opinion yet.
+    difficulty = UNDECIDED * (1 - (2 * target - 1).abs()) + DISPUTED * disagreement * (phase > 0)
     pace = settings.paces[phase]
     if settings.order == "random":
         difficulty = torch.rand(difficulty.shape, generator=torch.Generator().manual_seed(seed + phase))
@@ -136,15 +138,15 @@ class MutualSettings:
     """Settings of the exchange.
 
     Attributes:
-        exchange: ``both`` ways; ``to_patches`` only: one round, the map guides the patches; ``none``: the patches
-            learn from slice labels alone.
-        rounds: most rounds.
-        again: share of a task's steps that it trains in every later round, going on from the one before.
-        weights: weight of the lesson for the classifier in rounds 2, 3, ...; the last one stays.
-        gentle: learning rate of the classifier in later rounds, as a share of the first; it should not lose its way.
-        sure: the patches teach "lung" below the first probability and "lesion" above the second.
-        gap: no lesson where the two maps are further apart than this.
-        stop: rounds end when the agreement grows by less.
+        exchange: ``both`` ways; ``to_patches``: one round, the map guides the patches; ``none``: the patches learn
+            from slice labels alone.
+        rounds: The most rounds.
+        again: Share of a task's steps that it trains in every later round, going on from the one before.
+        weights: Weight of the guidance for the classifier in rounds 2, 3, ...; the last one stays.
+        gentle: Learning rate of the classifier in later rounds, as a share of the first; it should not lose its way.
+        sure: The patches teach "lung" below the first probability and "lesion" above the second.
+        gap: There is no guidance where the two maps are further apart than this.
+        stop: The rounds end when the agreement grows by less.
     """
 
     exchange: str = "both"
@@ -167,9 +169,9 @@ class Round:
     """What one round achieved.
 
     Attributes:
-        agreement: see :func:`agreement`.
-        gain: change of the agreement since the round before; NaN in the first.
-        taught: share of the lung of positive slices on which the classifier got a lesson in this round.
+        agreement: How far the two maps agree, in [0, 1].
+        gain: Change of the agreement since the round before; NaN in the first.
+        taught: Share of the lung of positive slices on which the classifier got guidance in this round.
     """
 
     agreement: float
@@ -201,8 +203,8 @@ def agreement(data: WeakSet, cam: np.ndarray, patches: np.ndarray) -> float:
 
     The map has no natural unit, so it is scaled to the mean of the patches' map first.
     """
-    ill = data.labels == 1
-    a, b = cam[ill].astype(float), patches[ill].astype(float)
+    positive = data.labels == 1
+    a, b = cam[positive].astype(float), patches[positive].astype(float)
     a = np.clip(a * (b.sum() / max(a.sum(), 1e-9)), 0, 1)
     return float(2 * np.minimum(a, b).sum() / max(a.sum() + b.sum(), 1e-9))
 

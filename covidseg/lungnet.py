@@ -1,4 +1,4 @@
-"""Stage 1, made robust by itself: a small net learns what disease hides from the threshold.
+"""Chapter 2: threshold lungs made robust: a small net learns what disease hides from the threshold.
 
 A threshold finds healthy lungs well and loses consolidated ones, which are as bright as the chest wall. Slices
 without a lesion have good threshold masks; consolidation painted into them (:mod:`covidseg.augment`) hides parts of a

@@ -1,13 +1,13 @@
-"""Stage 4: multiple-instance learning on 5 x 5 patches, from easy to difficult.
+"""Chapter 5: multiple-instance learning on 5 x 5 patches, trained from easy to difficult.
 
-Patches are the instances, in both readings of the abstract's "5*5". A map of patch numbers says which patch each pixel
-belongs to: squares of 5 x 5 pixels (:func:`square_ids`), or a grid of 5 x 5 cells over every component of the coarse
-label (:func:`grid_ids`). Everything after it is the same for both: quantities are averaged over patches (:func:`pool`)
-and spread back onto pixels (:func:`spread`), for all patches of all slices at once.
+**Patches** are the instances, in both readings of the abstract's "5*5". A map of patch numbers says which patch each
+pixel belongs to: squares of 5 x 5 pixels (:func:`square_ids`), or a grid of 5 x 5 cells over every component of the
+coarse label (:func:`grid_ids`). Everything after it is the same for both: quantities are averaged over patches
+(:func:`pool`) and spread back onto pixels (:func:`spread`), for all patches of all slices at once.
 
-A slice is a *bag* of patches, its *instances*. A bag with a lesion holds at least one ill patch, nobody says which;
-in a bag without, every patch is healthy. Attention (Ilse et al., ICML 2018, eqs. 8-9) pools the patch scores to a
-slice score that the slice label can teach. Each component of the coarse label is a smaller bag of its own.
+**Bags.** A slice is a bag of patches. A bag with a lesion holds at least one lesion patch, nobody says which; in a bag
+without, every patch is healthy. Attention (Ilse et al., ICML 2018, eqs. 8-9) pools the patch scores to a slice score
+that the slice label can teach. Each component of the coarse label is a smaller bag of its own.
 
 The bags alone leave much open, so the class activation map joins in, a little at a time: see
 :mod:`covidseg.curriculum`.
@@ -129,6 +129,7 @@ def instances(ids: np.ndarray) -> np.ndarray:
 # --- bags -----------------------------------------------------------------------------------------------------------
 
 COMPONENTS = 4  # bags of a slice besides the slice itself
+POWER = 4       # of the mean over a bag: the higher, the more it follows the patch with the highest score
 
 
 def gated_attention(h: Tensor, v: nn.Linear, u: nn.Linear, w: nn.Linear) -> Tensor:
@@ -137,7 +138,7 @@ def gated_attention(h: Tensor, v: nn.Linear, u: nn.Linear, w: nn.Linear) -> Tens
 
 
 def bag_probability(scores: Tensor, attention: Tensor, members: Tensor, pooling: str = "attention") -> Tensor:
-    """Probability of a bag from its patches: half pooled scores, half a power mean that follows the worst patch.
+    """Probability of a bag from its patches: half pooled scores, half a power mean.
 
     Args:
         scores: ``(B, P)`` patch logits.
@@ -151,8 +152,8 @@ def bag_probability(scores: Tensor, attention: Tensor, members: Tensor, pooling:
     weights = (attention if pooling == "attention" else torch.zeros_like(attention))
     weights = weights.masked_fill(~members, -1e4).softmax(dim=1)
     pooled = (weights * scores).sum(dim=1).sigmoid()
-    powers = (scores.sigmoid() ** 4 * members).sum(dim=1) / members.sum(dim=1).clamp(min=1)
-    return 0.5 * pooled + 0.5 * (powers + 1e-8) ** 0.25
+    powers = (scores.sigmoid() ** POWER * members).sum(dim=1) / members.sum(dim=1).clamp(min=1)
+    return 0.5 * pooled + 0.5 * (powers + 1e-8) ** (1 / POWER)
 
 
 def component_bags(cam: np.ndarray, ids: np.ndarray, labels: np.ndarray, threshold: float) -> np.ndarray:

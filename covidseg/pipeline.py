@@ -28,17 +28,17 @@ from covidseg.curriculum import Phase, Round, agreement, best_round, make_guidan
 from covidseg.data.folder import Dataset, load_dataset
 from covidseg.data.registry import resolve
 from covidseg.data.splits import apply_split, read_split
+from covidseg.devices import is_first, pick_device
 from covidseg.errors import ArtifactError
 from covidseg.gradcam import activation_maps, coarse_labels
 from covidseg.lungnet import make_lung_net, robust_lungs, train_lung_net
 from covidseg.lungs import lung_masks
-from covidseg.parallel import is_first
 from covidseg.patches import PatchNet, patch_probabilities, train_mil
 from covidseg.preprocess import Crops, WeakSet, make_crops, uncrop_all, weak_set, with_true_lungs
 from covidseg.profiles import REPORT, Profile, profile_json, profile_named
 from covidseg.segmenter import FineLabels, fine_labels, make_segmenter, supervised_settings, train_segmenter
 from covidseg.store import Arrays, Store, environment, file_hash, fingerprint, load_net, net_arrays, write_with_hash
-from covidseg.training import History, Log, pick_device
+from covidseg.training import History, Log
 
 Notes = dict[str, Any]
 

@@ -1,14 +1,13 @@
-"""Stage 5: fine labels, one decision a pixel, from the two tasks together.
+"""Chapter 7: fine labels from the two tasks together, and a U-Net that learns from them and refines them.
 
-The activation map finds whole lesions but blurs them; the patches are precise but blocky. Their log odds are
-averaged, and a random walker (Grady, TPAMI 2006) moves the result to the edges of the picture: pixels that both
-are sure of are seeds, all others join the seed that is reached most easily through similar brightness.
+**Fine labels** are one decision a pixel. The activation map finds whole lesions but blurs them; the patches are precise
+but blocky. Their log odds are averaged, and a random walker (Grady, TPAMI 2006) moves the result to the edges of the
+picture: pixels that both are sure of are seeds, all others join the seed that is reached most easily through similar
+brightness.
 
-Stage 6: a U-Net learns from the fine labels and refines them.
-
-Fine labels are wrong in places, and wrong at random more often than in one direction; a network with a smooth
-idea of a lesion averages such errors out. Doubtful pixels weigh less, and the loss forgives. Slices without a lesion
-are exact, also after lesions were painted in (see :mod:`covidseg.augment`), and have a plain loss. Twice in the
+**The segmenter.** Fine labels are wrong in places, and wrong at random more often than in one direction; a network with
+a smooth idea of a lesion averages such errors out. Doubtful pixels weigh less, and the loss forgives. Slices without a
+lesion are exact, also after lesions were painted in (:mod:`covidseg.augment`), and have a plain loss. Twice in the
 training the averaged net's own opinion is mixed into the fine labels (mean teacher: Tarvainen and Valpola, NeurIPS
 2017). The same loop with radiologists' masks, and nothing painted, is the upper bound.
 """
@@ -26,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from covidseg.augment import NO_PAINT, Painter, PaintSettings, augment, paste_lesions
+from covidseg.devices import keep_freed_memory
 from covidseg.preprocess import Crops, WeakSet, net_input, net_maps, slices_at_once
-from covidseg.training import Batch, Log, Training, keep_freed_memory
+from covidseg.training import Batch, Log, Training
 from covidseg.unet import make_unet
 
 

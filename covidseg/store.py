@@ -34,8 +34,8 @@ from torch import nn
 
 from covidseg import __version__
 from covidseg.atomic import write_whole
+from covidseg.devices import from_first, is_first
 from covidseg.errors import ArtifactError
-from covidseg.parallel import from_first, is_first
 
 Arrays = dict[str, np.ndarray]
 

@@ -14,10 +14,7 @@ A stage's loop stands whole in the module of that stage; :class:`Training` holds
 from __future__ import annotations
 
 import copy
-import ctypes
-import os
 import random
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
@@ -28,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from covidseg.errors import SettingsError, one_of
-from covidseg.parallel import average_gradients, from_first, own_gpu, processes, rank, several
+from covidseg.devices import average_gradients, from_first, keep_freed_memory, made_for_half, processes, rank
+from covidseg.errors import SettingsError
 
 Log = Callable[[str], None]
 Batch = tuple[Tensor, ...]
@@ -181,30 +178,6 @@ def seed_everything(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` takes a CUDA GPU if there is one, else the CPU. Of several processes each takes another GPU.
-
-    Raises:
-        SettingsError: there is no such device, or there are fewer GPUs than processes.
-    """
-    one_of(name, ("auto", "cpu", "cuda"), "device")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("torch finds no CUDA GPU here", remedy="Take --device cpu, or auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return own_gpu() if name == "cuda" and several() else torch.device(name)
-
-
-def use_deterministic_kernels() -> None:
-    """Makes a GPU give the same weights each time, at some cost in time; a CPU does so anyway.
-
-    Operations for which torch has no such kernel are named in a warning, and so in the report of the run.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-
-
 def on_device(net: Net, device: torch.device) -> Net:
     """The net on the device where it is to be trained, its weights with channels last: a third faster on a CPU.
 
@@ -215,20 +188,6 @@ def on_device(net: Net, device: torch.device) -> Net:
     if any(weight.dim() > 4 for weight in net.parameters()):
         return net.to(device)
     return net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def keep_freed_memory() -> bool:
-    """Makes Linux's memory allocator (glibc) keep large blocks that were freed, for the next step or slices.
-
-    By default it gives every block above 32 MB back, and the system fills the next one with zeros, page by page. That
-    made training slower by a tenth at 160 pixels and by a third at 512. Costs a sixth more memory there.
-
-    Returns:
-        Whether the allocator was told; other systems' allocators are left as they are.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    # Options M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h, bytes.
-    return set_option is not None and all([set_option(-3, 2**30), set_option(-1, 2**31 - 1)])
 
 
 def balanced_batches(labels: np.ndarray, patients: np.ndarray, batch: int, steps: int,
@@ -300,11 +259,6 @@ def _use_one_core(device: torch.device) -> None:
     torch.set_num_threads(1)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
-
-
-def made_for_half(device: torch.device) -> bool:
-    """Whether a device is a GPU that computes in bfloat16; older ones imitate it, and are slower for it."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def run_net(function: Callable[..., Tensor], *inputs: Tensor, half: bool | None = None) -> Tensor:

@@ -19,19 +19,9 @@ from tiny import WARM
 from torch import nn
 
 from covidseg.augment import augment, jitter
+from covidseg.devices import made_for_half, pick_device, use_deterministic_kernels
 from covidseg.preprocess import net_input
-from covidseg.training import (
-    Average,
-    Progress,
-    balanced_batches,
-    learning_rate,
-    made_for_half,
-    overlapped,
-    pick_device,
-    run_net,
-    seed_everything,
-    use_deterministic_kernels,
-)
+from covidseg.training import Average, Progress, balanced_batches, learning_rate, overlapped, run_net, seed_everything
 
 pytestmark = pytest.mark.nets
 
@@ -79,7 +69,7 @@ def test_memory_of_one_step_serves_the_next() -> None:
     # Pages that the system has to fill, in a process of its own: 100 blocks of 40 MB are a million.
     code = """
 import resource, torch
-from covidseg.training import keep_freed_memory
+from covidseg.devices import keep_freed_memory
 
 def faults():
     torch.ones(10_000_000)

@@ -39,7 +39,7 @@ def _options(context: typer.Context, debug: Debug = False,
              version: Annotated[bool, typer.Option("--version", help="Print the version and stop.",
                                                    callback=_version, is_eager=True)] = False) -> None:
     state["debug"] = debug
-    # As covidseg.parallel.several() has it, which takes seconds to import.
+    # As covidseg.devices.several() has it, which takes seconds to import.
     if os.environ.get("WORLD_SIZE", "1") != "1" and context.invoked_subcommand != "train":
         raise SettingsError(f"`{context.invoked_subcommand}` runs in one process, only `train` in several",
                             remedy="Start it without torchrun")
@@ -52,8 +52,7 @@ def train(data: Annotated[str, typer.Option(help="A data folder, or a name from 
           part: Annotated[str, typer.Option(help="all volumes, or one side of the set's split: train, test.")] = "all",
           deterministic: Deterministic = False, unchecked: Unchecked = False) -> None:
     """Trains all stages on slice labels. With several GPUs: torchrun --nproc-per-node 2 -m covidseg train ..."""
-    from covidseg.parallel import is_first, joined
-    from covidseg.training import pick_device, use_deterministic_kernels
+    from covidseg.devices import is_first, joined, pick_device, use_deterministic_kernels
 
     if deterministic:
         use_deterministic_kernels()

@@ -71,6 +71,7 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
                   help="Folder for a run of each seed; goes on there if it was stopped.")] = None,
               deterministic: Deterministic = False, unchecked: Unchecked = False) -> None:
     """Trains all systems on the same slice labels, measures them on the same slices, and prints Table 1."""
+    from covidseg.devices import use_deterministic_kernels
     from covidseg.evaluation.experiments import (
         compare,
         differences,
@@ -82,7 +83,6 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
     from covidseg.evaluation.methods import RIVALS, chosen
     from covidseg.pipeline import open_run, write_run
     from covidseg.store import write_text
-    from covidseg.training import use_deterministic_kernels
 
     if deterministic:
         use_deterministic_kernels()

@@ -114,8 +114,8 @@ def predict(inputs: Inputs, out: Out,
     Scans that are done, by the same nets and with the same settings, are left as they are.
     """
     from covidseg.batch import Part, PartRun, parse_part, write_table
+    from covidseg.devices import pick_device
     from covidseg.predict import SHIPPED, load_predictor
-    from covidseg.training import pick_device
 
     which = Part() if part is None else parse_part(part)
     if part is not None and is_file(out):

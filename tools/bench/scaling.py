@@ -70,10 +70,9 @@ def worker() -> None:
 
     from bench.training import silent, soft_targets, step_seconds
     from bench.volumes import weak_set
-    from covidseg.parallel import is_first, joined
+    from covidseg.devices import is_first, joined, pick_device
     from covidseg.profiles import profile_named
     from covidseg.segmenter import certainty, train_segmenter
-    from covidseg.training import pick_device
 
     data = weak_set()
     targets = soft_targets(data)

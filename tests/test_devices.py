@@ -23,13 +23,13 @@ from tiny import STAGES, TINY, WARM, quiet, toy, weights
 from torch import Tensor, nn
 
 from covidseg.cli import app, main
+from covidseg.devices import average_gradients, from_first, is_first, joined, own_gpu, pick_device, processes, rank
 from covidseg.errors import ProcessError, SettingsError
-from covidseg.parallel import average_gradients, from_first, is_first, joined, own_gpu, processes, rank
 from covidseg.predict import load_predictor
 from covidseg.profiles import PROFILES, Profile
 from covidseg.segmenter import SegmenterSettings, train_segmenter
 from covidseg.store import Store, save_arrays
-from covidseg.training import Training, pick_device
+from covidseg.training import Training
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[1]
 SECONDS = 200  # for whatever is started here
