@@ -1,14 +1,14 @@
 """Chapter 6: the curriculum of the patch task, and the rounds in which the two tasks teach each other.
 
-**Curriculum.** Every patch has a target and a difficulty, and is admitted to the training when its turn comes. Self-paced
-learning (Kumar et al., NeurIPS 2010) admits the easiest examples first and lets in harder ones as the net improves;
-Bengio et al. (ICML 2009) called such an order a curriculum. A patch is difficult here where its target is undecided, or
-where the two tasks disagree about it.
+**Curriculum.** Every patch has a target and a difficulty, and is admitted to the training when its turn comes.
+Self-paced learning (Kumar et al., NeurIPS 2010) admits the easiest examples first and lets in harder ones as the net
+improves; Bengio et al. (ICML 2009) called such an order a curriculum. A patch is difficult here where its target is
+undecided, or where the two tasks disagree about it.
 
 **Mutual learning.** In each round the classifier's activation map is the prior of the patch task, and the patches' map
 becomes guidance for the classifier's evidence, where the patches are sure and the two do not flatly contradict each
-other. The weight of that guidance is ramped up from round to round, as between two peers on two tasks in Zhang and Zhang
-(PRCV 2021). The rounds end when the two maps agree no better than before, and the round in which they agreed best is
+other. The weight of that guidance is ramped up from round to round, as between two peers on two tasks in Zhang and
+Zhang (PRCV 2021). The rounds end when the two maps agree no better than before, and the round in which they agreed best is
 the one that the later stages use. No mask has a say in either.
 
 This module decides what is taught; :mod:`covidseg.patches` trains the phases, :mod:`covidseg.pipeline` runs the rounds.
