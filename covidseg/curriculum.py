@@ -8,8 +8,8 @@ undecided, or where the two tasks disagree about it.
 **Mutual learning.** In each round the classifier's activation map is the prior of the patch task, and the patches' map
 becomes guidance for the classifier's evidence, where the patches are sure and the two do not flatly contradict each
 other. The weight of that guidance is ramped up from round to round, as between two peers on two tasks in Zhang and
-Zhang (PRCV 2021). The rounds end when the two maps agree no better than before, and the round in which they agreed best is
-the one that the later stages use. No mask has a say in either.
+Zhang (PRCV 2021). The rounds end when the two maps agree no better than before, and the round in which they agreed
+best is the one that the later stages use. No mask has a say in either.
 
 This module decides what is taught; :mod:`covidseg.patches` trains the phases, :mod:`covidseg.pipeline` runs the rounds.
 """
