@@ -92,20 +92,20 @@ class PaintSettings:
     """What is painted on lesion-free slices. Levels are on the normalised scale: 0 air, 1 soft tissue.
 
     Attributes:
-        share: probability that a lesion-free slice of a batch gets lesions; 0 switches them off.
-        vessels: probability that it gets vessels, with or without lesions; 0 switches them off.
-        scattered: probability that lesions are separate blobs; otherwise they are one irregular field.
-        count: fewest and most blobs.
-        radius: smallest and largest radius of a blob.
-        cover: smallest and largest share of the lung that a field covers.
-        faint: share of the ground glass that is barely denser than lung.
-        haze: lowest, middle and highest level of ground glass; faint glass lies below the middle.
-        solid: lowest and highest level of consolidation.
-        solid_share: share of the blobs that are consolidation; a field has a solid core that often or more.
-        outer: how much likelier a blob starts at the chest wall than deep inside.
-        depth: distance from the chest wall within which that holds.
-        branches: fewest and most vessels.
-        thickness: smallest and largest radius of a vessel at its root.
+        share: Probability that a lesion-free slice of a batch gets lesions; 0 switches them off.
+        vessels: Probability that it gets vessels, with or without lesions; 0 switches them off.
+        scattered: Probability that lesions are separate blobs; otherwise they are one irregular field.
+        count: Fewest and most blobs.
+        radius: Smallest and largest radius of a blob.
+        cover: Smallest and largest share of the lung that a field covers.
+        faint: Share of the ground glass that is barely denser than lung.
+        haze: Lowest, middle and highest level of ground glass; faint glass lies below the middle.
+        solid: Lowest and highest level of consolidation.
+        solid_share: Share of the blobs that are consolidation; a field has a solid core that often or more.
+        outer: How much likelier a blob starts at the chest wall than deep inside.
+        depth: Distance from the chest wall within which that holds.
+        branches: Fewest and most vessels.
+        thickness: Smallest and largest radius of a vessel at its root.
     """
 
     share: float = 0.85
@@ -132,8 +132,8 @@ class Places:
     """Where in a lung a pixel lies, ``(S, S)`` float32 distances as fractions of the side.
 
     Attributes:
-        depth: from the chest wall: the convex hull of both lungs.
-        medial: from the mediastinum and heart: what the hull holds besides lung.
+        depth: From the chest wall: the convex hull of both lungs.
+        medial: From the mediastinum and heart: what the hull holds besides lung.
     """
 
     depth: np.ndarray
@@ -256,7 +256,12 @@ def paint_vessels(image: np.ndarray, lung: np.ndarray, settings: PaintSettings, 
                   place: Places | None = None) -> np.ndarray:
     """Paints bright branches that grow from the mediastinum into the lung; they are no lesions.
 
-    Args: as of :func:`paint_lesions`.
+    Args:
+        image: ``(S, S)`` normalised.
+        lung: ``(S, S)`` bool, not empty.
+        settings: what to paint.
+        random: source of randomness.
+        place: from :func:`places`, if it is known already.
 
     Returns:
         The painted picture, ``(S, S)`` float32.

@@ -28,15 +28,15 @@ class ClassifierSettings:
     """Settings of the classifier.
 
     Attributes:
-        width: channels after the stem; doubles with each stride.
-        steps: optimiser steps.
-        batch: slices a step, half of them with a lesion.
-        rate: peak learning rate of AdamW.
-        temperature: of the log-sum-exp pooling; larger looks at fewer pixels.
-        flip_weight: weight of the loss that asks the evidence map to move along when the picture is flipped.
-        outside_weight: weight of the loss that keeps evidence inside the lung.
-        members: classifiers in the ensemble, see :class:`Ensemble`.
-        paint: vessels painted on lesion-free slices, which mostly come from the ends of the lungs: without them the
+        width: Channels after the stem; doubles with each stride.
+        steps: Optimiser steps.
+        batch: Slices a step, half of them with a lesion.
+        rate: Peak learning rate of AdamW.
+        temperature: Of the log-sum-exp pooling; larger looks at fewer pixels.
+        flip_weight: Weight of the loss that asks the evidence map to move along when the picture is flipped.
+        outside_weight: Weight of the loss that keeps evidence inside the lung.
+        members: Classifiers in the ensemble, see :class:`Ensemble`.
+        paint: Vessels painted on lesion-free slices, which mostly come from the ends of the lungs: without them the
             net learns that thick vessels mean a lesion. No lesion is painted for the classifier.
     """
 

@@ -32,13 +32,13 @@ class CamSettings:
     """Settings of the class activation maps.
 
     Attributes:
-        batch: slices a pass.
-        scales: the map is averaged over the slice enlarged by these factors, each with its mirror image.
-        layer_share: share of LayerCAM of the last two blocks in the map; Grad-CAM of the last block has the rest.
-        top: the map is divided by this percentile of itself inside the lung: no single pixel sets the scale.
-        lesion: coarse label "lesion" from this value on.
-        lung: coarse label "lung" below this value; in between nobody knows.
-        outline: where a single outline is wanted, for the table, it is drawn at this value.
+        batch: Slices a pass.
+        scales: The map is averaged over the slice enlarged by these factors, each with its mirror image.
+        layer_share: Share of LayerCAM of the last two blocks in the map; Grad-CAM of the last block has the rest.
+        top: The map is divided by this percentile of itself inside the lung: no single pixel sets the scale.
+        lesion: Coarse label "lesion" from this value on.
+        lung: Coarse label "lung" below this value; in between nobody knows.
+        outline: Where a single outline is wanted, for the table, it is drawn at this value.
     """
 
     batch: int = 32

@@ -35,24 +35,24 @@ class LungNetSettings:
     """Settings of the lung net; lengths are fractions of the crop's side.
 
     Attributes:
-        steps: optimiser steps; 0 does without the net and keeps the threshold mask.
-        again: steps of the second generation, which starts afresh; 0 does without.
-        size: side of the crops that it works on, in pixels; a multiple of 16.
-        channels: channels of the U-Net's levels.
-        batch: slices a step.
-        rate: peak learning rate of AdamW.
-        zoom: crops are zoomed by up to this factor and its inverse: disease can hide the end of a lung.
-        shift: ... and shifted by up to this much.
-        paint: what is painted; radii reach up to ``thick`` times the lung's largest depth.
-        thick: see ``paint``. Thin rims of lung at the diaphragm get small blobs, or the net takes in the liver.
-        organs: probability that an organ is painted into a lung; it is cut out of the wanted mask.
-        organ: smallest and largest radius of an organ.
-        keep: threshold lung stays lung down to this probability of the net.
-        add: what the threshold left out becomes lung from this probability on ...
-        add_thin: ... and from this one in slices with little lung, where liver and spleen look like consolidation.
-        little: slices with a smaller share of threshold lung have little.
-        smallest: components below this share of the largest are dropped.
-        largest_hole: larger holes are not filled: the dome of the liver.
+        steps: Optimiser steps; 0 does without the net and keeps the threshold mask.
+        again: Steps of the second generation, which starts afresh; 0 does without.
+        size: Side of the crops that it works on, in pixels; a multiple of 16.
+        channels: Channels of the U-Net's levels.
+        batch: Slices a step.
+        rate: Peak learning rate of AdamW.
+        zoom: Crops are zoomed by up to this factor and its inverse: disease can hide the end of a lung.
+        shift: Crops are shifted by up to this much.
+        paint: What is painted.
+        thick: Largest radius that is painted, as a multiple of the lung's largest depth. Thin rims of lung at the diaphragm get small blobs, or the net takes in the liver.
+        organs: Probability that an organ is painted into a lung; it is cut out of the wanted mask.
+        organ: Smallest and largest radius of an organ.
+        keep: Threshold lung stays lung down to this probability of the net.
+        add: What the threshold left out becomes lung from this probability on.
+        add_thin: The same in slices with little lung, where liver and spleen look like consolidation.
+        little: Slices with a smaller share of threshold lung have little.
+        smallest: Components below this share of the largest are dropped.
+        largest_hole: Larger holes are not filled: the dome of the liver.
     """
 
     steps: int = 600

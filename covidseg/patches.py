@@ -57,7 +57,8 @@ def grid_ids(lungs: np.ndarray, coarse: np.ndarray, grid: int = 5, patch: int = 
         lungs: ``(N, S, S)`` bool.
         coarse: ``(N, S, S)`` bool, the coarse label "lesion".
         grid: cells a side; components too small for cells of 2 pixels keep their squares.
-        patch, share: as of :func:`square_ids`.
+        patch: Side of the squares in pixels.
+        share: A cell or square with less lung is no instance.
 
     Returns:
         ``(N, S, S)`` int32: 0 outside, patches of each slice from 1 on.
@@ -185,7 +186,7 @@ def component_loss(scores: Tensor, attention: Tensor, bags: Tensor, pooling: str
     Args:
         scores, attention: ``(B, P + 1)`` logits.
         bags: ``(B, P + 1)`` int from :func:`component_bags`.
-        pooling: as of :func:`bag_probability`.
+        pooling: ``attention`` weighs the scores, ``mean`` does not.
     """
     losses = []
     for rank in range(1, COMPONENTS + 1):
@@ -205,18 +206,18 @@ class MilSettings:
 
     Attributes:
         reading: ``pixels``: patches are squares of ``patch`` pixels; ``grid``: 5 x 5 cells over each coarse component.
-        patch: side of the squares in pixels.
+        patch: Side of the squares in pixels.
         pooling: ``attention`` or ``mean``, how a bag's score comes from its patches.
-        width: channels of the finest level.
-        steps: optimiser steps in all phases together.
-        batch: slices a step, half of them with a lesion.
-        rate: peak learning rate of AdamW.
-        component: activation from which on coarse components are bags of their own ...
-        component_weight: ... and the weight of their loss; 0 leaves these bags out.
-        zeros: weight of the loss that holds every patch of a lesion-free slice at 0.
-        curriculum: targets, order and pace.
-        threshold: lesion from this probability on, where a single outline is wanted.
-        paint: lesions and vessels painted on lesion-free slices.
+        width: Channels of the finest level.
+        steps: Optimiser steps in all phases together.
+        batch: Slices a step, half of them with a lesion.
+        rate: Peak learning rate of AdamW.
+        component: Activation from which on coarse components are bags of their own.
+        component_weight: Weight of the loss of these bags; 0 leaves them out.
+        zeros: Weight of the loss that holds every patch of a lesion-free slice at 0.
+        curriculum: Targets, order and pace.
+        threshold: Lesion from this probability on, where a single outline is wanted.
+        paint: Lesions and vessels painted on lesion-free slices.
     """
 
     reading: str = "pixels"

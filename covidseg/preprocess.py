@@ -32,9 +32,9 @@ class PrepareSettings:
     """How slices are cut out.
 
     Attributes:
-        size: side of the square crops in pixels; a multiple of 40, so that 5-pixel patches and stride-8 nets fit.
-        margin: width added around the lungs' bounding box, as a fraction of its longer side.
-        least_lung: slices with a smaller share of lung are left out of training.
+        size: Side of the square crops in pixels; a multiple of 40, so that 5-pixel patches and stride-8 nets fit.
+        margin: Width added around the lungs' bounding box, as a fraction of its longer side.
+        least_lung: Slices with a smaller share of lung are left out of training.
     """
 
     size: int = 160
@@ -74,7 +74,7 @@ class WeakSet:
     """Slices with one label each: the only supervision of the method.
 
     Attributes:
-        crops: the pictures and lungs, by threshold or completed (:mod:`covidseg.lungnet`).
+        crops: The pictures and lungs, by threshold or completed (:mod:`covidseg.lungnet`).
         labels: ``(N,)`` int, 1 = the slice shows a lesion.
         patients: ``(N,)`` str, for balanced sampling.
         names: ``(N,)`` str, ``volume:slice``.

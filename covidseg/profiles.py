@@ -28,7 +28,7 @@ class Profile:
     Attributes:
         name: ``quick`` or ``full``.
         method: ``extended`` or ``faithful``, see :func:`profile_named`.
-        true_lungs: use the lung masks of the data folders in place of lungs that were found, for comparison only.
+        true_lungs: Use the lung masks of the data folders in place of lungs that were found, for comparison only.
     """
 
     name: str

@@ -36,12 +36,12 @@ class FineSettings:
     """Settings of the fine labels.
 
     Attributes:
-        cam_share: share of the activation map in the averaged log odds; the patches have the rest.
-        cam_middle: value of the activation map that counts as one half.
-        seed_lesion: pixels above are seeds of the lesion.
-        seed_lung: pixels below are seeds of the lung.
-        beta: how much a step in brightness hinders the walker.
-        smallest: components of fewer pixels are dropped.
+        cam_share: Share of the activation map in the averaged log odds; the patches have the rest.
+        cam_middle: Value of the activation map that counts as one half.
+        seed_lesion: Pixels above are seeds of the lesion.
+        seed_lung: Pixels below are seeds of the lung.
+        beta: How much a step in brightness hinders the walker.
+        smallest: Components of fewer pixels are dropped.
     """
 
     cam_share: float = 0.15
@@ -152,20 +152,20 @@ class SegmenterSettings:
     """Settings of the segmenter.
 
     Attributes:
-        channels: channels of the U-Net's levels.
-        steps: optimiser steps.
-        batch: slices a step, half of them with a lesion.
-        rate: peak learning rate of AdamW.
-        robustness: q of the generalised cross entropy (Zhang and Sabuncu, NeurIPS 2018, eq. 6): near 0 it is
+        channels: Channels of the U-Net's levels.
+        steps: Optimiser steps.
+        batch: Slices a step, half of them with a lesion.
+        rate: Peak learning rate of AdamW.
+        robustness: Q of the generalised cross entropy (Zhang and Sabuncu, NeurIPS 2018, eq. 6): near 0 it is
             cross entropy, at 1 the mean absolute error, which forgives wrong labels.
-        dice_weight: weight of the soft Dice loss.
-        fine_weight: weight of the fine labels against the exact slices.
-        refresh: after these shares of the steps the fine labels are mixed with the averaged net's opinion.
-        keep: share of the old labels in that mixture.
-        paste: probability that a lesion-free slice gets the lesions of a slice with fine labels, see
+        dice_weight: Weight of the soft Dice loss.
+        fine_weight: Weight of the fine labels against the exact slices.
+        refresh: After these shares of the steps the fine labels are mixed with the averaged net's opinion.
+        keep: Share of the old labels in that mixture.
+        paste: Probability that a lesion-free slice gets the lesions of a slice with fine labels, see
             :func:`paste_lesions`.
-        threshold: lesion from this probability on; below one half, since fine labels leave out doubtful rims.
-        paint: lesions painted on lesion-free slices; a share of 0 leaves them out.
+        threshold: Lesion from this probability on; below one half, since fine labels leave out doubtful rims.
+        paint: Lesions painted on lesion-free slices; a share of 0 leaves them out.
     """
 
     channels: tuple[int, ...] = (16, 32, 64, 128)
@@ -210,7 +210,14 @@ def robust_loss(logits: Tensor, target: Tensor, weight: Tensor, settings: Segmen
 
 
 def exact_loss(logits: Tensor, target: Tensor, inside: Tensor, settings: SegmenterSettings) -> Tensor:
-    """Cross entropy plus soft Dice where labels are exact; arguments as of :func:`robust_loss`, ``inside`` 0 or 1."""
+    """Cross entropy plus soft Dice over the batch, where labels are exact.
+
+    Args:
+        logits: ``(B, 1, S, S)``.
+        target: ``(B, 1, S, S)`` 0 or 1.
+        inside: ``(B, 1, S, S)`` 0 or 1; 0 leaves a pixel out.
+        settings: Weight of the Dice loss.
+    """
     entropy = F.binary_cross_entropy_with_logits(logits, target, inside, reduction="sum") / inside.sum().clamp(min=1)
     p, target = logits.sigmoid() * inside, target * inside
     return entropy + settings.dice_weight * (1 - (2 * (p * target).sum() + 1) / ((p + target).sum() + 1))

@@ -5,7 +5,7 @@ scan leads to another file and nothing stale is ever read. Files are written und
 folder and renamed, so that a run that is stopped leaves whole files only and goes on where it stopped. Programs that
 share a folder wait for each other's stages.
 
-What a run notices about itself: versions, the warnings that were given, and the most memory that it needed.
+With each result is noted what making it took: seconds, the most memory, and the warnings that were given.
 """
 
 from __future__ import annotations
@@ -95,7 +95,11 @@ def write_hash(path: Path) -> None:
 
 
 def write_with_hash(path: Path, text: str) -> None:
-    """Writes a small text file, and its sha256 beside it for :func:`check_hash`; errors as of :func:`write_text`."""
+    """Writes a small text file, and its sha256 beside it for :func:`check_hash`.
+
+    Raises:
+        OutputError: one of the two cannot be written.
+    """
     write_text(path, text)
     write_hash(path)
 
@@ -223,7 +227,11 @@ class Store:
             return notes
 
     def seconds(self, stage: str, key: str) -> float:
-        """What a stored stage took, without the stages before it; errors as of :meth:`notes`."""
+        """What a stored stage took, without the stages before it.
+
+        Raises:
+            ArtifactError: it is not stored, cannot be read, or does not say.
+        """
         seconds = self.notes(stage, key).get("seconds", 0.0)
         if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
             raise ArtifactError("its notes do not say what it took", path=self.path(stage, key),
@@ -273,7 +281,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def noted_warnings() -> Iterator[list[str]]:
     """Notes the warnings given inside the ``with`` block, each once; they are shown as ever.
 
-    One thread at a time can do so, as of :class:`warnings.catch_warnings`: what shows warnings serves all threads.
+    One thread at a time can do so, since what shows warnings serves all threads.
 
     Yields:
         A list that grows: ``UserWarning: text`` each, without the name of the file that warned.

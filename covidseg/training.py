@@ -69,8 +69,8 @@ class Training:
         cycle: whether the learning rate warms up and decays; otherwise it stays.
 
     Attributes:
-        generator: source of randomness for batches, on the CPU. Of several processes each has another one.
-        seed: for further sources of randomness in making batches; likewise.
+        generator: Source of randomness for batches, on the CPU. Of several processes each has another one.
+        seed: For further sources of randomness in making batches; likewise.
     """
 
     def __init__(self, name: str, settings: LoopSettings, seed: int, device: torch.device, log: Log = print, *,
@@ -316,7 +316,7 @@ class Progress:
     """Prints one line an epoch: a bar that redraws itself would leave hundreds of lines in a rendered page.
 
     Attributes:
-        history: what was printed, one entry a line.
+        history: What was printed, one entry a line.
     """
 
     def __init__(self, name: str, steps: int, lines: int, log: Log = print) -> None:
