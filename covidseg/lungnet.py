@@ -44,7 +44,8 @@ class LungNetSettings:
         zoom: Crops are zoomed by up to this factor and its inverse: disease can hide the end of a lung.
         shift: Crops are shifted by up to this much.
         paint: What is painted.
-        thick: Largest radius that is painted, as a multiple of the lung's largest depth. Thin rims of lung at the diaphragm get small blobs, or the net takes in the liver.
+        thick: Largest radius that is painted, as a multiple of the lung's largest depth. Thin rims of lung at the
+            diaphragm get small blobs, or the net takes in the liver.
         organs: Probability that an organ is painted into a lung; it is cut out of the wanted mask.
         organ: Smallest and largest radius of an organ.
         keep: Threshold lung stays lung down to this probability of the net.
