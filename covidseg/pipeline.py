@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,38 +37,19 @@ from covidseg.patches import PatchNet, patch_probabilities, train_mil
 from covidseg.preprocess import Crops, WeakSet, make_crops, uncrop_all, weak_set, with_true_lungs
 from covidseg.profiles import REPORT, Profile, profile_json, profile_named
 from covidseg.segmenter import FineLabels, fine_labels, make_segmenter, supervised_settings, train_segmenter
-from covidseg.store import Arrays, Store, environment, file_hash, fingerprint, load_net, net_arrays, write_with_hash
+from covidseg.store import (
+    Arrays,
+    Form,
+    Notes,
+    Store,
+    array_form,
+    environment,
+    file_hash,
+    fingerprint,
+    net_form,
+    write_with_hash,
+)
 from covidseg.training import History, Log
-
-Notes = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a result is stored.
-
-    Attributes:
-        pack: Turns the result into arrays and JSON notes.
-        unpack: Turns them back.
-    """
-
-    pack: Callable[[Any], tuple[Arrays, Notes]]
-    unpack: Callable[[Arrays, Notes], Any]
-
-
-def _array(name: str, stored: type | None = None) -> Form:
-    """One array; stored in half precision, it is used in single precision."""
-    return Form(lambda value: ({name: value if stored is None else value.astype(stored)}, {}),
-                lambda arrays, _: arrays[name] if stored is None else arrays[name].astype(np.float32))
-
-
-def _net(empty: Callable[[], nn.Module], device: torch.device) -> Form:
-    """A net and its losses; its weights are put into an empty net."""
-    def unpack(arrays: Arrays, notes: Notes) -> nn.Module:
-        net: Any = load_net(empty(), arrays).to(device)
-        net.history = notes.get("history", [])
-        return net
-    return Form(lambda net: (net_arrays(net), {"history": getattr(net, "history", [])}), unpack)
 
 
 def _mil(empty: Callable[[], PatchNet], device: torch.device) -> Form:
@@ -77,14 +58,14 @@ def _mil(empty: Callable[[], PatchNet], device: torch.device) -> Form:
 
     def pack(result: tuple[PatchNet, list[Phase]]) -> tuple[Arrays, Notes]:
         net, phases = result
-        arrays, notes = _net(empty, device).pack(net)
+        arrays, notes = net_form(empty, device).pack(net)
         of_phases = {f"phase{k}.{part}": getattr(phase, part) for k, phase in enumerate(phases) for part in parts}
         return {f"net.{name}": value for name, value in arrays.items()} | of_phases, \
             notes | {"paces": [phase.pace for phase in phases]}
 
     def unpack(arrays: Arrays, notes: Notes) -> tuple[nn.Module, list[Phase]]:
         weights = {name.removeprefix("net."): value for name, value in arrays.items() if name.startswith("net.")}
-        return _net(empty, device).unpack(weights, notes), [
+        return net_form(empty, device).unpack(weights, notes), [
             Phase(pace, *(arrays[f"phase{k}.{part}"] for part in parts)) for k, pace in enumerate(notes["paces"])]
     return Form(pack, unpack)
 
@@ -142,13 +123,13 @@ class Run:
         """Chapter 2: the net that completes diseased lungs; None if the profile does without."""
         settings = self.profile.lung_net
         return None if not settings.steps else self._stage(
-            "lung_net", _net(lambda: make_lung_net(settings), self.device),
+            "lung_net", net_form(lambda: make_lung_net(settings), self.device),
             lambda: train_lung_net(self.threshold(), settings, **self._how()))
 
     def weak(self) -> WeakSet:
         """Chapter 2: crops with completed lungs, and the slice labels. All that the later stages see."""
         data = self.threshold()
-        lungs = self._stage("weak", _array("lungs"), lambda: (
+        lungs = self._stage("weak", array_form("lungs"), lambda: (
             with_true_lungs(self.data, data).crops if self.profile.true_lungs else
             robust_lungs(self.lung_net(), data.crops, self.profile.lung_net)).lungs)
         return replace(data, crops=replace(data.crops, lungs=lungs))
@@ -163,7 +144,7 @@ class Run:
             gentle = replace(self._later(settings), rate=self.profile.mutual.gentle * settings.rate)
             return train_ensemble(self.weak(), gentle, start=self.ensemble(number - 1), guidance=self._guidance(number),
                                   **self._how(number), name=f"classifier-{number}")
-        return self._stage(f"classifier{number}", _net(lambda: Ensemble(settings), self.device), make)
+        return self._stage(f"classifier{number}", net_form(lambda: Ensemble(settings), self.device), make)
 
     def classifier(self, number: int = 1) -> Classifier:
         """The first of the ensemble, to look at; in the quick profile it is the only one."""
@@ -171,7 +152,7 @@ class Run:
 
     def cam(self, number: int = 1) -> np.ndarray:
         """Chapter 4: activation maps of all training slices after a round, ``(N, S, S)`` in [0, 1]."""
-        return self._stage(f"cam{number}", _array("cam", np.float16), lambda: activation_maps(
+        return self._stage(f"cam{number}", array_form("cam", np.float16), lambda: activation_maps(
             self.ensemble(number), self.weak().crops, self.profile.cam))
 
     def coarse(self) -> np.ndarray:
@@ -194,7 +175,7 @@ class Run:
 
     def patches(self, number: int = 1) -> np.ndarray:
         """Chapter 5: patch probabilities of all training slices on pixels after a round, ``(N, S, S)``."""
-        return self._stage(f"patches{number}", _array("patches"), lambda: patch_probabilities(
+        return self._stage(f"patches{number}", array_form("patches"), lambda: patch_probabilities(
             self.mil(number)[0], self.weak().crops, self.cam(number)))
 
     def rounds(self) -> list[Round]:
@@ -225,8 +206,9 @@ class Run:
     def segmenter(self) -> nn.Module:
         """Chapter 7: the segmenter trained on the fine labels."""
         settings = self.profile.segmenter
-        return self._stage("segmenter", _net(lambda: make_segmenter(settings), self.device), lambda: train_segmenter(
-            self.weak(), self.fine().targets, self.fine().weights, settings, **self._how()))
+        return self._stage(
+            "segmenter", net_form(lambda: make_segmenter(settings), self.device), lambda: train_segmenter(
+                self.weak(), self.fine().targets, self.fine().weights, settings, **self._how()))
 
     # --- what the recipe is made with -------------------------------------------------------------------------------
 
@@ -336,7 +318,7 @@ class Run:
             name: of this training in the log, default that of the stage.
         """
         settings = supervised_settings(self.profile.segmenter)
-        return self._stage(stage, _net(lambda: make_segmenter(settings), self.device), lambda: train_segmenter(
+        return self._stage(stage, net_form(lambda: make_segmenter(settings), self.device), lambda: train_segmenter(
             data, masks, np.ones(masks.shape, np.float32), settings, **self._how(), name=name or stage), key)
 
 

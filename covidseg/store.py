@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
@@ -38,6 +38,7 @@ from covidseg.devices import from_first, is_first
 from covidseg.errors import ArtifactError
 
 Arrays = dict[str, np.ndarray]
+Notes = dict[str, Any]
 
 
 def fingerprint(*parts: Any) -> str:
@@ -260,6 +261,34 @@ def load_net(net: nn.Module, arrays: Arrays, path: Path | None = None) -> nn.Mod
         raise ArtifactError(f"stored weights do not fit this net ({differs})", path=path,
                             remedy="Train again with this version of covidseg") from error
     return net.eval()
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a kind of result is stored.
+
+    Attributes:
+        pack: Turns a result into arrays and JSON notes.
+        unpack: Turns them back.
+    """
+
+    pack: Callable[[Any], tuple[Arrays, Notes]]
+    unpack: Callable[[Arrays, Notes], Any]
+
+
+def array_form(name: str, stored: type | None = None) -> Form:
+    """One array; what is stored in half precision is used in single precision."""
+    return Form(lambda value: ({name: value if stored is None else value.astype(stored)}, {}),
+                lambda arrays, _: arrays[name] if stored is None else arrays[name].astype(np.float32))
+
+
+def net_form(empty: Callable[[], nn.Module], device: torch.device) -> Form:
+    """A net and the losses of its training; its weights are put into an empty net."""
+    def unpack(arrays: Arrays, notes: Notes) -> nn.Module:
+        net: Any = load_net(empty(), arrays).to(device)
+        net.history = notes.get("history", [])
+        return net
+    return Form(lambda net: (net_arrays(net), {"history": getattr(net, "history", [])}), unpack)
 
 
 # --- what a program needed ------------------------------------------------------------------------------------------
