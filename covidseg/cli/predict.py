@@ -86,14 +86,20 @@ def end(failed: CovidsegError | None, files: list[Path]) -> None:
 
 def lungs(inputs: Inputs, out: Out, volume: Volume = None, unchecked: Unchecked = False) -> None:
     """Writes threshold lung masks; no training needed."""
-    from covidseg.data.slices import write_lungs
+    from covidseg.data.scan import read_scan, write_like
+    from covidseg.lungs import lung_masks, no_lung
 
     files = files_of(inputs)
     targets = targets_of(out, files)
 
     def work(path: Path) -> str:
-        found, slices = write_lungs(path, targets[path], volume=volume, progress=True, check=not unchecked)
-        return f"lung in {found} of {slices} slices, wrote {targets[path]}"
+        scan = read_scan(path)
+        masks = lung_masks(scan.pixels, volume=volume, check=None if unchecked else path, progress=True)
+        found = int(masks.any(axis=(1, 2)).sum())
+        if not found:
+            raise no_lung(path)
+        write_like(masks, scan.grid, targets[path])
+        return f"lung in {found} of {len(masks)} slices, wrote {targets[path]}"
 
     end(each(files, work), files)
 
