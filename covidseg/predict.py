@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,15 +70,13 @@ class Predictor:
         profile = self.profile
         return fingerprint(profile.lungs, profile.prepare, profile.lung_net, profile.segmenter, digest.hexdigest())
 
-    def probabilities(self, scan: Scan, volume: bool | None = None, *, check: bool = False,
-                      progress: bool = False) -> np.ndarray:
+    def probabilities(self, scan: Scan, volume: bool | None = None, *, check: bool = False) -> np.ndarray:
         """Lesion probability of every voxel.
 
         Args:
             scan: the scan.
             volume: whether its slices are one body in order; by default that is measured.
             check: whether the scan has to look like chest CT.
-            progress: whether a bar is shown, if it takes long and there is a terminal.
 
         Returns:
             ``(slices, rows, columns)`` float32, 0 outside the lung but for the pixels at its edge.
@@ -86,21 +85,9 @@ class Predictor:
             InputFileError: the scan does not look like chest CT.
             NoLungError: there is no lung in any slice.
         """
-        lungs = lung_masks(scan.pixels, self.profile.lungs, volume, check=scan.path if check else None,
-                           progress=progress)                                       # (S, H, W)
-        found = np.flatnonzero(lungs.any(axis=(1, 2)))
-        if not len(found):
-            raise no_lung(scan.path)
-        count, height, width = scan.pixels.shape
-        maps = np.zeros((count, height, width), np.float32)
-        lung_net, segmenter = self._nets
-        for part in with_bar(np.split(found, range(BATCH, len(found), BATCH)), "lesions", progress, "batch"):
-            with torch.inference_mode():
-                crops = robust_lungs(lung_net, make_crops(scan.pixels[part], lungs[part], self.profile.prepare),
-                                     self.profile.lung_net)
-                small = lesion_probabilities(segmenter, crops)                      # (B, size, size)
-            for k, p, box in zip(part, small, crops.boxes, strict=True):
-                maps[k] = uncrop(p, box, (height, width))
+        maps = np.zeros(scan.pixels.shape, np.float32)
+        for k, p in self._maps(scan, volume, check):
+            maps[k] = p
         return maps
 
     def predict_file(self, path: Path, target: Path, threshold: float | None = None,
@@ -122,14 +109,37 @@ class Predictor:
             NoLungError: there is no lung in any slice.
             OutputError: a result cannot be written.
         """
+        level = self.profile.segmenter.threshold if threshold is None else threshold
         scan = read_scan(path)
-        maps = self.probabilities(scan, volume, check=check, progress=progress)
-        mask = maps >= (self.profile.segmenter.threshold if threshold is None else threshold)
-        if probability_target is not None:
+        mask = np.zeros(scan.pixels.shape, bool)
+        # The largest array of all, four bytes a voxel, is only made where it is wanted.
+        maps = None if probability_target is None else np.zeros(scan.pixels.shape, np.float32)
+        for k, p in self._maps(scan, volume, check, progress):
+            mask[k] = p >= level
+            if maps is not None:
+                maps[k] = p
+        if maps is not None and probability_target is not None:
             write_like(maps, scan.grid, probability_target)
         write_like(mask, scan.grid, target)
         return Prediction(len(mask), int(mask.any(axis=(1, 2)).sum()),
                           int(mask.sum()) * math.prod(scan.spacing) / 1000)
+
+    def _maps(self, scan: Scan, volume: bool | None, check: bool,
+              progress: bool = False) -> Iterator[tuple[int, np.ndarray]]:
+        """Number and lesion probability ``(rows, columns)`` of each slice with a lung, some slices at a time."""
+        lungs = lung_masks(scan.pixels, self.profile.lungs, volume, check=scan.path if check else None,
+                           progress=progress)                                                     # (S, H, W)
+        found = np.flatnonzero(lungs.any(axis=(1, 2)))
+        if not len(found):
+            raise no_lung(scan.path)
+        lung_net, segmenter = self._nets
+        for part in with_bar(np.split(found, range(BATCH, len(found), BATCH)), "lesions", progress, "batch"):
+            with torch.inference_mode():
+                crops = make_crops(scan.pixels[part], lungs[part], self.profile.prepare)
+                completed = robust_lungs(lung_net, crops, self.profile.lung_net)
+                small = lesion_probabilities(segmenter, completed)                                # (B, size, size)
+            for k, p, box in zip(part, small, crops.boxes, strict=True):
+                yield k, uncrop(p, box, lungs[k].shape)
 
 
 def segment(scan: Scan | Path | str, predictor: Predictor | None = None, *, volume: bool | None = None,
