@@ -189,7 +189,7 @@ def merge(out: Path) -> list[Row]:
                            remedy="Run all parts again with the same scans and options")
     odd = [str(part) for part in parts if any(row[key] != rows[0][key] for row in found[part] for key in MADE)]
     if odd:
-        raise DatasetError(f"part {', '.join(odd)} was made with other nets or settings than the first", path=out,
+        raise DatasetError(f"part {', '.join(odd)} was made with other nets or settings than part {parts[0]}", path=out,
                            remedy="Run all parts again with the same scans and options")
     for row in rows:
         mask = out / f"{row['name']}.nii.gz"

@@ -122,8 +122,11 @@ def lung_masks(pixels: np.ndarray, settings: LungSettings = LungSettings(), volu
 
 def large_in_3d(aerated: np.ndarray, share: float) -> np.ndarray:
     """The components of a volume ``(S, h, w)`` that have more than ``share`` of the voxels of the largest."""
-    labels, _ = ndi.label(aerated)
-    volumes = sizes(labels)
+    labels, count = ndi.label(aerated)
+    volumes = np.zeros(count + 1, int)
+    for slice_labels in labels:  # one by one, since counting needs eight bytes a pixel
+        volumes += np.bincount(slice_labels.ravel(), minlength=count + 1)
+    volumes[0] = 0               # the background
     return (volumes > share * volumes.max())[labels]
 
 
@@ -367,7 +370,7 @@ def closing(mask: np.ndarray, radius: int) -> np.ndarray:
 
 def sizes(labels: np.ndarray) -> np.ndarray:
     """Pixels of each component of a label image, at its number; 0 for the background."""
-    counts = np.bincount(labels.ravel(), minlength=1)
+    counts = np.bincount(labels.ravel())
     counts[0] = 0
     return counts
 
