@@ -1,31 +1,33 @@
 """Predictions of many scans, done in parts that can run at the same time or again, and put together in the end.
 
-Part ``i`` of ``n`` takes every ``n``-th scan of the sorted list. It keeps a report, ``parts/part-i-of-n.json`` beside
-its masks, up to date after each scan. What a report calls done, and is there unchanged, is not done again, so that a
-part that was stopped is simply started once more. :func:`merge` puts the reports together in one table.
+Part ``i`` of ``n`` takes every ``n``-th scan of the sorted list. Its table, ``parts/part-i-of-n.csv`` beside the masks,
+has a row for each of its scans and is up to date after each of them. A scan is left as it is if a table says what was
+made of it, with the same nets and settings, and the files are unchanged; so a part that was stopped is simply started
+once more. :func:`merge` puts the tables together.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
+import os
 import re
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from covidseg import DISCLAIMER, __version__
+from covidseg import __version__
 from covidseg.data.scan import scan_id
 from covidseg.errors import CovidsegError, DatasetError, SettingsError
 from covidseg.predict import Predictor
-from covidseg.store import environment, file_hash, fingerprint, noted_warnings, peak_memory, write_text
+from covidseg.store import file_hash, write_text
 
-Entry = dict[str, Any]    # what a report says about one scan
-Report = dict[str, Any]
+Row = dict[str, str]  # one scan
 COLUMNS = ("name", "status", "error", "slices", "lesion_slices", "lesion_ml", "threshold", "nets", "scan_sha256",
            "mask_sha256")
+# A part's table says more: what went wrong, and all that has to be the same for a result to be kept.
+PART_COLUMNS = (*COLUMNS, "fault", "probability_sha256", "covidseg", "volume")
+MADE = ("covidseg", "nets", "threshold", "volume")
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,16 @@ class Part:
             raise SettingsError(f"there is no part {self.number} of {self.count}",
                                 remedy="Parts count from 1: --part 1/4, 2/4, 3/4 and 4/4")
 
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
     def of(self, files: list[Path]) -> list[Path]:
         """The files of this part, in order of their names."""
-        return sorted(files, key=lambda path: (path.name, path))[self.number - 1::self.count]
+        return sorted(files, key=lambda path: (scan_id(path), path))[self.number - 1::self.count]
 
-    def report(self, out: Path) -> Path:
-        """Where the report of this part lies."""
-        return out / "parts" / f"part-{self.number}-of-{self.count}.json"
+    def table(self, out: Path) -> Path:
+        """Where the table of this part lies."""
+        return out / "parts" / f"part-{self.number}-of-{self.count}.csv"
 
 
 def parse_part(text: str) -> Part:
@@ -68,14 +73,15 @@ class PartRun:
         predictor: the nets.
         part: which one.
         targets: the mask of each scan, those of the other parts as well.
-        out: folder of the reports, which is that of the masks; None keeps no report.
+        out: folder of the masks and tables; None keeps no table.
         threshold: lesion from this probability on.
-        volume: as of :func:`covidseg.lungs.lung_masks`.
+        volume: whether the slices of each scan are one body in order; by default that is measured.
         probability: whether probabilities are written as well, beside the masks.
         check: whether scans have to look like chest CT.
 
     Attributes:
         files: the scans of this part, in order.
+        rows: what is known of each of them, by name.
     """
 
     def __init__(self, predictor: Predictor, part: Part, targets: dict[Path, Path], out: Path | None,
@@ -83,155 +89,134 @@ class PartRun:
         self.predictor, self.part, self.targets, self.out = predictor, part, targets, out
         self.threshold, self.volume, self.probability, self.check = threshold, volume, probability, check
         self.files = part.of(list(targets))
-        # What has to be the same for results to belong together.
-        self.made = {"covidseg": __version__, "nets": predictor.fingerprint(), "threshold": threshold,
-                     "volume": volume, "probability": probability}
-        known = reports(out) if out is not None else []
-        self._known = {entry["name"]: entry for report in known if report["made"] == self.made
-                       for entry in report["scans"] if entry["status"] == "done"}
-        self._entries: dict[str, Entry] = {}
-        self._warned: list[str] = []
+        made = {"covidseg": __version__, "nets": predictor.fingerprint(), "threshold": str(threshold),
+                "volume": str(volume)}
+        before = {row["name"]: row for rows in (tables(out) if out is not None else {}).values() for row in rows
+                  if row["mask_sha256"] and all(row[key] == made[key] for key in MADE)}
+        # What was done before stays in the table, but counts only after a look at the files.
+        empty = dict.fromkeys(PART_COLUMNS, "") | made
+        self.rows = {name: {**empty, "name": name, **before.get(name, {}), "status": "open"}
+                     for name in map(scan_id, self.files)}
+        self.write()
 
-    def predict(self, scan: Path, *, progress: bool = False) -> tuple[Entry, bool]:
-        """Predicts a scan, unless that is done, and brings the report up to date.
+    def predict(self, scan: Path, *, progress: bool = False) -> tuple[Row, bool]:
+        """Predicts a scan, unless that is done, and brings the table up to date.
 
         Returns:
-            Its entry in the report, and whether it was done before.
+            Its row in the table, and whether it was done before.
 
         Raises:
-            CovidsegError: see :meth:`covidseg.predict.Predictor.predict_file`; the report says so as well.
+            CovidsegError: the scan cannot be read, shows no lung, or its mask cannot be written; the row says so.
         """
-        name, start = scan_id(scan), time.monotonic()
-        try:
-            before = self._known.get(name)
-            if before is not None and all(path.is_file() and file_hash(path) == before.get(key)
-                                          for key, path in self._paths(scan).items()):
-                self._note(name, before)
-                return before, True
-            written = self._paths(scan)
-            with noted_warnings() as warned:
-                found = self.predictor.predict_file(scan, written["mask_sha256"], self.threshold,
-                                                    written.get("probability_sha256"), self.volume, progress=progress,
-                                                    check=self.check)
-            self._warned = list(dict.fromkeys(self._warned + warned))
-            entry = {"name": name, "status": "done", **asdict(found),
-                     **{key: file_hash(path) for key, path in written.items()},
-                     "seconds": round(time.monotonic() - start, 2)}
-        except CovidsegError as error:  # without its path, which would name folders of the machine
-            self._note(name, {"name": name, "status": "failed", "error": type(error).__name__, "fault": error.fault})
-            raise
-        self._note(name, entry)
-        return entry, False
-
-    def _paths(self, scan: Path) -> dict[str, Path]:
-        """The files of one prediction, by the name of their checksum in the report."""
-        target = self.targets[scan]
-        paths = {"scan_sha256": scan, "mask_sha256": target}
+        row, target = self.rows[scan_id(scan)], self.targets[scan]
+        files = {"scan_sha256": scan, "mask_sha256": target}
         if self.probability:
-            paths["probability_sha256"] = target.with_name(f"{scan_id(target)}_probability.nii.gz")
-        return paths
-
-    def _note(self, name: str, entry: Entry) -> None:
-        self._entries[name] = entry
-        self.write_report()
-
-    def report(self) -> Report:
-        """What was done so far, in this run or, if that is not looked at yet, before."""
-        own = {scan_id(scan) for scan in self.files}
-        scans = {name: entry for name, entry in self._known.items() if name in own} | self._entries
-        return {"note": DISCLAIMER, "part": self.part.number, "parts": self.part.count, "made": self.made,
-                "inputs": fingerprint(sorted(map(scan_id, self.targets))),
-                "environment": environment(self.predictor.device()), "peak_memory_mb": peak_memory(),
-                "warnings": self._warned,
-                "complete": len(self._entries) == len(self.files), "scans": [scans[name] for name in sorted(scans)]}
-
-    def write_report(self) -> None:
-        """Writes what was done so far beside the masks; a part without scans has a report as well."""
-        if self.out is not None:
-            write_text(self.part.report(self.out), json.dumps(self.report(), indent=2) + "\n")
-
-
-def reports(out: Path) -> list[Report]:
-    """Reports of all parts in an output folder; a damaged one counts as missing."""
-    found = []
-    for path in sorted((out / "parts").glob("part-*-of-*.json")):
+            files["probability_sha256"] = target.with_name(f"{scan_id(target)}_probability.nii.gz")
+        before = all(_unchanged(path, row[key]) for key, path in files.items())
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            json.dumps(content, ensure_ascii=False).encode()  # fails if a table could not hold it
-        except (OSError, ValueError, RecursionError):
+            if not before:
+                row |= dict.fromkeys(files, "")
+                found = self.predictor.predict_file(scan, target, self.threshold, files.get("probability_sha256"),
+                                                    self.volume, progress=progress, check=self.check)
+                row |= {"slices": str(found.slices), "lesion_slices": str(found.lesion_slices),
+                        "lesion_ml": f"{found.lesion_ml:.3f}", **{key: file_hash(path) for key, path in files.items()}}
+            row["status"] = "done"
+        except CovidsegError as error:  # without its path, which would name folders of the machine
+            row |= {"status": "failed", "error": type(error).__name__, "fault": error.fault,
+                    **dict.fromkeys(("slices", "lesion_slices", "lesion_ml"), "")}
+            raise
+        finally:
+            self.write()
+        return row, before
+
+    def write(self) -> None:
+        """Writes the table of this part; one without scans has a table as well."""
+        if self.out is not None:
+            write_text(self.part.table(self.out), _csv(PART_COLUMNS, self.rows.values()))
+
+
+def tables(out: Path) -> dict[Part, list[Row]]:
+    """The tables of all parts in an output folder; a damaged one counts as missing."""
+    found = {}
+    for path in sorted((out / "parts").glob("part-*-of-*.csv")):
+        try:
+            part = parse_part(path.stem.removeprefix("part-").replace("-of-", "/"))
+            table = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8"), newline=""), strict=True)
+            rows = list(table)
+        except (OSError, UnicodeError, csv.Error, SettingsError):
             continue
-        if _is_report(content):
-            found.append(content)
+        if tuple(table.fieldnames or ()) == PART_COLUMNS and all(map(_is_row, rows)):
+            found[part] = rows
     return found
 
 
-def _is_report(content: Any) -> bool:
-    """Whether JSON that was read is the report of a part, as far as others rely on it."""
-    types = {"part": int, "parts": int, "made": dict, "inputs": str, "complete": bool, "scans": list}
-    return isinstance(content, dict) and all(type(content.get(name)) is kind for name, kind in types.items()) \
-        and all(map(_is_entry, content["scans"]))
+def _is_row(row: dict) -> bool:
+    """Whether this says of one scan how far it is; a line that is too short has None in it, a long one a None key."""
+    return row.keys() == set(PART_COLUMNS) and None not in row.values() and bool(row["name"]) \
+        and (row["status"] in ("open", "failed") or (row["status"] == "done" and bool(row["mask_sha256"])))
 
 
-def _is_entry(entry: Any) -> bool:
-    """Whether this says of one scan that it is done or failed."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not 0 < len(entry["name"]) < 250:
-        return False
-    done = isinstance(entry.get("mask_sha256"), str) and isinstance(entry.get("lesion_ml"), (int, float))
-    return entry.get("status") == "failed" or (entry.get("status") == "done" and done)
-
-
-def merge(out: Path) -> list[Entry]:
-    """Puts the reports of all parts together: one row a scan in ``predictions.csv``, in order of their names.
+def merge(out: Path) -> list[Row]:
+    """Puts the tables of all parts together: one row a scan in ``predictions.csv``, in order of their names.
 
     The table is the same however many parts there were.
 
     Returns:
-        The entries of all scans.
+        The rows of all scans.
 
     Raises:
         DatasetError: parts or masks are missing or changed, or parts do not belong together.
         OutputError: the table cannot be written.
     """
-    found = reports(out)
-    counts = sorted({report["parts"] for report in found})
+    found = tables(out)
+    counts = sorted({part.count for part in found})
     if not counts:
         raise DatasetError("holds no reports of predictions", path=out,
                            remedy="Name the folder that `covidseg predict -o` wrote")
     if len(counts) > 1:
         raise DatasetError(f"holds reports of {' and of '.join(map(str, counts))} parts", path=out / "parts",
                            remedy="Delete those that are out of date")
-    complete = {report["part"] for report in found if report["complete"]}
-    missing = [f"{k}/{counts[0]}" for k in range(1, counts[0] + 1) if k not in complete]
+    parts = [Part(number, counts[0]) for number in range(1, counts[0] + 1)]
+    missing = [str(part) for part in parts
+               if part not in found or any(row["status"] == "open" for row in found[part])]
     if missing:
         again = ", then ".join(f"`covidseg predict --part {name}`" for name in missing)
         raise DatasetError(f"part {', '.join(missing)} is missing or not complete", path=out,
                            remedy=f"Run {again} with the scans and options of the other parts")
-    for key, what in (("inputs", "from another list of scans"), ("made", "with other nets or settings")):
-        odd = [f"{report['part']}/{counts[0]}" for report in found if report[key] != found[0][key]]
-        if odd:
-            raise DatasetError(f"part {', '.join(odd)} was made {what} than part {found[0]['part']}/{counts[0]}",
-                               path=out, remedy="Run all parts again with the same scans and options")
-    entries = [entry for report in found for entry in report["scans"]]
-    for entry in entries:
-        mask = out / f"{entry['name']}.nii.gz"
-        if entry["status"] == "done" and (not mask.is_file() or file_hash(mask) != entry["mask_sha256"]):
+    rows = sorted((row for part in parts for row in found[part]), key=lambda row: row["name"])
+    if any(found[part] != rows[part.number - 1::part.count] for part in parts):
+        raise DatasetError("parts were made from different lists of scans", path=out,
+                           remedy="Run all parts again with the same scans and options")
+    odd = [str(part) for part in parts if any(row[key] != rows[0][key] for row in found[part] for key in MADE)]
+    if odd:
+        raise DatasetError(f"part {', '.join(odd)} was made with other nets or settings than part {parts[0]}", path=out,
+                           remedy="Run all parts again with the same scans and options")
+    for row in rows:
+        mask = out / f"{row['name']}.nii.gz"
+        if row["status"] == "done" and not _unchanged(mask, row["mask_sha256"]):
             raise DatasetError("is missing, or is not what was predicted", path=mask,
                                remedy="Run `covidseg predict` again with the same scans and options")
-    write_table(out, found)
-    return entries
+    write_table(out, rows)
+    return rows
 
 
-def write_table(out: Path, parts: list[Report]) -> None:
+def write_table(out: Path, rows: list[Row]) -> None:
     """Writes ``predictions.csv``. Nothing in it tells when, where and in how many parts it was made.
 
     Raises:
         OutputError: it cannot be written.
     """
+    write_text(out / "predictions.csv", _csv(COLUMNS, rows))
+
+
+def _csv(columns: tuple[str, ...], rows: Iterable[Row]) -> str:
     text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     table.writeheader()
-    for made, entry in sorted(((part["made"], entry) for part in parts for entry in part["scans"]),
-                              key=lambda row: row[1]["name"]):
-        volume = {"lesion_ml": f"{entry['lesion_ml']:.3f}"} if "lesion_ml" in entry else {}
-        table.writerow({**made, **entry, **volume})
-    write_text(out / "predictions.csv", text.getvalue())
+    table.writerows(rows)
+    return text.getvalue()
+
+
+def _unchanged(path: Path, sha256: str) -> bool:
+    """Whether a file is there and has this hash; no file has an empty one."""
+    return bool(sha256) and os.path.isfile(path) and file_hash(path) == sha256

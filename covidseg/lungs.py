@@ -17,103 +17,33 @@ that lies broadly against the chest wall without a hazy rim, which no threshold 
 5. Each side is closed and its holes (vessels, nodules) are filled. Where much of a side is diseased, the radius
    grows and the part of its convex hull near the chest wall is added: pleural lesions have the wall's brightness.
 
-Each slice takes these steps on a working grid.
-
-Binary morphology of slices: exact disks, holes and components, without the cost of general filters.
-
-All masks are ``(h, w)`` bool. A disk of radius ``r`` holds the pixels at a distance of up to ``r`` from its centre, as
-:func:`skimage.morphology.disk` has it. What lies beyond the slice never matters to an opening or a closing: an erosion
-takes it for mask, a dilation for none.
+:func:`lung_masks` takes these steps on a working grid of at most 256 x 256 pixels a slice.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from math import isqrt
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from scipy import ndimage as ndi
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from skimage.filters import threshold_otsu
 from skimage.measure import regionprops
 from skimage.morphology import convex_hull_image
 from skimage.segmentation import watershed
 from skimage.transform import resize
+from tqdm import tqdm
 
 from covidseg.errors import InputFileError, NoLungError
 
-# --- morphology -----------------------------------------------------------------------------------------------------
-
-def _disk(mask: np.ndarray, radius: int, combine: np.ufunc, beyond: bool) -> np.ndarray:
-    """Combines each pixel with all others of a disk around it.
-
-    A disk is a pile of centred runs, one for each of its rows. Runs grow from the top row of the disk to its middle,
-    so that each comes from the one before, and the pixels of a run from two shorter runs that overlap. Rows lie one
-    after another in memory: a shift by any distance is a step in one flat array, whatever way it goes.
-    """
-    height, width = mask.shape
-    stride = width + 2 * radius
-    padded = np.full((height + 2 * radius, stride), beyond)
-    padded[radius:radius + height, radius:radius + width] = mask
-    run, half = padded.ravel(), 0                   # each pixel with its `half` neighbours on both sides
-    result = np.full(height * stride, beyond)       # rows of the slice, columns padded
-    for row in range(radius, -1, -1):
-        while half < isqrt(radius ** 2 - row ** 2):
-            step = min(isqrt(radius ** 2 - row ** 2) - half, max(half, 1))
-            longer = run.copy()  # the ends of the flat array are padding and stay as they are
-            combine(run[:-2 * step], run[2 * step:], out=longer[step:-step])
-            run, half = (combine(longer, run) if half == 0 else longer), half + step
-        for start in {radius - row, radius + row}:
-            combine(result, run[start * stride:start * stride + result.size], out=result)
-    return result.reshape(height, stride)[:, radius:radius + width]
-
-
-def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
-    """All pixels at a distance of up to ``radius`` from the mask."""
-    return _disk(mask, radius, np.logical_or, False)
-
-
-def erode(mask: np.ndarray, radius: int) -> np.ndarray:
-    """The pixels of the mask that are further than ``radius`` from all others of the slice."""
-    return _disk(mask, radius, np.logical_and, True)
-
-
-def opening(mask: np.ndarray, radius: int) -> np.ndarray:
-    """What disks that fit into the mask cover: cuts off whatever is thinner."""
-    return dilate(erode(mask, radius), radius)
-
-
-def closing(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Fills what no disk outside the mask reaches; also where that disk reaches beyond the slice."""
-    padded = np.pad(mask, radius)
-    return erode(dilate(padded, radius), radius)[radius:radius + mask.shape[0], radius:radius + mask.shape[1]]
-
-
-def sizes(labels: np.ndarray) -> np.ndarray:
-    """Pixels of each component of a label image, at its number; 0 for the background."""
-    counts = np.bincount(labels.ravel())
-    counts[0] = 0
-    return counts
-
-
-def fill_holes(mask: np.ndarray, largest: float = np.inf) -> np.ndarray:
-    """Fills holes of up to ``largest`` pixels; a hole does not reach the edge of the slice."""
-    outside, _ = ndi.label(~mask)
-    small = sizes(outside) <= largest
-    for edge in (outside[0], outside[-1], outside[:, 0], outside[:, -1]):
-        small[edge] = False
-    small[0] = False
-    return mask | small[outside]
-
-
-# --- one slice ------------------------------------------------------------------------------------------------------
-
 TISSUE_SPREAD, LUNG_SHARE = 0.25, 0.62  # of chest CT at most, see looks_like_ct
+PATIENCE = 2                            # seconds without a bar that shows progress
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -159,26 +89,110 @@ class Regions:
     aerated: np.ndarray
     diseased: np.ndarray
 
-    def packed(self) -> bytes:
-        """One bit a pixel, compressed."""
-        return zlib.compress(np.packbits([self.body, self.aerated, self.diseased]).tobytes(), 1)
 
-    @classmethod
-    def unpacked(cls, packed: bytes, shape: tuple[int, ...]) -> Regions:
-        bits = np.unpackbits(np.frombuffer(zlib.decompress(packed), np.uint8), count=3 * shape[0] * shape[1])
-        return cls(*bits.view(bool).reshape(3, *shape))
+# --- all slices -----------------------------------------------------------------------------------------------------
+
+def lung_masks(pixels: np.ndarray, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
+               check: Path | None = None, progress: bool = False) -> np.ndarray:
+    """Threshold lung masks of all slices.
+
+    Args:
+        pixels: ``(S, H, W)`` upright slices, HU or display values of any window.
+        settings: see :class:`LungSettings`.
+        volume: whether the slices are one body in order. Default: measured by :func:`is_volume`.
+        check: the file that the slices come from, if they have to look like chest CT: see :func:`check_chest`.
+        progress: whether a bar is shown, if it takes long and there is a terminal.
+
+    Returns:
+        ``(S, H, W)`` bool. A slice without lung is all False.
+    """
+    masks = np.zeros(pixels.shape, dtype=bool)
+    found = [regions(to_grid(image, settings.grid), settings) for image in with_bar(pixels, "lungs", progress)]
+    if check is not None:
+        check_chest(pixels, check, settings, found)
+    if is_volume(pixels) if volume is None else volume:
+        lungs = large_in_3d(np.array([region.aerated for region in found]), settings.smallest_3d)
+    else:
+        lungs = np.array([large_in_slice(region.aerated, settings.smallest * region.body.sum()) for region in found])
+    for mask, lung, region in zip(masks, lungs, with_bar(found, "outlines", progress), strict=True):
+        if lung.any():
+            mask[:] = enlarge(complete(without_trachea(lung, region.body), region, settings), mask.shape)
+    return masks
 
 
-def grid_shape(shape: tuple[int, ...], side: int) -> tuple[int, ...]:
-    """Shape of the working grid, whose longer side has ``side`` pixels at most."""
-    scale = min(1.0, side / max(shape))
-    return tuple(max(1, round(n * scale)) for n in shape)
+def large_in_3d(aerated: np.ndarray, share: float) -> np.ndarray:
+    """The components of a volume ``(S, h, w)`` that have more than ``share`` of the voxels of the largest."""
+    labels, count = ndi.label(aerated)
+    volumes = np.zeros(count + 1, int)
+    for slice_labels in labels:  # one by one, since counting needs eight bytes a pixel
+        volumes += np.bincount(slice_labels.ravel(), minlength=count + 1)
+    volumes[0] = 0               # the background
+    return (volumes > share * volumes.max())[labels]
 
+
+def large_in_slice(aerated: np.ndarray, least: float) -> np.ndarray:
+    """The components of a slice ``(h, w)`` that have more than ``least`` pixels."""
+    labels, _ = ndi.label(aerated)
+    return (sizes(labels) > least)[labels]
+
+
+def check_chest(pixels: np.ndarray, path: Path, settings: LungSettings = LungSettings(),
+                found: Sequence[Regions] | None = None) -> None:
+    """Refuses slices that do not look like chest CT.
+
+    Args:
+        pixels: ``(S, H, W)`` upright slices.
+        path: the file that they come from, which the error names.
+        settings: see :class:`LungSettings`.
+        found: what :func:`regions` found in each slice, if that is known.
+
+    Raises:
+        InputFileError: in most slices with enough lung to tell, the brightness inside the body is another.
+        NoLungError: no slice shows a dark region inside a body that could be lung, or only tiny ones.
+    """
+    if found is None:
+        found = [regions(to_grid(image, settings.grid), settings) for image in pixels]
+    if not any(region.aerated.any() for region in found):
+        raise no_lung(path)
+    answers = (looks_like_ct(to_grid(image, settings.grid), region)
+               for image, region in zip(pixels, found, strict=True))
+    known = [plausible for plausible in answers if plausible is not None]
+    if not known:
+        raise NoLungError("shows too little air in any slice to be chest CT", path=path,
+                          remedy="Give slices that show the lungs; --unchecked lets it pass")
+    if 2 * sum(known) < len(known):
+        raise InputFileError(
+            f"does not look like chest CT: in {len(known) - sum(known)} of {len(known)} slices the brightness "
+            "inside the body is another", path=path,
+            remedy="Give CT, not MR or photographs, in HU or a window that shows lungs; --unchecked lets it pass")
+
+
+def no_lung(path: Path) -> NoLungError:
+    """The error for a scan that shows no lung."""
+    return NoLungError("no lung was found in any slice", path=path,
+                       remedy="Give chest CT, in which the air in the lungs is darker than tissue")
+
+
+def is_volume(pixels: np.ndarray) -> bool:
+    """Whether neighbouring slices of ``(S, H, W)`` look alike, as in a volume, or are unrelated pictures."""
+    small = [to_grid(image, 32).ravel() for image in pixels]                # about 1024 numbers each
+    varied = [image for image in small if image.std() > 0]                  # a constant slice is like no other
+    likeness = [np.corrcoef(one, other)[0, 1] for one, other in pairwise(varied)]
+    return bool(likeness) and bool(np.median(likeness) > 0.9)
+
+
+def with_bar(items: Iterable[T], what: str, progress: bool, unit: str = "slice") -> Iterator[T]:
+    """The items, with a bar that shows how far they are, if it takes long and there is a terminal."""
+    return iter(tqdm(items, desc=what, unit=unit, delay=PATIENCE, leave=False, disable=None if progress else True))
+
+
+# --- one slice ------------------------------------------------------------------------------------------------------
 
 def to_grid(image: np.ndarray, side: int) -> np.ndarray:
     """Averages a slice down so that its longer side has ``side`` pixels; smaller slices stay as they are."""
     image = image.astype(np.float32)
-    shape = grid_shape(image.shape, side)
+    scale = min(1.0, side / max(image.shape))
+    shape = tuple(max(1, round(n * scale)) for n in image.shape)
     if shape == image.shape:
         return image
     factor = image.shape[0] // side
@@ -304,158 +318,68 @@ def _sides(whole: np.ndarray) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         yield from ((box, parts == 1), (box, parts == 2))
 
 
-# --- all slices -----------------------------------------------------------------------------------------------------
+# --- binary morphology ------------------------------------------------------------------------------------------------
+# Exact disks, holes and components without the cost of general filters. All masks are (h, w) bool. A disk of radius r
+# holds the pixels at a distance of up to r from its centre, as skimage.morphology.disk has it. What lies beyond the
+# slice never matters to an opening or a closing: an erosion takes it for mask, a dilation for none.
 
-def lung_masks(pixels: np.ndarray, settings: LungSettings = LungSettings(),
-               volume: bool | None = None, *, check: Path | None = None) -> np.ndarray:
-    """Threshold lung masks of all slices.
+def _disk(mask: np.ndarray, radius: int, combine: np.ufunc, beyond: bool) -> np.ndarray:
+    """Combines each pixel with all others of a disk around it.
 
-    Args:
-        pixels: ``(S, H, W)`` upright slices, HU or display values of any window.
-        settings: see :class:`LungSettings`.
-        volume: whether the slices are one body in order. Default: measured by :func:`is_volume`.
-        check: of this file, see :meth:`LungPasses.check`; by default the slices are taken for CT.
-
-    Returns:
-        ``(S, H, W)`` bool. A slice without lung is all False.
+    A disk is a pile of centred runs, one for each of its rows. Runs grow from the top row of the disk to its middle,
+    so that each comes from the one before, and the pixels of a run from two shorter runs that overlap. Rows lie one
+    after another in memory: a shift by any distance is a step in one flat array, whatever way it goes.
     """
-    passes = LungPasses(settings, volume).look_at(pixels)
-    if check is not None:
-        passes.check(check)
-    masks = np.zeros(pixels.shape, dtype=bool)
-    for k, mask in enumerate(masks):
-        mask[:] = passes.mask(k)
-    return masks
+    height, width = mask.shape
+    stride = width + 2 * radius
+    padded = np.full((height + 2 * radius, stride), beyond)
+    padded[radius:radius + height, radius:radius + width] = mask
+    run, half = padded.ravel(), 0                   # each pixel with its `half` neighbours on both sides
+    result = np.full(height * stride, beyond)       # rows of the slice, columns padded
+    for row in range(radius, -1, -1):
+        while half < isqrt(radius ** 2 - row ** 2):
+            step = min(isqrt(radius ** 2 - row ** 2) - half, max(half, 1))
+            longer = run.copy()  # the ends of the flat array are padding and stay as they are
+            combine(run[:-2 * step], run[2 * step:], out=longer[step:-step])
+            run, half = (combine(longer, run) if half == 0 else longer), half + step
+        for start in {radius - row, radius + row}:
+            combine(result, run[start * stride:start * stride + result.size], out=result)
+    return result.reshape(height, stride)[:, radius:radius + width]
 
 
-class LungPasses:
-    """Lung masks of slices that come one after another, twice at most, and are never all held at once.
-
-    What is lung in a volume depends on all of its slices. The first pass looks at each of them and keeps little of it:
-    packed outlines, a few kilobytes a slice, and which components touch those of the slice before. After it, masks can
-    be had in any order, without the slices.
-
-    Args:
-        settings: see :class:`LungSettings`.
-        volume: whether the slices are one body in order. Default: measured as by :func:`is_volume`.
-    """
-
-    def __init__(self, settings: LungSettings = LungSettings(), volume: bool | None = None) -> None:
-        self.settings = settings
-        self._volume, self._neighbours = volume, _Neighbours()
-        self._shape: tuple[int, ...] = (0, 0)
-        self._packed: list[bytes] = []
-        # Of each slice: pixels of the components of its aerated lung and of its body; (2, T) numbers of the components
-        # in the slice before and in this one that touch.
-        self._areas: list[np.ndarray] = []
-        self._bodies: list[int] = []
-        self._plausible: list[bool | None] = []
-        self._touching: list[np.ndarray] = []
-        self._last: np.ndarray | None = None
-        self._kept: list[np.ndarray] | None = None
-
-    def __len__(self) -> int:
-        return len(self._packed)
-
-    def look(self, image: np.ndarray) -> None:
-        """First pass: the next slice, ``(H, W)``, in order and all of one shape."""
-        if self._volume is None:
-            self._neighbours.look(image)
-        small = to_grid(image, self.settings.grid)
-        region = regions(small, self.settings)
-        labels, count = ndi.label(region.aerated)
-        before = np.zeros_like(labels) if self._last is None else self._last
-        touch = np.zeros((before.max() + 1, count + 1), dtype=bool)
-        touch[before, labels] = True
-        self._shape, self._last, self._kept = image.shape, labels, None
-        self._areas.append(sizes(labels))
-        self._bodies.append(int(region.body.sum()))
-        self._touching.append(np.argwhere(touch[1:, 1:]).T + 1)
-        self._packed.append(region.packed())
-        self._plausible.append(looks_like_ct(small, region))
-
-    def look_at(self, slices: Iterable[np.ndarray]) -> LungPasses:
-        """The whole first pass; returns itself."""
-        for image in slices:
-            self.look(image)
-        return self
-
-    def check(self, path: Path) -> None:
-        """Between the passes: whether the slices look like chest CT at all.
-
-        Raises:
-            InputFileError: they do not; or ...
-            NoLungError: no slice shows a dark region inside a body that could be lung, or only tiny ones.
-        """
-        if not any(len(areas) > 1 for areas in self._areas):
-            raise no_lung(path)
-        known = [plausible for plausible in self._plausible if plausible is not None]
-        if not known:
-            raise NoLungError("shows too little air in any slice to be chest CT", path=path,
-                              remedy="Give slices that show the lungs; --unchecked lets it pass")
-        if 2 * sum(known) < len(known):
-            raise InputFileError(
-                f"does not look like chest CT: in {len(known) - sum(known)} of {len(known)} slices the brightness "
-                "inside the body is another", path=path,
-                remedy="Give CT, not MR or photographs, in HU or a window that shows lungs; --unchecked lets it pass")
-
-    def mask(self, k: int) -> np.ndarray:
-        """Second pass: the lung in slice ``k``, ``(H, W)`` bool; all False where there is none."""
-        if self._kept is None:
-            self._kept = self._in_3d() if self.is_volume() else self._in_each()
-        if not self._kept[k].any():
-            return np.zeros(self._shape, dtype=bool)
-        region = Regions.unpacked(self._packed[k], grid_shape(self._shape, self.settings.grid))
-        lung = without_trachea(self._kept[k][ndi.label(region.aerated)[0]], region.body)
-        return enlarge(complete(lung, region, self.settings), self._shape)
-
-    def is_volume(self) -> bool:
-        """Whether the slices seen so far are taken for one body in order."""
-        return self._neighbours.alike() if self._volume is None else self._volume
-
-    def _in_each(self) -> list[np.ndarray]:
-        """Which components of each slice are large enough to be lung by themselves."""
-        return [areas > self.settings.smallest * body for areas, body in zip(self._areas, self._bodies, strict=True)]
-
-    def _in_3d(self) -> list[np.ndarray]:
-        """Which components of each slice belong to the largest ones in three dimensions."""
-        first = np.cumsum([0, *map(len, self._areas)])  # number of each slice's background among those of all slices
-        pairs = np.concatenate([touch + first[[k - 1, k], None] for k, touch in enumerate(self._touching)], axis=1)
-        areas = np.concatenate(self._areas)
-        links = coo_array((np.ones(pairs.shape[1], bool), tuple(pairs)), shape=(len(areas), len(areas)))
-        body = connected_components(links, directed=False)[1]
-        volumes = np.bincount(body, areas)
-        kept = (volumes > self.settings.smallest_3d * volumes.max())[body] & (areas > 0)
-        return np.split(kept, first[1:-1])
+def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
+    """All pixels at a distance of up to ``radius`` from the mask."""
+    return _disk(mask, radius, np.logical_or, False)
 
 
-def no_lung(path: Path) -> NoLungError:
-    """The error for a scan that shows no lung."""
-    return NoLungError("no lung was found in any slice", path=path,
-                       remedy="Give chest CT, in which the air in the lungs is darker than tissue")
+def erode(mask: np.ndarray, radius: int) -> np.ndarray:
+    """The pixels of the mask that are further than ``radius`` from all others of the slice."""
+    return _disk(mask, radius, np.logical_and, True)
 
 
-def is_volume(pixels: np.ndarray) -> bool:
-    """Whether neighbouring slices of ``(S, H, W)`` look alike, as in a volume, or are unrelated pictures."""
-    neighbours = _Neighbours()
-    for image in pixels:
-        neighbours.look(image)
-    return neighbours.alike()
+def opening(mask: np.ndarray, radius: int) -> np.ndarray:
+    """What disks that fit into the mask cover: cuts off whatever is thinner."""
+    return dilate(erode(mask, radius), radius)
 
 
-class _Neighbours:
-    """How much each slice looks like the one before; constant slices, which look like nothing, are left out."""
+def closing(mask: np.ndarray, radius: int) -> np.ndarray:
+    """Fills what no disk outside the mask reaches; also where that disk reaches beyond the slice."""
+    padded = np.pad(mask, radius)
+    return erode(dilate(padded, radius), radius)[radius:radius + mask.shape[0], radius:radius + mask.shape[1]]
 
-    def __init__(self) -> None:
-        self._last: np.ndarray | None = None
-        self._likeness: list[float] = []
 
-    def look(self, image: np.ndarray) -> None:
-        small = to_grid(image, 32).ravel()  # about 1024 numbers
-        if small.std() > 0:
-            if self._last is not None:
-                self._likeness.append(np.corrcoef(self._last, small)[0, 1])
-            self._last = small
+def sizes(labels: np.ndarray) -> np.ndarray:
+    """Pixels of each component of a label image, at its number; 0 for the background."""
+    counts = np.bincount(labels.ravel())
+    counts[0] = 0
+    return counts
 
-    def alike(self) -> bool:
-        return bool(self._likeness) and bool(np.median(self._likeness) > 0.9)
+
+def fill_holes(mask: np.ndarray, largest: float = np.inf) -> np.ndarray:
+    """Fills holes of up to ``largest`` pixels; a hole does not reach the edge of the slice."""
+    outside, _ = ndi.label(~mask)
+    small = sizes(outside) <= largest
+    for edge in (outside[0], outside[-1], outside[:, 0], outside[:, -1]):
+        small[edge] = False
+    small[0] = False
+    return mask | small[outside]

@@ -6,8 +6,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from covidseg.data.scan import Scan
-from covidseg.data.slices import SliceReader, look, shown, slice_writer
+from covidseg.data.scan import Scan, read_scan, write_like
 from covidseg.errors import OutputError
 from covidseg.lungnet import make_lung_net, robust_lungs
-from covidseg.lungs import LungPasses, no_lung
-from covidseg.preprocess import Crops, join_crops, make_crops, uncrop
+from covidseg.lungs import lung_masks, no_lung, with_bar
+from covidseg.preprocess import make_crops, uncrop
 from covidseg.profiles import REPORT, Profile, read_report
 from covidseg.segmenter import lesion_probabilities, make_segmenter
 from covidseg.store import fingerprint, load_arrays, load_net, net_arrays, save_arrays, write_with_hash
@@ -72,34 +70,38 @@ class Predictor:
         profile = self.profile
         return fingerprint(profile.lungs, profile.prepare, profile.lung_net, profile.segmenter, digest.hexdigest())
 
-    def probabilities(self, scan: Scan, volume: bool | None = None) -> np.ndarray:
-        """Lesion probability of every voxel, ``(slices, rows, columns)`` float32, 0 outside the lung but for
-        the pixels at its edge.
+    def probabilities(self, scan: Scan, volume: bool | None = None, *, check: bool = False) -> np.ndarray:
+        """Lesion probability of every voxel.
 
         Args:
-            volume: as of :func:`covidseg.lungs.lung_masks`.
+            scan: the scan.
+            volume: whether its slices are one body in order; by default that is measured.
+            check: whether the scan has to look like chest CT.
+
+        Returns:
+            ``(slices, rows, columns)`` float32, 0 outside the lung but for the pixels at its edge.
 
         Raises:
+            InputFileError: the scan does not look like chest CT.
             NoLungError: there is no lung in any slice.
         """
-        passes = LungPasses(self.profile.lungs, volume).look_at(scan.pixels)
         maps = np.zeros(scan.pixels.shape, np.float32)
-        for k, found in enumerate(self._maps(scan.pixels, passes, scan.path)):
-            maps[k] = found
+        for k, p in self._maps(scan, volume, check):
+            maps[k] = p
         return maps
 
     def predict_file(self, path: Path, target: Path, threshold: float | None = None,
                      probability_target: Path | None = None, volume: bool | None = None, *,
                      progress: bool = False, check: bool = True) -> Prediction:
-        """Writes the lesion mask of a scan; reads the scan twice, slice by slice, and holds some slices at a time.
+        """Writes the lesion mask of a scan.
 
         Args:
             path: the scan.
             target: of the mask, which lies on the scan voxel by voxel.
             threshold: lesion from this probability on. Default: as the run was made.
             probability_target: of the probabilities, float32, if they are wanted.
-            volume: as of :func:`covidseg.lungs.lung_masks`.
-            progress: show it, if it takes long and there is a terminal.
+            volume: whether the slices of the scan are one body in order; by default that is measured.
+            progress: whether a bar is shown, if it takes long and there is a terminal.
             check: whether the scan has to look like chest CT.
 
         Raises:
@@ -108,45 +110,65 @@ class Predictor:
             OutputError: a result cannot be written.
         """
         level = self.profile.segmenter.threshold if threshold is None else threshold
-        reader = SliceReader(path)
-        passes = look(reader, self.profile.lungs, volume, progress=progress, check=check)
-        slices = voxels = 0
-        with ExitStack() as files:
-            write = files.enter_context(slice_writer(target, reader.grid))
-            write_probability = files.enter_context(slice_writer(probability_target, reader.grid, np.float32)) \
-                if probability_target is not None else None
-            for found in self._maps(shown(reader, "lesions", progress), passes, path):
-                mask = found >= level
-                write(mask)
-                if write_probability is not None:
-                    write_probability(found)
-                slices, voxels = slices + bool(mask.any()), voxels + int(mask.sum())
-        return Prediction(len(reader), slices, voxels * math.prod(reader.grid.spacing()) / 1000)
+        scan = read_scan(path)
+        mask = np.zeros(scan.pixels.shape, bool)
+        # The largest array of all, four bytes a voxel, is only made where it is wanted.
+        maps = None if probability_target is None else np.zeros(scan.pixels.shape, np.float32)
+        for k, p in self._maps(scan, volume, check, progress):
+            mask[k] = p >= level
+            if maps is not None:
+                maps[k] = p
+        if maps is not None and probability_target is not None:
+            write_like(maps, scan.grid, probability_target)
+        write_like(mask, scan.grid, target)
+        return Prediction(len(mask), int(mask.any(axis=(1, 2)).sum()),
+                          int(mask.sum()) * math.prod(scan.spacing) / 1000)
 
-    def _maps(self, slices: Iterable[np.ndarray], lungs: LungPasses, path: Path) -> Iterator[np.ndarray]:
-        """Lesion probability ``(rows, columns)`` of each slice in turn, after a first pass that looked at the lungs."""
-        waiting: list[Crops | None] = []  # one for each slice; a batch of those with a lung goes through the nets
-        found = 0
-        for position, image in enumerate(slices):
-            lung, shape = lungs.mask(position), (image.shape[0], image.shape[1])
-            waiting.append(make_crops(image[None], lung[None], self.profile.prepare) if lung.any() else None)
-            found += waiting[-1] is not None
-            if (waiting[-1] is not None and found % BATCH == 0) or position == len(lungs) - 1:
-                yield from self._batch(waiting, shape)
-                waiting = []
-        if not found:
-            raise no_lung(path)
-
-    def _batch(self, waiting: list[Crops | None], shape: tuple[int, int]) -> Iterator[np.ndarray]:
-        """Probabilities of some slices in full size: what the nets say of the crops, 0 where there is none."""
-        crops = [crop for crop in waiting if crop is not None]
+    def _maps(self, scan: Scan, volume: bool | None, check: bool,
+              progress: bool = False) -> Iterator[tuple[int, np.ndarray]]:
+        """Number and lesion probability ``(rows, columns)`` of each slice with a lung, some slices at a time."""
+        lungs = lung_masks(scan.pixels, self.profile.lungs, volume, check=scan.path if check else None,
+                           progress=progress)                                                     # (S, H, W)
+        found = np.flatnonzero(lungs.any(axis=(1, 2)))
+        if not len(found):
+            raise no_lung(scan.path)
         lung_net, segmenter = self._nets
-        if crops:
+        for part in with_bar(np.split(found, range(BATCH, len(found), BATCH)), "lesions", progress, "batch"):
             with torch.inference_mode():
-                completed = robust_lungs(lung_net, join_crops(crops), self.profile.lung_net)
-                maps = iter(zip(lesion_probabilities(segmenter, completed), completed.boxes, strict=True))
-        for crop in waiting:
-            yield np.zeros(shape, np.float32) if crop is None else uncrop(*next(maps), shape)
+                crops = make_crops(scan.pixels[part], lungs[part], self.profile.prepare)
+                completed = robust_lungs(lung_net, crops, self.profile.lung_net)
+                small = lesion_probabilities(segmenter, completed)                                # (B, size, size)
+            for k, p, box in zip(part, small, crops.boxes, strict=True):
+                yield k, uncrop(p, box, lungs[k].shape)
+
+
+def segment(scan: Scan | Path | str, predictor: Predictor | None = None, *, volume: bool | None = None,
+            check: bool = True) -> np.ndarray:
+    """Lesion mask of a scan: the whole method in one call.
+
+    Args:
+        scan: a scan, or the path of its NIfTI file.
+        predictor: the nets; by default those that come with the package, read once.
+        volume: whether the slices are one body in order; by default that is measured.
+        check: whether the scan has to look like chest CT.
+
+    Returns:
+        ``(slices, rows, columns)`` bool, upright as :attr:`covidseg.data.scan.Scan.pixels`; a lesion is where the
+        probability reaches the threshold of the nets' own run.
+
+    Raises:
+        InputFileError: the scan cannot be read, or does not look like chest CT.
+        NoLungError: there is no lung in any slice.
+    """
+    found = scan if isinstance(scan, Scan) else read_scan(scan)
+    nets = shipped_predictor() if predictor is None else predictor
+    return nets.probabilities(found, volume, check=check) >= nets.profile.segmenter.threshold
+
+
+@functools.cache
+def shipped_predictor() -> Predictor:
+    """The nets that come with the package, on the CPU, read once."""
+    return load_predictor()
 
 
 def load_predictor(run: Path = SHIPPED, device: torch.device = torch.device("cpu")) -> Predictor:

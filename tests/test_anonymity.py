@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 from covidseg.cli import app
 from covidseg.data.folder import load_dataset
 from covidseg.data.scan import read_scan, write_like
-from covidseg.data.slices import SliceReader, slice_writer
 from covidseg.pipeline import Run, write_run
 
 # Weights are random bytes, in which a short word turns up by chance; these are too long for that.
@@ -111,11 +110,8 @@ def test_the_name_is_in_no_random_bytes() -> None:
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_writers(name: str, dtype: type, data: Path, tmp_path: Path) -> None:
     path = data / "im" / "phantom_00.nii.gz"
-    scan, reader = read_scan(path), SliceReader(path)
-    write_like(scan.pixels.astype(dtype), scan.grid, tmp_path / f"whole-{name}")
-    with slice_writer(tmp_path / name, reader.grid, dtype) as write:
-        for image in reader:
-            write(image)
+    scan = read_scan(path)
+    write_like(scan.pixels.astype(dtype), scan.grid, tmp_path / name)
     assert holding(tmp_path) == []
     given, kept = nib.load(path), nib.load(tmp_path / name)
     assert kept.shape == given.shape
@@ -137,7 +133,7 @@ def test_command_predict(scans: Path, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert command("predict", "--run", run, scans, "-o", out, "--probability", "--device", "cpu") == 3
     assert sorted(path.name for path in out.rglob("*") if path.is_file()) == [
-        "part-1-of-1.json", "predictions.csv", "scan.nii.gz", "scan_probability.nii.gz"]
+        "part-1-of-1.csv", "predictions.csv", "scan.nii.gz", "scan_probability.nii.gz"]
     assert "broken" in (out / "predictions.csv").read_text()
     assert holding(out) == []
 

@@ -86,14 +86,20 @@ def end(failed: CovidsegError | None, files: list[Path]) -> None:
 
 def lungs(inputs: Inputs, out: Out, volume: Volume = None, unchecked: Unchecked = False) -> None:
     """Writes threshold lung masks; no training needed."""
-    from covidseg.data.slices import write_lungs
+    from covidseg.data.scan import read_scan, write_like
+    from covidseg.lungs import lung_masks, no_lung
 
     files = files_of(inputs)
     targets = targets_of(out, files)
 
     def work(path: Path) -> str:
-        found, slices = write_lungs(path, targets[path], volume=volume, progress=True, check=not unchecked)
-        return f"lung in {found} of {slices} slices, wrote {targets[path]}"
+        scan = read_scan(path)
+        masks = lung_masks(scan.pixels, volume=volume, check=None if unchecked else path, progress=True)
+        found = int(masks.any(axis=(1, 2)).sum())
+        if not found:
+            raise no_lung(path)
+        write_like(masks, scan.grid, targets[path])
+        return f"lung in {found} of {len(masks)} slices, wrote {targets[path]}"
 
     end(each(files, work), files)
 
@@ -127,24 +133,22 @@ def predict(inputs: Inputs, out: Out,
                    not unchecked)
 
     def predicted(path: Path) -> str:
-        entry, before = work.predict(path, progress=True)
-        found = f"lesion in {entry['lesion_slices']} of {entry['slices']} slices"
+        row, before = work.predict(path, progress=True)
+        found = f"lesion in {row['lesion_slices']} of {row['slices']} slices"
         return f"{found}, {'as predicted before in' if before else 'wrote'} {targets[path]}"
 
     console.print(DISCLAIMER)
     failed = each(work.files, predicted)
-    if not is_file(out):
-        work.write_report()
-        if part is None:
-            write_table(out, [work.report()])
+    if part is None and not is_file(out):
+        write_table(out, list(work.rows.values()))
     end(failed, work.files)
 
 
 def merge(out: Annotated[Path, typer.Argument(help="Folder that all parts of `covidseg predict` wrote into.")]) -> None:
-    """Puts the reports of all parts together in one table, predictions.csv."""
+    """Puts the tables of all parts together in one, predictions.csv."""
     from covidseg.batch import merge as merge_parts
 
-    entries = merge_parts(out)
-    failed = sum(entry["status"] == "failed" for entry in entries)
-    console.print(f"{len(entries)} scans{f', {failed} of them failed' if failed else ''}, in {out / 'predictions.csv'}",
+    rows = merge_parts(out)
+    failed = sum(row["status"] == "failed" for row in rows)
+    console.print(f"{len(rows)} scans{f', {failed} of them failed' if failed else ''}, in {out / 'predictions.csv'}",
                   highlight=False)

@@ -8,19 +8,18 @@ which way each axis points. :func:`read_scan` uses the affine to turn every file
 * axis 2, *columns*, from the patient's right to the left, as a radiologist looks at a slice.
 
 Intensities stay in the type that is stored, whether Hounsfield units (HU) or 8-bit display values; turning
-them into numbers that a network can use is the job of :mod:`covidseg.lungs`.
+them into numbers that a network can use is the job of :mod:`covidseg.preprocess`.
 
-What NIfTI files hold: the header, read by nibabel, and the voxels, decompressed once and straight into place.
-
-nibabel stops decompressing after the last voxel, before the checksum of the file, and so misses damage; it also needs
-memory for a second copy. Here the file is read to its end, whatever part of it is kept.
+nibabel reads headers and writes files. Voxels are read here: nibabel stops decompressing after the last one, before
+the checksum of the file, and so misses damage, and it needs memory for a second copy. Here a file is read to its end,
+straight into place.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,42 @@ from nibabel.volumeutils import apply_read_scaling
 
 from covidseg.atomic import write_whole
 from covidseg.errors import InputFileError, OutputError, one_of
+
+SUFFIXES = (".nii", ".nii.gz")
+# Upright order: slices towards the head (S), rows towards the back (P), columns towards the left (L).
+UPRIGHT = ("S", "P", "L")
+SPACING = (0.01, 200.0)  # mm; no CT has less or more, though stacks of single slices come with odd distances
+BLOCK = 1 << 18          # bytes decompressed at a time, since a gzip stream makes a copy of each piece
+DEFLATE = 1032           # times smaller than its content is the most that a compressed file can be
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a file lays out its voxels: all that is needed to write a result that fits the input.
+
+    Attributes:
+        shape: stored array shape, three axes (a two-dimensional file counts as one slice).
+        affine: ``(4, 4)`` matrix from voxel indices to millimetres.
+        two_dimensional: whether the file itself has only two axes.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    two_dimensional: bool = False
+
+    def to_upright(self) -> np.ndarray:
+        """nibabel orientation transform from the stored axes to the upright ones, ``(3, 2)``."""
+        return ornt_transform(io_orientation(self.affine), axcodes2ornt(UPRIGHT))
+
+    def from_upright(self) -> np.ndarray:
+        """The transform back, from the upright axes to the stored ones."""
+        return ornt_transform(axcodes2ornt(UPRIGHT), io_orientation(self.affine))
+
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres between slices, rows and columns."""
+        upright = self.affine @ inv_ornt_aff(self.to_upright(), self.shape)
+        slices, rows, columns = np.sqrt((upright[:3, :3] ** 2).sum(axis=0)).tolist()
+        return slices, rows, columns
 
 
 @dataclass(frozen=True)
@@ -128,7 +163,8 @@ def read_mask(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
 def write_like(array: np.ndarray, grid: Grid, path: str | Path) -> Path:
     """Writes an upright array as NIfTI in the voxel order, shape and affine of ``grid``.
 
-    Nothing but shape and affine goes into the header: names, dates and remarks of the input stay out.
+    Nothing but shape and affine goes into the header: names, dates and remarks of the input stay out. Equal arrays
+    are equal bytes, compressed or not.
 
     Args:
         array: ``(slices, rows, columns)``; bool is stored as ``uint8``.
@@ -139,9 +175,7 @@ def write_like(array: np.ndarray, grid: Grid, path: str | Path) -> Path:
         OutputError: the file cannot be written.
     """
     path = Path(path)
-    if array.dtype == bool:
-        array = array.astype(np.uint8)
-    stored = np.ascontiguousarray(apply_orientation(array, grid.from_upright()))
+    stored = apply_orientation(array.view(np.uint8) if array.dtype == bool else array, grid.from_upright())
     if stored.shape != grid.shape:
         raise OutputError(f"result of shape {stored.shape} does not fit the input's {grid.shape}", path=path)
     if grid.two_dimensional:
@@ -151,46 +185,7 @@ def write_like(array: np.ndarray, grid: Grid, path: str | Path) -> Path:
     return path
 
 
-# --- NIfTI ----------------------------------------------------------------------------------------------------------
-
-SUFFIXES = (".nii", ".nii.gz")
-# Upright order: slices towards the head (S), rows towards the back (P), columns towards the left (L).
-UPRIGHT = ("S", "P", "L")
-SPACING = (0.01, 200.0)  # mm; no CT has less or more, though stacks of single slices come with odd distances
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How a file lays out its voxels: all that is needed to write a result that fits the input.
-
-    Attributes:
-        shape: stored array shape, three axes (a two-dimensional file counts as one slice).
-        affine: ``(4, 4)`` matrix from voxel indices to millimetres.
-        two_dimensional: whether the file itself has only two axes.
-    """
-
-    shape: tuple[int, int, int]
-    affine: np.ndarray
-    two_dimensional: bool = False
-
-    def to_upright(self) -> np.ndarray:
-        """nibabel orientation transform from the stored axes to the upright ones, ``(3, 2)``."""
-        return ornt_transform(io_orientation(self.affine), axcodes2ornt(UPRIGHT))
-
-    def from_upright(self) -> np.ndarray:
-        """The transform back, from the upright axes to the stored ones."""
-        return ornt_transform(axcodes2ornt(UPRIGHT), io_orientation(self.affine))
-
-    def in_slices(self) -> bool:
-        """Whether the file holds one upright slice after another, from feet to head or from head to feet."""
-        return int(self.to_upright()[2, 0]) == 0
-
-    def spacing(self) -> tuple[float, float, float]:
-        """Millimetres between slices, rows and columns."""
-        upright = self.affine @ inv_ornt_aff(self.to_upright(), self.shape)
-        slices, rows, columns = np.sqrt((upright[:3, :3] ** 2).sum(axis=0)).tolist()
-        return slices, rows, columns
-
+# --- what a NIfTI file holds ----------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Header:
@@ -212,10 +207,6 @@ class Header:
     slope: float
     inter: float
 
-    def dtype(self) -> np.dtype:
-        """Type of the values: the stored one, but float32 where that is floating point or has to be scaled."""
-        return np.dtype(np.float32) if self.scaled() or self.stored.kind == "f" else self.stored
-
     def scaled(self) -> bool:
         """Whether values differ from what is stored."""
         return (self.slope, self.inter) != (1, 0)
@@ -232,6 +223,10 @@ def _faults(path: Path) -> Iterator[None]:
         reason = str(error).replace(str(path), path.name)  # the error itself says where, reports must not
         raise InputFileError(f"cannot be read as NIfTI ({reason})", path=path,
                              remedy="The file is damaged or incomplete: copy or download it again") from error
+
+
+def _compressed(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
 
 
 def read_header(path: Path) -> Header:
@@ -284,65 +279,45 @@ def read_header(path: Path) -> Header:
     header = Header(path, grid, proxy.dtype, int(proxy.offset), float(proxy.slope), float(proxy.inter))
     with _faults(path):
         size, wanted = path.stat().st_size, header.offset + header.stored.itemsize * math.prod(grid.shape)
-        if wanted > (1032 if _compressed(path) else 1) * size:  # more than deflate can compress; nobody reserves that
+        if wanted > (DEFLATE if _compressed(path) else 1) * size:  # nobody reserves memory for that
             raise EOFError(f"{wanted} bytes are said to be in a file of {size}")
     return header
 
 
-def _compressed(path: Path) -> bool:
-    return path.name.lower().endswith(".gz")
+def read_voxels(header: Header) -> np.ndarray:
+    """All values of a file, ``(i, j, k)`` in Fortran's order as the file is; the only copy of them that is made.
 
-
-@contextmanager
-def open_voxels(header: Header) -> Iterator[Callable[[np.ndarray], None]]:
-    """Opens a file at its first voxel, and reads it to its end in the end, so that its checksum is tested.
-
-    Yields:
-        A function that fills an array, contiguous in Fortran's order as the file is, with the values that come next.
+    They have the stored type, but float32 where that is floating point or has to be scaled.
 
     Raises:
         InputFileError: the file is damaged or incomplete, or holds NaN.
     """
-    path = header.path
+    path, as_stored = header.path, not header.scaled() and header.stored.kind != "f"
     with _faults(path), cast(BinaryIO, igzip.open(path)) if _compressed(path) else path.open("rb") as stream:
         stream.seek(header.offset)
-        yield lambda target: _fill(stream, target.reshape(-1, order="F"), header)
-        while stream.read(1 << 20):
+        array = np.empty(header.grid.shape, header.stored if as_stored else np.float32, order="F")
+        values = array.reshape(-1, order="F")
+        if header.stored == values.dtype and not header.scaled():
+            _fill(values, stream)
+        else:
+            for start in range(0, len(values), 1 << 20):  # a block at a time, so that no second copy is needed
+                raw = np.empty(min(1 << 20, len(values) - start), header.stored)
+                _fill(raw, stream)
+                with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is refused
+                    values[start:start + len(raw)] = apply_read_scaling(raw, header.slope, header.inter)
+        while stream.read(1 << 20):  # to the end, where the checksum is tested
             pass
-
-
-def _fill(stream: BinaryIO, values: np.ndarray, header: Header) -> None:
-    """Fills ``(n,)`` values, in blocks where they have to be converted."""
-    if values.dtype == header.stored and not header.scaled():
-        _read(stream, values)
-    else:
-        for start in range(0, len(values), 1 << 20):
-            raw = np.empty(min(1 << 20, len(values) - start), header.stored)
-            _read(stream, raw)
-            with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is refused
-                values[start:start + len(raw)] = apply_read_scaling(raw, header.slope, header.inter)
-    if values.dtype.kind == "f" and not (np.isfinite(values.min()) and np.isfinite(values.max())):
-        raise InputFileError("holds voxels that are not numbers (NaN or infinite)", path=header.path,
+    if array.dtype.kind == "f" and not (np.isfinite(array.min()) and np.isfinite(array.max())):
+        raise InputFileError("holds voxels that are not numbers (NaN or infinite)", path=path,
                              remedy="Export the scan again, or set those voxels to air (-1024 HU)")
+    return array
 
 
-def _read(stream: BinaryIO, target: np.ndarray) -> None:
-    """Fills all bytes of a contiguous array, little by little, since a gzip stream makes a copy of each piece."""
+def _fill(target: np.ndarray, stream: BinaryIO) -> None:
+    """Fills all bytes of a contiguous array with what comes next."""
     left = target.view(np.uint8).data
     while left:
-        count = stream.readinto(left[:1 << 18])  # type: ignore[attr-defined]
+        count = stream.readinto(left[:BLOCK])  # type: ignore[attr-defined]
         if not count:
             raise EOFError(f"{len(left)} bytes are missing")
         left = left[count:]
-
-
-def read_voxels(header: Header) -> np.ndarray:
-    """All values of a file, ``(i, j, k)`` as stored, in Fortran's order; the only copy of them that is made.
-
-    Raises:
-        InputFileError: see :func:`open_voxels`.
-    """
-    with open_voxels(header) as fill:
-        array = np.empty(header.grid.shape, header.dtype(), order="F")
-        fill(array)
-    return array

@@ -44,7 +44,7 @@ def test_parts_and_their_merged_table_are_those_of_one_run(tiny_phantom: Path, r
     assert merged.exit_code == 0
     assert "4 scans" in merged.output
     assert (out / "predictions.csv").read_bytes() == (tmp_path / "whole" / "predictions.csv").read_bytes()
-    assert names(out / "parts") == [f"part-{k}-of-3.json" for k in (1, 2, 3)]
+    assert names(out / "parts") == [f"part-{k}-of-3.csv" for k in (1, 2, 3)]
     assert names(tmp_path / "whole") == ["parts", *(f"phantom_0{k}.nii.gz" for k in range(4)), "predictions.csv"]
 
 

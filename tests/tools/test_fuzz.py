@@ -6,15 +6,18 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 from fuzz import __main__ as command
 from fuzz import mutate, scans
 from fuzz.harness import Finding, Harness, Target
 from fuzz.targets import TARGETS
 
+from covidseg.data.scan import Scan
 from covidseg.errors import InputFileError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +59,7 @@ def test_a_fault_is_reported_once_with_its_place_and_an_example(tmp_path: Path) 
 
 def test_other_faults_are_other_findings(tmp_path: Path) -> None:
     def run(data: bytes, folder: Path) -> None:
-        scans.by_slices(folder / "none.txt") if data == b"place" else [][len(data)]
+        scans.read_scan(folder / "none.txt") if data == b"place" else [][len(data)]
 
     harness = Harness(target(run), tmp_path)
     harness(b"a")
@@ -156,9 +159,12 @@ def test_targets_reach_beyond_refusals(tmp_path: Path) -> None:
 
 def test_checks_of_scans_fire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     harness, seed = Harness(TARGETS["nifti"], tmp_path), scans.nifti_seeds()[0]
-    plain = scans.by_slices
-    for broken in (lambda path: plain(path)[::-1], lambda path: plain(path).clip(0, 5)):
-        monkeypatch.setattr(scans, "by_slices", broken)
+    plain = scans.read_scan
+    for change in (lambda pixels: pixels[::-1], lambda pixels: pixels.clip(0, 5)):
+        def broken(path: Path, change: Callable[[np.ndarray], np.ndarray] = change) -> Scan:
+            scan = plain(path)
+            return replace(scan, pixels=change(scan.pixels)) if path.name == "packed.nii.gz" else scan
+        monkeypatch.setattr(scans, "read_scan", broken)
         harness(seed)
     assert [finding.text.split("\n")[0] for finding in harness.findings] == ["two ways to read it differ"]
 

@@ -14,11 +14,11 @@ import pytest
 from fuzz import scans, stored, tables
 from safetensors.numpy import save
 
-from covidseg.batch import merge, reports
+from covidseg.batch import merge
+from covidseg.batch import tables as part_tables
 from covidseg.data.fetch import check_zip, unpack
 from covidseg.data.folder import load_dataset
 from covidseg.data.scan import read_scan
-from covidseg.data.slices import SliceReader
 from covidseg.data.splits import apply_split, read_split
 from covidseg.errors import ArtifactError, DatasetError, DownloadError, InputFileError
 from covidseg.profiles import read_report
@@ -50,11 +50,11 @@ def test_more_slices_than_a_file_can_hold_are_not_even_counted(name: str, tmp_pa
     image = nib.Nifti2Image(np.zeros((2, 2, 2), np.int16), scans.AFFINE)
     nib.save(image, tmp_path / name)
     raw = bytearray(image.to_bytes())
-    raw[40:48] = (2**62).to_bytes(8, "little")  # a list() of the reader would reserve that many places
+    raw[40:48] = (2**62).to_bytes(8, "little")
     with (nib.openers.Opener(tmp_path / name, "wb")) as stream:
         stream.write(bytes(raw))
     with pytest.raises(InputFileError, match="bytes are said to be in a file of"):
-        SliceReader(tmp_path / name)
+        read_scan(tmp_path / name)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
@@ -153,20 +153,25 @@ def test_a_report_that_goes_deeper_than_python(tmp_path: Path) -> None:
         read_report(tmp_path)
 
 
-@pytest.mark.parametrize(("place", "value"), [
-    (("scans",), None), (("scans", 0), "a"), (("scans", 0, "status"), "odd"), (("scans", 0, "name"), 5),
-    (("scans", 0, "name"), "a" * 300), (("scans", 0, "mask_sha256"), None), (("scans", 0, "lesion_ml"), "much"),
-    (("scans", 1, "fault"), "\ud800"), (("part",), "1"), (("parts",), {}), (("made",), []), (("complete",), 1)])
-def test_reports_of_predictions_that_count_as_missing(place: tuple, value: object, tmp_path: Path) -> None:
-    content = json.loads(stored.part_seeds()[0])
-    inner = content
-    for name in place[:-1]:
-        inner = inner[name]
-    inner[place[-1]] = value
+@pytest.mark.parametrize(("old", "new"), [
+    ("name,", "title,"), ("a,done", "a,odd"), ("a,done", ",done"), ("a,done", "a,done,"), (",failed,", ","),
+    ("a,done", 'a,"done'), ("is broken", "\udcff"), ("is broken", "x" * 200_000)])
+def test_tables_of_predictions_that_count_as_missing(old: str, new: str, tmp_path: Path) -> None:
+    content = stored.part_seeds()[0].decode()
+    assert old in content
     (tmp_path / "parts").mkdir()
-    (tmp_path / "parts" / "part-1-of-1.json").write_text(json.dumps(content), encoding="utf-8")
-    assert reports(tmp_path) == []
+    (tmp_path / "parts" / "part-1-of-1.csv").write_bytes(content.replace(old, new, 1).encode(errors="surrogateescape"))
+    assert part_tables(tmp_path) == {}
     with pytest.raises(DatasetError, match="no reports of predictions"):
+        merge(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "../a"])
+def test_names_of_scans_that_no_file_has(name: str, tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    table = stored.part_seeds()[0].decode().replace("a,done", f"{name},done", 1)
+    (tmp_path / "parts" / "part-1-of-1.csv").write_text(table, encoding="utf-8")
+    with pytest.raises(DatasetError):
         merge(tmp_path)
 
 

@@ -15,7 +15,7 @@ from faults.trial import Fault
 
 GROUP = "damaged files"
 FLIPS = 40
-REPORTS = ("out/parts/part-1-of-1.json", "out/predictions.csv")  # of `covidseg predict`, which say what failed
+REPORTS = ("out/parts/part-1-of-1.csv", "out/predictions.csv")  # of `covidseg predict`, which say what failed
 LOCK = ("run/stages/.*.lock",)  # an empty file by which programs that share a run wait for each other
 PREDICT = "covidseg predict scan.nii.gz -o out"
 

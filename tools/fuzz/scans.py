@@ -12,7 +12,6 @@ import numpy as np
 from nibabel.orientations import apply_orientation
 
 from covidseg.data.scan import SPACING, Scan, read_mask, read_scan, write_like
-from covidseg.data.slices import SliceReader, slice_writer
 from covidseg.errors import InputFileError
 
 AFFINE = np.array([[-0.7, 0, 0, 10], [0, 0, -0.8, 20], [0, 5.0, 0, -30], [0, 0, 0, 1]])
@@ -64,18 +63,10 @@ def outcome(read: Callable[[], Read]) -> Read | None:
         return None
 
 
-def by_slices(path: Path) -> np.ndarray:
-    reader = SliceReader(path)
-    slices = list(reader)
-    order = np.argsort([reader.number(position) for position in range(len(reader))])
-    return np.stack([slices[position] for position in order])
-
-
-def _same(scan: Scan | None, *others: np.ndarray | None) -> None:
-    """Whether other ways to read a file refuse it too, or find the same voxels."""
-    for other in others:
-        assert (other is None) == (scan is None), "one way to read it accepts what another refuses"
-        assert other is None or scan is None or np.array_equal(other, scan.pixels), "two ways to read it differ"
+def _same(scan: Scan | None, other: np.ndarray | None) -> None:
+    """Whether another way to read a file refuses it too, or finds the same voxels."""
+    assert (other is None) == (scan is None), "one way to read it accepts what another refuses"
+    assert other is None or scan is None or np.array_equal(other, scan.pixels), "two ways to read it differ"
 
 
 def _check(scan: Scan) -> None:
@@ -87,31 +78,25 @@ def _check(scan: Scan) -> None:
     assert np.array_equal(apply_orientation(values, scan.grid.to_upright()).astype(pixels.dtype), pixels), \
         "nibabel reads other voxels"
     mask = pixels > np.median(pixels)
-    whole, slices = path.with_name("mask.nii"), path.with_name("slices.nii")
+    whole = path.with_name("mask.nii")
     assert np.array_equal(read_mask(write_like(mask, scan.grid, whole), like=scan), mask), "a mask comes back changed"
-    numbers = np.arange(len(mask))
-    with slice_writer(slices, scan.grid) as write:
-        for k in numbers[::-1] if SliceReader(path).number(0) else numbers:
-            write(mask[k])
-    assert slices.read_bytes() == whole.read_bytes(), "slice by slice gives another file"
 
 
 def read_plain(data: bytes, folder: Path) -> None:
-    """Reads ``.nii`` as a whole, slice by slice and compressed."""
+    """Reads ``.nii`` as it is and compressed."""
     path, packed = folder / "scan.nii", folder / "packed.nii.gz"
     path.write_bytes(data)
     packed.write_bytes(gzip.compress(data, 1, mtime=0))
     scan = outcome(lambda: read_scan(path))
-    _same(scan, outcome(lambda: by_slices(path)), outcome(lambda: read_scan(packed).pixels))
+    _same(scan, outcome(lambda: read_scan(packed).pixels))
     if scan is not None:
         _check(scan)
 
 
 def read_packed(data: bytes, folder: Path) -> None:
-    """Reads ``.nii.gz`` as a whole and slice by slice."""
+    """Reads ``.nii.gz``."""
     path = folder / "scan.nii.gz"
     path.write_bytes(data)
     scan = outcome(lambda: read_scan(path))
-    _same(scan, outcome(lambda: by_slices(path)))
     if scan is not None:
         _check(scan)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from covidseg.batch import merge
+from covidseg.batch import PART_COLUMNS, merge
 from covidseg.data.fetch import UnpackSettings, check_zip, unpack
 from covidseg.errors import CovidsegError
 from covidseg.profiles import PROFILES, profile_json, read_report
@@ -101,20 +101,21 @@ def _check_types(value: Any, model: Any) -> None:
 
 
 def part_seeds() -> list[bytes]:
-    """Reports of predictions, with a scan that is done and one that failed."""
-    mask = hashlib.sha256(b"a mask").hexdigest()
-    done = {"name": "a", "status": "done", "slices": 9, "lesion_slices": 2, "lesion_ml": 1.5, "scan_sha256": "0" * 64,
-            "mask_sha256": mask, "seconds": 0.5}
+    """Tables of a part of a prediction, with a scan that is done and one that failed, and with none."""
+    cells = dict.fromkeys(PART_COLUMNS, "") | {"covidseg": "0.1.0", "nets": "0123456789abcdef", "threshold": "0.25",
+                                             "volume": "None"}
+    done = {"name": "a", "status": "done", "slices": "9", "lesion_slices": "2", "lesion_ml": "1.500",
+            "scan_sha256": "0" * 64, "mask_sha256": hashlib.sha256(b"a mask").hexdigest()}
     failed = {"name": "b", "status": "failed", "error": "InputFileError", "fault": "is broken"}
-    made = {"covidseg": "0.1.0", "nets": "0123456789abcdef", "threshold": 0.25, "volume": None, "probability": False}
-    return [json.dumps({"part": 1, "parts": 1, "made": made, "inputs": "0123456789abcdef", "complete": True,
-                        "scans": scans}).encode() for scans in ([done, failed], [])]
+    head = ",".join(PART_COLUMNS)
+    return ["\n".join([head, *(",".join((cells | row).values()) for row in rows), ""]).encode()
+            for rows in ([done, failed], [])]
 
 
 def read_parts(data: bytes, folder: Path) -> None:
-    """Puts the report of the only part into a table."""
+    """Puts the table of the only part into that of all scans."""
     (folder / "parts").mkdir(exist_ok=True)
-    (folder / "parts/part-1-of-1.json").write_bytes(data)
+    (folder / "parts/part-1-of-1.csv").write_bytes(data)
     (folder / "a.nii.gz").write_bytes(b"a mask")
     merge(folder)
 

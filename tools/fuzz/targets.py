@@ -14,5 +14,5 @@ TARGETS = {target.name: target for target in (
     Target("artifact", "stored stages", stored.array_seeds, stored.read_arrays, change_arrays),
     Target("notes", "notes of stages", stored.note_seeds, stored.read_notes, change_json),
     Target("report", "reports of runs", stored.report_seeds, stored.read_reports, change_json),
-    Target("parts", "reports of predictions", stored.part_seeds, stored.read_parts, change_json),
+    Target("parts", "reports of predictions", stored.part_seeds, stored.read_parts, change_table),
     Target("zip", "archives", stored.zip_seeds, stored.read_zip))}
