@@ -25,14 +25,18 @@ class VolumeReport:
     """What is known of one volume.
 
     Attributes:
-        id, patient: as in the label table.
+        id: its name in the label table.
+        patient: name of the patient whose scan it is.
         shape: ``(slices, rows, columns)``, empty if the scan cannot be read.
-        spacing: mm between slices, rows and columns.
-        unit: ``HU``, ``display``, or empty.
+        spacing: millimetres between slices, rows and columns.
+        unit: ``HU``, ``display``, or empty if the scan cannot be read.
         value_range: lowest and highest stored value.
-        lesion, free, unlabelled: numbers of slices.
-        lung, mask: whether true outlines are there.
-        faults: one sentence each.
+        lesion: number of slices labelled as having a lesion.
+        free: number of slices labelled free of lesions.
+        unlabelled: number of slices without a label.
+        lung: whether a true lung mask is there.
+        mask: whether a true lesion mask is there.
+        faults: what is wrong, one sentence each.
     """
 
     id: str
@@ -51,7 +55,13 @@ class VolumeReport:
 
 @dataclass(frozen=True)
 class FolderReport:
-    """All volumes of a folder, and the faults that concern the folder as a whole."""
+    """What is known of a data folder.
+
+    Attributes:
+        root: the folder.
+        volumes: reports of its volumes.
+        faults: what is wrong with the folder as a whole, one sentence each.
+    """
 
     root: Path
     volumes: tuple[VolumeReport, ...]
@@ -159,7 +169,8 @@ def check_mosmed(root: str | Path, unit: str | None = None, *, anatomy: bool = T
 
     Args:
         root: its folder, with ``studies`` and ``masks``.
-        unit, anatomy: as of :func:`check_folder`.
+        unit: ``HU`` or ``display`` where all scans have to have it.
+        anatomy: whether scans have to look like chest CT.
 
     Raises:
         DatasetError: there is no folder ``studies``.

@@ -44,13 +44,13 @@ class DownloadSettings:
     """How patient a download is and how much it may bring.
 
     Attributes:
-        retries: Attempts in a row that bring nothing new before the download is given up, at least 1.
-        backoff: Seconds before the second attempt. They double each time, up to ``longest_wait``.
-        longest_wait: Most seconds between two attempts.
-        timeout: Seconds without an answer that count as a broken line.
-        chunk: Bytes written at a time. As much may be lost when the line breaks.
-        spare: Bytes to leave free on the disk.
-        max_bytes: Largest size of a file of which neither the register nor the server states the size.
+        retries: attempts in a row that bring nothing new before the download is given up, at least 1.
+        backoff: seconds before the second attempt. They double each time, up to ``longest_wait``.
+        longest_wait: most seconds between two attempts.
+        timeout: seconds without an answer that count as a broken line.
+        chunk: bytes written at a time. As much may be lost when the line breaks.
+        spare: bytes to leave free on the disk.
+        max_bytes: largest size of a file of which neither the register nor the server states the size.
     """
 
     retries: int = 5
@@ -67,10 +67,10 @@ class Fetched:
     """A file on disk that passed its check.
 
     Attributes:
-        path: Where it is.
-        checked: What it was checked against: ``"published md5"``, ``"published sha256"``, ``"first download"``,
+        path: where it is.
+        checked: what it was checked against: ``"published md5"``, ``"published sha256"``, ``"first download"``,
             or ``"nothing: this is the first download"``.
-        new: Whether it was downloaded just now.
+        new: whether it was downloaded just now.
     """
 
     path: Path
@@ -83,15 +83,15 @@ def fetch(remote: RemoteFile, folder: str | Path, settings: DownloadSettings | N
     """Downloads one file into a folder, or checks the one that is there.
 
     Args:
-        remote: Address, name, size and checksum of the file.
-        folder: Target folder, made if it is missing. NAME is written there, and NAME.sha256 where no checksum is
+        remote: address, name, size and checksum of the file.
+        folder: target folder, made if it is missing. NAME is written there, and NAME.sha256 where no checksum is
             published. NAME.part and NAME.part.json hold an unfinished download.
-        settings: Patience and limits.
-        progress: Whether to show a progress bar on a terminal.
+        settings: patience and limits.
+        progress: whether to show a progress bar on a terminal.
 
     Raises:
-        DownloadError: No answer, a refusal, the wrong size or checksum, or a full disk.
-        OutputError: The folder cannot be written.
+        DownloadError: no answer, a refusal, the wrong size or checksum, or a full disk.
+        OutputError: the folder cannot be written.
     """
     check_address(remote.url)
     folder = Path(folder)
@@ -125,8 +125,8 @@ def check_file(path: Path, remote: RemoteFile) -> str:
         What it was checked against, see :class:`Fetched`.
 
     Raises:
-        DownloadError: The size or checksum is another, or an archive without a published checksum is damaged.
-        OutputError: The checksum of the first download cannot be kept.
+        DownloadError: the size or checksum is another, or an archive without a published checksum is damaged.
+        OutputError: the checksum of the first download cannot be kept.
     """
     if remote.size and path.stat().st_size != remote.size:
         raise DownloadError(f"{remote.name} has {path.stat().st_size} bytes, expected {remote.size}", path=path,
@@ -177,11 +177,11 @@ class ResumingDownloader:
     """A downloader for pooch that goes on where an earlier one broke off (``Range`` and ``If-Range``, RFC 9110).
 
     Attributes:
-        remote: The file to bring.
-        part: Where it grows until it is complete, NAME.part.
-        notes: Address and version of the file that the part belongs to, NAME.part.json.
-        settings: Patience and limits.
-        progress: Whether to show a progress bar on a terminal.
+        remote: the file to bring.
+        part: where it grows until it is complete, NAME.part.
+        notes: address and version of the file that the part belongs to, NAME.part.json.
+        settings: patience and limits.
+        progress: whether to show a progress bar on a terminal.
     """
 
     def __init__(self, remote: RemoteFile, folder: Path, settings: DownloadSettings, progress: bool) -> None:
@@ -279,8 +279,8 @@ class UnpackSettings:
     """How much an archive may hold. The ratio is not limited: an honest mask compresses a thousandfold.
 
     Attributes:
-        max_bytes: Bytes that an archive may unpack to. More is refused as a zip bomb.
-        max_members: Files and folders that an archive may hold.
+        max_bytes: bytes that an archive may unpack to. More is refused as a zip bomb.
+        max_members: files and folders that an archive may hold.
     """
 
     max_bytes: int = 16 << 30
@@ -291,7 +291,7 @@ def check_zip(path: str | Path) -> None:
     """Reads a zip archive to its end and compares every CRC; a trap is refused before it is read.
 
     Raises:
-        DownloadError: It is not a zip archive, is damaged, or is one that :func:`unpack` would refuse.
+        DownloadError: it is not a zip archive, is damaged, or is one that :func:`unpack` would refuse.
     """
     with _open_zip(Path(path), UnpackSettings(), "is not a usable zip archive") as archive:
         bad = archive.testzip()
@@ -303,16 +303,16 @@ def unpack(archive: str | Path, folder: str | Path, settings: UnpackSettings | N
     """Unpacks a zip archive into a folder, or refuses it as a whole before anything is written.
 
     Args:
-        archive: The zip file.
-        folder: Where to. Nothing is written outside.
-        settings: Limits on size and number of files.
+        archive: the zip file.
+        folder: where to. Nothing is written outside.
+        settings: limits on size and number of files.
 
     Returns:
         The files, in the archive's order.
 
     Raises:
-        DownloadError: Not a zip, damaged, encrypted, with paths or links that leave the folder, or a zip bomb.
-        OutputError: The folder cannot be written.
+        DownloadError: not a zip, damaged, encrypted, with paths or links that leave the folder, or a zip bomb.
+        OutputError: the folder cannot be written.
     """
     try:
         with _open_zip(Path(archive), settings or UnpackSettings(), "cannot be unpacked") as source:

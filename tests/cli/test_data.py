@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ from covidseg.cli.data import app
 from covidseg.data import check as checking
 from covidseg.data import layout as arranging
 from covidseg.data import registry
+from covidseg.data.fetch import DownloadSettings
 from covidseg.data.folder import load_dataset
-from covidseg.data.layout import arrange, arrange_mosmed, has_lesion
+from covidseg.data.layout import has_lesion, lay_out, lay_out_mosmed
 from covidseg.data.registry import entry, is_present, load_registry, resolve
 from covidseg.data.scan import read_mask, read_scan, write_like
 from covidseg.errors import DatasetError, DownloadError, InputFileError, OutputError
@@ -162,10 +164,8 @@ def test_licence_has_to_be_accepted(server: Server, cache: Path, monkeypatch: py
 
 
 def test_interrupted_get_continues(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = commands.DownloadSettings(retries=1, backoff=0, spare=0, chunk=50)
-    real = commands.get_set
-    monkeypatch.setattr(commands, "get_set", lambda item, folder, everything: real(item, folder, quick,
-                                                                                   everything=everything))
+    quick = partial(DownloadSettings, retries=1, backoff=0, spare=0, chunk=50)
+    monkeypatch.setattr("covidseg.data.fetch.DownloadSettings", quick)
     page = server.pages["rp_msk.zip"]
     page.drops = [100, 0]
     assert "broke off after 100 bytes" in fails(DownloadError, "get", "medseg2", "--yes")
@@ -238,8 +238,8 @@ def test_outline_with_another_header_takes_the_one_of_its_image(server: Server, 
     found = files(tmp_path, image={"1.nii.gz": nifti(image)}, lung={"1.nii.gz": nifti(lung)},
                   mask={"1.nii.gz": nifti(mask, moved)})
     notes: list[str] = []
-    folder = arrange(entry("medseg2"), found, tmp_path / "out", notes.append)
-    case = load_dataset(folder).cases[0]
+    lay_out(entry("medseg2"), found, tmp_path / "out", notes.append)
+    case = load_dataset(tmp_path / "out").cases[0]
     assert case.mask is not None
     assert np.array_equal(read_mask(case.mask, like=read_scan(case.image)), mask > 0)
     assert len(notes) == 1
@@ -262,7 +262,7 @@ def test_archives_that_do_not_belong_together(spoil, kind: type[Exception], comp
                "mask": {"1.nii.gz": nifti(mask)}}
     spoil(members)
     with pytest.raises(kind, match=complaint):
-        arrange(entry("medseg2"), files(tmp_path, **members), tmp_path / "out")
+        lay_out(entry("medseg2"), files(tmp_path, **members), tmp_path / "out")
     assert not is_present(tmp_path / "out")
     assert not list((tmp_path / "out").glob(".unpack-*"))
 
@@ -273,7 +273,7 @@ def test_header_that_promises_too_much(server: Server, tmp_path: Path, monkeypat
     found = files(tmp_path, image={"1.nii.gz": nifti(image)}, lung={"1.nii.gz": nifti(lung)},
                   mask={"1.nii.gz": nifti(mask)})
     with pytest.raises(InputFileError, match="claims to hold 16384 voxels"):
-        arrange(entry("medseg2"), found, tmp_path / "out")
+        lay_out(entry("medseg2"), found, tmp_path / "out")
 
 
 def test_stack_stored_from_head_to_feet_keeps_published_numbers(server: Server, tmp_path: Path) -> None:
@@ -281,9 +281,10 @@ def test_stack_stored_from_head_to_feet_keeps_published_numbers(server: Server, 
     down = PUBLISHED @ np.diag((1, 1, -1, 1))
     for name, array in (("tr_im", image), ("tr_mask", mask)):
         (tmp_path / f"{name}.nii.gz").write_bytes(nifti(array, down))
-    folder = arrange(entry("medseg1"), {"image": tmp_path / "tr_im.nii.gz", "mask": tmp_path / "tr_mask.nii.gz"},
-                     tmp_path / "out")
-    assert (folder / "tr_slices.csv").read_text() == "position,medseg100_slice,has_lesion\n0,2,1\n1,1,0\n2,0,0\n"
+    lay_out(entry("medseg1"), {"image": tmp_path / "tr_im.nii.gz", "mask": tmp_path / "tr_mask.nii.gz"},
+            tmp_path / "out")
+    table = (tmp_path / "out" / "tr_slices.csv").read_text()
+    assert table == "position,medseg100_slice,has_lesion\n0,2,1\n1,1,0\n2,0,0\n"
 
 
 def test_copy_where_links_are_impossible(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,23 +300,22 @@ def test_a_full_disk_leaves_no_half_file(server: Server, tmp_path: Path, monkeyp
     def refuse(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    source = tmp_path / "scan.nii.gz"
-    source.write_bytes(nifti(volume(1, (1,))[0]))
-    monkeypatch.setattr(arranging.os, "link", refuse)
+    for name, array in zip(("tr_im", "tr_mask"), volume(1, (1,))[::2], strict=True):
+        (tmp_path / f"{name}.nii.gz").write_bytes(nifti(array))
+    found = {"image": tmp_path / "tr_im.nii.gz", "mask": tmp_path / "tr_mask.nii.gz"}
+    lay_out(entry("medseg1"), found, tmp_path / "linked")
     monkeypatch.setattr("os.fsync", refuse)
-    for write in (lambda: arranging.place(source, tmp_path / "im" / "a.nii.gz", move=False),
-                  lambda: arranging.write_table(tmp_path / "im" / "labels.csv", ("a", "b"), [(1, 2)]),
-                  lambda: arranging.write_json(tmp_path / "im" / "a.json", {})):
-        with pytest.raises(OutputError, match="No space left"):
-            write()
-        assert list((tmp_path / "im").iterdir()) == []
+    with pytest.raises(OutputError, match=r"tr_slices\.csv.*No space left"):
+        lay_out(entry("medseg1"), found, tmp_path / "linked")
+    monkeypatch.setattr("os.link", refuse)
+    with pytest.raises(OutputError, match=r"tr_im\.nii\.gz.*No space left"):
+        lay_out(entry("medseg1"), found, tmp_path / "copied")
+    assert list((tmp_path / "copied").iterdir()) == []
 
 
 def test_target_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     fails(OutputError, "get", "medseg2", "--yes", "--to", tmp_path / "file")
-    with pytest.raises(OutputError, match="cannot be written"):
-        arranging.write_json(tmp_path / "file" / "a.json", {})
 
 
 # ---- MosMedData, by hand ----------------------------------------------------------------------------------------
@@ -371,10 +371,10 @@ def test_mosmed_outline_without_study(mosmed: Path, tmp_path: Path) -> None:
     (mosmed / "studies" / "CT-1" / "study_0003.nii.gz").unlink()
     assert "masks/study_0003_mask.nii.gz has no study" in checking.check_folder(mosmed).all_faults()
     with pytest.raises(DatasetError, match="outlines without a study: study_0003"):
-        arrange_mosmed(mosmed)
+        lay_out_mosmed(mosmed)
     (tmp_path / "empty" / "studies").mkdir(parents=True)
     with pytest.raises(DatasetError, match="neither"):
-        arrange_mosmed(tmp_path / "empty")
+        lay_out_mosmed(tmp_path / "empty")
     with pytest.raises(DatasetError, match="no folder `studies`"):
         checking.check_mosmed(tmp_path)
 
@@ -390,7 +390,7 @@ def test_unit_and_anatomy_are_asked_of_mosmed_as_of_other_folders(mosmed: Path) 
 def test_mosmed_folder_that_cannot_be_written(mosmed: Path) -> None:
     (mosmed / "im").write_text("in the way")
     with pytest.raises(OutputError, match="cannot be written"):
-        arrange_mosmed(mosmed)
+        lay_out_mosmed(mosmed)
 
 
 # ---- check ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from covidseg.data.folder import VOLUME_COLUMNS, write_table
 from covidseg.data.phantom.anatomy import Frame, apply_scanner, coverage, lung_tissue, make_chest, make_frame
 from covidseg.data.phantom.lesions import (
     MIN_LESION_AREA_MM2,
@@ -194,8 +194,7 @@ def _write_patients(folder: Path, settings: PhantomSettings, progress: bool) -> 
             print(f"{patient.id}: {patient.labels().sum()} of {slices} slices with lesion; "
                   f"look-alikes: {', '.join(patient.lookalikes) or 'none'}")
     table = folder / "slice_labels.csv"
-    with table.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream, lineterminator="\n").writerows([["volume", "slice", "has_lesion", "patient"], *rows])
+    write_table(table, (*VOLUME_COLUMNS, "patient"), rows)
     files[table.name] = table.stat().st_size
     (folder / "phantom.json").write_text(json.dumps({**_passport(settings), "files": files}, indent=1) + "\n",
                                          encoding="utf-8")
