@@ -78,8 +78,7 @@ class Fetched:
     new: bool
 
 
-def fetch(remote: RemoteFile, folder: str | Path, settings: DownloadSettings | None = None, *,
-          progress: bool = True) -> Fetched:
+def fetch(remote: RemoteFile, folder: str | Path, settings: DownloadSettings | None = None) -> Fetched:
     """Downloads one file into a folder, or checks the one that is there.
 
     Args:
@@ -87,7 +86,6 @@ def fetch(remote: RemoteFile, folder: str | Path, settings: DownloadSettings | N
         folder: target folder, made if it is missing. NAME is written there, and NAME.sha256 where no checksum is
             published. NAME.part and NAME.part.json hold an unfinished download.
         settings: patience and limits.
-        progress: whether to show a progress bar on a terminal.
 
     Raises:
         DownloadError: no answer, a refusal, the wrong size or checksum, or a full disk.
@@ -96,7 +94,7 @@ def fetch(remote: RemoteFile, folder: str | Path, settings: DownloadSettings | N
     check_address(remote.url)
     folder = Path(folder)
     target = folder / remote.name
-    downloader = ResumingDownloader(remote, folder, settings or DownloadSettings(), progress)
+    downloader = ResumingDownloader(remote, folder, settings or DownloadSettings())
 
     def check(_: str, action: str, __: object) -> Fetched:
         try:
@@ -163,16 +161,6 @@ def _record(path: Path) -> Path:
 
 # --- one download ---------------------------------------------------------------------------------------------------
 
-class _HttpsSession(requests.Session):
-    """Follows redirects (figshare uses them), but never from https to an address without encryption."""
-
-    def get_redirect_target(self, resp: requests.Response) -> str | None:
-        target = super().get_redirect_target(resp)
-        if target:
-            check_address(urljoin(resp.url, target))
-        return target
-
-
 class ResumingDownloader:
     """A downloader for pooch that goes on where an earlier one broke off (``Range`` and ``If-Range``, RFC 9110).
 
@@ -181,35 +169,33 @@ class ResumingDownloader:
         part: where it grows until it is complete, NAME.part.
         notes: address and version of the file that the part belongs to, NAME.part.json.
         settings: patience and limits.
-        progress: whether to show a progress bar on a terminal.
     """
 
-    def __init__(self, remote: RemoteFile, folder: Path, settings: DownloadSettings, progress: bool) -> None:
-        self.remote, self.settings, self.progress = remote, settings, progress
+    def __init__(self, remote: RemoteFile, folder: Path, settings: DownloadSettings) -> None:
+        self.remote, self.settings = remote, settings
         self.part, self.notes = folder / f"{remote.name}.part", folder / f"{remote.name}.part.json"
 
     def __call__(self, url: str, output_file: str, _: object = None) -> None:
         """Brings the file, over as many attempts as bring something new, and moves it to ``output_file``."""
         failures, furthest = 0, self._kept()[0]
-        with _HttpsSession() as session:
-            while True:
-                try:
-                    self._attempt(session)
-                    break
-                except requests.exceptions.SSLError as error:
-                    raise DownloadError(f"the server could not prove who it is ({error})", path=url,
-                                        remedy="Check the clock and the network; never switch the check off") from error
-                except PASSING as error:
-                    have = self._kept()[0]
-                    failures, furthest = 0 if have > furthest else failures + 1, max(furthest, have)
-                    if failures >= self.settings.retries:
-                        raise DownloadError(f"broke off after {have} bytes and {failures} attempts ({error})", path=url,
-                                            remedy="Run the same command again later: it continues where it "
-                                                   "stopped") from error
-                    time.sleep(min(self.settings.backoff * 2 ** failures, self.settings.longest_wait))
-                except requests.RequestException as error:
-                    raise DownloadError(f"cannot be downloaded ({error})", path=url,
-                                        remedy="Check the connection and proxy settings") from error
+        while True:
+            try:
+                self._attempt()
+                break
+            except requests.exceptions.SSLError as error:
+                raise DownloadError(f"the server could not prove who it is ({error})", path=url,
+                                    remedy="Check the clock and the network; never switch the check off") from error
+            except PASSING as error:
+                have = self._kept()[0]
+                failures, furthest = 0 if have > furthest else failures + 1, max(furthest, have)
+                if failures >= self.settings.retries:
+                    raise DownloadError(f"broke off after {have} bytes and {failures} attempts ({error})", path=url,
+                                        remedy="Run the same command again later: it continues where it "
+                                               "stopped") from error
+                time.sleep(min(self.settings.backoff * 2 ** failures, self.settings.longest_wait))
+            except requests.RequestException as error:
+                raise DownloadError(f"cannot be downloaded ({error})", path=url,
+                                    remedy="Check the connection and proxy settings") from error
         self.part.replace(output_file)
         self.notes.unlink(missing_ok=True)
 
@@ -221,14 +207,15 @@ class ResumingDownloader:
         except (OSError, ValueError, KeyError, TypeError):
             return 0, ""
         # Without a mark, only a published checksum would notice two halves of different files.
-        return (size, mark) if url == self.remote.url and (mark or self.remote.checksum) else (0, "")
+        return (size, mark) if size and url == self.remote.url and (mark or self.remote.checksum) else (0, "")
 
-    def _attempt(self, session: requests.Session) -> None:
+    def _attempt(self) -> None:
         """One request: goes on at the end of the part, or starts anew if the server wants that."""
         remote, (have, mark) = self.remote, self._kept()
         # Compressed transfer would make lengths and ranges speak of other bytes than the file's.
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-" if have else None, "If-Range": mark or None}
-        with session.get(remote.url, headers=headers, stream=True, timeout=self.settings.timeout) as answer:
+        with requests.get(remote.url, headers=headers, stream=True, timeout=self.settings.timeout,
+                          hooks={"response": _stay_encrypted}) as answer:
             code, said = answer.status_code, answer.headers
             if code == 416 or (code == 206 and not said.get("Content-Range", "").startswith(f"bytes {have}-")):
                 self.part.unlink(missing_ok=True)
@@ -246,7 +233,7 @@ class ResumingDownloader:
             self.notes.write_text(json.dumps({"url": remote.url, "mark": mark}), encoding="utf-8")
             with self.part.open("ab" if done else "wb") as stream, \
                     tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=remote.name,
-                         disable=None if self.progress else True) as bar:  # None: a bar on terminals only
+                         disable=None) as bar:  # None: a bar on terminals only
                 for chunk in answer.iter_content(self.settings.chunk):
                     done += len(chunk)
                     if done > (limit := remote.size or total or self.settings.max_bytes):
@@ -270,6 +257,12 @@ class ResumingDownloader:
             raise DownloadError(
                 f"{self.remote.name} needs {missing >> 20} MB more, the disk has {free >> 20} MB free",
                 path=self.part.parent, remedy="Free some space or choose another folder with --to")
+
+
+def _stay_encrypted(answer: requests.Response, **_: object) -> None:
+    """Redirects are followed (figshare uses them), but never from https to an address without encryption."""
+    if answer.is_redirect:
+        check_address(urljoin(answer.url, answer.headers["Location"]))
 
 
 # --- archives -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_server import PUBLISHED, Server, fill_registry, md5, nifti, volume, zipped
+from data_server import PUBLISHED, fill_registry, md5, nifti, volume, zipped
+from faults.server import Server
 from skimage.data import camera
 from typer.testing import CliRunner, Result
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import requests
-from data_server import Server, md5, sha256, zipped
+from data_server import md5, sha256, zipped
+from faults.server import Server
 
 from covidseg.data import fetch as fetching
 from covidseg.data.fetch import DownloadSettings, UnpackSettings, check_zip, fetch, unpack
@@ -219,7 +220,7 @@ def test_bad_certificate_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.
         calls.append(args)
         raise requests.exceptions.SSLError("certificate verify failed")
 
-    monkeypatch.setattr(requests.Session, "get", refuse)
+    monkeypatch.setattr(requests.Session, "send", refuse)
     with pytest.raises(DownloadError, match="who it is"):
         fetch(RemoteFile("a.bin", "https://example.org/a", "", 0, "image"), tmp_path, QUICK)
     assert len(calls) == 1
