@@ -56,6 +56,17 @@ def volume(seed: int, lesion_slices: tuple[int, ...], slices: int = 4, size: int
     return image, lung, mask
 
 
+def fill_mosmed(root: Path) -> Path:
+    """A small publication as MosMedData is laid out: two normal studies and two others, of which 3 has an outline."""
+    image, _, mask = volume(1, (1,))
+    for name in ("studies/CT-0/study_0001", "studies/CT-0/study_0002", "studies/CT-1/study_0003",
+                 "studies/CT-1/study_0004", "masks/study_0003_mask"):
+        path = root / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(nifti(mask if "mask" in name else image))
+    return root
+
+
 def fill_registry(server: Server, path: Path) -> None:
     """A register of three small sets in the layout of the real ones, served by ``server``; writes it as TOML."""
     volumes = {"1": volume(1, (1, 2)), "2": volume(2, (0,)), "3": volume(3, (3,))}
