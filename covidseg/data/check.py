@@ -11,7 +11,7 @@ from pathlib import Path
 
 from covidseg.data.folder import Case, load_dataset
 from covidseg.data.layout import has_lesion
-from covidseg.data.scan import SUFFIXES, Scan, read_mask, read_scan, scan_id
+from covidseg.data.scan import Scan, read_mask, read_scan
 from covidseg.errors import DatasetError, InputFileError, NoLungError, one_of
 from covidseg.lungs import LungPasses
 
@@ -92,9 +92,7 @@ def check_folder(root: str | Path, unit: str | None = None, *, anatomy: bool = T
     try:
         cases = load_dataset(root).cases
     except DatasetError as error:
-        cases = _unlabelled(root)
-        if not cases:
-            raise
+        cases = load_dataset(root, use_labels=False).cases  # its scans can be checked all the same
         faults.append(str(error))
     else:
         faults += [f"{case.id}: no slice has a line in the label table, so training leaves the volume out"
@@ -104,15 +102,6 @@ def check_folder(root: str | Path, unit: str | None = None, *, anatomy: bool = T
         lonely = sorted(p.name for p in (root / kind).glob("*") if p.name not in known and not p.name.startswith("."))
         faults += [f"{kind}/{name} belongs to no image of the same name in im/" for name in lonely]
     return FolderReport(root, tuple(_check_case(case, unit, anatomy) for case in cases), tuple(faults))
-
-
-def _unlabelled(root: Path) -> tuple[Case, ...]:
-    """The scans of a folder whose label table is of no use, so that they can be checked all the same."""
-    stacks = [(p, None, p.with_name(p.name.replace("_im.", "_mask."))) for p in sorted(root.glob("*_im.nii.gz"))]
-    volumes = [(p, root / "lung" / p.name, root / "mask" / p.name)
-               for p in sorted((root / "im").glob("*")) if p.name.endswith(SUFFIXES)]
-    return tuple(Case(scan_id(image), image, {}, scan_id(image), lung if lung and lung.exists() else None,
-                      mask if mask.exists() else None) for image, lung, mask in volumes or stacks)
 
 
 def _check_case(case: Case, unit: str | None, anatomy: bool) -> VolumeReport:

@@ -107,7 +107,7 @@ def fetch(remote: RemoteFile, folder: str | Path, settings: DownloadSettings | N
     pooch.get_logger().setLevel("WARNING")  # the command line says itself what was downloaded
     try:
         # No hash for pooch, which would replace a file that has changed on disk; the check refuses that.
-        return pooch.retrieve(remote.url, None, remote.name, folder, processor=check, downloader=downloader)
+        return pooch.retrieve(remote.url, None, remote.name, folder.absolute(), processor=check, downloader=downloader)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DownloadError("the disk is full; what has arrived is kept", path=downloader.part,

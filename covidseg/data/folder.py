@@ -16,7 +16,7 @@ volume; volumes of one patient never end up on two sides of a split. Weak traini
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,7 +82,7 @@ class Dataset:
         return sum(len(case.labels) for case in self.cases)
 
 
-def load_dataset(root: str | Path, *, need_labels: bool = True) -> Dataset:
+def load_dataset(root: str | Path, *, need_labels: bool = True, use_labels: bool = True) -> Dataset:
     """Reads the layout of a data folder and checks it against its label table.
 
     Besides the layout above, a folder of stacks as MedSeg publishes them is understood:
@@ -91,6 +91,7 @@ def load_dataset(root: str | Path, *, need_labels: bool = True) -> Dataset:
     Args:
         root: the folder.
         need_labels: whether a missing label table is an error (it is for training, not for prediction).
+        use_labels: whether to read the label table at all; without it, a faulty one does no harm.
 
     Raises:
         DatasetError: the folder, its images or its label table are missing or contradict each other.
@@ -103,18 +104,23 @@ def load_dataset(root: str | Path, *, need_labels: bool = True) -> Dataset:
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
         raise DatasetError(f"holds {twice[0]} both as .nii and as .nii.gz", path=root / "im", remedy="Keep one of them")
+
+    def labelled(table: Path) -> bool:
+        """Whether a label table is to be read."""
+        return use_labels and (need_labels or table.exists())
+
     if images:
-        return Dataset(root, _volume_cases(root, images, need_labels))
+        return Dataset(root, _volume_cases(root, images, labelled))
     stacks = sorted(root.glob("*_im.nii.gz"))
     if stacks:
-        return Dataset(root, _stack_cases(stacks, need_labels))
+        return Dataset(root, _stack_cases(stacks, labelled))
     raise DatasetError("holds no scans", path=root,
                        remedy="Expected im/*.nii.gz and slice_labels.csv, or NAME_im.nii.gz and NAME_slices.csv")
 
 
-def _volume_cases(root: Path, images: list[Path], need_labels: bool) -> tuple[Case, ...]:
+def _volume_cases(root: Path, images: list[Path], labelled: Callable[[Path], bool]) -> tuple[Case, ...]:
     table = root / "slice_labels.csv"
-    labels, patients = _read_labels(table) if need_labels or table.exists() else ({}, {})
+    labels, patients = _read_labels(table) if labelled(table) else ({}, {})
     if unknown := sorted(set(labels) - {scan_id(p) for p in images}):
         raise DatasetError(f"names volumes that im/ does not hold: {', '.join(unknown)}", path=table,
                            remedy="Add the scans or remove their lines")
@@ -124,12 +130,12 @@ def _volume_cases(root: Path, images: list[Path], need_labels: bool) -> tuple[Ca
         for image in images)
 
 
-def _stack_cases(stacks: list[Path], need_labels: bool) -> tuple[Case, ...]:
+def _stack_cases(stacks: list[Path], labelled: Callable[[Path], bool]) -> tuple[Case, ...]:
     cases = []
     for image in stacks:
         name = image.name.removesuffix("_im.nii.gz")
         table = image.with_name(f"{name}_slices.csv")
-        labels, _ = _read_labels(table, name) if need_labels or table.exists() else ({}, {})
+        labels, _ = _read_labels(table, name) if labelled(table) else ({}, {})
         cases.append(Case(name, image, labels.get(name, {}), name,
                           mask=_if_there(image.with_name(f"{name}_mask.nii.gz"))))
     return tuple(cases)

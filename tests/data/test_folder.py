@@ -89,6 +89,7 @@ def test_labels_may_be_missing_where_they_are_not_needed(tmp_path):
     assert load_dataset(volumes(tmp_path / "w"), need_labels=False).labels() == 3
     with pytest.raises(DatasetError, match="lacks the column"):
         load_dataset(stacks(tmp_path / "t", "a,b\n"), need_labels=False)
+    assert load_dataset(tmp_path / "t", use_labels=False).labels() == 0
 
 
 def test_subset_keeps_the_order_asked_for(tmp_path):
