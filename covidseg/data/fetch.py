@@ -307,10 +307,16 @@ def unpack(archive: str | Path, folder: str | Path, settings: UnpackSettings | N
         DownloadError: not a zip, damaged, encrypted, with paths or links that leave the folder, or a zip bomb.
         OutputError: the folder cannot be written.
     """
+    with writing_to(folder), _open_zip(Path(archive), settings or UnpackSettings(), "cannot be unpacked") as source:
+        # Each file is read no further than the size in the archive's directory, which the limits were checked on.
+        return [Path(source.extract(member, folder)) for member in source.infolist() if not member.is_dir()]
+
+
+@contextmanager
+def writing_to(folder: str | Path) -> Iterator[None]:
+    """Turns what the disk refuses while a data folder is filled into an OutputError."""
     try:
-        with _open_zip(Path(archive), settings or UnpackSettings(), "cannot be unpacked") as source:
-            # Each file is read no further than the size in the archive's directory, which the limits were checked on.
-            return [Path(source.extract(member, folder)) for member in source.infolist() if not member.is_dir()]
+        yield
     except OSError as error:
         raise OutputError(f"cannot be written ({error.strerror or error})", path=folder,
                           remedy="Check free space and permissions, or choose another folder with --to") from error

@@ -14,19 +14,18 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 from nibabel.orientations import apply_orientation
 
 from covidseg.atomic import write_whole
-from covidseg.data.fetch import DownloadSettings, Fetched, fetch, unpack
+from covidseg.data.fetch import DownloadSettings, Fetched, fetch, unpack, writing_to
 from covidseg.data.folder import STACK_COLUMNS, VOLUME_COLUMNS, write_table
 from covidseg.data.registry import Entry
 from covidseg.data.scan import SUFFIXES, Header, read_header, read_mask, read_voxels, scan_id, write_like
-from covidseg.errors import DatasetError, DownloadError, InputFileError, OutputError
+from covidseg.errors import DatasetError, DownloadError, InputFileError
 
 LESION_PIXELS = 40
 REFERENCE_AREA = 512 * 512
@@ -99,7 +98,7 @@ def lay_out(item: Entry, files: dict[str, Path], folder: str | Path, note: Note 
         OutputError: the folder cannot be written.
     """
     folder = Path(folder)
-    with _writing(folder):
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if item.layout == "stacks":
             _lay_out_stack(files["image"], files["mask"], folder, note)
@@ -108,15 +107,6 @@ def lay_out(item: Entry, files: dict[str, Path], folder: str | Path, note: Note 
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unpack-") as work:
             found = {role: _scans(unpack(path, Path(work) / role)) for role, path in files.items()}
             _lay_out_volumes(item, found, folder, note)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror or error})", path=folder,
-                          remedy="Check free space and permissions, or choose another folder with --to") from error
 
 
 def _scans(paths: Iterable[Path]) -> dict[str, Path]:
@@ -192,7 +182,7 @@ def lay_out_mosmed(folder: str | Path) -> None:
         raise DatasetError("holds neither studies/CT-0 nor masks", path=folder,
                            remedy="Unpack the publisher's archives there")
     rows: list[tuple[str, int, int, str]] = []
-    with _writing(folder):
+    with writing_to(folder):
         for study in labelled:
             image = folder / "im" / f"{study}.nii.gz"
             _put(studies[study], image, move=False)
