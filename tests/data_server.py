@@ -1,112 +1,16 @@
-"""A small web server on this computer that can misbehave in the ways real ones do."""
+"""Small scans and archives, and a register of them, for a server that can misbehave in the ways real ones do."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import io
-import re
-import threading
 import zipfile
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-
-from covidseg.data.registry import RemoteFile
-
-
-@dataclass
-class Page:
-    """A file on the server and how it is served.
-
-    Attributes:
-        body: its bytes.
-        etag: version mark, empty for none.
-        ranges: whether ``Range`` is honoured.
-        drops: byte counts after which the next answers break off, one for each answer.
-        statuses: status codes of the next answers, before the file itself is served.
-        redirect: address to send everybody to.
-        length: whether the length is announced.
-        shift: how many bytes too early an answer to ``Range`` starts.
-    """
-
-    body: bytes
-    etag: str = '"one"'
-    ranges: bool = True
-    drops: list[int] = field(default_factory=list)
-    statuses: list[int] = field(default_factory=list)
-    redirect: str = ""
-    length: bool = True
-    shift: int = 0
-
-
-class Server:
-    """Serves pages by name; ``asked`` keeps (name, Range header, status) of every request."""
-
-    def __init__(self) -> None:
-        self.pages: dict[str, Page] = {}
-        self.asked: list[tuple[str, str, int]] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                outer._answer(self)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.root = f"http://127.0.0.1:{self._http.server_address[1]}"
-        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-
-    def add(self, name: str, body: bytes, **how: object) -> Page:
-        self.pages[name] = page = Page(body, **how)  # type: ignore[arg-type]
-        return page
-
-    def remote(self, name: str, checksum: str = "", size: int = 0, role: str = "image") -> RemoteFile:
-        return RemoteFile(name, f"{self.root}/{name}", checksum, size, role)
-
-    def _answer(self, request: BaseHTTPRequestHandler) -> None:
-        name, wanted = request.path.lstrip("/"), request.headers.get("Range", "")
-        page = self.pages.get(name)
-        status, start = 200, 0
-        if page is None:
-            status = 404
-        elif page.statuses:
-            status = page.statuses.pop(0)
-        elif page.redirect:
-            status = 302
-        elif wanted and page.ranges and request.headers.get("If-Range", page.etag) == page.etag:
-            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])  # type: ignore[index]
-            status = 206 if start < len(page.body) else 416
-            start -= page.shift
-        self.asked.append((name, wanted, status))
-        request.send_response(status)
-        request.send_header("Connection", "close")
-        if page is None or status not in (200, 206):
-            if status == 302 and page is not None:
-                request.send_header("Location", page.redirect)
-            if status == 416 and page is not None:
-                request.send_header("Content-Range", f"bytes */{len(page.body)}")
-            request.send_header("Content-Length", "0")
-            request.end_headers()
-            return
-        if page.etag:
-            request.send_header("ETag", page.etag)
-        if page.length:
-            request.send_header("Content-Length", str(len(page.body) - start))
-        if status == 206:
-            request.send_header("Content-Range", f"bytes {start}-{len(page.body) - 1}/{len(page.body)}")
-        request.end_headers()
-        end = start + page.drops.pop(0) if page.drops else len(page.body)
-        request.wfile.write(page.body[start:end])
+from faults.server import Server
 
 
 def md5(body: bytes) -> str:
@@ -150,6 +54,17 @@ def volume(seed: int, lesion_slices: tuple[int, ...], slices: int = 4, size: int
         image[index, 20:24, 30:34] = -300
         mask[index, 20:24, 30:34] = 2
     return image, lung, mask
+
+
+def fill_mosmed(root: Path) -> Path:
+    """A small publication as MosMedData is laid out: two normal studies and two others, of which 3 has an outline."""
+    image, _, mask = volume(1, (1,))
+    for name in ("studies/CT-0/study_0001", "studies/CT-0/study_0002", "studies/CT-1/study_0003",
+                 "studies/CT-1/study_0004", "masks/study_0003_mask"):
+        path = root / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(nifti(mask if "mask" in name else image))
+    return root
 
 
 def fill_registry(server: Server, path: Path) -> None:

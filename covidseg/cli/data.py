@@ -19,8 +19,8 @@ from rich.table import Table
 from covidseg import DISCLAIMER
 from covidseg.cli.common import Unchecked
 from covidseg.data.check import FolderReport, check_folder, check_mosmed, raise_faults
-from covidseg.data.fetch import DownloadSettings, Fetched, fetch
-from covidseg.data.layout import arrange, arrange_mosmed, write_json
+from covidseg.data.fetch import first_checksum
+from covidseg.data.layout import get_dataset, lay_out_mosmed
 from covidseg.data.registry import Entry, cache_root, entry, home, is_present, load_registry
 from covidseg.errors import DownloadError
 
@@ -78,10 +78,9 @@ def info(name: Name) -> None:
 def _checksum_state(item: Entry, name: str, checksum: str) -> str:
     if checksum:
         return f"{checksum} (published)"
-    record = home(item.name) / "downloads" / f"{name}.sha256"
-    if record.exists():
-        return f"sha256:{record.read_text(encoding='utf-8').split()[0]} (no checksum is published; " \
-               "this one was seen at the first download)"
+    seen = first_checksum(home(item.name) / "downloads" / name)
+    if seen is not None:
+        return f"sha256:{seen} (no checksum is published; this one was seen at the first download)"
     return "no checksum is published: the first download will be recorded and every later one compared with it"
 
 
@@ -106,19 +105,19 @@ def get(
         if not _take_by_hand(item, folder):
             return
     else:
-        accept_licence(item, yes)
-        get_set(item, folder, everything=everything)
+        _accept_licence(item, yes)
+        get_dataset(item, folder, everything=everything)
     print(f"{name} is ready in {folder}")
     print(DISCLAIMER)
 
 
-def accept_licence(item: Entry, yes: bool) -> None:
-    """Shows the licence and has it accepted.
-
-    Raises:
-        DownloadError: it was refused, or there is nobody to ask.
-    """
+def _print_licence(item: Entry) -> None:
     print(f"{item.title}\n\nLicence: {item.licence}\n\n{item.licence_text()}\n\nPlease cite: {item.citation}\n")
+
+
+def _accept_licence(item: Entry, yes: bool) -> None:
+    """Shows the licence and has it accepted; a refusal, or nobody to ask, is a DownloadError."""
+    _print_licence(item)
     if yes:
         print("Licence accepted by --yes.")
     elif not _interactive():
@@ -132,42 +131,17 @@ def _interactive() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def get_set(item: Entry, folder: Path, settings: DownloadSettings | None = None, *, everything: bool = False) -> None:
-    """Downloads, checks, unpacks and arranges a data set whose licence has been accepted.
-
-    Args:
-        item: the data set.
-        folder: data folder; the published files go to ``downloads/`` inside it.
-        settings: patience and limits of the downloads.
-        everything: whether to fetch the optional files too.
-
-    Raises:
-        DownloadError, DatasetError, InputFileError, OutputError: as :func:`covidseg.data.fetch.fetch` and
-            :func:`covidseg.data.layout.arrange`.
-    """
-    fetched: dict[str, Fetched] = {}
-    for remote in item.files:
-        if remote.optional and not everything:
-            continue
-        fetched[remote.name] = done = fetch(remote, folder / "downloads", settings)
-        verb = "downloaded" if done.new else "already there"
-        print(f"{remote.name}: {verb}, checked against {done.checked}")
-        if not remote.checksum:
-            print(f"  Note: no checksum is published for {remote.name}. Its sha256 is kept in {remote.name}.sha256; "
-                  "later downloads must match it, but nothing vouches for the first.")
-    roles = {r.role: fetched[r.name].path for r in item.files if r.name in fetched and r.role != "extra"}
-    arrange(item, roles, folder, lambda line: print(f"  Note: {line}"))
-    write_json(folder / "source.json", {
-        "name": item.name, "doi": item.doi, "licence": item.licence, "citation": item.citation,
-        "files": {n: f.checked for n, f in fetched.items()}})
-
-
 def _take_by_hand(item: Entry, folder: Path) -> bool:
-    """Explains how to fetch the set, or arranges it once it has been; says whether it is ready."""
-    print(f"{item.title}\n\nLicence: {item.licence}\n\n{item.licence_text()}\n\nPlease cite: {item.citation}\n")
-    if not (folder / "studies").is_dir():
-        target = "" if folder == home(item.name) else f" --to {shlex.quote(str(folder))}"
-        print(f"""covidseg cannot download this set for you (about {item.megabytes // 1000} GB). By hand:
+    """Explains how to fetch the set, or lays it out once it has been; says whether it is ready."""
+    _print_licence(item)
+    if (folder / "studies").is_dir():
+        report = check_mosmed(folder)
+        _show(report)
+        raise_faults(report)
+        lay_out_mosmed(folder)
+        return True
+    target = "" if folder == home(item.name) else f" --to {shlex.quote(str(folder))}"
+    print(f"""covidseg cannot download this set for you (about {item.megabytes // 1000} GB). By hand:
 
 1. Open {item.page} and follow the publisher's steps for the set COVID19_1110.
 2. Unpack it so that you have
@@ -175,12 +149,7 @@ def _take_by_hand(item: Entry, folder: Path) -> bool:
      {folder / 'masks'}/study_0255_mask.nii.gz ... (50 outlines)
 3. Run `covidseg data get {item.name}{target}` again: it checks the files and writes the slice labels
    of the studies that have any.""")
-        return False
-    report = check_mosmed(folder)
-    _show(report)
-    raise_faults(report)
-    arrange_mosmed(folder)
-    return True
+    return False
 
 
 @app.command()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from covidseg.data.folder import Case, load_dataset
 from covidseg.data.layout import has_lesion
-from covidseg.data.scan import SUFFIXES, Scan, read_mask, read_scan, scan_id
+from covidseg.data.scan import Scan, read_mask, read_scan
 from covidseg.errors import DatasetError, InputFileError, NoLungError, one_of
 from covidseg.lungs import check_chest
 
@@ -25,14 +25,18 @@ class VolumeReport:
     """What is known of one volume.
 
     Attributes:
-        id, patient: as in the label table.
+        id: its name in the label table.
+        patient: name of the patient whose scan it is.
         shape: ``(slices, rows, columns)``, empty if the scan cannot be read.
-        spacing: mm between slices, rows and columns.
-        unit: ``HU``, ``display``, or empty.
+        spacing: millimetres between slices, rows and columns.
+        unit: ``HU``, ``display``, or empty if the scan cannot be read.
         value_range: lowest and highest stored value.
-        lesion, free, unlabelled: numbers of slices.
-        lung, mask: whether true outlines are there.
-        faults: one sentence each.
+        lesion: number of slices labelled as having a lesion.
+        free: number of slices labelled free of lesions.
+        unlabelled: number of slices without a label.
+        lung: whether a true lung mask is there.
+        mask: whether a true lesion mask is there.
+        faults: what is wrong, one sentence each.
     """
 
     id: str
@@ -51,7 +55,13 @@ class VolumeReport:
 
 @dataclass(frozen=True)
 class FolderReport:
-    """All volumes of a folder, and the faults that concern the folder as a whole."""
+    """What is known of a data folder.
+
+    Attributes:
+        root: the folder.
+        volumes: reports of its volumes.
+        faults: what is wrong with the folder as a whole, one sentence each.
+    """
 
     root: Path
     volumes: tuple[VolumeReport, ...]
@@ -82,9 +92,7 @@ def check_folder(root: str | Path, unit: str | None = None, *, anatomy: bool = T
     try:
         cases = load_dataset(root).cases
     except DatasetError as error:
-        cases = _unlabelled(root)
-        if not cases:
-            raise
+        cases = load_dataset(root, use_labels=False).cases  # its scans can be checked all the same
         faults.append(str(error))
     else:
         faults += [f"{case.id}: no slice has a line in the label table, so training leaves the volume out"
@@ -94,15 +102,6 @@ def check_folder(root: str | Path, unit: str | None = None, *, anatomy: bool = T
         lonely = sorted(p.name for p in (root / kind).glob("*") if p.name not in known and not p.name.startswith("."))
         faults += [f"{kind}/{name} belongs to no image of the same name in im/" for name in lonely]
     return FolderReport(root, tuple(_check_case(case, unit, anatomy) for case in cases), tuple(faults))
-
-
-def _unlabelled(root: Path) -> tuple[Case, ...]:
-    """The scans of a folder whose label table is of no use, so that they can be checked all the same."""
-    stacks = [(p, None, p.with_name(p.name.replace("_im.", "_mask."))) for p in sorted(root.glob("*_im.nii.gz"))]
-    volumes = [(p, root / "lung" / p.name, root / "mask" / p.name)
-               for p in sorted((root / "im").glob("*")) if p.name.endswith(SUFFIXES)]
-    return tuple(Case(scan_id(image), image, {}, scan_id(image), lung if lung and lung.exists() else None,
-                      mask if mask.exists() else None) for image, lung, mask in volumes or stacks)
 
 
 def _check_case(case: Case, unit: str | None, anatomy: bool) -> VolumeReport:
@@ -159,7 +158,8 @@ def check_mosmed(root: str | Path, unit: str | None = None, *, anatomy: bool = T
 
     Args:
         root: its folder, with ``studies`` and ``masks``.
-        unit, anatomy: as of :func:`check_folder`.
+        unit: ``HU`` or ``display`` where all scans have to have it.
+        anatomy: whether scans have to look like chest CT.
 
     Raises:
         DatasetError: there is no folder ``studies``.

@@ -1,26 +1,26 @@
-"""Downloads that can be trusted: https, resumable, with a checksum before anything is opened.
+"""Downloads that can be trusted, and archives that are opened only when they are harmless.
 
-:func:`fetch` brings one file. What is half done lies in ``NAME.part`` and is continued by the next call (HTTP
-``Range`` with ``If-Range``, RFC 9110), so a broken line costs nothing but time.
+:func:`fetch` lets pooch bring one file: over https, into a temporary file, under its final name only when complete.
+Pooch is given two parts. :class:`ResumingDownloader` goes on where an earlier download broke off, so that a bad line
+costs nothing but time. :func:`check_file` compares size and checksum before anybody uses the file.
 
 A file whose publisher states no checksum is trusted at first use: its sha256 is kept in ``NAME.sha256`` beside it,
 and every later download has to match. That notices a later change, but not a fault in the first download; the
 archive's own CRCs are tested for that.
-
-Opens zip archives that come from elsewhere: every CRC checked, nothing outside the folder, no zip bombs.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import re
 import shutil
 import stat
 import struct
 import time
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from lzma import LZMAError
 from pathlib import Path, PurePosixPath
@@ -34,19 +34,23 @@ from covidseg.atomic import write_whole
 from covidseg.data.registry import RemoteFile, check_address
 from covidseg.errors import DownloadError, OutputError
 
+NOT_THE_FILE = "The file there is not the one covidseg knows: do not use it"
+# Faults that another attempt may not meet.
+PASSING = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+
 
 @dataclass(frozen=True)
 class DownloadSettings:
     """How patient a download is and how much it may bring.
 
     Attributes:
-        retries: attempts in a row that bring nothing new before giving up, at least 1.
-        backoff: seconds before the second attempt; doubled each time, at most ``longest_wait``.
-        longest_wait: seconds.
+        retries: attempts in a row that bring nothing new before the download is given up, at least 1.
+        backoff: seconds before the second attempt. They double each time, up to ``longest_wait``.
+        longest_wait: most seconds between two attempts.
         timeout: seconds without an answer that count as a broken line.
-        chunk: bytes written at a time; as much may be lost when the line breaks.
+        chunk: bytes written at a time. As much may be lost when the line breaks.
         spare: bytes to leave free on the disk.
-        max_bytes: a file that neither the register nor the server gives a size for may not grow beyond this.
+        max_bytes: largest size of a file of which neither the register nor the server states the size.
     """
 
     retries: int = 5
@@ -74,215 +78,201 @@ class Fetched:
     new: bool
 
 
-class _Again(Exception):
-    """This attempt failed in a way that another may not."""
-
-
-class _HttpsSession(requests.Session):
-    """Follows redirects (figshare uses them), but never from https to an address without encryption."""
-
-    def get_redirect_target(self, resp: requests.Response) -> str | None:
-        target = super().get_redirect_target(resp)
-        if target:
-            check_address(urljoin(resp.url, target))
-        return target
-
-
-def fetch(remote: RemoteFile, folder: str | Path, settings: DownloadSettings | None = None, *,
-          progress: bool = True) -> Fetched:
-    """Downloads one file into ``folder``, or checks the one that is there.
+def fetch(remote: RemoteFile, folder: str | Path, settings: DownloadSettings | None = None) -> Fetched:
+    """Downloads one file into a folder, or checks the one that is there.
 
     Args:
-        remote: address, name, size and checksum.
-        folder: target folder, created if need be. Written are NAME, NAME.part, NAME.part.json and NAME.sha256.
+        remote: address, name, size and checksum of the file.
+        folder: target folder, made if it is missing. NAME is written there, and NAME.sha256 where no checksum is
+            published. NAME.part and NAME.part.json hold an unfinished download.
         settings: patience and limits.
-        progress: whether to show a progress bar on a terminal.
 
     Raises:
         DownloadError: no answer, a refusal, the wrong size or checksum, or a full disk.
         OutputError: the folder cannot be written.
     """
-    settings = settings or DownloadSettings()
     check_address(remote.url)
     folder = Path(folder)
-    target, part = folder / remote.name, folder / f"{remote.name}.part"
-    try:
-        if target.is_file():
-            return Fetched(target, _verify(target, remote), new=False)
-        folder.mkdir(parents=True, exist_ok=True)
-        _download(remote, part, settings, progress)
+    target = folder / remote.name
+    downloader = ResumingDownloader(remote, folder, settings or DownloadSettings())
+
+    def check(_: str, action: str, __: object) -> Fetched:
         try:
-            checked = _verify(part, remote)
+            return Fetched(target, check_file(target, remote), new=action == "download")
         except DownloadError:
-            # Continuing a wrong file would only give another wrong file.
-            part.unlink(missing_ok=True)
-            _notes(part).unlink(missing_ok=True)
+            if action == "download":  # a file that was there before is not ours to delete
+                target.unlink()
             raise
-        part.replace(target)
-        _notes(part).unlink(missing_ok=True)
+
+    pooch.get_logger().setLevel("WARNING")  # the command line says itself what was downloaded
+    try:
+        # No hash for pooch, which would replace a file that has changed on disk; the check refuses that.
+        return pooch.retrieve(remote.url, None, remote.name, folder.absolute(), processor=check, downloader=downloader)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise DownloadError("the disk is full; what has arrived is kept", path=part,
+            raise DownloadError("the disk is full; what has arrived is kept", path=downloader.part,
                                 remedy="Free some space and run the same command again: it continues") from error
         raise OutputError(f"cannot be written ({error.strerror or error})", path=target,
                           remedy="Check permissions, or choose another folder with --to") from error
-    return Fetched(target, checked, new=True)
 
 
-def _verify(path: Path, remote: RemoteFile) -> str:
-    """Checks a complete file against its published or its remembered checksum; says which."""
+def check_file(path: Path, remote: RemoteFile) -> str:
+    """Checks a complete file against its published checksum, or against that of its first download.
+
+    Returns:
+        What it was checked against, see :class:`Fetched`.
+
+    Raises:
+        DownloadError: the size or checksum is another, or an archive without a published checksum is damaged.
+        OutputError: the checksum of the first download cannot be kept.
+    """
     if remote.size and path.stat().st_size != remote.size:
         raise DownloadError(f"{remote.name} has {path.stat().st_size} bytes, expected {remote.size}", path=path,
                             remedy="Delete it if it is still there and download again")
+    algorithm, expected = "sha256", first_checksum(path)
     if remote.checksum:
         algorithm, expected = remote.checksum.split(":")
-        _compare(path, remote.name, algorithm, expected, "published by its maker")
-        return f"published {algorithm}"
-    if remote.name.endswith(".zip"):
-        check_zip(path)
-    record = path.with_name(f"{remote.name}.sha256")
-    if record.exists():
-        expected = (record.read_text(encoding="utf-8").split() or [""])[0]
-        _compare(path, remote.name, "sha256", expected, f"seen at the first download, in {record.name}")
-        return "first download"
-    # The layout of sha256sum, so that `sha256sum -c` understands it too.
-    line = f"{pooch.file_hash(str(path), alg='sha256')}  {remote.name}\n"
-    write_whole(record, lambda temporary: temporary.write_text(line, encoding="utf-8"))
-    return "nothing: this is the first download"
-
-
-def _compare(path: Path, name: str, algorithm: str, expected: str, origin: str) -> None:
+        origin, checked = "published by its maker", f"published {algorithm}"
+    else:
+        if remote.name.endswith(".zip"):
+            check_zip(path)
+        origin, checked = f"seen at the first download, in {_record(path).name}", "first download"
     found = pooch.file_hash(str(path), alg=algorithm)
+    if expected is None:
+        # The layout of sha256sum, so that `sha256sum -c` understands it too.
+        write_whole(_record(path), lambda temporary: temporary.write_text(f"{found}  {remote.name}\n", "utf-8"))
+        return "nothing: this is the first download"
     if found != expected:
-        raise DownloadError(f"{name} has the {algorithm} {found}, expected {expected} ({origin})", path=path,
+        raise DownloadError(f"{remote.name} has the {algorithm} {found}, expected {expected} ({origin})", path=path,
                             remedy="Delete it if it is still there and download again; if that repeats, the file "
                                    "at its source has changed: do not use it")
+    return checked
 
 
-def _notes(part: Path) -> Path:
-    """What the server said about the file in ``part``: its address and its version mark."""
-    return part.with_name(f"{part.name}.json")
+def first_checksum(path: Path) -> str | None:
+    """The sha256 that a file had at its first download; None before it, empty if the record is."""
+    record = _record(path)
+    return "".join(record.read_text(encoding="utf-8").split()[:1]) if record.exists() else None
 
 
-def _download(remote: RemoteFile, part: Path, settings: DownloadSettings, progress: bool) -> None:
-    """Brings ``part`` to completion, over as many attempts as bring something new."""
-    failures, furthest = 0, part.stat().st_size if part.exists() else 0
-    with _HttpsSession() as session:
+def _record(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+# --- one download ---------------------------------------------------------------------------------------------------
+
+class ResumingDownloader:
+    """A downloader for pooch that goes on where an earlier one broke off (``Range`` and ``If-Range``, RFC 9110).
+
+    Attributes:
+        remote: the file to bring.
+        part: where it grows until it is complete, NAME.part.
+        notes: address and version of the file that the part belongs to, NAME.part.json.
+        settings: patience and limits.
+    """
+
+    def __init__(self, remote: RemoteFile, folder: Path, settings: DownloadSettings) -> None:
+        self.remote, self.settings = remote, settings
+        self.part, self.notes = folder / f"{remote.name}.part", folder / f"{remote.name}.part.json"
+
+    def __call__(self, url: str, output_file: str, _: object = None) -> None:
+        """Brings the file, over as many attempts as bring something new, and moves it to ``output_file``."""
+        failures, furthest = 0, self._kept()[0]
         while True:
             try:
-                _attempt(session, remote, part, settings, progress)
-                return
+                self._attempt()
+                break
             except requests.exceptions.SSLError as error:
-                raise DownloadError(f"the server could not prove who it is ({error})", path=remote.url,
+                raise DownloadError(f"the server could not prove who it is ({error})", path=url,
                                     remedy="Check the clock and the network; never switch the check off") from error
-            except (_Again, requests.ConnectionError, requests.Timeout,
-                    requests.exceptions.ChunkedEncodingError) as error:
-                have = part.stat().st_size if part.exists() else 0
-                failures = 0 if have > furthest else failures + 1
-                furthest = max(furthest, have)
-                if failures >= settings.retries:
-                    raise DownloadError(f"broke off after {have} bytes and {failures} attempts ({error})",
-                                        path=remote.url, remedy="Run the same command again later: it continues "
-                                                                "where it stopped") from error
-                time.sleep(min(settings.backoff * 2 ** failures, settings.longest_wait))
+            except PASSING as error:
+                have = self._kept()[0]
+                failures, furthest = 0 if have > furthest else failures + 1, max(furthest, have)
+                if failures >= self.settings.retries:
+                    raise DownloadError(f"broke off after {have} bytes and {failures} attempts ({error})", path=url,
+                                        remedy="Run the same command again later: it continues where it "
+                                               "stopped") from error
+                time.sleep(min(self.settings.backoff * 2 ** failures, self.settings.longest_wait))
             except requests.RequestException as error:
-                raise DownloadError(f"cannot be downloaded ({error})", path=remote.url,
+                raise DownloadError(f"cannot be downloaded ({error})", path=url,
                                     remedy="Check the connection and proxy settings") from error
+        self.part.replace(output_file)
+        self.notes.unlink(missing_ok=True)
+
+    def _kept(self) -> tuple[int, str]:
+        """Bytes of the part that can be kept, and the server's mark for the version of the file they belong to."""
+        try:
+            notes = json.loads(self.notes.read_text(encoding="utf-8"))
+            url, mark, size = notes["url"], str(notes["mark"]), self.part.stat().st_size
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0, ""
+        # Without a mark, only a published checksum would notice two halves of different files.
+        return (size, mark) if size and url == self.remote.url and (mark or self.remote.checksum) else (0, "")
+
+    def _attempt(self) -> None:
+        """One request: goes on at the end of the part, or starts anew if the server wants that."""
+        remote, (have, mark) = self.remote, self._kept()
+        # Compressed transfer would make lengths and ranges speak of other bytes than the file's.
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-" if have else None, "If-Range": mark or None}
+        with requests.get(remote.url, headers=headers, stream=True, timeout=self.settings.timeout,
+                          hooks={"response": _stay_encrypted}) as answer:
+            code, said = answer.status_code, answer.headers
+            if code == 416 or (code == 206 and not said.get("Content-Range", "").startswith(f"bytes {have}-")):
+                self.part.unlink(missing_ok=True)
+                raise requests.ConnectionError("the server sent another range than asked for")
+            if code in (408, 429) or code >= 500:
+                raise requests.ConnectionError(f"the server answered {code} {answer.reason}")
+            if code not in (200, 206):
+                raise DownloadError(f"the server answered {code} {answer.reason}", path=remote.url,
+                                    remedy="The file may have moved: see the page that `covidseg data info` names")
+            done = have if code == 206 else 0
+            total = done + int(said["Content-Length"]) if said.get("Content-Length", "").isdigit() else None
+            self._refuse(done, total)
+            tag = said.get("ETag", "W/")  # a weak one does not stand for the very bytes
+            mark = said.get("Last-Modified", "") if tag.startswith("W/") else tag
+            self.notes.write_text(json.dumps({"url": remote.url, "mark": mark}), encoding="utf-8")
+            with self.part.open("ab" if done else "wb") as stream, \
+                    tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=remote.name,
+                         disable=None) as bar:  # None: a bar on terminals only
+                for chunk in answer.iter_content(self.settings.chunk):
+                    done += len(chunk)
+                    if done > (limit := remote.size or total or self.settings.max_bytes):
+                        raise DownloadError(f"{remote.name} goes on after {limit} bytes", path=remote.url,
+                                            remedy=NOT_THE_FILE)
+                    stream.write(chunk)
+                    bar.update(len(chunk))
+        # The HTTP library notices this too, but not in every version that covidseg may be installed with.
+        if total is not None and done != total:
+            raise requests.ConnectionError(f"the line broke after {done} of {total} bytes")
+
+    def _refuse(self, have: int, total: int | None) -> None:
+        """Refuses a file of another size than the published one, or too large for the disk, before it is sent."""
+        if total is None:
+            return
+        if self.remote.size not in (0, total):
+            raise DownloadError(f"{self.remote.name} has {total} bytes at its source, expected {self.remote.size}",
+                                path=self.remote.url, remedy=NOT_THE_FILE)
+        missing, free = total - have, shutil.disk_usage(self.part.parent).free
+        if free < missing + self.settings.spare:
+            raise DownloadError(
+                f"{self.remote.name} needs {missing >> 20} MB more, the disk has {free >> 20} MB free",
+                path=self.part.parent, remedy="Free some space or choose another folder with --to")
 
 
-def _attempt(session: requests.Session, remote: RemoteFile, part: Path, settings: DownloadSettings,
-             progress: bool) -> None:
-    """One request: continues ``part`` where it ends, or starts it anew if the server wants that."""
-    have, mark = _resumable(remote, part)
-    # Compressed transfer would make lengths and ranges speak of other bytes than the file's.
-    headers = {"Accept-Encoding": "identity"}
-    if have:
-        headers |= {"Range": f"bytes={have}-"} | ({"If-Range": mark} if mark else {})
-    with session.get(remote.url, headers=headers, stream=True, timeout=settings.timeout) as answer:
-        if answer.status_code == 416:
-            # Nothing behind our last byte: complete, or longer than the file; the checksum decides the former.
-            if have and answer.headers.get("Content-Range", "").endswith(f"/{have}"):
-                return
-            part.unlink(missing_ok=True)
-            raise _Again("the partial file did not fit and was started anew")
-        if answer.status_code in (408, 429) or answer.status_code >= 500:
-            raise _Again(f"the server answered {answer.status_code} {answer.reason}")
-        start = 0
-        if answer.status_code == 206:
-            where = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
-            if not where or int(where[1]) != have:
-                part.unlink(missing_ok=True)
-                raise _Again("the server sent another range than asked for")
-            start = have
-        elif answer.status_code != 200:
-            raise DownloadError(f"the server answered {answer.status_code} {answer.reason}", path=remote.url,
-                                remedy="The file may have moved: see the page that `covidseg data info` names")
-        length = answer.headers.get("Content-Length", "")
-        total = start + int(length) if length.isdigit() else None
-        if remote.size and total is not None and total != remote.size:
-            raise DownloadError(f"{remote.name} has {total} bytes at its source, expected {remote.size}",
-                                path=remote.url, remedy="The file there is not the one covidseg knows: do not use it")
-        free = shutil.disk_usage(part.parent).free
-        if total is not None and free < total - start + settings.spare:
-            raise DownloadError(f"{remote.name} needs {(total - start) >> 20} MB more, the disk has {free >> 20} MB "
-                                "free", path=part.parent, remedy="Free some space or choose another folder with --to")
-        _notes(part).write_text(json.dumps({"url": remote.url, "mark": _mark(answer)}), encoding="utf-8")
-        _store(answer, remote, part, start, total, settings, progress)
-
-
-def _store(answer: requests.Response, remote: RemoteFile, part: Path, start: int, total: int | None,
-           settings: DownloadSettings, progress: bool) -> None:
-    limit = remote.size or total or settings.max_bytes
-    with part.open("ab" if start else "wb") as stream, \
-            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=remote.name,
-                 disable=None if progress else True) as bar:  # None: a bar on terminals only
-        done = start
-        for chunk in answer.iter_content(settings.chunk):
-            done += len(chunk)
-            if done > limit:
-                raise DownloadError(f"{remote.name} goes on after {limit} bytes", path=remote.url,
-                                    remedy="The file there is not the one covidseg knows: do not use it")
-            stream.write(chunk)
-            bar.update(len(chunk))
-    # The HTTP library notices this too, but not in every version that covidseg may be installed with.
-    if total is not None and done != total:
-        raise _Again(f"the line broke after {done} of {total} bytes")
-
-
-def _mark(answer: requests.Response) -> str:
-    """The version mark for If-Range: a strong ETag, else the date of the last change, else nothing."""
-    tag = answer.headers.get("ETag", "")
-    return tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified", "")
-
-
-def _resumable(remote: RemoteFile, part: Path) -> tuple[int, str]:
-    """Bytes that can be kept of a partial file, and the version mark of the file they belong to."""
-    if not part.exists():
-        return 0, ""
-    try:
-        notes = json.loads(_notes(part).read_text(encoding="utf-8"))
-        url, mark = str(notes["url"]), str(notes["mark"])
-    except (OSError, ValueError, KeyError, TypeError):
-        url, mark = "", ""
-    # Without a version mark only a published checksum would notice two halves of different files.
-    if url != remote.url or not (mark or remote.checksum):
-        return 0, ""
-    return part.stat().st_size, mark
+def _stay_encrypted(answer: requests.Response, **_: object) -> None:
+    """Redirects are followed (figshare uses them), but never from https to an address without encryption."""
+    if answer.is_redirect:
+        check_address(urljoin(answer.url, answer.headers["Location"]))
 
 
 # --- archives -------------------------------------------------------------------------------------------------------
-
-# What the zip reader raises on damaged, encrypted or exotic archives.
-ZIP_FAULTS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OverflowError, struct.error,
-              zlib.error, LZMAError)
-
 
 @dataclass(frozen=True)
 class UnpackSettings:
     """How much an archive may hold. The ratio is not limited: an honest mask compresses a thousandfold.
 
     Attributes:
-        max_bytes: bytes that an archive may unpack to; more is refused as a zip bomb.
+        max_bytes: bytes that an archive may unpack to. More is refused as a zip bomb.
         max_members: files and folders that an archive may hold.
     """
 
@@ -296,13 +286,8 @@ def check_zip(path: str | Path) -> None:
     Raises:
         DownloadError: it is not a zip archive, is damaged, or is one that :func:`unpack` would refuse.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            _refuse_traps(Path(path), archive.infolist(), UnpackSettings())
-            bad = archive.testzip()
-    except (*ZIP_FAULTS, OSError) as error:
-        raise DownloadError(f"is not a usable zip archive ({error})", path=path,
-                            remedy="Delete it and download again") from error
+    with _open_zip(Path(path), UnpackSettings(), "is not a usable zip archive") as archive:
+        bad = archive.testzip()
     if bad is not None:
         raise DownloadError(f"is damaged: {bad} has a wrong CRC", path=path, remedy="Delete it and download again")
 
@@ -312,7 +297,7 @@ def unpack(archive: str | Path, folder: str | Path, settings: UnpackSettings | N
 
     Args:
         archive: the zip file.
-        folder: where to; nothing is written outside.
+        folder: where to. Nothing is written outside.
         settings: limits on size and number of files.
 
     Returns:
@@ -322,51 +307,53 @@ def unpack(archive: str | Path, folder: str | Path, settings: UnpackSettings | N
         DownloadError: not a zip, damaged, encrypted, with paths or links that leave the folder, or a zip bomb.
         OutputError: the folder cannot be written.
     """
-    settings = settings or UnpackSettings()
-    archive, folder = Path(archive), Path(folder)
-    written: list[Path] = []
+    with writing_to(folder), _open_zip(Path(archive), settings or UnpackSettings(), "cannot be unpacked") as source:
+        # Each file is read no further than the size in the archive's directory, which the limits were checked on.
+        return [Path(source.extract(member, folder)) for member in source.infolist() if not member.is_dir()]
+
+
+@contextmanager
+def writing_to(folder: str | Path) -> Iterator[None]:
+    """Turns what the disk refuses while a data folder is filled into an OutputError."""
     try:
-        with zipfile.ZipFile(archive) as source:
-            _refuse_traps(archive, source.infolist(), settings)
-            members = [m for m in source.infolist() if not m.is_dir()]
-            for member in members:
-                target = folder.joinpath(*PurePosixPath(member.filename).parts)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with source.open(member) as read, target.open("wb") as write:
-                    # Reads no further than the size in the directory, which the limits were checked on, and
-                    # compares the CRC there.
-                    shutil.copyfileobj(read, write, 1 << 20)
-                written.append(target)
-    except ZIP_FAULTS as error:
-        raise DownloadError(f"cannot be unpacked ({error})", path=archive,
-                            remedy="Delete it and download again") from error
+        yield
     except OSError as error:
-        if error.errno in (None, errno.EINVAL):  # what bzip2 says of damage; a place before the file's start
-            raise DownloadError(f"cannot be unpacked ({error})", path=archive,
-                                remedy="Delete it and download again") from error
         raise OutputError(f"cannot be written ({error.strerror or error})", path=folder,
                           remedy="Check free space and permissions, or choose another folder with --to") from error
-    return written
 
 
-def _refuse_traps(archive: Path, members: list[zipfile.ZipInfo], settings: UnpackSettings) -> None:
-    """Looks through the archive's directory for anything that an archive of scans has no reason to hold."""
+@contextmanager
+def _open_zip(path: Path, settings: UnpackSettings, fault: str) -> Iterator[zipfile.ZipFile]:
+    """Opens an archive that holds no trap; every way in which a damaged one fails becomes a DownloadError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _refuse_traps(path, archive.infolist(), settings)
+            yield archive
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OverflowError, struct.error,
+            zlib.error, LZMAError, OSError) as error:
+        # The disk's own errors are not the archive's fault. bzip2 reports damage as an OSError without a number, and a
+        # directory that points before the start of the file is an invalid argument.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.ENOENT):
+            raise
+        raise DownloadError(f"{fault} ({error})", path=path, remedy="Delete it and download again") from error
+
+
+def _refuse_traps(path: Path, members: list[zipfile.ZipInfo], settings: UnpackSettings) -> None:
+    """Looks through an archive's directory for anything that an archive of scans has no reason to hold."""
     def refuse(fault: str) -> DownloadError:
-        return DownloadError(fault, path=archive, remedy="Do not use this archive: it is damaged or made to do harm")
+        return DownloadError(fault, path=path, remedy="Do not use this archive: it is damaged or made to do harm")
 
-    total, seen = 0, set()
-    for member in members:
-        name = member.filename
+    seen = set[str]()
+    for name, mode in ((member.filename, member.external_attr >> 16) for member in members):
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0] or "\0" in name:
             raise refuse(f"holds a path that leaves its folder: {name!r}")
-        if stat.S_ISLNK(member.external_attr >> 16):
-            raise refuse(f"holds a link: {name!r}")
+        if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise refuse(f"holds a {'link' if stat.S_ISLNK(mode) else 'device'}: {name!r}")
         if name.casefold() in seen:
             raise refuse(f"holds the path {name!r} twice")
         seen.add(name.casefold())
-        total += member.file_size
     if len(members) > settings.max_members:
         raise refuse(f"holds {len(members)} files, more than {settings.max_members}")
-    if total > settings.max_bytes:
+    if (total := sum(member.file_size for member in members)) > settings.max_bytes:
         raise refuse(f"unpacks to {total >> 20} MB, more than {settings.max_bytes >> 20} MB (a zip bomb?)")

@@ -16,11 +16,17 @@ volume; volumes of one patient never end up on two sides of a split. Weak traini
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from covidseg.atomic import whole_file
 from covidseg.data.scan import SUFFIXES, scan_id
 from covidseg.errors import DatasetError
+
+# What the first line of a label table must name.
+VOLUME_COLUMNS = ("volume", "slice", "has_lesion")
+STACK_COLUMNS = ("position", "has_lesion")
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,10 @@ class Case:
     Attributes:
         id: its name in ``slice_labels.csv``.
         image: the CT file.
-        labels: slice index -> 1 (has a lesion) or 0; slices without a label are absent.
-        patient: whose scan it is.
-        lung: true lung mask, if the folder has one.
-        mask: true lesion mask, if the folder has one.
+        labels: for each labelled slice, 1 if it has a lesion, otherwise 0. Slices without a label are absent.
+        patient: name of the patient whose scan it is.
+        lung: the true lung mask, if the folder has one.
+        mask: the true lesion mask, if the folder has one.
     """
 
     id: str
@@ -62,7 +68,7 @@ class Dataset:
         """The same folder reduced to some volumes, in the order given.
 
         Raises:
-            DatasetError: a name is not in the folder.
+            DatasetError: A name is not in the folder.
         """
         by_id = {case.id: case for case in self.cases}
         missing = [i for i in ids if i not in by_id]
@@ -76,7 +82,7 @@ class Dataset:
         return sum(len(case.labels) for case in self.cases)
 
 
-def load_dataset(root: str | Path, *, need_labels: bool = True) -> Dataset:
+def load_dataset(root: str | Path, *, need_labels: bool = True, use_labels: bool = True) -> Dataset:
     """Reads the layout of a data folder and checks it against its label table.
 
     Besides the layout above, a folder of stacks as MedSeg publishes them is understood:
@@ -85,6 +91,7 @@ def load_dataset(root: str | Path, *, need_labels: bool = True) -> Dataset:
     Args:
         root: the folder.
         need_labels: whether a missing label table is an error (it is for training, not for prediction).
+        use_labels: whether to read the label table at all; without it, a faulty one does no harm.
 
     Raises:
         DatasetError: the folder, its images or its label table are missing or contradict each other.
@@ -97,59 +104,84 @@ def load_dataset(root: str | Path, *, need_labels: bool = True) -> Dataset:
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
         raise DatasetError(f"holds {twice[0]} both as .nii and as .nii.gz", path=root / "im", remedy="Keep one of them")
+
+    def labelled(table: Path) -> bool:
+        """Whether a label table is to be read."""
+        return use_labels and (need_labels or table.exists())
+
     if images:
-        return Dataset(root, _volume_cases(root, images, need_labels))
+        return Dataset(root, _volume_cases(root, images, labelled))
     stacks = sorted(root.glob("*_im.nii.gz"))
     if stacks:
-        return Dataset(root, _stack_cases(stacks, need_labels))
+        return Dataset(root, _stack_cases(stacks, labelled))
     raise DatasetError("holds no scans", path=root,
                        remedy="Expected im/*.nii.gz and slice_labels.csv, or NAME_im.nii.gz and NAME_slices.csv")
 
 
-def _volume_cases(root: Path, images: list[Path], need_labels: bool) -> tuple[Case, ...]:
+def _volume_cases(root: Path, images: list[Path], labelled: Callable[[Path], bool]) -> tuple[Case, ...]:
     table = root / "slice_labels.csv"
-    labels: dict[str, dict[int, int]] = {}
-    patients: dict[str, str] = {}
-    if need_labels or table.exists():
-        for number, row in _rows(table, ("volume", "slice", "has_lesion")):
-            volume = row["volume"]
-            if not volume:  # also of a line that ends before this column
-                raise DatasetError(f"line {number} names no volume", path=table, remedy="Correct the line")
-            index, label = _label(row, "slice", table, number)
-            if index in labels.setdefault(volume, {}):
-                raise DatasetError(f"line {number} labels slice {index} of volume {volume} a second time", path=table,
-                                   remedy="Keep one line for each slice")
-            labels[volume][index] = label
-            patient = row.get("patient") or volume
-            if patients.setdefault(volume, patient) != patient:
-                raise DatasetError(f"line {number} gives volume {volume} to another patient than the lines before",
-                                   path=table, remedy="One volume belongs to one patient; correct the table")
-        unknown = sorted(set(labels) - {scan_id(p) for p in images})
-        if unknown:
-            raise DatasetError(f"names volumes that im/ does not hold: {', '.join(unknown)}", path=table,
-                               remedy="Add the scans or remove their lines")
+    labels, patients = _read_labels(table) if labelled(table) else ({}, {})
+    if unknown := sorted(set(labels) - {scan_id(p) for p in images}):
+        raise DatasetError(f"names volumes that im/ does not hold: {', '.join(unknown)}", path=table,
+                           remedy="Add the scans or remove their lines")
     return tuple(
         Case(i := scan_id(image), image, labels.get(i, {}), patients.get(i, i),
-             _optional(root / "lung" / image.name), _optional(root / "mask" / image.name))
+             _if_there(root / "lung" / image.name), _if_there(root / "mask" / image.name))
         for image in images)
 
 
-def _stack_cases(stacks: list[Path], need_labels: bool) -> tuple[Case, ...]:
+def _stack_cases(stacks: list[Path], labelled: Callable[[Path], bool]) -> tuple[Case, ...]:
     cases = []
     for image in stacks:
         name = image.name.removesuffix("_im.nii.gz")
         table = image.with_name(f"{name}_slices.csv")
-        labels: dict[int, int] = {}
-        if need_labels or table.exists():
-            for number, row in _rows(table, ("position", "has_lesion")):
-                index, label = _label(row, "position", table, number)
-                if index in labels:
-                    raise DatasetError(f"line {number} labels slice {index} a second time", path=table,
-                                       remedy="Keep one line for each slice")
-                labels[index] = label
-        cases.append(Case(name, image, labels, name, None, _optional(image.with_name(f"{name}_mask.nii.gz"))))
+        labels, _ = _read_labels(table, name) if labelled(table) else ({}, {})
+        cases.append(Case(name, image, labels.get(name, {}), name,
+                          mask=_if_there(image.with_name(f"{name}_mask.nii.gz"))))
     return tuple(cases)
 
+
+def _if_there(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+def _read_labels(table: Path, stack: str | None = None) -> tuple[dict[str, dict[int, int]], dict[str, str]]:
+    """Reads a label table, of many volumes or of the one stack named.
+
+    Returns:
+        Labels of the slices of each volume, and the patient of each volume; a stack has no one patient.
+    """
+    columns = VOLUME_COLUMNS if stack is None else STACK_COLUMNS
+    if not table.exists():
+        raise DatasetError("no such label table", path=table,
+                           remedy=f"Write a CSV with the columns {', '.join(columns)}")
+    found, rows = read_table(table)
+    if missing := [column for column in columns if column not in found]:
+        raise DatasetError(f"lacks the column {', '.join(missing)}", path=table,
+                           remedy=f"The first line must name {', '.join(columns)}")
+    labels: dict[str, dict[int, int]] = {}
+    patients: dict[str, str] = {}
+    for number, row in rows:
+        volume = row["volume"] if stack is None else stack
+        if stack is None and not volume:  # also of a line that ends before this column
+            raise DatasetError(f"line {number} names no volume", path=table, remedy="Correct the line")
+        index, label = slice_number(row[columns[-2]]), slice_number(row["has_lesion"])
+        if index is None or label not in (0, 1):
+            raise DatasetError(f"line {number}: {columns[-2]} must be a slice number and has_lesion 0 or 1", path=table,
+                               remedy="Correct the line")
+        if index in labels.setdefault(volume, {}):
+            of_volume = f" of volume {volume}" if stack is None else ""
+            raise DatasetError(f"line {number} labels slice {index}{of_volume} a second time", path=table,
+                               remedy="Keep one line for each slice")
+        labels[volume][index] = label
+        patient = (row.get("patient") if stack is None else None) or volume
+        if patients.setdefault(volume, patient) != patient:
+            raise DatasetError(f"line {number} gives volume {volume} to another patient than the lines before",
+                               path=table, remedy="One volume belongs to one patient; correct the table")
+    return labels, patients
+
+
+# --- CSV tables -----------------------------------------------------------------------------------------------------
 
 def read_table(table: Path) -> tuple[set[str], list[tuple[int, dict[str, str]]]]:
     """Names of the columns of a CSV table, and its lines with their numbers; cells that a line lacks are None.
@@ -165,6 +197,16 @@ def read_table(table: Path) -> tuple[set[str], list[tuple[int, dict[str, str]]]]
         raise DatasetError(f"is not a CSV table ({error})", path=table, remedy="Save it as UTF-8 CSV") from error
 
 
+def write_table(table: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Writes a CSV table that appears only when complete.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with whole_file(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream, lineterminator="\n").writerows([columns, *rows])
+
+
 def slice_number(text: str | None) -> int | None:
     """The slice number in a cell of a table; None if it holds none."""
     try:
@@ -172,28 +214,3 @@ def slice_number(text: str | None) -> int | None:
     except ValueError:  # also of more digits than Python converts
         return None
     return number if number >= 0 else None
-
-
-def _rows(table: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
-    """Lines of a label table with their line numbers; the header must name ``columns``."""
-    if not table.exists():
-        raise DatasetError("no such label table", path=table,
-                           remedy=f"Write a CSV with the columns {', '.join(columns)}")
-    found, rows = read_table(table)
-    missing = [c for c in columns if c not in found]
-    if missing:
-        raise DatasetError(f"lacks the column {', '.join(missing)}", path=table,
-                           remedy=f"The first line must name {', '.join(columns)}")
-    return rows
-
-
-def _label(row: dict[str, str], column: str, table: Path, number: int) -> tuple[int, int]:
-    index, label = slice_number(row[column]), slice_number(row["has_lesion"])
-    if index is None or label not in (0, 1):
-        raise DatasetError(f"line {number}: {column} must be a slice number and has_lesion 0 or 1", path=table,
-                           remedy="Correct the line")
-    return index, label
-
-
-def _optional(path: Path) -> Path | None:
-    return path if path.exists() else None

@@ -9,24 +9,23 @@ The table is written last. A folder without it is incomplete, and the next call 
 
 from __future__ import annotations
 
-import csv
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
 import numpy as np
-from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from nibabel.orientations import apply_orientation
 
-from covidseg.atomic import whole_file, write_whole
-from covidseg.data.fetch import unpack
+from covidseg.atomic import write_whole
+from covidseg.data.fetch import DownloadSettings, Fetched, fetch, unpack, writing_to
+from covidseg.data.folder import STACK_COLUMNS, VOLUME_COLUMNS, write_table
 from covidseg.data.registry import Entry
-from covidseg.data.scan import SUFFIXES, UPRIGHT, read_mask, scan_id
-from covidseg.errors import DatasetError, DownloadError, InputFileError, OutputError
+from covidseg.data.scan import SUFFIXES, Header, read_header, read_mask, read_voxels, scan_id, write_like
+from covidseg.errors import DatasetError, DownloadError, InputFileError
 
 LESION_PIXELS = 40
 REFERENCE_AREA = 512 * 512
@@ -49,17 +48,48 @@ def has_lesion(mask: np.ndarray) -> np.ndarray:
     return (counts >= least) & (counts > 0)
 
 
-def arrange(item: Entry, files: dict[str, Path], folder: str | Path, note: Note = lambda line: None) -> Path:
-    """Lays the fetched files of a data set out in ``folder``.
+def get_dataset(item: Entry, folder: str | Path, settings: DownloadSettings | None = None, *,
+                everything: bool = False, note: Note = print) -> None:
+    """Downloads, checks, unpacks and lays out a data set whose licence has been accepted.
 
     Args:
         item: the data set.
-        files: role (``image``, ``lung``, ``mask``) -> fetched file.
+        folder: data folder. The published files go to ``downloads/`` inside it.
+        settings: patience and limits of the downloads.
+        everything: whether to fetch the optional files too.
+        note: called with a line for every file, and for everything that was not as expected but could be settled.
+
+    Raises:
+        DownloadError: a file cannot be downloaded, is another than the published one, or is a damaged archive.
+        DatasetError: images and outlines do not belong together, or the folder holds other scans.
+        InputFileError: a scan cannot be read.
+        OutputError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    fetched: dict[str, Fetched] = {}
+    for remote in item.files:
+        if remote.optional and not everything:
+            continue
+        fetched[remote.name] = done = fetch(remote, folder / "downloads", settings)
+        note(f"{remote.name}: {'downloaded' if done.new else 'already there'}, checked against {done.checked}")
+        if not remote.checksum:
+            note(f"  Note: no checksum is published for {remote.name}. Its sha256 is kept in {remote.name}.sha256; "
+                 "later downloads must match it, but nothing vouches for the first.")
+    files = {r.role: fetched[r.name].path for r in item.files if r.name in fetched and r.role != "extra"}
+    lay_out(item, files, folder, lambda line: note(f"  Note: {line}"))
+    source = json.dumps({"name": item.name, "doi": item.doi, "licence": item.licence, "citation": item.citation,
+                         "files": {name: done.checked for name, done in fetched.items()}}, indent=1) + "\n"
+    write_whole(folder / "source.json", lambda temporary: temporary.write_text(source, encoding="utf-8"))
+
+
+def lay_out(item: Entry, files: dict[str, Path], folder: str | Path, note: Note = lambda line: None) -> None:
+    """Lays the fetched files of a data set out in a data folder.
+
+    Args:
+        item: the data set.
+        files: the fetched file of each role (``image``, ``lung``, ``mask``).
         folder: the data folder.
         note: called with a line for everything that was not as expected but could be settled.
-
-    Returns:
-        The folder.
 
     Raises:
         DownloadError: an archive is damaged or a trap.
@@ -68,19 +98,15 @@ def arrange(item: Entry, files: dict[str, Path], folder: str | Path, note: Note 
         OutputError: the folder cannot be written.
     """
     folder = Path(folder)
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        if item.layout == "stacks":
+            _lay_out_stack(files["image"], files["mask"], folder, note)
+            return
         # Inside the target, so that moving a file is a rename on one disk.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unpack-") as work:
-            if item.layout == "stacks":
-                _arrange_stack(files["image"], files["mask"], folder, note)
-            else:
-                found = {role: _scans(unpack(path, Path(work) / role)) for role, path in files.items()}
-                _arrange_volumes(item, found, folder, note)
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror or error})", path=folder,
-                          remedy="Check free space and permissions, or choose another folder with --to") from error
-    return folder
+            found = {role: _scans(unpack(path, Path(work) / role)) for role, path in files.items()}
+            _lay_out_volumes(item, found, folder, note)
 
 
 def _scans(paths: Iterable[Path]) -> dict[str, Path]:
@@ -96,7 +122,7 @@ def _scans(paths: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
-def _arrange_volumes(item: Entry, found: dict[str, dict[str, Path]], folder: Path, note: Note) -> None:
+def _lay_out_volumes(item: Entry, found: dict[str, dict[str, Path]], folder: Path, note: Note) -> None:
     images, lungs, masks = (found.get(role, {}) for role in ("image", "lung", "mask"))
     if not images:
         raise DatasetError("the archive of images holds no NIfTI file", path=folder, remedy="Download it again")
@@ -109,28 +135,28 @@ def _arrange_volumes(item: Entry, found: dict[str, dict[str, Path]], folder: Pat
         raise DatasetError(f"holds other scans already: {', '.join(sorted(foreign))}", path=folder / "im",
                            remedy="Choose an empty folder with --to")
     rows: list[tuple[str, int, int, str]] = []
-    for volume in sorted(images, key=_natural):
+    for volume in sorted(images, key=lambda name: (int(name), "") if name.isdigit() else (math.inf, name)):
         image = folder / "im" / images[volume].name
-        place(images[volume], image)
-        for kind, source in (("lung", lungs[volume]), ("mask", masks[volume])):
-            place(source, folder / kind / image.name, like=image, note=note)
+        _put(images[volume], image)
+        _put(lungs[volume], folder / "lung" / image.name, like=image, note=note)
+        _put(masks[volume], folder / "mask" / image.name, like=image, note=note)
         labels = has_lesion(read_mask(folder / "mask" / image.name))
         rows += [(volume, index, int(label), item.patient_of(volume)) for index, label in enumerate(labels)]
-    write_table(folder / "slice_labels.csv", ("volume", "slice", "has_lesion", "patient"), rows)
+    write_table(folder / "slice_labels.csv", (*VOLUME_COLUMNS, "patient"), rows)
 
 
-def _arrange_stack(image: Path, mask: Path, folder: Path, note: Note) -> None:
+def _lay_out_stack(image: Path, mask: Path, folder: Path, note: Note) -> None:
     name = image.name.removesuffix("_im.nii.gz")
-    placed = folder / image.name
-    place(image, placed, move=False)
-    place(mask, folder / f"{name}_mask.nii.gz", like=placed, note=note, move=False)
-    labels = has_lesion(read_mask(folder / f"{name}_mask.nii.gz"))
-    published = stored_order(placed)
-    write_table(folder / f"{name}_slices.csv", ("position", "medseg100_slice", "has_lesion"),
-                [(position, published[position], int(label)) for position, label in enumerate(labels)])
+    placed, outlines = folder / image.name, folder / f"{name}_mask.nii.gz"
+    _put(image, placed, move=False)
+    _put(mask, outlines, like=placed, note=note, move=False)
+    position, label = STACK_COLUMNS
+    write_table(folder / f"{name}_slices.csv", (position, "medseg100_slice", label),
+                [(upright, stored, int(lesion)) for upright, (stored, lesion)
+                 in enumerate(zip(_stored_slices(_header(placed)), has_lesion(read_mask(outlines)), strict=True))])
 
 
-def arrange_mosmed(folder: str | Path) -> Path:
+def lay_out_mosmed(folder: str | Path) -> None:
     """Lays out the part of MosMedData that slice labels follow for, beside the publisher's own folders.
 
     These are the normal studies (CT-0), in which no slice has a lesion, and the 50 with outlines. The other 806
@@ -151,38 +177,33 @@ def arrange_mosmed(folder: str | Path) -> Path:
     if lonely := sorted(set(masks) - set(studies)):
         raise DatasetError(f"outlines without a study: {', '.join(lonely)}", path=folder / "masks",
                            remedy="Add the studies or remove the outlines")
-    chosen = [study for study, path in studies.items() if path.parent.name == "CT-0" or study in masks]
-    if not chosen:
+    labelled = [study for study, path in studies.items() if path.parent.name == "CT-0" or study in masks]
+    if not labelled:
         raise DatasetError("holds neither studies/CT-0 nor masks", path=folder,
                            remedy="Unpack the publisher's archives there")
     rows: list[tuple[str, int, int, str]] = []
-    try:
-        for study in chosen:
+    with writing_to(folder):
+        for study in labelled:
             image = folder / "im" / f"{study}.nii.gz"
-            place(studies[study], image, move=False)
-            labels = np.zeros(len(stored_order(image)), dtype=bool)
+            _put(studies[study], image, move=False)
+            labels = np.zeros(len(_stored_slices(_header(image))), dtype=bool)
             if study in masks:
-                place(masks[study], folder / "mask" / image.name, like=image, move=False)
+                _put(masks[study], folder / "mask" / image.name, like=image, move=False)
                 labels = has_lesion(read_mask(folder / "mask" / image.name))
             rows += [(study, index, int(label), study) for index, label in enumerate(labels)]
-        write_table(folder / "slice_labels.csv", ("volume", "slice", "has_lesion", "patient"), rows)
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror or error})", path=folder,
-                          remedy="Check free space and permissions") from error
-    return folder
+        write_table(folder / "slice_labels.csv", (*VOLUME_COLUMNS, "patient"), rows)
 
 
-def stored_order(path: Path) -> list[int]:
-    """Index in the file of each slice of the upright array: published splits count as the file does."""
-    image = _header(path)
-    turn = ornt_transform(io_orientation(image.affine), axcodes2ornt(UPRIGHT))
-    axis, sense = next((a, sense) for a, (target, sense) in enumerate(turn) if target == 0)
-    slices = range(image.shape[axis])
-    return list(slices if sense > 0 else reversed(slices))
+def _stored_slices(header: Header) -> list[int]:
+    """For each slice of the upright array, its number in the file, which published splits count by."""
+    to_upright = header.grid.to_upright()  # (3, 2): for each stored axis, the upright one and its direction
+    axis = to_upright[:, 0].tolist().index(0)
+    slices = range(header.grid.shape[axis])
+    return list(slices if to_upright[axis, 1] > 0 else reversed(slices))
 
 
-def place(source: Path, target: Path, *, like: Path | None = None, note: Note = lambda line: None,
-          move: bool = True) -> None:
+def _put(source: Path, target: Path, *, like: Path | None = None, note: Note = lambda line: None,
+         move: bool = True) -> None:
     """Puts a scan in its place; outlines are made to carry the header of their image.
 
     The publishers' outlines belong to the images voxel by voxel, yet some tools wrote another origin or sense of
@@ -194,23 +215,19 @@ def place(source: Path, target: Path, *, like: Path | None = None, note: Note = 
         like: the image that an outline belongs to.
         note: told when a header had to be replaced.
         move: whether the source may be used up (unpacked) or has to stay (downloaded).
-
-    Raises:
-        InputFileError: the scan cannot be read, or promises more voxels than any chest CT has.
-        DatasetError: the outline has another shape than its image.
     """
     header = _header(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     if like is not None:
-        image = _header(like)
-        if header.shape != image.shape:
-            raise DatasetError(f"the outline has shape {header.shape}, its image {like.name} {image.shape}",
+        grid = _header(like).grid
+        if header.grid.shape != grid.shape:
+            raise DatasetError(f"the outline has shape {header.grid.shape}, its image {like.name} {grid.shape}",
                                path=source.name, remedy="Download the archives again")
-        if not np.allclose(header.affine, image.affine, atol=1e-2) or source.suffix != target.suffix:
-            voxels = np.asanyarray(header.dataobj)
+        if not np.allclose(header.grid.affine, grid.affine, atol=1e-2) or source.suffix != target.suffix:
+            voxels = read_voxels(header)
             if voxels.min() < 0 or voxels.max() > 255:
                 raise InputFileError("is no mask: it holds values outside 0..255", path=source.name)
-            _save(nib.Nifti1Image(voxels.astype(np.uint8), image.affine), target)
+            write_like(apply_orientation(voxels.astype(np.uint8), grid.to_upright()), grid, target)
             note(f"{target.parent.name}/{target.name}: header differed from its image's and was replaced")
             return
     if move:
@@ -223,46 +240,9 @@ def place(source: Path, target: Path, *, like: Path | None = None, note: Note = 
         write_whole(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
-def _header(path: Path) -> Any:
-    """The file, opened but not read; refuses what would not fit any chest CT."""
-    try:
-        image: Any = nib.load(path)
-        voxels = int(np.prod(image.shape, dtype=object))
-    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
-        raise InputFileError(f"cannot be read as NIfTI ({error})", path=path, remedy="Download it again") from error
-    if voxels > MAX_VOXELS:
+def _header(path: Path) -> Header:
+    """The header of a scan; refuses what would not fit any chest CT."""
+    header = read_header(path)
+    if (voxels := math.prod(header.grid.shape)) > MAX_VOXELS:
         raise InputFileError(f"claims to hold {voxels} voxels", path=path, remedy="Do not use this file")
-    return image
-
-
-def _save(image: Any, target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".save-") as work:
-        nib.save(image, made := Path(work) / target.name)
-        made.replace(target)
-
-
-def write_table(path: Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
-    """Writes a CSV table that appears only when complete.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a small JSON file that appears only when complete.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    text = json.dumps(content, indent=1) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _natural(volume: str) -> tuple[int, str]:
-    """Sorts 2 before 10."""
-    return (int(volume), "") if volume.isdigit() else (1 << 60, volume)
+    return header

@@ -1,7 +1,7 @@
 """The register of data sets: what exists, where it comes from, under which licence, and where it lies on disk.
 
 The facts are in ``data/registry.toml``; this module reads and checks them and turns a name into a folder.
-It downloads nothing: see :mod:`covidseg.data.fetch` for that, and :mod:`covidseg.data.layout` for what follows.
+:mod:`covidseg.data.fetch` downloads what is named here, :mod:`covidseg.data.layout` makes a data folder of it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RemoteFile:
         checksum: ``"md5:..."`` or ``"sha256:..."`` as published, empty where none has been.
         size: bytes, 0 where unknown.
         role: ``image``, ``lung``, ``mask`` or ``extra``.
-        optional: fetched only on demand.
+        optional: whether it is fetched only on demand.
     """
 
     name: str
@@ -55,11 +55,16 @@ class Entry:
 
     Attributes:
         name: short name, as in ``covidseg data get NAME``.
-        title, doi, page, licence, citation, note: for people.
+        title: what the set is, in a few words.
         kind: ``download``, ``by-hand`` or ``generated``.
         layout: ``volumes``, ``stacks`` or ``mosmed``: how the published files lie.
-        licence_file: file in ``data/licences``.
+        doi: digital object identifier of the publication, empty if it has none.
+        page: address of the publisher's page, empty if there is none.
+        licence: name of the licence.
+        licence_file: file in ``data/licences`` with a summary of it.
         megabytes: rounded size of the download, 0 where there is none.
+        citation: how to cite the set.
+        note: what a user should know.
         files: what is downloaded.
         same_patient: groups of volumes that are scans of one patient.
     """
@@ -141,37 +146,35 @@ def load_registry(path: str | Path | None = None) -> dict[str, Entry]:
 
 def _entry(name: str, table: dict[str, Any]) -> Entry:
     """One table of the register, checked. Every fault is a ValueError or TypeError that names the entry."""
-    if not SAFE_NAME.fullmatch(name) or not isinstance(table, dict):
-        raise ValueError(f"'{name}' is not a usable name of a data set")
+    _demand(bool(SAFE_NAME.fullmatch(name)) and isinstance(table, dict), f"'{name}' is not a usable name of a data set")
     table = dict(table)
-    remote = tuple(_remote(name, row) for row in table.pop("files", []))
+    files = tuple(_remote(name, row) for row in table.pop("files", []))
     groups = tuple(tuple(str(v) for v in group) for group in table.pop("same_patient", []))
-    known = {f.name for f in fields(Entry)} - {"name", "files", "same_patient"}
-    if set(table) != known:
-        raise ValueError(f"'{name}' lacks or does not know {', '.join(sorted(set(table) ^ known))}")
-    item = Entry(name=name, files=remote, same_patient=groups, **table)
-    if item.kind not in KINDS or item.layout not in LAYOUTS:
-        raise ValueError(f"'{name}' has kind '{item.kind}' and layout '{item.layout}', "
-                         f"allowed are {', '.join(KINDS)} and {', '.join(LAYOUTS)}")
-    if (item.kind == "download") != bool(remote):
-        raise ValueError(f"'{name}' is of kind '{item.kind}' and names {len(remote)} files")
-    if not SAFE_NAME.fullmatch(item.licence_file):
-        raise ValueError(f"'{name}' has an unsafe name of a licence file")
+    odd = set(table) ^ ({f.name for f in fields(Entry)} - {"name", "files", "same_patient"})
+    _demand(not odd, f"'{name}' lacks or does not know {', '.join(sorted(odd))}")
+    item = Entry(name=name, files=files, same_patient=groups, **table)
+    _demand(item.kind in KINDS and item.layout in LAYOUTS,
+            f"'{name}' has kind '{item.kind}' and layout '{item.layout}', allowed are {', '.join(KINDS)} and "
+            f"{', '.join(LAYOUTS)}")
+    _demand((item.kind == "download") == bool(files), f"'{name}' is of kind '{item.kind}' and names {len(files)} files")
+    _demand(SAFE_NAME.fullmatch(item.licence_file), f"'{name}' has an unsafe name of a licence file")
     return item
 
 
 def _remote(name: str, row: dict[str, Any]) -> RemoteFile:
     item = RemoteFile(**row)
-    if not SAFE_NAME.fullmatch(item.name):
-        raise ValueError(f"'{name}' names a file '{item.name}', which is not a plain file name")
-    if item.role not in ROLES:
-        raise ValueError(f"{item.name} of '{name}' has the unknown role '{item.role}'")
-    if item.checksum and not CHECKSUM.fullmatch(item.checksum):
-        raise ValueError(f"{item.name} of '{name}' has a malformed checksum '{item.checksum}'")
-    if item.size < 0:
-        raise ValueError(f"{item.name} of '{name}' has a negative size")
+    _demand(SAFE_NAME.fullmatch(item.name), f"'{name}' names a file '{item.name}', which is not a plain file name")
+    _demand(item.role in ROLES, f"{item.name} of '{name}' has the unknown role '{item.role}'")
+    _demand(not item.checksum or CHECKSUM.fullmatch(item.checksum),
+            f"{item.name} of '{name}' has a malformed checksum '{item.checksum}'")
+    _demand(item.size >= 0, f"{item.name} of '{name}' has a negative size")
     check_address(item.url)
     return item
+
+
+def _demand(met: object, fault: str) -> None:
+    if not met:
+        raise ValueError(fault)
 
 
 def check_address(url: str) -> None:

@@ -89,6 +89,7 @@ def test_labels_may_be_missing_where_they_are_not_needed(tmp_path):
     assert load_dataset(volumes(tmp_path / "w"), need_labels=False).labels() == 3
     with pytest.raises(DatasetError, match="lacks the column"):
         load_dataset(stacks(tmp_path / "t", "a,b\n"), need_labels=False)
+    assert load_dataset(tmp_path / "t", use_labels=False).labels() == 0
 
 
 def test_subset_keeps_the_order_asked_for(tmp_path):
@@ -123,6 +124,7 @@ def test_folders_that_are_no_data(tmp_path):
     check_refused(tmp_path / "file", "no such data folder")
     (tmp_path / "empty" / "im").mkdir(parents=True)
     check_refused(tmp_path / "empty", "holds no scans", "slice_labels.csv")
+    check_refused(volumes(tmp_path / "twice", names=("a.nii", "a.nii.gz")), "holds a both as .nii and as .nii.gz")
 
 
 @pytest.mark.parametrize(("table", "words"), [
@@ -138,6 +140,8 @@ def test_folders_that_are_no_data(tmp_path):
     ("volume,slice,has_lesion\na,1\n", ["line 2"]),
     ("volume,slice,has_lesion\na,1,0\na,1,1\n", ["line 3", "slice 1 of volume a a second time"]),
     ("volume,slice,has_lesion\na,1,0\nz,1,1\ny,0,1\n", ["im/ does not hold: y, z"]),
+    ("volume,slice,has_lesion\n,1,0\n", ["line 2 names no volume"]),
+    (GOOD + "b,2,0,p3\n", ["line 5 gives volume b to another patient"]),
     (b"volume,slice,has_lesion\n\xff\xfe,0,1\n", ["not a CSV table", "UTF-8"]),
 ])
 def test_label_tables_of_volumes(tmp_path, table, words):
@@ -145,9 +149,8 @@ def test_label_tables_of_volumes(tmp_path, table, words):
 
 
 def test_a_folder_in_place_of_the_table(tmp_path):
-    root = volumes(tmp_path / "d", None)
-    (root / "slice_labels.csv").mkdir()
-    check_refused(root, "slice_labels.csv", "not a CSV table")
+    (volumes(tmp_path / "d", None) / "slice_labels.csv").mkdir()
+    check_refused(tmp_path / "d", "slice_labels.csv", "not a CSV table")
 
 
 @pytest.mark.parametrize(("table", "words"), [

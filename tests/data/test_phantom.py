@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ KINDS = (GROUND_GLASS, CONSOLIDATION, CRAZY_PAVING)
 
 
 @pytest.fixture(scope="module")
-def course() -> list[PhantomPatient]:
+def patients() -> list[PhantomPatient]:
     """The default set, as the course uses it."""
     return [make_patient(PhantomSettings(), index) for index in range(PhantomSettings().patients)]
 
@@ -54,15 +54,14 @@ def otsu_dice(patients: list[PhantomPatient]) -> list[float]:
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    ill, well = scores[labels == 1], scores[labels == 0]
-    return float((ill[:, None] > well).mean() + 0.5 * (ill[:, None] == well).mean())
+    positive, negative = scores[labels == 1], scores[labels == 0]
+    return float((positive[:, None] > negative).mean() + 0.5 * (positive[:, None] == negative).mean())
 
 
 # --- how hard it is ---------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_intensity_alone_does_not_decide(course):
-    patients = course
+def test_intensity_alone_does_not_decide(patients):
     scores = otsu_dice(patients)
     assert 0.45 < np.mean(scores) < 0.57
     labels = np.concatenate([p.labels() for p in patients])
@@ -83,8 +82,7 @@ def test_knobs_turn_the_difficulty():
 
 
 @pytest.mark.slow
-def test_lesion_share_and_kinds(course):
-    patients = course
+def test_lesion_share_and_kinds(patients):
     share = [p.mask[k].sum() / p.lung[k].sum() for p in patients for k in np.flatnonzero(p.labels())]
     assert 0.12 < np.mean(share) < 0.22
     count = np.array([sum((p.kind == kind).sum() for p in patients) for kind in KINDS])
@@ -93,9 +91,7 @@ def test_lesion_share_and_kinds(course):
 
 
 @pytest.mark.slow
-def test_densities_of_kinds_and_lung(course):
-    patients = course
-
+def test_densities_of_kinds_and_lung(patients):
     def cores(kind: int) -> np.ndarray:
         """Mean HU of the connected lesions of one kind, without their soft edges."""
         means = []
@@ -121,8 +117,7 @@ def test_densities_of_kinds_and_lung(course):
 
 
 @pytest.mark.slow
-def test_lesions_prefer_the_back_and_the_pleura(course):
-    patients = course
+def test_lesions_prefer_the_back_and_the_pleura(patients):
     shares: list[list[float]] = []
     for p in patients:
         if p.healthy:
@@ -141,8 +136,7 @@ def test_lesions_prefer_the_back_and_the_pleura(course):
 # --- labels and truth -------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_truth_does_not_contradict_itself(course):
-    patients = course
+def test_truth_does_not_contradict_itself(patients):
     for p in patients:
         assert p.hu.dtype == np.int16
         assert p.hu.shape == p.lung.shape == p.mask.shape == p.kind.shape == (24, 256, 256)
@@ -152,24 +146,15 @@ def test_truth_does_not_contradict_itself(course):
         assert ((area == 0) | (area >= MIN_LESION_AREA_MM2)).all()  # no slice is neither ill nor well
         assert (p.labels() == (area > 0)).all()
         assert p.lung.any(axis=(1, 2)).all()
-
-
-@pytest.mark.slow
-def test_healthy_patients_and_free_slices(course):
-    patients = course
+        assert p.healthy or 3 <= p.labels().sum() <= 0.8 * len(p.hu)  # some slices of every patient are free
     healthy = [p for p in patients if p.healthy]
     assert len(healthy) == 4
     assert not any(p.mask.any() for p in healthy)
-    for p in patients:
-        if not p.healthy:
-            assert 3 <= p.labels().sum() <= 0.8 * len(p.hu)
-    labels = np.concatenate([p.labels() for p in patients])
-    assert 0.25 < labels.mean() < 0.55
+    assert 0.25 < np.concatenate([p.labels() for p in patients]).mean() < 0.55
 
 
 @pytest.mark.slow
-def test_lookalikes_lie_in_lesion_free_slices(course):
-    patients = course
+def test_lookalikes_lie_in_lesion_free_slices(patients):
     found = {kind: 0 for kind in LOOKALIKES}
     for p in patients:
         assert p.lookalikes == tuple(sorted(p.lookalike_slices))
@@ -257,24 +242,20 @@ def test_upright_anatomy(folder):
     assert lung[6].sum() > 1.2 * lung[-1].sum()
 
 
-def test_writing_twice_gives_the_same_bytes(folder, tmp_path):
-    other = write_phantom(tmp_path / "deep" / "other", SMALL)
+def test_writing_twice_gives_the_same_bytes_and_a_line_for_each_patient(folder, tmp_path, capsys):
+    other = write_phantom(tmp_path / "deep" / "other", SMALL, progress=True)
     assert contents(other) == contents(folder)
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["other"]  # nothing of the workshop is left
+    assert len(capsys.readouterr().out.splitlines()) == SMALL.patients
 
 
-def test_finished_folder_is_reused(folder, monkeypatch):
-    def refuse(*_):
-        raise AssertionError("made again")
-
-    monkeypatch.setattr("covidseg.data.phantom.patient.make_patient", refuse)
-    assert write_phantom(folder, SMALL) == folder
-
-
-def test_other_settings_are_refused(folder):
+def test_finished_folder_is_reused_and_another_refused(folder):
+    written = (folder / "phantom.json").stat().st_mtime_ns
     before = contents(folder)
+    assert write_phantom(folder, SMALL) == folder
     with pytest.raises(DatasetError, match="other settings"):
         write_phantom(folder, replace(SMALL, seed=6))
+    assert (folder / "phantom.json").stat().st_mtime_ns == written
     assert contents(folder) == before
 
 
@@ -285,36 +266,27 @@ def test_foreign_folder_is_not_touched(tmp_path):
     assert contents(tmp_path) == {"slice_labels.csv": b"mine"}
 
 
-def test_damaged_folder_is_noticed(tmp_path):
-    tiny = PhantomSettings(patients=1, slices=8, size=64)
-    write_phantom(tmp_path / "p", tiny)
-    (tmp_path / "p" / "mask" / "phantom_00.nii.gz").unlink()
+def test_damaged_folder_is_noticed(folder, tmp_path):
+    damaged = Path(shutil.copytree(folder, tmp_path / "p"))
+    (damaged / "mask" / "phantom_00.nii.gz").unlink()
     with pytest.raises(DatasetError, match="phantom_00"):
-        write_phantom(tmp_path / "p", tiny)
-    (tmp_path / "p" / "phantom.json").write_text(json.dumps([]))
+        write_phantom(damaged, SMALL)
+    (damaged / "phantom.json").write_text("[]")
     with pytest.raises(DatasetError, match="no finished phantom"):
-        write_phantom(tmp_path / "p", tiny)
+        write_phantom(damaged, SMALL)
 
 
-def test_crash_leaves_no_half_folder(tmp_path, monkeypatch):
-    def crash(*_):
+def test_a_crash_leaves_no_half_folder(tmp_path, monkeypatch):
+    def crash(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("covidseg.data.phantom.patient.make_patient", crash)
+    monkeypatch.setattr("os.fsync", crash)
     with pytest.raises(KeyboardInterrupt):
         write_phantom(tmp_path / "p", SMALL)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
         write_phantom(tmp_path / "file" / "p", SMALL)
-
-
-def test_progress_prints_one_line_a_patient(tmp_path, capsys):
-    write_phantom(tmp_path / "p", PhantomSettings(patients=2, slices=8, size=64), progress=True)
-    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 @pytest.mark.parametrize("wrong", [
@@ -326,7 +298,7 @@ def test_wrong_settings(wrong):
 
 
 def test_wrong_index():
-    with pytest.raises(SettingsError):
+    with pytest.raises(SettingsError, match="Give 0 to 2"):
         make_patient(SMALL, 3)
 
 

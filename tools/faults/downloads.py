@@ -8,19 +8,20 @@ import stat
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 from covidseg.errors import DownloadError, OutputError
 from faults.disks import read_only
 from faults.files import nothing
-from faults.server import COMMAND, Answer, publisher
+from faults.server import COMMAND, FILE, Page, publisher
 from faults.supplies import Supplies
 from faults.trial import During, Fault, Make
 
 GROUP = "downloads and archives"
-FILE = "rp_im.zip"
 REGISTER = ("register/*", "register/licences/*")  # what the played publisher needs
 
 
@@ -50,23 +51,22 @@ def md5(body: bytes) -> str:
     return f"md5:{hashlib.md5(body, usedforsecurity=False).hexdigest()}"
 
 
-def serving(answer: Answer | bytes, checksum: str = "", size: int = 0) -> During:
-    """While the command runs, the publisher sends this."""
-    sent = Answer(answer) if isinstance(answer, bytes) else answer
-    return lambda folder: publisher(sent, folder, checksum, size)
+def serving(body: bytes | None, checksum: str = "", size: int = 0, **how: Any) -> During:
+    """While the command runs, the publisher sends this, as the other arguments of :class:`Page` say."""
+    return lambda folder: publisher(None if body is None else Page(body, **deepcopy(how)), folder, checksum, size)
 
 
 @contextmanager
 def no_space(folder: Path) -> Iterator[None]:
     """The disk has a kilobyte left."""
-    with publisher(Answer(GOOD), folder), patch("shutil.disk_usage", lambda place: SimpleNamespace(free=1024)):
+    with publisher(Page(GOOD), folder), patch("shutil.disk_usage", lambda place: SimpleNamespace(free=1024)):
         yield
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """The folder that is to be filled lies on a read-only disk."""
-    with publisher(Answer(GOOD), folder), read_only(folder):
+    with publisher(Page(GOOD), folder), read_only(folder):
         yield
 
 
@@ -89,14 +89,14 @@ def _fault(title: str, during: During, *names: str, leaves: tuple[str, ...] = ()
 
 FAULTS = [
     _fault("the line breaks again and again; what has come is kept, to go on from",
-           serving(Answer(GOOD * 1000, stop=20_000)), leaves=(f"set/downloads/{FILE}.part*",)),
+           serving(GOOD * 1000, drops=[20_000] * 9), leaves=(f"set/downloads/{FILE}.part*",)),
     _fault("another checksum than the published one", serving(GOOD, md5(b"another file"))),
     _fault("another checksum than at the first download", serving(archive("rp_im/2.nii.gz")), make=fetched_before),
     _fault("damaged since it was downloaded", serving(GOOD), make=damaged_since),
     _fault("another size than the published one", serving(GOOD, size=len(GOOD) + 1)),
-    _fault("the file has moved (404)", serving(Answer(status=404)), FILE, "404"),
+    _fault("the file has moved (404)", serving(None), FILE, "404"),
     _fault("sent on to an address without encryption",
-           serving(Answer(redirect="http://example.org/rp_im.zip")), "http://example.org"),
+           serving(b"", redirect="http://example.org/rp_im.zip"), "http://example.org"),
     _fault("a web page instead of an archive", serving(b"<html>Please log in.</html>")),
     _fault("an archive with one damaged byte", serving(GOOD[:40] + bytes([GOOD[40] ^ 1]) + GOOD[41:])),
     _fault("an archive with a path that leaves its folder", serving(archive("../../evil.nii.gz")), FILE, "leaves"),

@@ -1,12 +1,12 @@
-"""A publisher on this computer, who misbehaves as real ones do, and a register that names one file of his."""
+"""A publisher on this computer, who misbehaves as real ones do, and a register that names one file of theirs."""
 
 from __future__ import annotations
 
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,8 +14,10 @@ from unittest.mock import patch
 
 from covidseg.data import registry
 from covidseg.data.fetch import DownloadSettings
+from covidseg.data.registry import RemoteFile
 
 COMMAND = "covidseg data get medseg2 --yes --to set"
+FILE = "rp_im.zip"
 ENTRY = """[medseg2]
 title = "volumes"
 kind = "download"
@@ -36,70 +38,122 @@ role = "image"
 """
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the server sends.
+@dataclass
+class Page:
+    """A file on the server and how it is served.
 
     Attributes:
-        body: the file.
-        status: other than 200 for a refusal.
-        stop: bytes after which every answer breaks off; None never.
+        body: its bytes.
+        etag: mark of its version, empty for none.
+        ranges: whether ``Range`` is honoured.
+        drops: byte counts after which the next answers break off, one for each answer.
+        statuses: status codes of the next answers, before the file itself is served.
         redirect: address to send everybody to.
+        length: whether the length is announced.
+        shift: how many bytes too early an answer to ``Range`` starts.
     """
 
-    body: bytes = b""
-    status: int = 200
-    stop: int | None = None
+    body: bytes
+    etag: str = '"one"'
+    ranges: bool = True
+    drops: list[int] = field(default_factory=list)
+    statuses: list[int] = field(default_factory=list)
     redirect: str = ""
+    length: bool = True
+    shift: int = 0
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """Sends one answer, whatever is asked for; goes on where a range begins."""
+class Server:
+    """Serves pages by name.
 
-    answer: Answer
+    Attributes:
+        pages: what there is.
+        asked: name, ``Range`` header and status of every request.
+        root: address.
+    """
 
-    def do_GET(self) -> None:
-        answer = self.answer
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(wanted[1]) if wanted and answer.status == 200 else 0
-        self.send_response(302 if answer.redirect else 206 if start else answer.status)
-        self.send_header("Connection", "close")
-        if answer.redirect:
-            self.send_header("Location", answer.redirect)
-        self.send_header("ETag", '"one"')
-        self.send_header("Content-Length", str(len(answer.body) - start))
-        self.send_header("Content-Range", f"bytes {start}-{len(answer.body) - 1}/{len(answer.body)}")
-        self.end_headers()
-        self.wfile.write(answer.body[start:answer.stop])
+    def __init__(self) -> None:
+        self.pages: dict[str, Page] = {}
+        self.asked: list[tuple[str, str, int]] = []
+        outer = self
 
-    def log_message(self, *args: object) -> None:
-        """Requests are not printed."""
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer._answer(self)
+
+            def log_message(self, *args: object) -> None:
+                """Requests are not printed."""
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.root = f"http://127.0.0.1:{self._http.server_address[1]}"
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def add(self, name: str, body: bytes, **how: object) -> Page:
+        self.pages[name] = page = Page(body, **how)  # type: ignore[arg-type]
+        return page
+
+    def remote(self, name: str, checksum: str = "", size: int = 0, role: str = "image") -> RemoteFile:
+        return RemoteFile(name, f"{self.root}/{name}", checksum, size, role)
+
+    def _answer(self, request: BaseHTTPRequestHandler) -> None:
+        name, wanted = request.path.lstrip("/"), request.headers.get("Range", "")
+        page = self.pages.get(name)
+        status, start = 200, 0
+        if page is None:
+            status = 404
+        elif page.statuses:
+            status = page.statuses.pop(0)
+        elif page.redirect:
+            status = 302
+        elif wanted and page.ranges and request.headers.get("If-Range", page.etag) == page.etag:
+            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])  # type: ignore[index]
+            status = 206 if start < len(page.body) else 416
+            start -= page.shift
+        self.asked.append((name, wanted, status))
+        request.send_response(status)
+        request.send_header("Connection", "close")
+        if page is None or status not in (200, 206):
+            if status == 302 and page is not None:
+                request.send_header("Location", page.redirect)
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        if page.etag:
+            request.send_header("ETag", page.etag)
+        if page.length:
+            request.send_header("Content-Length", str(len(page.body) - start))
+        if status == 206:
+            request.send_header("Content-Range", f"bytes {start}-{len(page.body) - 1}/{len(page.body)}")
+        request.end_headers()
+        end = start + page.drops.pop(0) if page.drops else len(page.body)
+        request.wfile.write(page.body[start:end])
 
 
 @contextmanager
-def publisher(answer: Answer, folder: Path, checksum: str = "", size: int = 0) -> Iterator[str]:
+def publisher(page: Page | None, folder: Path, checksum: str = "", size: int = 0) -> Iterator[None]:
     """Serves a file while the command runs, by a register that names it.
 
     Args:
-        answer: what the server sends.
+        page: what the server sends; None if it has no such file.
         folder: for the register.
-        checksum, size: what the register says of the file; nothing by default.
-
-    Yields:
-        The server's address.
+        checksum: what the register says of the file, nothing by default.
+        size: the same.
     """
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"answer": answer}))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    impatient = partial(DownloadSettings, retries=2, backoff=0.0)
+    server = Server()
+    if page is not None:
+        server.pages[FILE] = page
     data = folder / "register"
-    data.mkdir(exist_ok=True)
-    (data / "licences").mkdir(exist_ok=True)
+    (data / "licences").mkdir(parents=True, exist_ok=True)
     (data / "licences" / "cc0-1.0.txt").write_text("Public domain.\n")
-    (data / "registry.toml").write_text(ENTRY.format(url=f"{address}/rp_im.zip", checksum=checksum, size=size))
-    with ExitStack() as stack:
-        stack.callback(server.server_close)
-        stack.callback(server.shutdown)
-        stack.enter_context(patch.object(registry, "data_root", lambda: data))
-        stack.enter_context(patch("covidseg.data.fetch.DownloadSettings", impatient))
-        yield address
+    (data / "registry.toml").write_text(ENTRY.format(url=f"{server.root}/{FILE}", checksum=checksum, size=size))
+    impatient = partial(DownloadSettings, retries=2, backoff=0.0)
+    try:
+        with patch.object(registry, "data_root", lambda: data), \
+                patch("covidseg.data.fetch.DownloadSettings", impatient):
+            yield
+    finally:
+        server.close()

@@ -6,10 +6,9 @@ as hard as real CT in what matters for weak supervision: faint lesions, vessels 
 as lesions, patients who differ. It is not a medical device, and nothing measured on it says how a method
 does on patients.
 
-Order of making: frame and organs (:mod:`covidseg.data.phantom.anatomy`), lung tissue, look-alikes and lesions
-(:mod:`covidseg.data.phantom.lesions`), vessels and airways over them (:mod:`covidseg.data.phantom.vessels`), and at
-last
-the scanner: blur of the kernel and noise.
+A patient is made in this order (:mod:`covidseg.data.phantom.patient`): body and organs
+(:mod:`covidseg.data.phantom.anatomy`), lung tissue, look-alikes and lesions (:mod:`covidseg.data.phantom.lesions`),
+vessels and airways over them (:mod:`covidseg.data.phantom.vessels`), and at last the scanner with its blur and noise.
 """
 
 from covidseg.data.phantom.patient import (

@@ -26,7 +26,7 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], spacing: tupl
 
     Args:
         rng: source of randomness.
-        shape: result shape, any number of axes.
+        shape: shape of the result, any number of axes.
         spacing: voxel size along each axis, mm.
         scale: standard deviation of the spreading kernel, mm.
 
@@ -155,16 +155,7 @@ def make_chest(rng: np.random.Generator, f: Frame) -> Chest:
     dome = np.sqrt(1 - np.clip((t - 0.3) / 0.74, 0, 1) ** 2.3) * (1 - 0.06 * np.clip(0.3 - t, 0, 1))
     cavity = ellipse(x, y + 6 * (1 - dome), wide * dome, deep * (0.25 + 0.75 * dome), 2.35)
 
-    # Diaphragm: one dome on each side, the right one higher; the recesses around them reach the lowest slices.
-    slope_x, slope_y = 0.55 * f.height / wide**2, 0.5 * f.height / deep**2
-    tops = (f.height * (0.33 - 0.13 * f.breath + rng.normal(0, 0.01)),
-            f.height * (0.27 - 0.13 * f.breath + rng.normal(0, 0.01)))
-    diaphragm = np.empty_like(x)
-    for sign, top in zip((-1, 1), tops, strict=True):
-        dx, dy = x - sign * 0.42 * wide, y + 0.5 * deep
-        steep = np.sqrt(1 + (2 * slope_x * dx) ** 2 + (2 * slope_y * dy) ** 2)
-        side = (top - slope_x * dx**2 - slope_y * dy**2 - z) / steep
-        np.copyto(diaphragm, side, where=x * sign > 0)
+    diaphragm = _diaphragm(rng, f)
 
     # Mediastinum: a core from breastbone to spine, heart, great vessels and lung roots.
     heart_at = (rng.uniform(16, 26), -0.22 * deep, f.height * (0.28 - 0.06 * f.breath))
@@ -177,15 +168,11 @@ def make_chest(rng: np.random.Generator, f: Frame) -> Chest:
     root_z = f.height * rng.uniform(0.5, 0.55)
     roots = ((-36.0, 0.06 * deep, root_z - 6), (36.0, 0.06 * deep, root_z + 6))
     hila = np.minimum(*(ellipsoid(x - rx, y - ry, z - rz, (15, 17, 24)) for rx, ry, rz in roots))
-    arch_z = f.height * rng.uniform(0.68, 0.74)
-    aorta = np.where(z < arch_z, ellipse(x - 24, y - 0.45 * deep, 12, 12), 99.0)
-    arch = np.maximum(bar(x, y, (-6, -0.3 * deep), (26, 0.4 * deep), 12), np.abs(z - arch_z) - 11)
-    rising = np.where((z < arch_z) & (t > 0.4), ellipse(x + 10, y + 0.22 * deep, 16, 15), 99.0)
-    cava = np.where(t > 0.45, ellipse(x + 26, y + 0.16 * deep, 9, 9), 99.0)
-    vessels = np.minimum.reduce([aorta, arch, rising, cava])
+    vessels = _great_vessels(rng, f)
+
     spine_y = 0.74 * deep
     vertebra = ellipse(x, y - spine_y, 21, 17, 2.4)
-    gutter = np.abs(x) - 17 - 0.9 * np.clip(y - spine_y, 0, None)
+    gutter = np.abs(x) - 17 - 0.9 * np.clip(y - spine_y, 0, None)  # behind the vertebra, between the lungs
     gutter = np.maximum(gutter, spine_y - y)
     soft = np.minimum.reduce([core, heart, hila, vessels])
     middle = np.minimum.reduce([soft, vertebra - 4, gutter])
@@ -203,6 +190,34 @@ def make_chest(rng: np.random.Generator, f: Frame) -> Chest:
     carina = (2.0, 0.12 * deep, root_z + 22)
     return Chest(outside, lung.astype(np.float32), -np.maximum(cavity, diaphragm), np.minimum(soft, -diaphragm),
                  roots, carina)
+
+
+def _diaphragm(rng: np.random.Generator, f: Frame) -> Array:
+    """``(S, H, W)`` signed distance (mm) to the diaphragm: one dome on each side, the right one higher.
+
+    The recesses around the domes reach the lowest slices.
+    """
+    slope_x, slope_y = 0.55 * f.height / f.half_width**2, 0.5 * f.height / f.half_depth**2
+    tops = (f.height * (0.33 - 0.13 * f.breath + rng.normal(0, 0.01)),
+            f.height * (0.27 - 0.13 * f.breath + rng.normal(0, 0.01)))
+    diaphragm = np.empty_like(f.x)
+    for sign, top in zip((-1, 1), tops, strict=True):
+        dx, dy = f.x - sign * 0.42 * f.half_width, f.y + 0.5 * f.half_depth
+        steep = np.sqrt(1 + (2 * slope_x * dx) ** 2 + (2 * slope_y * dy) ** 2)
+        side = (top - slope_x * dx**2 - slope_y * dy**2 - f.z) / steep
+        np.copyto(diaphragm, side, where=f.x * sign > 0)
+    return diaphragm
+
+
+def _great_vessels(rng: np.random.Generator, f: Frame) -> Array:
+    """``(S, H, W)`` signed distance (mm) to the aorta, rising, arched and descending, and the upper vena cava."""
+    x, y, z, t, deep = f.x, f.y, f.z, f.t, f.half_depth
+    arch_z = f.height * rng.uniform(0.68, 0.74)
+    descending = np.where(z < arch_z, ellipse(x - 24, y - 0.45 * deep, 12, 12), 99.0)
+    arch = np.maximum(bar(x, y, (-6, -0.3 * deep), (26, 0.4 * deep), 12), np.abs(z - arch_z) - 11)
+    rising = np.where((z < arch_z) & (t > 0.4), ellipse(x + 10, y + 0.22 * deep, 16, 15), 99.0)
+    cava = np.where(t > 0.45, ellipse(x + 26, y + 0.16 * deep, 9, 9), 99.0)
+    return np.minimum.reduce([descending, arch, rising, cava])
 
 
 def _chest_wall(rng: np.random.Generator, f: Frame, cavity: Array) -> Array:

@@ -9,19 +9,14 @@ occur in healthy people: blood sinks to the back, vessels crowd at the base, hea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from covidseg.data.phantom.anatomy import Chest, Frame, smooth_noise
+from covidseg.data.phantom.anatomy import Array, Chest, Frame, smooth_noise
+from covidseg.data.phantom.settings import PhantomSettings
 
-if TYPE_CHECKING:
-    from covidseg.data.phantom.settings import PhantomSettings
-
-
-Array = np.ndarray
 NONE, GROUND_GLASS, CONSOLIDATION, CRAZY_PAVING = 0, 1, 2, 3
 BY_DENSITY = (NONE, GROUND_GLASS, CRAZY_PAVING, CONSOLIDATION)
 # A slice counts as positive from this lesion area on: 10 pixels of 1.35 mm. Less is removed, from the image too.
@@ -52,7 +47,7 @@ def add_lesions(rng: np.random.Generator, settings: PhantomSettings, f: Frame, c
 
     Args:
         rng: source of randomness.
-        settings: lesion share and density, see :class:`covidseg.data.phantom.PhantomSettings`.
+        settings: share and density of lesions, among others.
         f: the patient's frame.
         chest: the patient's anatomy.
         tissue: ``(S, H, W)`` HU of the lung tissue without vessels.
@@ -198,7 +193,11 @@ def dependent_density(rng: np.random.Generator, settings: PhantomSettings, f: Fr
 
 
 def nodules(rng: np.random.Generator, f: Frame, chest: Chest) -> tuple[Array, list[int]]:
-    """Look-alike: a few crisp nodules of 4 to 8 mm. Share 0..1 of each voxel, and the slices they lie in."""
+    """Look-alike: a few crisp nodules of 4 to 8 mm.
+
+    Returns:
+        The share of each voxel that they fill, ``(S, H, W)`` 0..1, and the slices that they lie in.
+    """
     share = np.zeros(f.shape, dtype=np.float32)
     places = np.argwhere((chest.lung < -5) & (chest.lung > -30))
     slices = []
@@ -213,7 +212,12 @@ def nodules(rng: np.random.Generator, f: Frame, chest: Chest) -> tuple[Array, li
 def blur_motion(rng: np.random.Generator, f: Frame, hu: Array, heart: Array, k: int) -> None:
     """Look-alike: slice ``k`` is doubled by a beating heart or a breath, most next to heart and diaphragm.
 
-    ``hu`` ``(S, H, W)`` is changed in place; heart is the distance to heart and diaphragm in mm.
+    Args:
+        rng: source of randomness.
+        f: the patient's frame.
+        hu: ``(S, H, W)`` HU, changed in place.
+        heart: ``(S, H, W)`` signed distance to heart and diaphragm, mm.
+        k: the slice.
     """
     angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(4, 8) / f.spacing[1]
     shift = (length * np.sin(angle), length * np.cos(angle))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -13,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from covidseg.data.phantom.anatomy import Frame, apply_scanner, coverage, lung_tissue, make_chest, make_frame
+from covidseg.data.folder import VOLUME_COLUMNS, write_table
+from covidseg.data.phantom.anatomy import Array, Frame, apply_scanner, coverage, lung_tissue, make_chest, make_frame
 from covidseg.data.phantom.lesions import (
     MIN_LESION_AREA_MM2,
     Lesions,
@@ -27,7 +27,6 @@ from covidseg.data.phantom.vessels import draw_fissures, grow_branches
 from covidseg.data.scan import Grid, write_like
 from covidseg.errors import DatasetError, OutputError, SettingsError
 
-Array = np.ndarray
 STREAM = 6  # a stream whose default set is neither easier nor harder than most
 VERSION = 2  # raise it whenever the same settings give other voxels
 LOOKALIKES = ("crowded_vessels", "dependent_density", "motion", "nodules")
@@ -67,8 +66,21 @@ class PhantomPatient:
 
 def is_healthy(settings: PhantomSettings, index: int) -> bool:
     """Whether patient ``index`` is one of the healthy ones: they are spread evenly over the indices."""
-    share = settings.healthy_share + 1e-9
-    return int((index + 1) * share) > int(index * share)
+    return _healthy_before(settings, index + 1) > _healthy_before(settings, index)
+
+
+def _healthy_before(settings: PhantomSettings, index: int) -> int:
+    return int(index * (settings.healthy_share + 1e-9))  # a third of 12 patients is 4, whatever the rounding
+
+
+def _breath(settings: PhantomSettings, index: int) -> float:
+    """Breathing level of a patient, 0..1, see :class:`Frame`.
+
+    Golden-ratio steps spread the levels evenly over few patients, among the healthy and among the diseased.
+    """
+    before = _healthy_before(settings, index)
+    rank = before if is_healthy(settings, index) else index - before
+    return (np.random.default_rng(settings.seed).random() + rank * 0.618034) % 1
 
 
 def make_patient(settings: PhantomSettings, index: int) -> PhantomPatient:
@@ -79,33 +91,29 @@ def make_patient(settings: PhantomSettings, index: int) -> PhantomPatient:
         index: 0 .. ``settings.patients - 1``.
 
     Raises:
-        SettingsError: there is no patient of that index.
+        SettingsError: there is no such patient.
     """
     if not 0 <= index < settings.patients:
         raise SettingsError(f"there is no phantom patient {index}", remedy=f"Give 0 to {settings.patients - 1}")
     rng = np.random.default_rng([settings.seed, index, STREAM])
     healthy = is_healthy(settings, index)
-    # Golden-ratio steps spread the breathing levels evenly over few patients, among the healthy and among the ill.
-    before = int(index * (settings.healthy_share + 1e-9))
-    rank = before if healthy else index - before
-    breath = (np.random.default_rng(settings.seed).random() + rank * 0.618034) % 1
-    f = make_frame(rng, settings.slices, settings.size, breath)
+    f = make_frame(rng, settings.slices, settings.size, _breath(settings, index))
     chest = make_chest(rng, f)
-    lung = chest.lung < 0
+    lung = chest.lung < 0  # (S, H, W)
     seen: dict[str, tuple[int, ...]] = {}
     wanted = [kind for kind in LOOKALIKES if rng.random() < settings.lookalike_rate]
     if healthy and not wanted and settings.lookalike_rate > 0:
         wanted = ["dependent_density"]
 
+    # Lung tissue, look-alikes and lesions in it, and vessels over both; all arrays are (S, H, W).
     tissue = lung_tissue(rng, f, settings.tissue_hu, settings.drift_hu)
     if "dependent_density" in wanted:
         added = dependent_density(rng, settings, f, lung)
         tissue += added
         seen["dependent_density"] = _slices_with(added > 60, f, 100)
-    plain = Lesions(tissue, np.zeros(f.shape, dtype=bool), np.zeros(f.shape, dtype=np.uint8))
-    lesions = plain if healthy else add_lesions(rng, settings, f, chest, tissue)
-
-    air = lesions.tissue
+    none = Lesions(tissue, np.zeros(f.shape, dtype=bool), np.zeros(f.shape, dtype=np.uint8))
+    lesions = none if healthy else add_lesions(rng, settings, f, chest, tissue)
+    air = lesions.tissue  # HU inside the lungs, completed in place
     tubes = grow_branches(rng, f, chest, settings.vessel_targets, crowded="crowded_vessels" in wanted)
     if tubes.crowded:
         seen["crowded_vessels"] = tubes.crowded
@@ -116,6 +124,8 @@ def make_patient(settings: PhantomSettings, index: int) -> PhantomPatient:
         share, where = nodules(rng, f, chest)
         air += share * (rng.uniform(-150, 30) - air)
         seen["nodules"] = tuple(sorted(set(where)))
+
+    # The lungs in the body, open airways, and the scanner.
     hu = chest.outside + coverage(chest.lung, f.spacing[1]) * (air - chest.outside)
     hu += np.maximum(tubes.lumen, tubes.trunk) * (-960 - hu)
     if "motion" in wanted:
@@ -194,8 +204,7 @@ def _write_patients(folder: Path, settings: PhantomSettings, progress: bool) -> 
             print(f"{patient.id}: {patient.labels().sum()} of {slices} slices with lesion; "
                   f"look-alikes: {', '.join(patient.lookalikes) or 'none'}")
     table = folder / "slice_labels.csv"
-    with table.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream, lineterminator="\n").writerows([["volume", "slice", "has_lesion", "patient"], *rows])
+    write_table(table, (*VOLUME_COLUMNS, "patient"), rows)
     files[table.name] = table.stat().st_size
     (folder / "phantom.json").write_text(json.dumps({**_passport(settings), "files": files}, indent=1) + "\n",
                                          encoding="utf-8")

@@ -22,7 +22,7 @@ class PhantomSettings:
         size: rows and columns of a slice, at least 64.
         seed: any whole number from 0.
         healthy_share: share of patients without any lesion, 0..1; they are spread evenly over the indices.
-        involved: share of an ill patient's slices among which lesions are strewn; the rest is lesion-free.
+        involved: share of a diseased patient's slices among which lesions are strewn; the rest is lesion-free.
         lesion_share: share of the lungs in those slices that lesions fill. Higher: easier.
         dense_share: share of lesions that are crazy paving or consolidation, 0..1, half of each; the rest is ground
             glass. Higher: threshold lungs lose more, since consolidation at the pleura looks like chest wall.

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from covidseg.data.phantom.anatomy import Chest, Frame, smooth_noise
+from covidseg.data.phantom.anatomy import Array, Chest, Frame, smooth_noise
 
-Array = np.ndarray
-MURRAY = 2.7
-BALANCE = 0.35
+MURRAY = 2.7  # exponent of Murray's law
+BALANCE = 0.35  # share of the way back to the root in the cost of a joint
 PIECE = 13.0  # mm; longer edges are bent and can be joined midway
 
 
@@ -75,7 +74,8 @@ def draw_tubes(field: Array, starts: Array, ends: Array, radii: Array, spacing: 
 
     Args:
         field: ``(S, H, W)`` share 0..1, changed in place.
-        starts, ends: ``(N, 3)`` mm, (z, row, column).
+        starts: ``(N, 3)`` where each tube begins, mm, (z, row, column).
+        ends: ``(N, 3)`` where it ends.
         radii: ``(N,)`` mm.
         spacing: voxel size, mm.
         slab: slice thickness in mm; thinner than the distance between slices in the phantom.
@@ -110,8 +110,11 @@ def draw_airways(wall: Array, lumen: Array, tree: Tree, spacing: tuple[float, fl
     """Draws the bronchi that run beside the larger branches of ``tree``.
 
     Args:
-        wall, lumen: ``(S, H, W)`` share 0..1, changed in place.
+        wall: ``(S, H, W)`` share 0..1 that the walls of the airways fill, changed in place.
+        lumen: ``(S, H, W)`` share 0..1 that the air in them fills, changed in place.
         tree: the vessels the bronchi accompany.
+        spacing: voxel size, mm.
+        slab: slice thickness, mm.
         offset: ``(3,)`` direction, unit length, in which a bronchus lies beside its vessel.
     """
     thick = np.flatnonzero(tree.radius > 1.9)
