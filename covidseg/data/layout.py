@@ -24,7 +24,7 @@ from covidseg.atomic import write_whole
 from covidseg.data.fetch import DownloadSettings, Fetched, fetch, unpack, writing_to
 from covidseg.data.folder import STACK_COLUMNS, VOLUME_COLUMNS, write_table
 from covidseg.data.registry import Entry
-from covidseg.data.scan import SUFFIXES, Header, read_header, read_mask, read_voxels, scan_id, write_like
+from covidseg.data.scan import SUFFIXES, Grid, Header, read_header, read_mask, read_voxels, scan_id, write_like
 from covidseg.errors import DatasetError, DownloadError, InputFileError
 
 LESION_PIXELS = 40
@@ -216,14 +216,16 @@ def _put(source: Path, target: Path, *, like: Path | None = None, note: Note = l
         note: told when a header had to be replaced.
         move: whether the source may be used up (unpacked) or has to stay (downloaded).
     """
-    header = _header(source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if like is not None:
+    if like is None:
+        _header(source)
+    else:
         grid = _header(like).grid
+        header = _header(source, grid.affine)
         if header.grid.shape != grid.shape:
             raise DatasetError(f"the outline has shape {header.grid.shape}, its image {like.name} {grid.shape}",
                                path=source.name, remedy="Download the archives again")
-        if not np.allclose(header.grid.affine, grid.affine, atol=1e-2) or source.suffix != target.suffix:
+        if not _lies_on(source, grid) or source.suffix != target.suffix:
             voxels = read_voxels(header)
             if voxels.min() < 0 or voxels.max() > 255:
                 raise InputFileError("is no mask: it holds values outside 0..255", path=source.name)
@@ -240,9 +242,17 @@ def _put(source: Path, target: Path, *, like: Path | None = None, note: Note = l
         write_whole(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
-def _header(path: Path) -> Header:
+def _lies_on(path: Path, grid: Grid) -> bool:
+    """Whether an outline says of itself that it lies on an image; some say nothing."""
+    try:
+        return np.allclose(read_header(path).grid.affine, grid.affine, atol=1e-2)
+    except InputFileError:
+        return False
+
+
+def _header(path: Path, affine: np.ndarray | None = None) -> Header:
     """The header of a scan; refuses what would not fit any chest CT."""
-    header = read_header(path)
+    header = read_header(path, affine)
     if (voxels := math.prod(header.grid.shape)) > MAX_VOXELS:
         raise InputFileError(f"claims to hold {voxels} voxels", path=path, remedy="Do not use this file")
     return header

@@ -229,8 +229,12 @@ def _compressed(path: Path) -> bool:
     return path.name.lower().endswith(".gz")
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, affine: np.ndarray | None = None) -> Header:
     """Reads the header of a ``.nii`` or ``.nii.gz`` file of one grey-value volume.
+
+    Args:
+        path: the file.
+        affine: ``(4, 4)``, taken in place of the file's own, which is not looked at then.
 
     Raises:
         InputFileError: the file is missing, not NIfTI, not one grey-value volume, has no usable affine, or is far too
@@ -247,7 +251,7 @@ def read_header(path: Path) -> Header:
         # Not nib.load, which takes some NIfTI files for surfaces of a brain and then reads XML.
         kind = nib.Nifti2Image if nib.Nifti2Image.path_maybe_image(path)[0] else nib.Nifti1Image
         image: Any = kind.from_filename(path)
-        affine, proxy, shape = image.affine, image.dataobj, tuple(int(n) for n in image.shape)
+        proxy, shape = image.dataobj, tuple(int(n) for n in image.shape)
     if proxy.dtype.kind not in "iuf":
         raise InputFileError("holds colour or complex voxels", path=path, remedy="Give a grey-value CT")
     whole = shape
@@ -262,7 +266,9 @@ def read_header(path: Path) -> Header:
     if len(shape) != 3:
         raise InputFileError(f"has shape {whole}, not one volume", path=path,
                              remedy="Split series over time into one file each")
-    invented = not image.header["sform_code"] and not image.header["qform_code"]  # nibabel then makes one up
+    # Without either code nibabel makes an affine up.
+    invented = affine is None and not image.header["sform_code"] and not image.header["qform_code"]
+    affine = np.asarray(image.affine if affine is None else affine, dtype=np.float64)
     if invented or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9 \
             or np.isnan(io_orientation(affine)).any():
         raise InputFileError("has no usable affine, so its orientation and spacing are unknown", path=path,
@@ -271,7 +277,7 @@ def read_header(path: Path) -> Header:
     if not np.isfinite(image.header["pixdim"][1:1 + len(whole)]).all():
         raise InputFileError("has a spacing that is not a number", path=path,
                              remedy="Correct the spacing in its header (in mm), or export it again")
-    grid = Grid((shape[0], shape[1], shape[2]), np.asarray(affine, dtype=np.float64), two_dimensional)
+    grid = Grid((shape[0], shape[1], shape[2]), affine, two_dimensional)
     if not all(SPACING[0] <= step <= SPACING[1] for step in grid.spacing()):
         raise InputFileError(
             f"has voxels of {' x '.join(f'{step:.3g}' for step in grid.spacing())} mm, which no CT has", path=path,

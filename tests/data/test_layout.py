@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,11 +57,15 @@ def test_lesion_rule_scales_with_area() -> None:
     assert not has_lesion(np.zeros((1, 8, 8), dtype=bool)).any()
 
 
-def test_outline_with_another_header_takes_the_one_of_its_image(members: Members, tmp_path: Path) -> None:
+@pytest.mark.parametrize("says", ["another origin", "nothing"])
+def test_outline_with_another_header_takes_the_one_of_its_image(members: Members, tmp_path: Path, says: str) -> None:
     mask = volume(1, (1,))[2]
     moved = PUBLISHED.copy()
     moved[:3, 3] = 50
-    members["mask"]["1.nii.gz"] = nifti(mask, moved)
+    content = bytearray(gzip.decompress(nifti(mask, moved)))
+    if says == "nothing":
+        content[252:256] = bytes(4)  # qform_code and sform_code
+    members["mask"]["1.nii.gz"] = gzip.compress(content)
     notes: list[str] = []
     lay_out(entry("medseg2"), pack(tmp_path, members), tmp_path / "out", notes.append)
     case = load_dataset(tmp_path / "out").cases[0]
