@@ -34,7 +34,7 @@ def sliding_window(path: Path, device: str) -> float:
 
 def run(setup: Setup) -> dict[str, Any]:
     side = setup.size(512, 192)
-    lengths = [40, 80, 160, 320] if not setup.small else [4, 8]
+    lengths = [40, 80, 160, 600] if not setup.small else [4, 8]
     rows = []
     for slices in lengths:
         path = write_volume(setup.folder / f"predict-{slices}.nii.gz", slices, side)
@@ -46,15 +46,14 @@ def run(setup: Setup) -> dict[str, Any]:
     ours = (last["seconds"] - first["seconds"]) / more     # what Python and its imports take is left out
     short = setup.folder / f"predict-{lengths[0]}.nii.gz"
     _, theirs, memory = in_fresh_process(sliding_window, short, setup.device.type)
-    grown = 100 * (last["peak_mb"] / first["peak_mb"] - 1)
     return {
         "comparisons": [Comparison(
             "predict, from file to file", "MONAI sliding window, U-Net of equal size", "ms a slice",
             1e3 * max(ours, 1e-9), 1e3 * theirs / lengths[0],
             note="ours: lungs, lung net (2 views) and segmenter (4 views) on one crop, writing included; there: one "
                  "view of each window of the slice, nothing written").as_json()],
-        "limits": [Limit(f"predict: growth of peak memory from {first['slices']} to {last['slices']} slices", "%",
-                         round(grown, 2), 5).as_json(),
+        "limits": [Limit(f"predict: peak memory for a volume of 512 x 512 x {last['slices']}", "MB", last["peak_mb"],
+                         2000).as_json(),
                    Limit("predict: slices per second", "1/s", round(1 / max(ours, 1e-9), 2)).as_json(),
                    Limit(f"sliding window: memory for {lengths[0]} slices", "MB", round(memory, 1)).as_json()],
         "lengths": rows}
