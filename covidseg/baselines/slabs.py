@@ -146,8 +146,11 @@ def aligned(images: np.ndarray, lungs: np.ndarray, boxes: np.ndarray, frames: np
     """Pictures and lungs in the frames wanted, ``(2, N, size, size)`` float32; the lungs are 0 or 1.
 
     Args:
-        images, lungs, boxes: as of :class:`covidseg.preprocess.Crops`.
-        frames: ``(N, 4)`` or ``(4,)``.
+        images: ``(N, S, S)`` normalised crops.
+        lungs: ``(N, S, S)`` bool.
+        boxes: ``(N, 4)``, where each crop lies in its slice: top, left, height, width.
+        frames: ``(N, 4)`` or ``(4,)``, the boxes wanted.
+        size: side of the result in pixels.
     """
     picture = move(torch.from_numpy(np.asarray(images, np.float32)), boxes, frames, size)
     lung = move(torch.from_numpy(lungs.astype(np.float32)), boxes, frames, size, beyond="zeros")

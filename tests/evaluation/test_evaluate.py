@@ -23,15 +23,15 @@ from covidseg.evaluation import evaluate
 from covidseg.evaluation.evaluate import (
     Evaluation,
     Finder,
-    Outliner,
+    Method,
     evaluate_lungs,
     evaluate_run,
     lesion_coverage,
     measure,
     otsu_in_lung,
-    otsu_outliner,
-    stage_outliner,
-    supervised_outliner,
+    otsu_method,
+    stage_method,
+    supervised_method,
     training_truth,
     unseen_slices,
 )
@@ -499,22 +499,22 @@ def test_the_lungs_are_measured_as_the_lesions_see_them(tiny_run: Run, measured:
     assert nothing[1] == 0.25
 
 
-# --- several outliners at once ------------------------------------------------------------------------------------
+# --- several methods at once ------------------------------------------------------------------------------------
 
-def level_outliner(level: float, threshold: float, verdict: float | None = None,
-                   asked: list[bool] | None = None) -> Outliner:
+def level_method(level: float, threshold: float, verdict: float | None = None,
+                   asked: list[bool] | None = None) -> Method:
     """Says ``level`` in all of the crop, and ``verdict`` of every slice."""
     def maps(crops: Crops, volume: bool) -> tuple[np.ndarray | None, list[np.ndarray]]:
         if asked is not None:
             asked.append(volume)
         judged = None if verdict is None else np.full(len(crops), verdict, np.float32)
         return judged, [np.full(crops.images.shape, level, np.float32)]
-    return Outliner([(f"level {level}", "slice labels", threshold)], maps)
+    return Method([(f"level {level}", "slice labels", threshold)], maps)
 
 
-def test_outliners_are_measured_apart_on_the_same_slices(untrained: SimpleNamespace, squares: Dataset) -> None:
+def test_methods_are_measured_apart_on_the_same_slices(untrained: SimpleNamespace, squares: Dataset) -> None:
     untrained.crops = in_lungs(all_but(1))
-    given = [level_outliner(0.3, 0.3, 0.7), level_outliner(0.3, 0.301), otsu_outliner()]
+    given = [level_method(0.3, 0.3, 0.7), level_method(0.3, 0.301), otsu_method()]
     exact, above, otsu = measure(untrained, squares, given)  # type: ignore[arg-type]
     names = tuple(f"{volume}:{k}" for volume in ("one", "two") for k in range(4))
     for result in (exact, above, otsu):
@@ -533,9 +533,9 @@ def test_outliners_are_measured_apart_on_the_same_slices(untrained: SimpleNamesp
     assert np.isnan(above.classifier_auc), "it judges no slice"
 
 
-def test_each_outliner_together_is_as_it_is_alone(tiny_run: Run, measured: Evaluation) -> None:
+def test_each_method_together_is_as_it_is_alone(tiny_run: Run, measured: Evaluation) -> None:
     data = tiny_run.data.subset(["phantom_01", "phantom_02"])
-    alone, = measure(tiny_run, data, [stage_outliner(tiny_run)])
+    alone, = measure(tiny_run, data, [stage_method(tiny_run)])
     assert [row.name for row in alone.stages] == ROWS[1:]
     assert alone.classifier_auc == measured.classifier_auc
     assert alone.names == measured.names == tuple(f"{case.id}:{k}" for case in data.cases for k in range(10))
@@ -543,7 +543,7 @@ def test_each_outliner_together_is_as_it_is_alone(tiny_run: Run, measured: Evalu
         np.testing.assert_array_equal(a.counts, b.counts)
         np.testing.assert_array_equal(a.reliability, b.reliability)
         np.testing.assert_array_equal(a.levels, b.levels)
-    rows = supervised_outliner(tiny_run, tiny_run.supervised(training_truth(tiny_run))).rows
+    rows = supervised_method(tiny_run, tiny_run.supervised(training_truth(tiny_run))).rows
     assert rows == [("Segmenter, true masks", "pixel masks", 0.5)]
 
 
@@ -567,16 +567,16 @@ def test_counts_at_the_level_of_the_outline_are_those_of_the_table(measured: Eva
         assert (np.diff(stage.levels[:, :2], axis=0) <= 0).all(), "the higher, the fewer"  # type: ignore[index]
 
 
-def test_outliners_are_told_what_is_a_volume(untrained: SimpleNamespace, squares: Dataset,
+def test_methods_are_told_what_is_a_volume(untrained: SimpleNamespace, squares: Dataset,
                                              tmp_path: Path) -> None:
     """The volumes here are noise, slice by slice: a stack. One slice over and over again is a volume."""
     asked: list[bool] = []
-    measure(untrained, squares, [level_outliner(0.5, 0.5, asked=asked)])  # type: ignore[arg-type]
+    measure(untrained, squares, [level_method(0.5, 0.5, asked=asked)])  # type: ignore[arg-type]
     case = squares.cases[0]
     scan = read_scan(case.image)
     same = write_like(np.repeat(scan.pixels[:1], 4, axis=0), scan.grid, tmp_path / "same.nii.gz")
     volume = Dataset(squares.root, (replace(case, image=same),))
-    measure(untrained, volume, [level_outliner(0.5, 0.5, asked=asked)])  # type: ignore[arg-type]
+    measure(untrained, volume, [level_method(0.5, 0.5, asked=asked)])  # type: ignore[arg-type]
     assert asked == [False, False, True]
 
 
@@ -584,18 +584,18 @@ def test_answers_slice_by_slice_are_those_that_were_measured(tiny_run: Run, meas
     unseen = unseen_slices(tiny_run, tiny_run.data.subset(["phantom_01", "phantom_02"]))
     assert set(unseen.names) <= set(measured.names)
     assert len(unseen.names) == len(unseen.crops) == len(unseen.truth) == len(unseen.labels)
-    outliner = stage_outliner(tiny_run)
-    probability, maps, masks = unseen.answers(outliner)
+    method = stage_method(tiny_run)
+    probability, maps, masks = unseen.answers(method)
     assert probability is not None
     assert len(probability) == len(maps)
-    np.testing.assert_array_equal(masks, maps >= outliner.rows[-1][2])
-    np.testing.assert_array_equal(maps, unseen.maps(lambda crops, volume: outliner.maps(crops, volume)[1][-1]))
+    np.testing.assert_array_equal(masks, maps >= method.rows[-1][2])
+    np.testing.assert_array_equal(maps, unseen.maps(lambda crops, volume: method.maps(crops, volume)[1][-1]))
     # Back in the full slice they are the masks that were counted.
     rows = [measured.names.index(name) for name in unseen.names]
     counts = measured.stages[-1].counts[rows]
     for small, box, (hit, false, *_) in zip(maps, unseen.crops.boxes, counts, strict=True):
         full = uncrop(small, box, (128, 128)).clip(0, 1)
-        assert (full >= outliner.rows[-1][2]).sum() == hit + false
+        assert (full >= method.rows[-1][2]).sum() == hit + false
 
 
 def test_slices_that_are_not_measured_are_not_looked_at(tiny_run: Run) -> None:
@@ -605,5 +605,5 @@ def test_slices_that_are_not_measured_are_not_looked_at(tiny_run: Run) -> None:
     unseen = unseen_slices(tiny_run, Dataset(tiny_run.data.root, (replace(one, labels=some),)))
     assert set(unseen.names) <= {f"phantom_01:{k}" for k in some}
     assert len(unseen.scans[0][0]) > len(unseen.names)
-    assert unseen.answers(otsu_outliner())[0] is None
-    assert unseen.answers(otsu_outliner())[2].shape == unseen.truth.shape
+    assert unseen.answers(otsu_method())[0] is None
+    assert unseen.answers(otsu_method())[2].shape == unseen.truth.shape

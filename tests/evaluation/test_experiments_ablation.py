@@ -15,10 +15,11 @@ from covidseg.data.folder import Dataset, load_dataset
 from covidseg.data.scan import read_scan, write_like
 from covidseg.errors import DatasetError, SettingsError
 from covidseg.evaluation import experiments as module
-from covidseg.evaluation.evaluate import Evaluation, StageResult, cross_validated, evaluate_run
-from covidseg.evaluation.experiments import VARIANTS, ablate, ablation_rows, chosen
+from covidseg.evaluation.crossval import cross_validated
+from covidseg.evaluation.evaluate import Evaluation, StageResult, evaluate_run
+from covidseg.evaluation.experiments import VARIANTS, ablate, variant_names
 from covidseg.evaluation.metrics import macro, micro
-from covidseg.evaluation.tables import evaluation_json, scores_json
+from covidseg.evaluation.tables import ablation_rows, evaluation_json, scores_json
 from covidseg.pipeline import Run
 from covidseg.profiles import PROFILES, profile_named
 
@@ -78,9 +79,9 @@ def test_the_faithful_variant_is_the_faithful_method() -> None:
 
 def test_unknown_variants_are_named() -> None:
     with pytest.raises(SettingsError, match="no-sense"):
-        chosen(["whole", "no-sense"])
-    assert chosen(None) == list(VARIANTS)
-    assert chosen(["one-way", "whole", "one-way"]) == ["one-way", "whole"]
+        variant_names(["whole", "no-sense"])
+    assert variant_names(None) == list(VARIANTS)
+    assert variant_names(["one-way", "whole", "one-way"]) == ["one-way", "whole"]
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,7 @@ from rich.table import Table
 
 from bench.measure import Setup, processor, say, ticking
 from covidseg import DISCLAIMER
-from covidseg.evaluation.tables import environment
-from covidseg.store import write_text
+from covidseg.store import environment, write_text
 from covidseg.training import pick_device
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,8 +18,9 @@ from covidseg.data.folder import Case, Dataset, load_dataset
 from covidseg.data.scan import read_mask, read_scan, write_like
 from covidseg.data.splits import Split, apply_split
 from covidseg.errors import DatasetError
-from covidseg.evaluation import evaluate
-from covidseg.evaluation.evaluate import Outliner, cross_validated, masked_slices, measure, split_folds
+from covidseg.evaluation import crossval
+from covidseg.evaluation.crossval import cross_validated, masked_slices, split_folds
+from covidseg.evaluation.evaluate import Method, measure
 from covidseg.pipeline import Run
 from covidseg.preprocess import Crops, WeakSet, crop_masks, uncrop
 from covidseg.segmenter import SegmenterSettings, make_segmenter, train_segmenter, trusting
@@ -250,7 +251,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Fold]:
         seen[-1].asked = crops
         return np.zeros(crops.images.shape, np.float32)
     monkeypatch.setattr(pipeline, "train_segmenter", train)
-    monkeypatch.setattr(evaluate, "lesion_probabilities", ask)
+    monkeypatch.setattr(crossval, "lesion_probabilities", ask)
     return seen
 
 
@@ -364,7 +365,7 @@ def test_masks_are_trusted() -> None:
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, answer: Callable[[Crops], np.ndarray]) -> None:
-    monkeypatch.setattr(evaluate, "lesion_probabilities", lambda net, crops: answer(crops).astype(np.float32))
+    monkeypatch.setattr(crossval, "lesion_probabilities", lambda net, crops: answer(crops).astype(np.float32))
 
 
 @pytest.mark.usefixtures("watched")
@@ -392,9 +393,9 @@ def test_slices_come_in_the_order_in_which_others_are_measured(
     data, _ = with_a_lost_slice
     answers(monkeypatch, lambda crops: crops.lungs)
     crossed = cross_validated(fresh.run, data, folds=2)
-    outliner = Outliner([("all of the lung", "none", 0.5)],
+    method = Method([("all of the lung", "none", 0.5)],
                         lambda crops, volume: (None, [crops.lungs.astype(np.float32)]))
-    other, = measure(fresh.run, data, [outliner])
+    other, = measure(fresh.run, data, [method])
     assert crossed.names == other.names
     np.testing.assert_array_equal(crossed.stages[0].counts, other.stages[0].counts)
     np.testing.assert_allclose(crossed.stages[0].reliability, other.stages[0].reliability)
@@ -473,14 +474,14 @@ def test_the_stored_net_is_the_one_that_was_taught(fresh: Recorded, measured: Da
         made.append({name: value.clone() for name, value in net.state_dict().items()})
         return net
     asked: list[dict[str, torch.Tensor]] = []
-    real = evaluate.lesion_probabilities
+    real = crossval.lesion_probabilities
 
     def ask(net: torch.nn.Module, crops: Crops) -> np.ndarray:
         assert not net.training
         asked.append(net.state_dict())
         return real(net, crops)
     monkeypatch.setattr(pipeline, "train_segmenter", keep)
-    monkeypatch.setattr(evaluate, "lesion_probabilities", ask)
+    monkeypatch.setattr(crossval, "lesion_probabilities", ask)
     cross_validated(fresh.run, measured, folds=2)
     assert len(made) == len(asked) == 2
     for a, b in zip(made, asked, strict=True):
