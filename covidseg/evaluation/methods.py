@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 from torch import nn
 
 from covidseg.baselines.ad3d_mil import Ad3dMil, Ad3dMilSettings, ad3d_mil_maps
@@ -123,38 +124,44 @@ def _grad_cam(run: Run, baselines: BaselineProfile) -> Trained:
                      {"classifier1": run.key("classifier1")}, [net])
 
 
-def _baseline(run: Run, name: str, make: Callable[[], Net], settings: BaselineSettings) -> tuple[Net, str]:
-    """The net of an earlier system and its key; trained once and stored with the run."""
+Draw = Callable[..., np.ndarray]  # (net, crops, volume=, judged=) to maps (N, S, S)
+
+
+def _baseline(run: Run, name: str, make: Callable[[], Net], settings: BaselineSettings,
+              outlines: list[tuple[str, float, Draw]]) -> Trained:
+    """An earlier system: its net, trained once and stored with the run, and its outlines.
+
+    Args:
+        run: where the net is stored.
+        name: of the stage.
+        make: makes the untrained net.
+        settings: of the training.
+        outlines: title, threshold and maps of each; the last one answers.
+    """
     key = fingerprint(run.key("weak"), settings, run.seed)
     arrays, _ = run.store.get(name, key, lambda: (net_arrays(train_baseline(
         make, run.weak(), settings, seed=run.seed, device=run.device, log=run.log, name=name)), {}))
-    return load_net(make(), arrays).to(run.device), key  # type: ignore[return-value]
+    net = load_net(make(), arrays).to(run.device)
+
+    def maps(crops: Crops, volume: bool) -> Maps:
+        judged = judge_crops(net, crops, volume=volume)  # type: ignore[arg-type]
+        return judged[0], [draw(net, crops, volume=volume, judged=judged) for _, _, draw in outlines]
+    rows = [(title, "slice labels", threshold) for title, threshold, _ in outlines]
+    return _on_lungs(run, Method(rows, maps), {name: key}, [net])
 
 
 def _decovnet(run: Run, baselines: BaselineProfile, dims: int = 2) -> Trained:
     """Two outlines: the published rule, and the map cut at a level, which answers."""
     settings = baselines.decovnet if dims == 2 else baselines.decovnet_3d
-    name = f"decovnet{dims}d"
-    net, key = _baseline(run, name, partial(DeCoVNet, settings), settings)
-
-    def maps(crops: Crops, volume: bool) -> Maps:
-        judged = judge_crops(net, crops, volume=volume)
-        return judged[0], [decovnet_maps(net, crops, method=method, volume=volume, judged=judged)
-                           for method in ("cam", "activation")]
-    rows = [(f"top {settings.top:.0%} of the map", "slice labels", 0.5),
-            ("map at a level", "slice labels", settings.outline)]
-    return _on_lungs(run, Method(rows, maps), {name: key}, [net])
+    return _baseline(run, f"decovnet{dims}d", partial(DeCoVNet, settings), settings, [
+        (f"top {settings.top:.0%} of the map", 0.5, partial(decovnet_maps, method="cam")),
+        ("map at a level", settings.outline, partial(decovnet_maps, method="activation"))])
 
 
 def _ad3d_mil(run: Run, baselines: BaselineProfile, dims: int = 2) -> Trained:
     settings = baselines.ad3d_mil if dims == 2 else baselines.ad3d_mil_3d
-    name = f"ad3dmil{dims}d"
-    net, key = _baseline(run, name, partial(Ad3dMil, settings), settings)
-
-    def maps(crops: Crops, volume: bool) -> Maps:
-        judged = judge_crops(net, crops, volume=volume)
-        return judged[0], [ad3d_mil_maps(net, crops, volume=volume, judged=judged)]
-    return _on_lungs(run, Method([("map at a level", "slice labels", settings.outline)], maps), {name: key}, [net])
+    return _baseline(run, f"ad3dmil{dims}d", partial(Ad3dMil, settings), settings,
+                     [("map at a level", settings.outline, ad3d_mil_maps)])
 
 
 def _ours(run: Run, baselines: BaselineProfile,

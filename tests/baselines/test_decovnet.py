@@ -50,17 +50,6 @@ def test_shapes_through_the_head_follow_the_published_grids() -> None:
     assert [s for name, s in shapes if name == "Conv3d"] == [(64, 16, 24, 36), (32, 4, 12, 18), (32, 1, 6, 9)]
 
 
-@pytest.mark.parametrize(("dims", "shape", "grid"), [(2, (3, 2, 40, 40), (5, 5)), (3, (2, 2, 5, 40, 40), (3, 5, 5))])
-def test_logits_and_activation(dims: int, shape: tuple[int, ...], grid: tuple[int, ...]) -> None:
-    one = net(dims)
-    maps = torch.rand(shape)
-    with torch.no_grad():
-        assert one(maps).shape == (shape[0], 2)
-        p, cam = one.judge(maps)
-        assert torch.allclose(p, one(maps).softmax(1)[:, 1])
-    assert cam.shape == (shape[0], 1, *grid)
-
-
 @pytest.mark.parametrize("dims", [2, 3])
 def test_the_published_map_is_the_chain_of_averaged_kernels(dims: int) -> None:
     one = net(dims, weights="chain")

@@ -13,7 +13,6 @@ import torch
 from tiny import TINY, quiet
 
 from covidseg import pipeline
-from covidseg.augment import NO_PAINT
 from covidseg.data.folder import Case, Dataset, load_dataset
 from covidseg.data.scan import read_mask, read_scan, write_like
 from covidseg.data.splits import Split, apply_split
@@ -49,18 +48,10 @@ def test_folds_keep_patients_together_and_are_balanced(folds: int) -> None:
 def test_folds_by_hand() -> None:
     # The largest first, each into the emptiest fold: 5, 4 and 3 slices, then 2 more to the 3 and 1 to the 4.
     patients = np.array([*"aaaaa", *"bbbb", *"ccc", *"dd", "e"])
-    by_name = dict(zip(patients.tolist(), split_folds(patients, 3).tolist(), strict=True))
-    assert by_name == {"a": 0, "b": 1, "c": 2, "d": 2, "e": 1}
-
-
-def test_folds_do_not_hang_on_chance() -> None:
-    shuffled = np.random.default_rng(0).permutation(MIXED)
-    np.random.seed(1)  # noqa: NPY002
-    first = split_folds(shuffled, 3)
-    np.random.seed(2)  # noqa: NPY002
-    assert np.array_equal(split_folds(shuffled, 3), first)
-    by_name = dict(zip(shuffled.tolist(), first.tolist(), strict=True))
-    assert by_name == dict(zip(MIXED.tolist(), split_folds(MIXED, 3).tolist(), strict=True)), "nor on the order"
+    for order in (slice(None), slice(None, None, -1)):
+        by_name = dict(zip(patients[order].tolist(), split_folds(patients[order], 3).tolist(), strict=True))
+        assert by_name == {"a": 0, "b": 1, "c": 2, "d": 2, "e": 1}
+    assert split_folds(np.array([*"aaabbb"]), 3).tolist() == [0, 0, 1, 1, 2, 2], "fewer patients than folds: a stack"
 
 
 @pytest.mark.parametrize(("count", "folds"), [(10, 5), (13, 5), (100, 5), (5, 5), (7, 2)])
@@ -69,10 +60,6 @@ def test_a_stack_is_cut_into_runs_of_neighbours(count: int, folds: int) -> None:
     assert (np.diff(fold) >= 0).all(), "runs"
     assert set(fold.tolist()) == set(range(folds))
     assert max(sizes(fold, folds)) - min(sizes(fold, folds)) <= 1
-
-
-def test_fewer_patients_than_folds_are_cut_like_a_stack() -> None:
-    assert split_folds(np.array(["a"] * 3 + ["b"] * 3), 3).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("count", [0, 4])
@@ -171,18 +158,6 @@ def test_masks_lie_on_their_crops(recorded: Recorded, measured: Dataset) -> None
     assert slices.crops.images[slices.masks].mean() > slices.crops.images[healthy].mean() + 0.1, "lesions are bright"
 
 
-def test_slices_without_a_lung_have_no_crop(recorded: Recorded, with_a_lost_slice: tuple[Dataset, np.ndarray]) -> None:
-    data, mask = with_a_lost_slice
-    slices = masked_slices(recorded.run, data)
-    assert len(slices.full) == len(slices.names) == 20
-    assert slices.places.tolist() == [k for k in range(20) if k != 9]
-    np.testing.assert_array_equal(slices.full[9], mask)
-    assert slices.names[9] == "a:9"
-    assert len(slices.crops) == len(slices.masks) == len(slices.patients) == 19
-    cut = crop_masks(np.array(slices.full)[slices.places], slices.crops.boxes, TINY.prepare.size)
-    np.testing.assert_array_equal(slices.masks, cut)
-
-
 def test_only_the_side_of_a_split_stack_is_taken(fresh: Recorded, with_a_lost_slice: tuple[Dataset, np.ndarray],
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     """Of ten slices, the last of them without lung, a side holds four or five."""
@@ -275,16 +250,6 @@ def test_no_net_is_measured_on_a_slice_that_it_saw(fresh: Recorded, phantom: Dat
     assert set(asked) == everything, "each slice is asked about once"
 
 
-def test_folds_of_patients_share_no_patient(fresh: Recorded, measured: Dataset, watched: list[Fold]) -> None:
-    slices = masked_slices(fresh.run, measured)
-    owner = {image.tobytes(): name for image, name in zip(slices.crops.images, slices.patients, strict=True)}
-    cross_validated(fresh.run, measured, folds=2)
-    for fold in watched:
-        asked = {owner[image.tobytes()] for image in fold.asked.images}  # type: ignore[union-attr]
-        assert not asked & set(fold.data.patients)
-        assert len(asked) == 1
-
-
 def test_nets_are_taught_with_masks_and_with_lesion_free_slices(fresh: Recorded, measured: Dataset,
                                                                 watched: list[Fold]) -> None:
     slices, weak = masked_slices(fresh.run, measured), fresh.run.weak()
@@ -351,17 +316,6 @@ def test_a_fold_has_to_leave_both_classes(fresh: Recorded, phantom: Dataset, wat
 def healthy_slices(case: Case) -> list[int]:
     """Numbers of the slices without a drawn lesion."""
     return np.flatnonzero(~read_mask(case.mask).any(axis=(1, 2))).tolist()
-
-
-def test_masks_are_trusted() -> None:
-    settings = trusting(TINY.segmenter)
-    assert settings.paint == NO_PAINT
-    assert settings.paint.share == settings.paint.vessels == 0
-    assert settings.refresh == ()
-    assert settings.threshold == 0.5 != TINY.segmenter.threshold
-    assert settings.robustness < TINY.segmenter.robustness
-    assert settings.channels == TINY.segmenter.channels
-    assert settings.steps == TINY.segmenter.steps
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, answer: Callable[[Crops], np.ndarray]) -> None:
@@ -440,27 +394,21 @@ def test_folds_are_trained_once(fresh: Recorded, measured: Dataset) -> None:
     assert fresh.trained() == {"fold 1 of 2", "fold 2 of 2"}
 
 
-def test_another_mask_trains_the_nets_that_it_teaches_again(fresh: Recorded, measured: Dataset,
-                                                            tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["mask", "patient"])
+def test_another_mask_or_patient_trains_the_nets_that_it_teaches_again(fresh: Recorded, measured: Dataset,
+                                                                       tmp_path: Path, change: str) -> None:
+    """The patient too: batches are balanced over patients."""
     cross_validated(fresh.run, measured, folds=2)
     fold = split_folds(masked_slices(fresh.run, measured).patients, 2)
     fresh.lines.clear()
     case = measured.cases[0]
-    scan = read_scan(case.image)
-    mask = read_mask(case.mask, like=scan)
-    mask[4] = np.roll(mask[4], 5, axis=0)
-    changed = replace(case, mask=write_like(mask, scan.grid, tmp_path / "mask.nii.gz"))
+    changed = replace(case, patient="another")
+    if change == "mask":
+        scan = read_scan(case.image)
+        mask = read_mask(case.mask, like=scan)
+        mask[4] = np.roll(mask[4], 5, axis=0)
+        changed = replace(case, mask=write_like(mask, scan.grid, tmp_path / "mask.nii.gz"))
     cross_validated(fresh.run, Dataset(measured.root, (changed, measured.cases[1])), folds=2)
-    assert fresh.trained() == {f"fold {2 - fold[0]} of 2"}, "the net measured on that patient never saw the mask"
-
-
-def test_other_patients_train_the_nets_again(fresh: Recorded, measured: Dataset) -> None:
-    """The same pictures and masks, but batches are balanced over patients."""
-    cross_validated(fresh.run, measured, folds=2)
-    fold = split_folds(masked_slices(fresh.run, measured).patients, 2)
-    fresh.lines.clear()
-    renamed = replace(measured.cases[0], patient="another")
-    cross_validated(fresh.run, Dataset(measured.root, (renamed, measured.cases[1])), folds=2)
     assert fresh.trained() == {f"fold {2 - fold[0]} of 2"}, "the net measured on that patient never saw it"
 
 

@@ -58,15 +58,20 @@ def measured(tiny_run: Run) -> Evaluation:
     return evaluate_run(tiny_run, tiny_run.data.subset(["phantom_01", "phantom_02"]), upper_bound=False)
 
 
-def test_rows_come_in_the_order_of_the_stages(measured: Evaluation) -> None:
+def test_rows_come_in_the_order_of_the_stages_with_thresholds_fixed_without_masks(measured: Evaluation) -> None:
     assert [stage.name for stage in measured.stages] == ROWS
     assert [stage.supervision for stage in measured.stages] == ["none"] + 4 * ["slice labels"]
+    assert np.isnan(measured.stages[0].threshold), "Otsu's is found in each slice"
+    assert [stage.threshold for stage in measured.stages[1:]] == [
+        TINY.cam.outline, TINY.mil.threshold, 0.5, TINY.segmenter.threshold]
 
 
-def test_the_upper_bound_is_a_row_of_its_own_and_says_so(tiny_run: Run) -> None:
+def test_the_upper_bound_is_a_row_of_its_own_with_the_threshold_of_trusted_masks(tiny_run: Run) -> None:
     result = evaluate_run(tiny_run, tiny_run.data.subset(["phantom_01"]))
     assert [stage.name for stage in result.stages] == [*ROWS, "Segmenter, true masks"]
-    assert result.stages[-1].supervision == "pixel masks"
+    bound = result.stages[-1]
+    assert (bound.supervision, bound.threshold) == ("pixel masks", trusting(TINY.segmenter).threshold)
+    assert bound.threshold == 0.5 != TINY.segmenter.threshold
 
 
 def test_every_full_slice_is_counted_in_every_row(measured: Evaluation, tiny_run: Run) -> None:
@@ -93,19 +98,6 @@ def test_the_otsu_row_equals_a_direct_computation(measured: Evaluation, tiny_run
                            (~found & ~truth).sum()])
     np.testing.assert_array_equal(measured.stages[0].counts, counts)
     assert 0 < measured.stages[0].micro().dice < 1
-
-
-def test_micro_figures_pool_all_slices(measured: Evaluation) -> None:
-    for stage in measured.stages:
-        hit, false, miss, _ = stage.counts.sum(axis=0)
-        assert stage.micro().dice == pytest.approx(2 * hit / (2 * hit + false + miss))
-
-
-def test_thresholds_are_fixed_without_masks(measured: Evaluation, tiny_run: Run) -> None:
-    thresholds = [stage.threshold for stage in measured.stages]
-    assert np.isnan(thresholds[0]), "Otsu's is found in each slice"
-    assert thresholds[1:] == [tiny_run.profile.cam.outline, tiny_run.profile.mil.threshold, 0.5,
-                              tiny_run.profile.segmenter.threshold]
 
 
 def test_otsu_in_the_lung_by_hand() -> None:
@@ -268,18 +260,6 @@ def test_predictions_outside_the_lung_are_cut_off(untrained: SimpleNamespace, sq
     assert row.counts[:, 0].tolist() == truth[:, :, :40].sum(axis=(1, 2)).tolist()
 
 
-def test_auc_of_one_class_is_undefined(untrained: SimpleNamespace, squares: Dataset) -> None:
-    untrained.crops = in_lungs(all_but(3))
-    assert np.isnan(evaluate_run(untrained, squares, upper_bound=False).classifier_auc)  # type: ignore[arg-type]
-
-
-def test_classifier_auc_uses_the_masks_of_the_test_set(untrained: SimpleNamespace, squares: Dataset,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "slice_probabilities",
-                        lambda net, crops: (crops.images > 0.5).mean((1, 2)).astype(np.float32))
-    assert evaluate_run(untrained, squares, upper_bound=False).classifier_auc == 1  # type: ignore[arg-type]
-
-
 def test_maps_are_made_with_the_settings_of_the_run(untrained: SimpleNamespace, squares: Dataset,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
@@ -293,16 +273,6 @@ def test_maps_are_made_with_the_settings_of_the_run(untrained: SimpleNamespace, 
     evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
     assert len(used) == len(squares.cases), "once a volume: the fused row reuses the map of its own row"
     assert {settings.top for settings in used} == {77.0}
-
-
-def test_the_nets_of_the_best_round_are_measured(untrained: SimpleNamespace, squares: Dataset) -> None:
-    asked: list[tuple[str, int]] = []
-    classifier, patch_net = untrained.committee(1), untrained.mil(1)
-    untrained.best = lambda: 3
-    untrained.committee = lambda number: asked.append(("committee", number)) or classifier
-    untrained.mil = lambda number: asked.append(("mil", number)) or patch_net
-    evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
-    assert asked == [("committee", 3), ("mil", 3)]
 
 
 @pytest.mark.parametrize("best", [1, 2])
@@ -351,16 +321,12 @@ def test_true_lungs_are_used_where_a_profile_asks_for_them(untrained: SimpleName
     assert row.counts[4:, :2].sum(axis=1).tolist() == [80 * 80] * 4
 
 
-def test_the_upper_bound_has_the_threshold_of_trusted_masks(tiny_run: Run) -> None:
-    bound = evaluate_run(tiny_run, tiny_run.data.subset(["phantom_01"])).stages[-1]
-    assert bound.threshold == trusting(TINY.segmenter).threshold == 0.5
-    assert bound.threshold != TINY.segmenter.threshold
-
-
 def test_measuring_needs_masks(tiny_run: Run, squares: Dataset) -> None:
-    bare = Dataset(squares.root, tuple(Case(c.id, c.image, c.labels, c.patient) for c in squares.cases))
-    with pytest.raises(DatasetError, match="no lesion mask"):
-        evaluate_run(tiny_run, bare, upper_bound=False)
+    bare = Dataset(squares.root, tuple(replace(case, mask=None) for case in squares.cases))
+    for measuring in (lambda: evaluate_run(tiny_run, bare, upper_bound=False),
+                      lambda: lesion_coverage(bare, everywhere)):
+        with pytest.raises(DatasetError, match="no lesion mask"):
+            measuring()
 
 
 def test_training_truth_lies_on_the_training_crops(tiny_run: Run) -> None:
@@ -377,20 +343,7 @@ def test_training_truth_lies_on_the_training_crops(tiny_run: Run) -> None:
             assert not back.any()
 
 
-def test_lung_dice_of_each_slice(tiny_phantom: Path) -> None:
-    data = load_dataset(tiny_phantom).subset(["phantom_00", "phantom_02"])
-    result = evaluate_lungs(data)
-    first = read_mask(data.cases[0].lung)
-    mine = lung_masks(read_scan(data.cases[0].image).pixels)
-    for name, value in zip(result.names, result.dice, strict=True):
-        volume, k = name.split(":")
-        if volume == "phantom_00":
-            a, b = first[int(k)], mine[int(k)]
-            assert value == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
-    assert np.median(result.dice) > 0.8
-
-
-def test_lung_dice_of_a_finder(tiny_phantom: Path, tiny_run: Run) -> None:
+def test_lung_dice_of_a_finder(tiny_phantom: Path, tiny_run: Run, squares: Dataset) -> None:
     data = load_dataset(tiny_phantom).subset(["phantom_00"])
     truth = read_mask(data.cases[0].lung)
     pixels = read_scan(data.cases[0].image).pixels
@@ -398,15 +351,14 @@ def test_lung_dice_of_a_finder(tiny_phantom: Path, tiny_run: Run) -> None:
     assert len(perfect.dice) > 5
     assert (perfect.dice == 1).all()
     assert (evaluate_lungs(data, lambda given: ~truth).dice == 0).all()
-    everything = evaluate_lungs(data, everywhere)
-    for name, value in zip(everything.names, everything.dice, strict=True):
-        share = truth[int(name.split(":")[1])].mean()
-        assert value == pytest.approx(2 * share / (1 + share))
-    mine = tiny_run.lungs(pixels)
-    result = evaluate_lungs(data, tiny_run.lungs)
-    for name, value in zip(result.names, result.dice, strict=True):
-        a, b = truth[int(name.split(":")[1])], mine[int(name.split(":")[1])]
-        assert value == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+    for finder, mask in ((everywhere, everywhere(pixels)), (lung_masks, lung_masks(pixels)),
+                         (tiny_run.lungs, tiny_run.lungs(pixels))):
+        result = evaluate_lungs(data, finder)
+        for name, value in zip(result.names, result.dice, strict=True):
+            a, b = truth[int(name.split(":")[1])], mask[int(name.split(":")[1])]
+            assert value == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+    assert evaluate_lungs(data).dice.tolist() == evaluate_lungs(data, lung_masks).dice.tolist()
+    assert len(evaluate_lungs(squares).dice) == 0, "volumes without true lungs are skipped"
 
 
 def test_slices_with_hardly_any_lung_are_not_judged(tiny_phantom: Path) -> None:
@@ -421,55 +373,18 @@ def test_slices_with_hardly_any_lung_are_not_judged(tiny_phantom: Path) -> None:
 # --- how much of the lesions a lung mask holds --------------------------------------------------------------------
 
 def test_coverage_by_hand(squares: Dataset) -> None:
-    truth = np.concatenate([read_mask(case.mask) for case in squares.cases])
+    lesions = [read_mask(case.mask) for case in squares.cases]
     inside, masked = lesion_coverage(squares, left_half)
-    assert masked == 0.5
-    assert inside == pytest.approx(truth[:, :, :40].sum() / truth.sum())
+    assert (inside, masked) == (pytest.approx(np.concatenate(lesions)[:, :, :40].sum() / np.sum(lesions)), 0.5)
     assert inside != 0.5
     assert lesion_coverage(squares, everywhere) == (1, 1)
     assert lesion_coverage(squares, lambda pixels: ~everywhere(pixels)) == (0, 0)
-
-
-def test_coverage_pools_voxels_over_volumes(squares: Dataset) -> None:
-    def of_the_first(pixels: np.ndarray) -> np.ndarray:
-        return np.full(pixels.shape, np.array_equal(pixels, first))
     first = read_scan(squares.cases[0].image).pixels
-    lesions = [read_mask(case.mask).sum() for case in squares.cases]
-    assert lesion_coverage(squares, of_the_first) == (pytest.approx(lesions[0] / sum(lesions)), 0.5)
-
-
-def test_coverage_without_a_lesion_is_undefined(squares: Dataset) -> None:
+    one_of_two = lesion_coverage(squares, lambda pixels: np.full(pixels.shape, np.array_equal(pixels, first)))
+    assert one_of_two == (pytest.approx(lesions[0].sum() / np.sum(lesions)), 0.5), "pixels of all volumes are pooled"
     write_like(np.zeros((4, 80, 80), bool), Grid((80, 80, 4), np.diag([-1.0, -1.0, 5.0, 1.0])), squares.cases[0].mask)
-    inside, masked = lesion_coverage(Dataset(squares.root, squares.cases[:1]), left_half)
-    assert np.isnan(inside)
-    assert masked == 0.5
-
-
-def test_coverage_of_the_threshold_by_default(tiny_phantom: Path) -> None:
-    data = load_dataset(tiny_phantom)
-    assert lesion_coverage(data) == lesion_coverage(data, lung_masks)
-    inside, masked = lesion_coverage(data)
-    assert inside > 2 * masked > 0, "lesions lie in lungs"
-
-
-def test_coverage_needs_masks(squares: Dataset) -> None:
-    bare = Dataset(squares.root, tuple(replace(case, mask=None) for case in squares.cases))
-    with pytest.raises(DatasetError, match="no lesion mask"):
-        lesion_coverage(bare, everywhere)
-
-
-def test_volumes_without_true_lungs_are_skipped(squares: Dataset) -> None:
-    assert len(evaluate_lungs(squares).dice) == 0
-
-
-def test_maps_of_slices_called_healthy_are_empty(untrained: SimpleNamespace, squares: Dataset,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    _, crops = untrained.crops(read_scan(squares.cases[0].image).pixels)
-    ill = np.arange(len(crops)) % 2 == 0
-    monkeypatch.setattr(evaluate, "activation_maps", lambda net, c, settings: np.ones(c.images.shape, np.float32))
-    for called in (ill, ~ill, np.zeros(len(crops), bool)):
-        maps = evaluate.believed_maps(untrained.committee(1), crops, called, CamSettings())
-        assert (maps.max(axis=(1, 2)) == called).all()
+    undefined, masked = lesion_coverage(Dataset(squares.root, squares.cases[:1]), left_half)
+    assert (np.isnan(undefined), masked) == (True, 0.5)
 
 
 def test_a_slice_is_called_ill_from_one_half_on(untrained: SimpleNamespace, squares: Dataset,
