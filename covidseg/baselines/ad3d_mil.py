@@ -39,8 +39,8 @@ class Ad3dMilSettings(BaselineSettings):
 
     Attributes:
         pooling: ``attention``, or the paper's comparisons ``max`` and ``mean``.
-        sides: of the cubic grids before each convolution, and of the grid of instances: 8 means 512 instances of a
-            large volume, and 64 of a slice.
+        sides: Sides of the cubic grids before each convolution, and of the grid of instances: 8 means 512 instances of
+            a large volume, and 64 of a slice.
     """
 
     pooling: str = "attention"

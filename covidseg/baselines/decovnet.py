@@ -39,14 +39,14 @@ class DeCoVNetSettings(BaselineSettings):
     """Settings of DeCoVNet, besides those of :class:`~covidseg.baselines.training.BaselineSettings`.
 
     Attributes:
-        dropout: in the head; the public code has the layer, at 0.
-        top: share of the pixels (voxels of a volume, pixels of an unrelated slice) that the mask may hold.
-        bright: the mask leaves out what is darker than this; 0 air, 1 soft tissue. The published 75 of 255 grey
+        dropout: Dropout in the head; the public code has the layer, at 0.
+        top: Share of the pixels (voxels of a volume, pixels of an unrelated slice) that the mask may hold.
+        bright: The mask leaves out what is darker than this; 0 is air, 1 soft tissue. The published 75 of 255 grey
             levels are -671 HU, 0.24 of the way from lung's air (about -900 HU) to soft tissue (about 40 HU).
-        masked: set the picture outside the lung to air, as AD3D-MIL does. The publication does not; trained on slices
-            of nine volumes the net then learns the surroundings, and tells slices of another set apart no better than
-            by chance.
-        weights: what each feature is worth in the map. ``chain`` is published; it takes the head for linear, and its
+        masked: Whether the picture outside the lung is set to air, as AD3D-MIL does. The publication leaves it; trained
+            on slices of nine volumes the net then learns the surroundings, and tells slices of another set apart no
+            better than by chance.
+        weights: What each feature is worth in the map. ``chain`` is published; it takes the head for linear, and its
             sign comes out right or wrong by chance here. ``gradient`` asks the net itself (Selvaraju et al., ICCV
             2017, eq. 1).
     """

@@ -90,9 +90,7 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
     names = system_names(systems.split(",") if systems else None)  # a misspelt name ends it here, before any training
     folder = out or Path("runs") / f"{Path(data).name}-{profile}"
     testing, tested = measured_on(data, test)
-    command = f"covidseg reproduce --data {Path(data).name}" + (f" --test {Path(test).name}" if test else "")
-    command += f" --profile {profile} --seeds {seeds}" + (f" --systems {systems}" if systems else "")
-    command += " --unchecked" if unchecked else ""
+    command = _command("reproduce", data, test, unchecked, profile=profile, seeds=seeds, systems=systems)
     start, results = time.monotonic(), []
     console.print(DISCLAIMER)
     for seed in _numbers(seeds):
@@ -114,6 +112,13 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
     for sentence in differences(lines, strongest) if strongest else []:
         console.print(sentence, highlight=False, soft_wrap=True)
     console.print(f"report in {folder / 'table1.json'}", highlight=False)
+
+
+def _command(name: str, data: str, test: str | None, unchecked: bool, **options: str | None) -> str:
+    """What was asked for, without folder names of this machine."""
+    given = {"data": Path(data).name, "test": test and Path(test).name, **options}
+    return " ".join([f"covidseg {name}", *(f"--{option} {value}" for option, value in given.items() if value),
+                     *(["--unchecked"] if unchecked else [])])
 
 
 def _numbers(text: str) -> list[int]:
@@ -158,9 +163,7 @@ def ablate_command(
         results.append(result)
     table = scores_table((title, row["micro"], row["macro"]) for title, row in ablation_rows(results))
     console.print(table.rich(f"trained on {Path(data).name}, measured on {tested}, {method}, seed {seed}"))
-    command = f"covidseg ablate --data {Path(data).name}" + (f" --test {Path(test).name}" if test else "")
-    command += (f" --only {only}" if only else "") + f" --profile {profile} --method {method} --seed {seed}"
-    command += " --unchecked" if unchecked else ""
+    command = _command("ablate", data, test, unchecked, only=only, profile=profile, method=method, seed=str(seed))
     content = {**recorded(command, testing, tested, run, start), "seed": seed, "variants": results}
     write_text(folder / "ablation.json", json.dumps(content, indent=2) + "\n")
     console.print(f"report in {folder / 'ablation.json'}", highlight=False)

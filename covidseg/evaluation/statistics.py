@@ -138,9 +138,9 @@ class Calibration:
     Guo et al. ask how often the likelier class is right; here it is the lesion's probability that is checked.
 
     Attributes:
-        confidence: mean probability; NaN in an empty bin.
-        observed: share of lesion pixels; NaN in an empty bin.
-        count: number of pixels, int.
+        confidence: Mean probability; NaN in an empty bin.
+        observed: Share of lesion pixels; NaN in an empty bin.
+        count: Number of pixels, int.
     """
 
     confidence: np.ndarray

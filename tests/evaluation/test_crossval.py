@@ -22,7 +22,7 @@ from covidseg.evaluation.crossval import cross_validated, masked_slices, split_f
 from covidseg.evaluation.evaluate import Method, measure
 from covidseg.pipeline import Run
 from covidseg.preprocess import Crops, WeakSet, crop_masks, uncrop
-from covidseg.segmenter import SegmenterSettings, make_segmenter, train_segmenter, trusting
+from covidseg.segmenter import SegmenterSettings, make_segmenter, trusting
 
 # --- folds ----------------------------------------------------------------------------------------------------------
 
@@ -410,28 +410,3 @@ def test_another_mask_or_patient_trains_the_nets_that_it_teaches_again(fresh: Re
         changed = replace(case, mask=write_like(mask, scan.grid, tmp_path / "mask.nii.gz"))
     cross_validated(fresh.run, Dataset(measured.root, (changed, measured.cases[1])), folds=2)
     assert fresh.trained() == {f"fold {2 - fold[0]} of 2"}, "the net measured on that patient never saw it"
-
-
-def test_the_stored_net_is_the_one_that_was_taught(fresh: Recorded, measured: Dataset,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real training: each fold's net is put together again from what is stored and asked as it is."""
-    made: list[dict[str, torch.Tensor]] = []
-
-    def keep(*args: Any, **kwargs: Any) -> torch.nn.Module:
-        net = train_segmenter(*args, **kwargs)
-        made.append({name: value.clone() for name, value in net.state_dict().items()})
-        return net
-    asked: list[dict[str, torch.Tensor]] = []
-    real = crossval.lesion_probabilities
-
-    def ask(net: torch.nn.Module, crops: Crops) -> np.ndarray:
-        assert not net.training
-        asked.append(net.state_dict())
-        return real(net, crops)
-    monkeypatch.setattr(pipeline, "train_segmenter", keep)
-    monkeypatch.setattr(crossval, "lesion_probabilities", ask)
-    cross_validated(fresh.run, measured, folds=2)
-    assert len(made) == len(asked) == 2
-    for a, b in zip(made, asked, strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in a)
-    assert any(not torch.equal(made[0][name], made[1][name]) for name in made[0]), "each fold has a net of its own"

@@ -52,7 +52,7 @@ from covidseg.evaluation.methods import PUBLISHED, SYSTEMS, BaselineProfile, Sys
 from covidseg.evaluation.metrics import macro, micro
 from covidseg.evaluation.statistics import bootstrap_difference, bootstrap_interval, paired_test
 from covidseg.evaluation.tables import Record
-from covidseg.pipeline import Run
+from covidseg.pipeline import Run, measured_key
 
 # --- comparisons ------------------------------------------------------------------------------------------------
 
@@ -204,16 +204,17 @@ TEST_CHANGES: dict[str, Callable[[Dataset, Path], Dataset]] = {
 
 
 @pytest.mark.parametrize("change", list(TEST_CHANGES))
-def test_other_test_slices_are_another_measurement(run: Run, test_set: Dataset, tmp_path: Path, faked: list[str],
-                                                   change: str) -> None:
+def test_whatever_decides_what_is_measured_is_in_the_key(test_set: Dataset, tmp_path: Path, change: str) -> None:
+    assert measured_key(test_set) == measured_key(replace(test_set))
+    assert measured_key(TEST_CHANGES[change](test_set, tmp_path)) != measured_key(test_set)
+
+
+def test_other_test_slices_are_another_measurement(run: Run, test_set: Dataset, tmp_path: Path,
+                                                   faked: list[str]) -> None:
     mine, _ = again(run, tmp_path)
-    for _ in range(2):
-        compare(mine, test_set, ["otsu"], TINY_BASELINES)
-        assert faked == ["otsu"]
-    compare(mine, TEST_CHANGES[change](test_set, tmp_path), ["otsu"], TINY_BASELINES)
-    assert faked == ["otsu", "otsu"]
-    compare(mine, test_set, ["otsu"], TINY_BASELINES)
-    assert faked == ["otsu", "otsu"], "the first one is kept"
+    for data, measured in ((test_set, 1), (test_set, 1), (changed_file(test_set, "mask", tmp_path), 2), (test_set, 2)):
+        compare(mine, data, ["otsu"], TINY_BASELINES)
+        assert faked == ["otsu"] * measured, "the first one is kept"
 
 
 def test_other_settings_are_another_measurement(run: Run, test_set: Dataset, tmp_path: Path,

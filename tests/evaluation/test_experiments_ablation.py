@@ -176,13 +176,10 @@ def test_other_masks_of_the_test_slices_are_another_measurement(tiny_run: Run, t
     for expected in (1, 1):  # the second time it is read
         list(ablate(run, load_dataset(folder), ["whole"], log=quiet))
         assert len(faked) == expected
-    for number, part in enumerate(("lung", "mask", "im"), start=2):
-        scan = read_scan(folder / part / "phantom_01.nii.gz")
-        pixels = scan.pixels.copy()
-        pixels[4, 60:64, 60:64] = pixels[4, 60, 60] == 0
-        write_like(pixels.astype(bool) if part != "im" else pixels, scan.grid, scan.path)
-        list(ablate(run, load_dataset(folder), ["whole"], log=quiet))
-        assert len(faked) == number, part
+    scan = read_scan(folder / "mask" / "phantom_01.nii.gz")
+    write_like(np.roll(scan.pixels != 0, 5, axis=1), scan.grid, scan.path)
+    list(ablate(run, load_dataset(folder), ["whole"], log=quiet))
+    assert len(faked) == 2
 
 
 def test_the_command_leaves_true_lungs_out_where_there_are_none(tiny_phantom: Path, tmp_path: Path, faked: list[str],
