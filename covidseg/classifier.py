@@ -220,10 +220,3 @@ def slice_probabilities(net: nn.Module, crops: Crops, *, batch: int = 32) -> np.
         inputs = net_input(*net_maps(net, crops, slice(start, start + batch)))
         result.append(net(inputs)[:, 0].sigmoid().float().cpu())
     return torch.cat(result).numpy() if result else np.zeros(0, np.float32)
-
-
-def auc(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve; 0.5 is guessing."""
-    from torchmetrics.functional.classification import binary_auroc  # seconds to import
-
-    return float(binary_auroc(torch.from_numpy(probabilities), torch.from_numpy(labels)))

@@ -17,12 +17,12 @@ from covidseg.classifier import (
     ClassifierSettings,
     Ensemble,
     Guidance,
-    auc,
     slice_probabilities,
     train_classifier,
     train_ensemble,
 )
 from covidseg.errors import SettingsError
+from covidseg.evaluation.metrics import auc
 from covidseg.preprocess import Crops, net_input
 
 pytestmark = pytest.mark.nets
@@ -274,13 +274,6 @@ def test_probabilities_do_not_depend_on_the_batch(net: Classifier) -> None:
 def test_no_slices_no_probabilities(net: Classifier) -> None:
     empty = Crops(np.zeros((0, 40, 40), np.float32), np.zeros((0, 40, 40), bool), np.zeros((0, 4), int))
     assert slice_probabilities(net, empty).shape == (0,)
-
-
-@pytest.mark.parametrize(("probabilities", "expected"), [
-    ([0.1, 0.2, 0.8, 0.9], 1.0), ([0.9, 0.8, 0.2, 0.1], 0.0), ([0.5, 0.5, 0.5, 0.5], 0.5),
-    ([0.1, 0.6, 0.5, 0.9], 0.75)])
-def test_auc_by_hand(probabilities: list[float], expected: float) -> None:
-    assert auc(np.array(probabilities, np.float32), np.array([0, 0, 1, 1])) == pytest.approx(expected)
 
 
 def test_lesions_cannot_be_painted_for_the_classifier() -> None:

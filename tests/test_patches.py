@@ -15,9 +15,9 @@ from tiny import in_turn, quiet, same_weights, toy, weights
 from torch import nn
 
 from covidseg.augment import NO_PAINT, PaintSettings
-from covidseg.classifier import auc
 from covidseg.curriculum import CurriculumSettings
 from covidseg.errors import SettingsError
+from covidseg.evaluation.metrics import auc
 from covidseg.patches import (
     COMPONENTS,
     PATCH,

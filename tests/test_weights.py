@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from covidseg import predict, preprocess
-from covidseg.book.records import read_records
+from covidseg.book.results import read_records
 from covidseg.cli import app
 from covidseg.data.folder import load_dataset
 from covidseg.data.scan import Scan, read_mask, read_scan

@@ -21,7 +21,7 @@ from covidseg.baselines.slabs import SlabSettings
 from covidseg.classifier import ClassifierSettings
 from covidseg.curriculum import MutualSettings
 from covidseg.data.folder import load_dataset
-from covidseg.evaluation.methods import Rivals
+from covidseg.evaluation.methods import BaselineProfile
 from covidseg.gradcam import CamSettings
 from covidseg.lungnet import LungNetSettings
 from covidseg.patches import MilSettings
@@ -37,7 +37,7 @@ TINY = Profile(
     mil=MilSettings(width=4, steps=8, batch=4), mutual=MutualSettings(rounds=2, stop=0.0),
     segmenter=SegmenterSettings(channels=(4, 8), steps=8, batch=4))
 SLAB = SlabSettings(depth=2, size=40, step=2)
-TINY_RIVALS = Rivals(CamSettings(layer_share=0.0), DeCoVNetSettings(steps=2, batch=4),
+TINY_BASELINES = BaselineProfile(CamSettings(layer_share=0.0), DeCoVNetSettings(steps=2, batch=4),
                      Ad3dMilSettings(steps=2, batch=4),
                      DeCoVNetSettings(dims=3, slab=SLAB, steps=2, batch=4),
                      Ad3dMilSettings(dims=3, slab=SLAB, steps=2, batch=4))

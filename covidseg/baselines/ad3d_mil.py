@@ -6,10 +6,10 @@ paper and its public code; everything here was written anew. Two traps of that c
 pooling switched on, where the paper is about attention, and it tests without switching batch normalisation to its
 running statistics.
 
-The paper shows no lesion map. Ours multiplies how much attention an instance gets with how ill it looks by itself.
-Ours are also slabs and the 2D port (:mod:`covidseg.baselines.slabs`), the schedule of the default settings, and the
-normalisation of the picture (theirs is (HU + 1024) / 1624). Their stop at the first fall of the validation accuracy
-is left out, since no label is held back here.
+The paper shows no lesion map. The one here multiplies how much attention an instance gets with how ill it looks by
+itself. What differs besides: slabs and the 2D port (:mod:`covidseg.baselines.slabs`), the schedule of the default
+settings, and the normalisation of the picture (theirs is (HU + 1024) / 1624). Their stop at the first fall of the
+validation accuracy is left out, since no label is held back here.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from torch.nn import functional as F
 from covidseg.augment import NO_PAINT
 from covidseg.baselines.maps import Judged, judge_crops, min_max, together
 from covidseg.baselines.slabs import SlabSettings
-from covidseg.baselines.training import Baseline, BaselineSettings, train_baseline
+from covidseg.baselines.training import Baseline, BaselineSettings
 from covidseg.baselines.trunk import GridPool, Trunk, convolution, initialise
 from covidseg.errors import SettingsError, one_of
-from covidseg.preprocess import Crops, WeakSet
-from covidseg.training import Log
+from covidseg.preprocess import Crops
 
 POOLINGS = ("attention", "max", "mean")
 CLAMP = 1e-5  # probabilities stay this far from 0 and 1
@@ -40,8 +39,8 @@ class Ad3dMilSettings(BaselineSettings):
 
     Attributes:
         pooling: ``attention``, or the paper's comparisons ``max`` and ``mean``.
-        sides: of the cubic grids before each convolution, and of the grid of instances: 8 means 512 instances of a
-            large volume, and 64 of a slice.
+        sides: Sides of the cubic grids before each convolution, and of the grid of instances: 8 means 512 instances of
+            a large volume, and 64 of a slice.
     """
 
     pooling: str = "attention"
@@ -87,8 +86,10 @@ class Ad3dMil(Baseline):
         return self.generator(self.trunk(maps[:, :1] * maps[:, 1:]))
 
     def attention(self, bag: Tensor) -> Tensor:
-        """Weights of the instances ``(B, K, 32)``: ``softmax_k(w' tanh(V x_k))``, ``(B, K)``; even for ``mean``
-        and ``max``."""
+        """Weights of the instances ``(B, K, 32)``: ``softmax_k(w' tanh(V x_k))``, ``(B, K)``.
+
+        They are even for ``mean`` and ``max``.
+        """
         if self.settings.pooling != "attention":
             return bag.new_full(bag.shape[:2], 1 / bag.shape[1])
         return self.attend_w(self.attend_v(bag).tanh())[..., 0].softmax(dim=1)
@@ -118,33 +119,9 @@ class Ad3dMil(Baseline):
         return self.bag_logits(instances).sigmoid(), lesion.reshape(len(maps), 1, *instances.shape[2:])
 
 
-def train_ad3d_mil(data: WeakSet, settings: Ad3dMilSettings = Ad3dMilSettings(), *, seed: int = 0,
-                   device: torch.device = torch.device("cpu"), log: Log = print,
-                   name: str = "AD3D-MIL") -> Ad3dMil:
-    """Trains AD3D-MIL on slice labels (2D) or on the labels of slabs (3D).
-
-    Returns:
-        The averaged net, in evaluation mode.
-
-    Raises:
-        DatasetError: one of the two classes has no slab.
-    """
-    return train_baseline(lambda: Ad3dMil(settings), data, settings, seed=seed, device=device, log=log, name=name)
-
-
-def ad3d_mil_probabilities(net: Ad3dMil, crops: Crops, *, volume: bool = True, batch: int = 8) -> np.ndarray:
-    """Probability of a lesion of each slice, ``(N,)`` float32; in 3D the mean over the slabs that hold it.
-
-    Args: as of :func:`covidseg.baselines.maps.judge_crops`.
-    """
-    return judge_crops(net, crops, volume=volume, batch=batch)[0]
-
-
 def ad3d_mil_maps(net: Ad3dMil, crops: Crops, *, volume: bool = True, verdict: bool = True,
                   batch: int = 8, judged: Judged | None = None) -> np.ndarray:
     """Lesion maps: attention times the instance's own probability, enlarged, scaled to [0, 1] in the lung.
-
-    Where to cut them is fixed on training slices, see :func:`covidseg.baselines.maps.training_level`.
 
     Args:
         volume: see :func:`covidseg.baselines.maps.judge_crops`. A volume is scaled as a whole; a 2D net scales

@@ -1,16 +1,20 @@
 """DeCoVNet: a 3D classifier whose class activation map shows lesions (Wang X. et al., IEEE TMI 39(8), 2020, 2615-2625).
 
-Layers and the published schedule follow the paper and its public code; everything here was written anew. Ours are
-``masked`` and ``weights`` of the default settings, without which the map shows nothing on the data of this book;
-slabs and the 2D port (:mod:`covidseg.baselines.slabs`), the schedule of the default settings, the normalisation of
-the picture (theirs is a window of -1200 to 600 HU), and that a mask is empty where the net finds no lesion and outside
-the lung. The paper counts a hit when the middle of a component lies in a lesion's box; an outline is more than it
-claims.
+Layers and the published schedule follow the paper and its public code; everything here was written anew. What differs:
+
+- ``masked`` and ``weights`` of the default settings, without which the map shows nothing on the data of this book;
+- slabs and the 2D port (:mod:`covidseg.baselines.slabs`), and the schedule of the default settings;
+- the normalisation of the picture (theirs is a window of -1200 to 600 HU);
+- a mask is empty outside the lung, and where the net finds no lesion;
+- their authors go on to choose one component of the map by where the lung mask breaks into pieces. The lungs of this
+  project are completed on purpose and do not break, so that step is left out.
+
+The paper counts a hit when the middle of a component lies in a lesion's box; an outline is more than it claims.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,18 +22,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from covidseg.augment import NO_PAINT
-from covidseg.baselines.components import ComponentSettings, best_component, component_activation
 from covidseg.baselines.maps import Judged, judge_crops, min_max, parts, together
 from covidseg.baselines.slabs import SlabSettings
-from covidseg.baselines.training import Baseline, BaselineSettings, train_baseline
+from covidseg.baselines.training import Baseline, BaselineSettings
 from covidseg.baselines.trunk import GridPool, Size, Trunk, convolution, initialise
 from covidseg.errors import SettingsError, one_of
-from covidseg.preprocess import Crops, WeakSet
-from covidseg.training import Log
+from covidseg.preprocess import Crops
 
 GRIDS: tuple[Size, ...] = ((16, 24, 36), (4, 12, 18), (1, 6, 9))  # before each convolution of the head
 WEIGHTS = ("gradient", "chain")
-METHODS = ("activation", "cam", "3dcc", "combined")
+METHODS = ("activation", "cam")
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,14 @@ class DeCoVNetSettings(BaselineSettings):
     """Settings of DeCoVNet, besides those of :class:`~covidseg.baselines.training.BaselineSettings`.
 
     Attributes:
-        dropout: in the head; the public code has the layer, at 0.
-        top: share of the pixels (voxels of a volume, pixels of an unrelated slice) that the mask may hold.
-        bright: the mask leaves out what is darker than this; 0 air, 1 soft tissue. The published 75 of 255 grey
+        dropout: Dropout in the head; the public code has the layer, at 0.
+        top: Share of the pixels (voxels of a volume, pixels of an unrelated slice) that the mask may hold.
+        bright: The mask leaves out what is darker than this; 0 is air, 1 soft tissue. The published 75 of 255 grey
             levels are -671 HU, 0.24 of the way from lung's air (about -900 HU) to soft tissue (about 40 HU).
-        components: of 3DCC.
-        masked: set the picture outside the lung to air, as AD3D-MIL does. The publication does not; trained on slices
-            of nine volumes the net then learns the surroundings, and tells slices of another set apart no better than
-            by chance.
-        weights: what each feature is worth in the map. ``chain`` is published; it takes the head for linear, and its
+        masked: Whether the picture outside the lung is set to air, as AD3D-MIL does. The publication leaves it; trained
+            on slices of nine volumes the net then learns the surroundings, and tells slices of another set apart no
+            better than by chance.
+        weights: What each feature is worth in the map. ``chain`` is published; it takes the head for linear, and its
             sign comes out right or wrong by chance here. ``gradient`` asks the net itself (Selvaraju et al., ICCV
             2017, eq. 1).
     """
@@ -53,7 +54,6 @@ class DeCoVNetSettings(BaselineSettings):
     dropout: float = 0.0
     top: float = 0.05
     bright: float = 0.24
-    components: ComponentSettings = field(default_factory=ComponentSettings)
     masked: bool = True
     weights: str = "gradient"
     steps: int = 720
@@ -140,28 +140,6 @@ class DeCoVNet(Baseline):
         return self.classify(features).softmax(dim=1)[:, 1], cam[:, None]
 
 
-def train_decovnet(data: WeakSet, settings: DeCoVNetSettings = DeCoVNetSettings(), *, seed: int = 0,
-                   device: torch.device = torch.device("cpu"), log: Log = print,
-                   name: str = "DeCoVNet") -> DeCoVNet:
-    """Trains DeCoVNet on slice labels (2D) or on the labels of slabs (3D).
-
-    Returns:
-        The averaged net, in evaluation mode.
-
-    Raises:
-        DatasetError: one of the two classes has no slab.
-    """
-    return train_baseline(lambda: DeCoVNet(settings), data, settings, seed=seed, device=device, log=log, name=name)
-
-
-def decovnet_probabilities(net: DeCoVNet, crops: Crops, *, volume: bool = True, batch: int = 8) -> np.ndarray:
-    """Probability of a lesion of each slice, ``(N,)`` float32; in 3D the mean over the slabs that hold it.
-
-    Args: as of :func:`covidseg.baselines.maps.judge_crops`.
-    """
-    return judge_crops(net, crops, volume=volume, batch=batch)[0]
-
-
 def keep_top(maps: np.ndarray, share: float, joint: bool) -> np.ndarray:
     """The highest ``share`` of the values of a volume or of each slice, but nothing that is 0: ``(N, S, S)`` bool."""
     keep = np.zeros(maps.shape, bool)
@@ -175,12 +153,10 @@ def decovnet_maps(net: DeCoVNet, crops: Crops, *, method: str = "cam", volume: b
     """Lesion maps.
 
     Args:
-        method: ``activation``: the class activation map, negative values cut off and scaled to [0, 1];
-            ``cam``: a mask of its top share, where the picture is bright enough; ``3dcc``: the mask of
-            :func:`covidseg.baselines.components.component_activation`; ``combined``: the component of ``cam`` that
-            overlaps 3DCC most. Masks are 0 or 1.
-        volume: see :func:`covidseg.baselines.maps.judge_crops`. Scale, top share and components are those of the
-            volume; a 2D net takes them from each slice.
+        method: ``activation`` is the class activation map, negative values cut off and scaled to [0, 1]; ``cam`` is a
+            mask, 0 or 1, of its top share where the picture is bright enough.
+        volume: see :func:`covidseg.baselines.maps.judge_crops`. Scale and top share are those of the volume; a 2D net
+            takes them from each slice.
         verdict: slices in which the net finds no lesion stay empty (our choice): a map that is scaled by itself is
             as strong in a healthy slice.
         judged: what ``judge_crops`` said of the same crops, where that is known already.
@@ -195,14 +171,8 @@ def decovnet_maps(net: DeCoVNet, crops: Crops, *, method: str = "cam", volume: b
     settings, joint = net.settings, together(net, volume)
     probabilities, activation = judged or judge_crops(net, crops, volume=volume, batch=batch)
     maps = min_max(activation.clip(0), crops.lungs, joint)
-    if method in ("cam", "combined"):
-        mask = keep_top(maps, settings.top, joint) & (crops.images > settings.bright)
-        if method == "combined":
-            guide = component_activation(crops, settings.components, joint=joint) > 0
-            mask = best_component(mask, guide, settings.components, joint=joint)
-        maps = mask.astype(np.float32)
-    elif method == "3dcc":
-        maps = component_activation(crops, settings.components, joint=joint)
+    if method == "cam":
+        maps = (keep_top(maps, settings.top, joint) & (crops.images > settings.bright)).astype(np.float32)
     if verdict:
         maps[probabilities < 0.5] = 0
     return maps

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from skimage.filters import threshold_otsu
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -100,22 +99,3 @@ def min_max(maps: np.ndarray, lungs: np.ndarray, joint: bool) -> np.ndarray:
             scaled = (maps[part] - inside.min()) / (inside.max() - inside.min())
             result[part] = np.clip(scaled, 0, 1) * lungs[part]
     return result
-
-
-def training_level(maps: np.ndarray, lungs: np.ndarray, labels: np.ndarray) -> float:
-    """A level for the outline of a lesion that is fixed on training slices, without a mask.
-
-    Otsu's threshold of the map in the lungs of the slices with a lesion: neither publication outlines lesions with
-    a soft map, so this is our choice.
-
-    Args:
-        maps: ``(N, S, S)`` in [0, 1], of training slices.
-        lungs: ``(N, S, S)`` bool.
-        labels: ``(N,)`` slice labels.
-
-    Returns:
-        A level in [0, 1]; 0.5 where the maps are even.
-    """
-    ill = labels == 1
-    values = maps[ill][lungs[ill]]
-    return float(threshold_otsu(values)) if len(values) and values.min() < values.max() else 0.5

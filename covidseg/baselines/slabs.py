@@ -27,11 +27,11 @@ class SlabSettings:
     """How volumes are cut into slabs.
 
     Attributes:
-        depth: slices of a slab; the thicker, the fewer are free of lesions.
-        size: side of a slab in pixels, all slices in one frame.
-        step: slices from one slab to the next when a volume is read; maps of overlapping slabs are averaged. In
+        depth: Slices of a slab. The thicker, the fewer slabs are free of lesions.
+        size: Side of a slab in pixels, all slices in one frame.
+        step: Slices from one slab to the next when a volume is read; maps of overlapping slabs are averaged. In
             training slabs start at every slice.
-        gap: a run ends where the next labelled slice is more than this many usual steps away.
+        gap: A run ends where the next labelled slice is more than this many usual steps away.
     """
 
     depth: int = 6
@@ -52,8 +52,8 @@ class Slabs:
     """Which slices form a slab, and its label.
 
     Attributes:
-        members: ``(M, T)`` int, numbers of slices in the weak set, from the feet up.
-        labels: ``(M,)`` int, 1 = at least one of its slices has a lesion.
+        members: ``(M, T)`` int. Numbers of slices in the weak set, from the feet up.
+        labels: ``(M,)`` int. 1 means that at least one of its slices has a lesion.
         patients: ``(M,)`` str, for balanced sampling.
     """
 
@@ -146,8 +146,11 @@ def aligned(images: np.ndarray, lungs: np.ndarray, boxes: np.ndarray, frames: np
     """Pictures and lungs in the frames wanted, ``(2, N, size, size)`` float32; the lungs are 0 or 1.
 
     Args:
-        images, lungs, boxes: as of :class:`covidseg.preprocess.Crops`.
-        frames: ``(N, 4)`` or ``(4,)``.
+        images: ``(N, S, S)`` normalised crops.
+        lungs: ``(N, S, S)`` bool.
+        boxes: ``(N, 4)``, where each crop lies in its slice: top, left, height, width.
+        frames: ``(N, 4)`` or ``(4,)``, the boxes wanted.
+        size: side of the result in pixels.
     """
     picture = move(torch.from_numpy(np.asarray(images, np.float32)), boxes, frames, size)
     lung = move(torch.from_numpy(lungs.astype(np.float32)), boxes, frames, size, beyond="zeros")

@@ -29,15 +29,15 @@ class BaselineSettings:
 
     Attributes:
         dims: 3 is the published net, on slabs; 2 its port to single slices.
-        slab: size of the slabs, for 3 only.
-        steps: optimiser steps.
-        batch: slices or slabs a step, half of them with a lesion.
-        rate: learning rate of AdamW, the peak of its cycle.
-        weight_decay: of AdamW; at 0 it is Adam.
-        schedule: ``onecycle`` or ``constant``.
-        paint: vessels painted on lesion-free slices, for 2 only; no lesion is painted.
-        outline: a lesion map is cut at this level, the same for all slices; chosen on the slices that this project's
-            own levels were chosen on.
+        slab: How volumes are cut into slabs, in 3D only.
+        steps: Optimiser steps.
+        batch: Slices or slabs a step, half of them with a lesion.
+        rate: Learning rate of AdamW, the peak of its cycle.
+        weight_decay: Weight decay of AdamW; at 0 it is Adam.
+        schedule: Learning rate along the training, ``onecycle`` or ``constant``.
+        paint: Vessels painted on lesion-free slices, in 2D only. No lesion is painted.
+        outline: Level at which a lesion map is cut, the same for all slices. It was chosen on the slices that this
+            project's own levels were chosen on.
     """
 
     dims: int = 2

@@ -8,9 +8,7 @@ Okabe and Ito, which people with colour-blindness can tell apart.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -58,17 +56,6 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (2.6
 def window(image: np.ndarray, centre: float = LUNG_WINDOW[0], width: float = LUNG_WINDOW[1]) -> np.ndarray:
     """Display window: HU to grey levels in [0, 1]; black below ``centre - width / 2``, white above the other end."""
     return np.clip((image.astype(np.float32) - (centre - width / 2)) / width, 0, 1)
-
-
-def crop_spacing(box: np.ndarray, size: int, spacing: tuple[float, float]) -> tuple[float, float]:
-    """Millimetres a pixel of a crop.
-
-    Args:
-        box: ``(4,)`` top, left, height, width in the full slice.
-        size: side of the crop in pixels.
-        spacing: millimetres between rows and columns of the full slice.
-    """
-    return float(box[2]) / size * spacing[0], float(box[3]) / size * spacing[1]
 
 
 def draw_slice(axes: Axes, image: np.ndarray, spacing: tuple[float, float] | None = None, *, title: str = "",
@@ -175,8 +162,10 @@ def show_stages(image: np.ndarray, lung: np.ndarray, stages: Mapping[str, np.nda
     """What each stage makes of one slice: maps as heat, masks as outlines, and the truth on all of them.
 
     Args:
-        image, lung, truth: ``(S, S)``, the last two bool.
+        image: ``(S, S)``, the slice.
+        lung: ``(S, S)`` bool.
         stages: title -> ``(S, S)`` float map in [0, 1], or bool mask (drawn as ``prediction``).
+        truth: ``(S, S)`` bool.
         spacing: millimetres between rows and columns.
     """
     columns = min(columns, len(stages) + 1)
@@ -201,57 +190,25 @@ def show_stages(image: np.ndarray, lung: np.ndarray, stages: Mapping[str, np.nda
     return figure
 
 
-class TrainingLog:
-    """Prints the lines of a training and keeps them in a file, so that a stage read from store still has its curve.
+def loss_curves(history: Sequence[Mapping[str, float]], title: str = "") -> Figure:
+    """Losses of a training against its steps.
 
     Args:
-        path: text file, appended to; its folder is made.
+        history: an entry for each line of the log, such as ``run.history("classifier1")``: ``step``, and the mean of
+            each loss since the entry before.
+        title: of the figure.
     """
-
-    STEP = re.compile(r"(?P<stage>[\w-]+)(?: \(\d+ of \d+\))? step +(?P<step>\d+)/\d+ +(?P<losses>.*?) +[\d.]+ s$")
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def __call__(self, line: str) -> None:
-        """Receives one line, as ``log`` of a training function."""
-        print(line)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
-
-    def losses(self, stage: str) -> dict[str, list[float]]:
-        """``step`` and each loss of the last training of a stage; empty if it was trained elsewhere.
-
-        Of a committee (``classifier (2 of 5) step ...``) it is the last member.
-        """
-        curve: dict[str, list[float]] = {}
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
-            found = self.STEP.match(line)
-            if not found or found["stage"] != stage:
-                continue
-            step = float(found["step"])
-            if curve and step <= curve["step"][-1]:
-                curve = {}  # a later training of the same stage
-            curve.setdefault("step", []).append(step)
-            words = found["losses"].split()
-            for name, value in zip(words[::2], words[1::2], strict=True):
-                curve.setdefault(name, []).append(float(value))
-        return curve
-
-
-def training_curve(losses: Mapping[str, Sequence[float]], title: str = "") -> Figure:
-    """Mean losses between two lines of the log, from :meth:`TrainingLog.losses`."""
     figure, axes = new_figure(1, 1, (6.0, 3.0))
     panel = axes[0, 0]
-    for name, values in losses.items():
-        if name != "step":
-            panel.plot(losses["step"], values, marker="o", markersize=4, label=name)
+    for name in dict.fromkeys(name for entry in history for name in entry if name != "step"):
+        own = [entry for entry in history if name in entry]
+        panel.plot([entry["step"] for entry in own], [entry[name] for entry in own], marker="o", markersize=4,
+                   label=name)
     panel.set(xlabel="optimiser step", ylabel="mean loss", title=title, ylim=(0, None))
-    if losses:
+    if history:
         panel.legend()
     else:
-        panel.text(0.5, 0.5, "no training log kept", transform=panel.transAxes, ha="center")
+        panel.text(0.5, 0.5, "no losses kept", transform=panel.transAxes, ha="center")
     return figure
 
 

@@ -1,19 +1,22 @@
-"""Pictures of results: systems side by side, from maps and masks or from a recorded comparison.
+"""Results for the pages of the book: the recorded runs under ``results/``, and pictures of what was measured.
 
-Functions return a new figure and change nothing else, as those of :mod:`covidseg.book.figures`, whose look and colours
-they share. What they draw is handed to them: no function here runs a net or opens a scan.
+Whatever a page says about real scans comes from these JSON files, and each of them names the command, versions, device,
+seeds and checksums of the data that it was made with. ``table1-*`` are comparisons of all systems, drawn up as tables
+by :mod:`covidseg.evaluation.experiments`; ``ablate-*`` are variants of the method; ``bench-*`` and ``faults`` are what
+`make bench` measured and what `make faults` tried.
 
-Pictures of recorded benchmarks (``results/bench-*.json``): ratios, growth, the roofline, more processes.
-
-Functions return a new figure and share the look of :mod:`covidseg.book.figures`; they draw what the record holds and
-measure nothing.
+Functions that draw return a new figure and change nothing else, and share the look of :mod:`covidseg.book.figures`.
+What they draw is handed to them: no function here runs a net or opens a scan.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,31 +25,100 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from covidseg.book.figures import CYCLE, HEAT, draw_heat, draw_slice, legend, new_figure, overlay
+from covidseg.data.registry import data_root
+from covidseg.errors import ArtifactError
+from covidseg.evaluation import tables
 from covidseg.evaluation.metrics import figures
 from covidseg.evaluation.statistics import calibration
+from covidseg.evaluation.tables import Record, Table
 
 if TYPE_CHECKING:
     from covidseg.evaluation.experiments import Line
 
 
-def stage_bars(rows: Sequence[Mapping[str, Any]], *, average: str = "micro") -> Figure:
-    """Dice, PPV and sensitivity of every stage as bars.
+# --- recorded runs --------------------------------------------------------------------------------------------------
+
+def results_root() -> Path:
+    """Folder of the recorded runs: inside the installed package, or ``results/`` of a checkout."""
+    inside = data_root() / "results"
+    return inside if inside.is_dir() else data_root().parent / "results"
+
+
+def read_records(pattern: str = "table1-*", folder: Path | None = None) -> dict[str, Record]:
+    """Recorded runs by name, in order; ``pattern`` is a glob without the suffix.
+
+    Raises:
+        ArtifactError: a file is not a recorded run.
+    """
+    records = {}
+    for path in sorted((results_root() if folder is None else folder).glob(f"{pattern}.json")):
+        try:
+            records[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArtifactError(f"is no recorded run ({error})", path=path,
+                                remedy="Take it from the repository again") from error
+    return records
+
+
+def origin(record: Record) -> str:
+    """How a comparison was made, in one line of Markdown: command, slices, version and kind of machine."""
+    slices = sorted({result["slices"] for result in record["results"]})
+    made = record["environment"]
+    return (f"`{record['command']}`, measured on {' or '.join(map(str, slices))} full slices; covidseg "
+            f"{made['covidseg']}, Python {made['python']}, {made['device']}")
+
+
+def bench_markdown(record: Record, kind: str = "comparisons") -> str:
+    """Table of a recorded benchmark, see ``tools/bench``.
 
     Args:
-        rows: of a result, see :func:`covidseg.evaluation.tables.evaluation_json`; undefined figures have no bar.
-        average: ``micro`` (pooled pixels) or ``macro`` (mean over slices with a lesion).
+        record: a ``bench-*``.
+        kind: ``comparisons``, ratio first; ``limits``, figures that have to stay below a limit, without the exponents
+            of growth, which are drawn; or ``roofline``, training stages.
     """
-    figure, axes = new_figure(1, 1, (7.2, 0.55 * len(rows) + 1.0))
-    panel, height = axes[0, 0], 0.26
-    places = np.arange(len(rows))
-    for k, (name, label) in enumerate((("dice", "Dice"), ("ppv", "PPV"), ("sensitivity", "sensitivity"))):
-        values = [row[average][name] or 0.0 for row in rows]
-        panel.barh(places + (k - 1) * height, values, height, label=label, color=CYCLE[k])
-    panel.set(yticks=places, yticklabels=[row["name"] for row in rows], xlim=(0, 1), xlabel=f"{average} average")
-    panel.invert_yaxis()
-    panel.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
-    return figure
+    rows = [row for section in record["sections"].values() for row in section.get(kind, [])]
 
+    def number(value: float) -> str:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    def aim(value: float | None) -> str:
+        return "" if value is None else f"{value:g}"
+    reached = {True: "yes", False: "**no**", None: ""}
+    if kind == "comparisons":
+        heads = "times as good", "goal", "reached", "what", "covidseg", "other", "unit", "other way"
+        table = Table(heads, "rrllrrll", [
+            [f"**{row['ratio']:.1f}**", aim(row["goal"]), reached[row["met"]], row["task"], number(row["ours"]),
+             number(row["other"]), row["unit"], row["other_name"]] for row in rows])
+    elif kind == "roofline":
+        table = Table(("training", "slices a second", "ms a step", "the layers need, ms", "share"), "lrrrr", [
+            [row["stage"], f"{row['slices_per_second']:.1f}", f"{row['step_ms']:.0f}", f"{row['bound_ms']:.0f}",
+             f"{row['share']:.0%}"] for row in rows])
+    else:
+        table = Table(("value", "limit", "kept", "unit", "what"), "rrlll", [
+            [f"**{number(row['value'])}**", aim(row["limit"]), reached[row["met"]], row["unit"], row["task"]]
+            for row in rows if "exponent" not in row["task"]])
+    return table.markdown()
+
+
+def faults_markdown(record: Record, group: str) -> str:
+    """Table of one group of tried faults, see ``tools/faults``: what is wrong and what was typed, how it ended.
+
+    Args:
+        record: of all faults.
+        group: such as ``damaged files``.
+    """
+    def cell(text: str) -> str:
+        text = re.sub(r"\b([0-9a-f]{8})[0-9a-f]{24,}\b", r"\1…", text)  # of checksums the beginning will do
+        text = re.sub(r"https?://[\w./-]*\w", r"`\g<0>`", text)        # made-up addresses, not to be links
+        return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    # The command below the fault: a column of its own would be too narrow to read on a phone.
+    return Table(("what is wrong", "exit code", "what was said"), "lrl", [
+        [f"{cell(row['fault'])}{'' if row['met'] else ' (**not caught**)'}<br>`{row['command']}`",
+         str(row["exit_code"]), cell(" ".join(row["said"]).removeprefix("error: "))]
+        for row in record["faults"] if row["group"] == group]).markdown()
+
+
+# --- systems --------------------------------------------------------------------------------------------------------
 
 def system_grid(images: Sequence[np.ndarray], lungs: Sequence[np.ndarray], truths: Sequence[np.ndarray],
                 titles: Sequence[str], systems: Mapping[str, Sequence[np.ndarray]],
@@ -54,7 +126,9 @@ def system_grid(images: Sequence[np.ndarray], lungs: Sequence[np.ndarray], truth
     """The same slices in every system: a column for each slice, a row for each system, the truth on all of them.
 
     Args:
-        images, lungs, truths: ``(S, S)`` each, the last two bool.
+        images: ``(S, S)`` each.
+        lungs: ``(S, S)`` bool each.
+        truths: ``(S, S)`` bool each.
         titles: of the slices.
         systems: title -> for each slice a ``(S, S)`` map in [0, 1], drawn as heat, or a bool mask, drawn as outline.
         notes: title -> for each slice a few characters for the corner of its panel, such as a Dice.
@@ -185,7 +259,7 @@ def size_table(dice: Mapping[str, np.ndarray], edges: Sequence[float], count: np
     panel = axes[0, 0]
     picture = panel.imshow(values, cmap=HEAT, vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        panel.text(column, row, "–" if np.isnan(value) else f"{value:.2f}", ha="center", va="center",
+        panel.text(column, row, tables.figure(value, ".2f"), ha="center", va="center",
                    color="black" if np.isnan(value) or value > 0.5 else "white")
     sizes = [f"below {edges[0]:,.0f}", *(f"{a:,.0f} to {b:,.0f}" for a, b in itertools.pairwise(edges)),
              f"from {edges[-1]:,.0f}"]

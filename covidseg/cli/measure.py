@@ -51,13 +51,13 @@ def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NI
                                  for k in np.flatnonzero(keep)]) if keep.any() else np.zeros((1, 4), np.int64)
     else:
         counts = confusion(predicted, true)
-    table = scores_table(f"{prediction.name} against {truth.name}, {len(counts)} slices",
-                               [("mask", micro(counts), macro(counts))])
-    content = {"slices": len(counts), "micro": scores_json(micro(counts)), "macro": scores_json(macro(counts))}
+    pooled, each = micro(counts), macro(counts)
+    content = {"slices": len(counts), "micro": scores_json(pooled), "macro": scores_json(each)}
     if str(out) == "-":
         print(json.dumps(content, indent=2))  # alone on standard output, for pipes
         return
-    console.print(table)
+    table = scores_table([("mask", pooled.as_dict(), each.as_dict())])
+    console.print(table.rich(f"{prediction.name} against {truth.name}, {len(counts)} slices"))
     if out is not None:
         write_text(out, json.dumps(content, indent=2) + "\n")
 
@@ -76,42 +76,49 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
         compare,
         differences,
         strongest_earlier,
+        table1,
         table_lines,
-        table_rich,
         volume_table,
     )
-    from covidseg.evaluation.methods import RIVALS, chosen
+    from covidseg.evaluation.methods import BASELINE_PROFILES, system_names
     from covidseg.pipeline import open_run, write_run
     from covidseg.store import write_text
 
     if deterministic:
         use_deterministic_kernels()
     data, test = sides(data, test)
-    names = chosen(systems.split(",") if systems else None)  # a misspelt name ends it here, before anything is trained
+    names = system_names(systems.split(",") if systems else None)  # a misspelt name ends it here, before any training
     folder = out or Path("runs") / f"{Path(data).name}-{profile}"
     testing, tested = measured_on(data, test)
-    command = f"covidseg reproduce --data {Path(data).name}" + (f" --test {Path(test).name}" if test else "")
-    command += f" --profile {profile} --seeds {seeds}" + (f" --systems {systems}" if systems else "")
-    command += " --unchecked" if unchecked else ""
+    command = _command("reproduce", data, test, unchecked, profile=profile, seeds=seeds, systems=systems)
     start, results = time.monotonic(), []
     console.print(DISCLAIMER)
     for seed in _numbers(seeds):
         run = open_run(data, profile, seed, folder / f"seed{seed}", "train" if test is None else None, device,
                        check=not unchecked, log=lambda line: console.print(line, highlight=False))
-        results += compare(run, testing, names, RIVALS[profile], progress=True)
+        results += compare(run, testing, names, BASELINE_PROFILES[profile], progress=True)
         if "extended" in names:  # so that `covidseg predict --run` and `covidseg export` take the folder
             write_run(run, f"{command} (seed {seed})")
         console.print(f"seed {seed} done after {time.monotonic() - start:.0f} s", highlight=False)
-    content = {**recorded(command, testing, tested, run, start), "rivals": asdict(RIVALS[profile]), "results": results}
+    content = {**recorded(command, testing, tested, run, start), "rivals": asdict(BASELINE_PROFILES[profile]),
+               "results": results}
     write_text(folder / "table1.json", json.dumps(content, indent=1) + "\n")
-    lines, rival = table_lines(results), strongest_earlier(results)
-    console.print(table_rich(lines, f"trained on slice labels of {Path(data).name}, measured on {tested}: "
-                                    f"{results[0]['slices']} full slices, profile {profile}, seeds {seeds}"))
-    if (volumes := volume_table(results, "Dice of each volume")) is not None:
-        console.print(volumes)
-    for sentence in differences(lines, rival) if rival else []:
+    lines, strongest = table_lines(results), strongest_earlier(results)
+    console.print(table1(lines, narrow=True).rich(
+        f"trained on slice labels of {Path(data).name}, measured on {tested}: {results[0]['slices']} full slices, "
+        f"profile {profile}, seeds {seeds}"))
+    if (volumes := volume_table(results)) is not None:
+        console.print(volumes.rich("Dice of each volume"))
+    for sentence in differences(lines, strongest) if strongest else []:
         console.print(sentence, highlight=False, soft_wrap=True)
     console.print(f"report in {folder / 'table1.json'}", highlight=False)
+
+
+def _command(name: str, data: str, test: str | None, unchecked: bool, **options: str | None) -> str:
+    """What was asked for, without folder names of this machine."""
+    given = {"data": Path(data).name, "test": test and Path(test).name, **options}
+    return " ".join([f"covidseg {name}", *(f"--{option} {value}" for option, value in given.items() if value),
+                     *(["--unchecked"] if unchecked else [])])
 
 
 def _numbers(text: str) -> list[int]:
@@ -136,14 +143,14 @@ def ablate_command(
         out: Annotated[Path | None, typer.Option(help="Folder of the run; goes on there if it was stopped.")] = None,
         unchecked: Unchecked = False) -> None:
     """Trains variants of the method with one thing changed at a time, and prints what each part adds."""
-    from covidseg.evaluation.experiments import ablate, ablation_rows, chosen
-    from covidseg.evaluation.tables import scores_from, scores_table
+    from covidseg.evaluation.experiments import ablate, variant_names
+    from covidseg.evaluation.tables import ablation_rows, scores_table
     from covidseg.pipeline import open_run
     from covidseg.store import write_text
 
     data, test = sides(data, test)
     asked = only.split(",") if only else None
-    chosen(asked)  # a misspelt name ends it here, before anything is trained
+    variant_names(asked)  # a misspelt name ends it here, before anything is trained
     folder = out or Path("runs") / f"{Path(data).name}-{profile}-{method}-seed{seed}"
     testing, tested = measured_on(data, test)
     start = time.monotonic()
@@ -154,11 +161,9 @@ def ablate_command(
     for name, result in ablate(run, testing, asked, log=run.log):
         console.print(f"{name} done after {time.monotonic() - start:.0f} s", highlight=False, markup=False)
         results.append(result)
-    rows = [(title, scores_from(row["micro"]), scores_from(row["macro"])) for title, row in ablation_rows(results)]
-    console.print(scores_table(f"trained on {Path(data).name}, measured on {tested}, {method}, seed {seed}", rows))
-    command = f"covidseg ablate --data {Path(data).name}" + (f" --test {Path(test).name}" if test else "")
-    command += (f" --only {only}" if only else "") + f" --profile {profile} --method {method} --seed {seed}"
-    command += " --unchecked" if unchecked else ""
+    table = scores_table((title, row["micro"], row["macro"]) for title, row in ablation_rows(results))
+    console.print(table.rich(f"trained on {Path(data).name}, measured on {tested}, {method}, seed {seed}"))
+    command = _command("ablate", data, test, unchecked, only=only, profile=profile, method=method, seed=str(seed))
     content = {**recorded(command, testing, tested, run, start), "seed": seed, "variants": results}
     write_text(folder / "ablation.json", json.dumps(content, indent=2) + "\n")
     console.print(f"report in {folder / 'ablation.json'}", highlight=False)

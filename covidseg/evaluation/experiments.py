@@ -1,13 +1,9 @@
-"""Table 1: all systems trained on the same slices with several seeds, measured on the same slices, compared in pairs.
+"""The two experiments: all systems compared over several seeds (Table 1), and the method without one part (ablation).
 
-:func:`compare` does one seed and stores what each system reached as a small JSON file, so that a comparison that was
-stopped goes on where it stopped. A *record* is all of these files together with how they were made; the tables are
-drawn up from a record, whether it was made a moment ago or comes with the package (``results/``).
-
-What does each part of the method add? The same data and seed, one thing changed at a time.
-
-All variants live in one folder of stages: a stage that a change does not touch is trained once and shared. Each
-finished variant leaves a small JSON file, so that an ablation that was stopped goes on where it stopped.
+Each finished system or variant leaves a small JSON file, so that an experiment that was stopped goes on where it
+stopped. Table 1 is drawn up from such *records*, whether they were made a moment ago or come with the package
+(``results/``). The variants of an ablation live in one folder of stages: a stage that a change does not touch is
+trained once and shared.
 """
 
 from __future__ import annotations
@@ -18,17 +14,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
-from covidseg import DISCLAIMER
 from covidseg.data.folder import Dataset
 from covidseg.errors import one_of
-from covidseg.evaluation.evaluate import Evaluation, cross_validated, evaluate_run, measure
-from covidseg.evaluation.methods import PUBLISHED, SYSTEMS, Rivals, Trained
-from covidseg.evaluation.methods import chosen as chosen_systems
+from covidseg.evaluation.crossval import cross_validated
+from covidseg.evaluation.evaluate import Evaluation, evaluate_run, measure
+from covidseg.evaluation.methods import PUBLISHED, SYSTEMS, BaselineProfile, Trained, system_names
 from covidseg.evaluation.metrics import figures, macro
 from covidseg.evaluation.statistics import Difference, bootstrap_difference, bootstrap_interval, paired_test
-from covidseg.evaluation.tables import evaluation_json, spread
+from covidseg.evaluation.tables import Record, Table, evaluation_json, figure, spread
 from covidseg.pipeline import Run, measured_key
 from covidseg.profiles import Profile, faithful, repainted
 from covidseg.store import fingerprint, write_text
@@ -36,10 +30,12 @@ from covidseg.training import Log
 
 EARLIER = ("decovnet", "decovnet-3d", "ad3d-mil", "ad3d-mil-3d")
 OURS = ("faithful", "extended")
-Record = dict[str, Any]
 
 
-def compare(run: Run, test: Dataset, names: list[str] | None = None, rivals: Rivals = Rivals(), *,
+# --- all systems, seed by seed --------------------------------------------------------------------------------------
+
+
+def compare(run: Run, test: Dataset, names: list[str] | None = None, baselines: BaselineProfile = BaselineProfile(), *,
             progress: bool = False) -> list[Record]:
     """Trains and measures the systems with the seed of a run.
 
@@ -47,15 +43,15 @@ def compare(run: Run, test: Dataset, names: list[str] | None = None, rivals: Riv
         run: data, settings of the extended method, seed and folder.
         test: measured slices, with masks.
         names: keys of :data:`covidseg.evaluation.methods.SYSTEMS`; default all.
-        rivals: settings of the earlier systems.
+        baselines: settings of the earlier systems.
         progress: show a bar over the test volumes.
 
     Returns:
-        A JSON object for each system, see :func:`_result`.
+        What each system reached, as a JSON object.
     """
-    names = chosen_systems(names)
+    names = system_names(names)
     paths = {name: run.folder / "table1" / f"{name}-{key}.json"
-             for name, key in _keys(names, run, test, rivals).items()}
+             for name, key in _keys(names, run, test, baselines).items()}
     missing = [name for name in names if not paths[name].exists()]
     trained: dict[str, Trained] = {}
     for name in missing:
@@ -64,17 +60,17 @@ def compare(run: Run, test: Dataset, names: list[str] | None = None, rivals: Riv
             result = cross_validated(run, test)
             write_text(paths[name], json.dumps(_result(name, run, None, result)) + "\n")
         else:
-            trained[name] = SYSTEMS[name].train(run, rivals)
+            trained[name] = SYSTEMS[name].train(run, baselines)
     if trained:
-        results = measure(run, test, [system.outliner for system in trained.values()], progress=progress)
+        results = measure(run, test, [system.method for system in trained.values()], progress=progress)
         for (name, system), result in zip(trained.items(), results, strict=True):
             write_text(paths[name], json.dumps(_result(name, run, system, result)) + "\n")
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths.values()]
 
 
-def _keys(names: list[str], run: Run, test: Dataset, rivals: Rivals) -> dict[str, str]:
+def _keys(names: list[str], run: Run, test: Dataset, baselines: BaselineProfile) -> dict[str, str]:
     """Key of what each system reaches, from all that it depends on."""
-    key = fingerprint(run.key("segmenter"), asdict(rivals), run.seed, measured_key(test))
+    key = fingerprint(run.key("segmenter"), asdict(baselines), run.seed, measured_key(test))
     taught = [case.mask for case in run.data.cases if case.mask is not None]
     return {name: fingerprint(key, *taught) if name == "masks" else key for name in names}
 
@@ -132,16 +128,18 @@ class Line:
     """One system in the table.
 
     Attributes:
-        key, title: of the system.
-        seeds: the seeds it was trained with.
+        key: Name of the system among the :data:`covidseg.evaluation.methods.SYSTEMS`.
+        title: Of the system, for the table.
+        seeds: The seeds it was trained with.
         micro: ``(seeds, 5)`` Dice, IoU, PPV, sensitivity and specificity of pooled pixels.
         macro: ``(seeds,)`` mean Dice of the slices with a lesion.
         interval: 95 % bootstrap interval of the micro Dice over slices (or volumes), mean over seeds.
         auc: ``(seeds,)`` of the slice verdict; NaN where there is none.
-        parameters, seconds: cost; None where it was not taken.
-        dice: Ours minus the strongest earlier system, micro Dice; None for others.
-        iou: the same of the micro IoU.
-        p: of the paired test of both.
+        parameters: Numbers that were learned; None where nobody counted.
+        seconds: Training time of a seed; None where it was not taken.
+        dice: How far ours is ahead of the strongest earlier system in micro Dice; None for other systems.
+        iou: How far it is ahead in micro IoU.
+        p: p-value of the paired test of both.
     """
 
     key: str
@@ -173,15 +171,15 @@ def strongest_earlier(results: Sequence[Record]) -> str | None:
 
 def table_lines(results: Sequence[Record]) -> list[Line]:
     """The table, line by line, from the results of all seeds."""
-    systems, rival = by_system(results), strongest_earlier(results)
+    systems, strongest = by_system(results), strongest_earlier(results)
     lines = []
     for name, own in systems.items():
         counts, groups = counts_of(own), patients_of(own)
         auc = np.array([np.nan if r["classifier_auc"] is None else r["classifier_auc"] for r in own])
         seconds = [r["seconds"] for r in own if r["seconds"] is not None]
         pair: dict[str, Any] = {}
-        if rival is not None and name in OURS:
-            other = counts_of(systems[rival])
+        if strongest is not None and name in OURS:
+            other = counts_of(systems[strongest])
             pair = {"dice": bootstrap_difference(counts, other, "dice", groups=groups),
                     "iou": bootstrap_difference(counts, other, "iou", groups=groups),
                     "p": paired_test(counts, other, groups=groups)}
@@ -192,87 +190,62 @@ def table_lines(results: Sequence[Record]) -> list[Line]:
     return lines
 
 
-HEADS = ("Dice", "IoU", "PPV", "sens.", "spec.", "macro Dice", "95 % of Dice", "AUC")
+HEADS = ("Dice", "IoU", "PPV", "sens.", "spec.", "macro\nDice", "95 %\nof Dice", "AUC")
 
 
-def _cells(line: Line) -> list[str]:
-    low, high = line.interval
-    return [*(spread(column) for column in line.micro.T), spread(line.macro),
-            "–" if np.isnan(low) else f"{low:.3f} to {high:.3f}", spread(line.auc)]
+def table1(lines: Sequence[Line], *, narrow: bool = False) -> Table:
+    """Table 1: micro figures and macro Dice, means over seeds with their deviation.
 
+    Under the last system of each kind stands what was published of it. The abstract does not say whether its figures
+    are micro or macro.
 
-def _published(line: Line) -> list[str]:
-    """Figures of the abstract, which does not say whether they are micro or macro; empty if there are none."""
-    row = PUBLISHED.get(SYSTEMS[line.key].published)
-    return [] if row is None else [*(f"{value:.2f}" for value in row), "", "", ""]
-
-
-def _titles(lines: Sequence[Line]) -> list[tuple[str, list[str]]]:
-    """Title and cells of each row: what was measured, and under the last system of each kind what was published."""
+    Args:
+        lines: from :func:`table_lines`.
+        narrow: for a terminal of 80 columns; leaves out all deviations but that of Dice.
+    """
     rows = []
     for k, line in enumerate(lines):
-        rows.append((line.title, _cells(line)))
-        last = all(SYSTEMS[later.key].published != SYSTEMS[line.key].published for later in lines[k + 1:])
-        if last and _published(line):
-            rows.append((f"published: {SYSTEMS[line.key].published}", _published(line)))
-    return rows
-
-
-def table_rich(lines: Sequence[Line], title: str) -> Table:
-    """Table 1 for a terminal of 80 columns: micro figures, means over seeds, for Dice the deviation as well."""
-    table = Table(title=title, caption=DISCLAIMER, pad_edge=False, padding=(0, 0, 0, 1))
-    table.add_column("", overflow="fold")
-    for head in HEADS:
-        table.add_column(head.replace(" ", "\n", 1) if head.startswith("macro") else head.replace("% of", "%\nof"),
-                         justify="right", no_wrap=True)
-    for name, (dice, *cells) in _titles(lines):
-        table.add_row(name, dice.replace(" ± ", "±"), *(cell.split(" ± ")[0].replace(" to ", "-") for cell in cells),
-                      style="dim" if name.startswith("published") else None)
-    return table
+        low, high = line.interval
+        cells = [*(spread(column) for column in line.micro.T), spread(line.macro),
+                 "–" if np.isnan(low) else f"{low:.3f} to {high:.3f}", spread(line.auc)]
+        if narrow:
+            cells = [cells[0].replace(" ± ", "±"), *(c.split(" ± ")[0].replace(" to ", "-") for c in cells[1:])]
+        rows.append([line.title, *cells])
+        published = SYSTEMS[line.key].published
+        if published and all(SYSTEMS[later.key].published != published for later in lines[k + 1:]):
+            rows.append([f"*published: {published}*", *(f"{value:.2f}" for value in PUBLISHED[published]), "", "", ""])
+    return Table(("", *HEADS), "l" + "r" * len(HEADS), rows)
 
 
 def table_markdown(lines: Sequence[Line]) -> str:
     """Table 1 for a page of the book."""
-    rows = [f"| {f'*{name}*' if name.startswith('published') else name} | " + " | ".join(cells) + " |"
-            for name, cells in _titles(lines)]
-    return "\n".join(["| | " + " | ".join(HEADS) + " |", "|---|" + "--:|" * len(HEADS), *rows])
+    return table1(lines).markdown()
 
 
-def differences(lines: Sequence[Line], rival: str) -> list[str]:
+def differences(lines: Sequence[Line], strongest: str) -> list[str]:
     """A sentence for each of our rows: how far ahead of the strongest earlier system, and how sure that is."""
-    return [f"{line.title} against {SYSTEMS[rival].title}: Dice {line.dice.mean:+.3f} ({line.dice.low:+.3f} to "
+    return [f"{line.title} against {SYSTEMS[strongest].title}: Dice {line.dice.mean:+.3f} ({line.dice.low:+.3f} to "
             f"{line.dice.high:+.3f}), IoU {line.iou.mean:+.3f} ({line.iou.low:+.3f} to {line.iou.high:+.3f}), "
             + ("too few slices for a paired test" if np.isnan(line.p) else f"signed rank test p = {line.p:.1g}")
             for line in lines if line.dice is not None and line.iou is not None]
 
 
-def volume_table(results: Sequence[Record], title: str) -> Table | None:
-    """Dice of every volume and system for a terminal, means over seeds; None for a single stack."""
-    systems = by_system(results)
-    if not systems or patients_of(next(iter(systems.values()))) is None:
-        return None
+def volume_table(results: Sequence[Record]) -> Table | None:
+    """Dice of every volume and system, means over seeds; None for a single stack."""
     dice = {name: {volume: float(np.mean(each)) for volume, each in volume_dice(own).items()}
-            for name, own in systems.items()}
-    table = Table(title=title, caption=DISCLAIMER, pad_edge=False, padding=(0, 0, 0, 1))
-    table.add_column("volume", overflow="fold")
-    for name in dice:
-        table.add_column(name.replace("-", "\n"), justify="right")
-    for volume in next(iter(dice.values())):
-        table.add_row(volume, *(_dice(each[volume]) for each in dice.values()))
-    table.add_section()
-    table.add_row("mean", *(_dice(float(np.nanmean(list(each.values())))) for each in dice.values()))
-    return table
-
-
-def _dice(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:.2f}"
+            for name, own in by_system(results).items()}
+    if not any(dice.values()):
+        return None
+    means = {name: float(np.nanmean(list(each.values()))) for name, each in dice.items()}
+    rows = [[volume, *(figure(each[volume], ".2f") for each in dice.values())] for volume in next(iter(dice.values()))]
+    return Table(("volume", *(name.replace("-", "\n") for name in dice)), "l" + "r" * len(dice),
+                 [*rows, ["mean", *(figure(mean, ".2f") for mean in means.values())]])
 
 
 def cost_markdown(lines: Sequence[Line]) -> str:
     """What each system needs: parameters of the nets that answer, and seconds of training a seed, lungs included."""
-    rows = [f"| {line.title} | {'–' if line.parameters is None else f'{line.parameters:,}'} | "
-            f"{'–' if line.seconds is None else f'{line.seconds:.0f}'} |" for line in lines]
-    return "\n".join(["| | parameters | seconds of training |", "|---|--:|--:|", *rows])
+    return Table(("", "parameters", "seconds of training"), "lrr", [
+        [line.title, figure(line.parameters, ","), figure(line.seconds, ".0f")] for line in lines]).markdown()
 
 
 # --- ablation -------------------------------------------------------------------------------------------------------
@@ -313,12 +286,12 @@ def _paint(**changes: Any) -> Change:
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table.
+    """The method with one thing changed.
 
     Attributes:
-        title: what was changed.
-        change: makes the variant's settings.
-        measure: trains and measures what is missing; the third argument says whether to train with the masks of the
+        title: What was changed.
+        change: Makes the variant's settings.
+        measure: Trains and measures what is missing. The third argument says whether to train with the masks of the
             training slices as well.
     """
 
@@ -350,7 +323,7 @@ VARIANTS = {
 }
 
 
-def chosen(names: list[str] | None) -> list[str]:
+def variant_names(names: list[str] | None) -> list[str]:
     """Names of variants, all of them by default.
 
     Raises:
@@ -369,13 +342,14 @@ def ablate(run: Run, test: Dataset, names: list[str] | None = None, *, log: Log 
         run: data, settings, seed and folder of the whole method.
         test: measured slices, with masks.
         names: keys of :data:`VARIANTS`; default all.
+        log: receives a line for each variant that is trained or left out.
         upper_bound: also measure full supervision, in the variant ``whole`` only; needs masks of the training slices.
 
     Yields:
-        Name and the JSON of its evaluation, see :func:`covidseg.evaluation.tables.evaluation_json`.
+        Name of the variant, and what it reached as a JSON object.
     """
     measured = measured_key(test)
-    for name in chosen(names):
+    for name in variant_names(names):
         profile = VARIANTS[name].change(run.profile)
         if names is None and profile.true_lungs and any(case.lung is None for case in run.data.cases):
             log(f"ablation: {name} left out, the training set has no true lungs")
@@ -391,13 +365,3 @@ def ablate(run: Run, test: Dataset, names: list[str] | None = None, *, log: Log 
             content = {"name": name, "title": VARIANTS[name].title, **evaluation_json(result)}
             write_text(path, json.dumps(content, indent=2) + "\n")
         yield name, content
-
-
-def ablation_rows(results: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Rows of the table: the stages of the whole method first, then patches and segmenter of each variant.
-
-    Returns:
-        Title and the row's JSON (``micro`` and ``macro`` figures) of each.
-    """
-    return [(f"{result['title']}: {row['name']}", row) for result in results for row in result["rows"]
-            if result["name"] == "whole" or row["name"] in ("Patch MIL", "Segmenter")]

@@ -1,8 +1,8 @@
 """The systems of Table 1, side by side: what each is taught with, how it outlines lesions, and what it costs.
 
 All of them get the same crops, lungs and labels of one :class:`~covidseg.pipeline.Run` and are measured by the same
-code (:func:`covidseg.evaluation.evaluate.measure`). Each draws its outline at a level that is fixed in its settings;
-those of the two earlier systems were chosen on the same slices as this project's own.
+code. Each draws its outline at a level that is fixed in its settings; the levels of the two earlier systems were chosen
+on the same slices as this project's own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 from torch import nn
 
 from covidseg.baselines.ad3d_mil import Ad3dMil, Ad3dMilSettings, ad3d_mil_maps
@@ -21,11 +22,11 @@ from covidseg.classifier import slice_probabilities
 from covidseg.errors import ArtifactError, one_of
 from covidseg.evaluation.evaluate import (
     Maps,
-    Outliner,
+    Method,
     believed_maps,
-    otsu_outliner,
-    stage_outliner,
-    supervised_outliner,
+    otsu_method,
+    stage_method,
+    supervised_method,
     training_truth,
 )
 from covidseg.gradcam import CamSettings
@@ -36,10 +37,15 @@ from covidseg.store import fingerprint, load_net, net_arrays
 
 
 @dataclass(frozen=True)
-class Rivals:
-    """Settings of the earlier systems: ports to single slices, and the published nets on slabs (``_3d``).
+class BaselineProfile:
+    """Settings of the earlier systems.
 
-    ``grad_cam`` is the map of the classifiers as it is drawn without any later stage: last block, one scale.
+    Attributes:
+        grad_cam: The map of the classifiers as it is drawn without any later stage: last block, one scale.
+        decovnet: DeCoVNet, ported to single slices.
+        ad3d_mil: AD3D-MIL, ported to single slices.
+        decovnet_3d: DeCoVNet as published, on slabs.
+        ad3d_mil_3d: AD3D-MIL as published, on slabs.
     """
 
     grad_cam: CamSettings = field(default_factory=lambda: CamSettings(layer_share=0.0, outline=0.2))
@@ -51,11 +57,12 @@ class Rivals:
         dims=3, batch=6, steps=240, rate=1e-3, outline=0.05))
 
 
-RIVALS = {
-    "quick": Rivals(CamSettings(layer_share=0.0), DeCoVNetSettings(steps=200, rate=1e-3), Ad3dMilSettings(steps=240),
-                    DeCoVNetSettings(dims=3, batch=4, steps=100, rate=1e-3, outline=0.25),
-                    Ad3dMilSettings(dims=3, batch=4, steps=100, outline=0.05)),
-    "full": Rivals(),
+BASELINE_PROFILES = {
+    "quick": BaselineProfile(
+        CamSettings(layer_share=0.0), DeCoVNetSettings(steps=200, rate=1e-3), Ad3dMilSettings(steps=240),
+        DeCoVNetSettings(dims=3, batch=4, steps=100, rate=1e-3, outline=0.25),
+        Ad3dMilSettings(dims=3, batch=4, steps=100, outline=0.05)),
+    "full": BaselineProfile(),
 }
 
 
@@ -64,13 +71,13 @@ class Trained:
     """A trained system.
 
     Attributes:
-        outliner: makes its masks; the last row is the system's answer.
-        run: the run that its stages belong to.
-        stages: stored stages that training went through, name and key.
-        nets: all that the answer needs.
+        method: Makes its maps. The last row is the system's answer.
+        run: The run that its stages belong to.
+        stages: Name and key of the stored stages that training went through.
+        nets: All that the answer needs.
     """
 
-    outliner: Outliner
+    method: Method
     run: Run
     stages: dict[str, str]
     nets: list[nn.Module]
@@ -86,76 +93,89 @@ class Trained:
         except ArtifactError:
             return None
 
+    def history(self) -> list[dict[str, float]]:
+        """Losses along the system's own training, as ``loss_curves`` of the book draws them; empty if none was kept."""
+        stage, key = list(self.stages.items())[-1]
+        found: list[dict[str, float]] = self.run.store.notes(stage, key).get("history", [])
+        return found
 
-def _on_lungs(run: Run, outliner: Outliner, stages: dict[str, str], nets: Iterable[nn.Module]) -> Trained:
+
+def _on_lungs(run: Run, method: Method, stages: dict[str, str], nets: Iterable[nn.Module]) -> Trained:
     """A system that needs the lungs and some stages and nets of its own."""
     run.weak()
     net = run.lung_net()
     names = ["threshold", *([] if net is None else ["lung_net"]), "weak"]
-    return Trained(outliner, run, {name: run.key(name) for name in names} | stages,
+    return Trained(method, run, {name: run.key(name) for name in names} | stages,
                    [*([] if net is None else [net]), *nets])
 
 
-def _otsu(run: Run, rivals: Rivals) -> Trained:
-    return _on_lungs(run, otsu_outliner(), {}, [])
+def _otsu(run: Run, baselines: BaselineProfile) -> Trained:
+    return _on_lungs(run, otsu_method(), {}, [])
 
 
-def _grad_cam(run: Run, rivals: Rivals) -> Trained:
+def _grad_cam(run: Run, baselines: BaselineProfile) -> Trained:
     """Plain Grad-CAM of the classifiers before any exchange."""
-    net, plain = run.ensemble(), rivals.grad_cam
+    net, plain = run.ensemble(), baselines.grad_cam
 
     def maps(crops: Crops, volume: bool) -> Maps:
         probability = slice_probabilities(net, crops)
         return probability, [believed_maps(net, crops, probability >= 0.5, plain)]
-    return _on_lungs(run, Outliner([("plain Grad-CAM", "slice labels", plain.outline)], maps),
+    return _on_lungs(run, Method([("plain Grad-CAM", "slice labels", plain.outline)], maps),
                      {"classifier1": run.key("classifier1")}, [net])
 
 
-def _baseline(run: Run, name: str, make: Callable[[], Net], settings: BaselineSettings) -> tuple[Net, str]:
-    """The net of an earlier system and its key; trained once and stored with the run."""
+Draw = Callable[..., np.ndarray]  # (net, crops, volume=, judged=) to maps (N, S, S)
+
+
+def _baseline(run: Run, name: str, make: Callable[[], Net], settings: BaselineSettings,
+              outlines: list[tuple[str, float, Draw]]) -> Trained:
+    """An earlier system: its net, trained once and stored with the run, and its outlines.
+
+    Args:
+        run: where the net is stored.
+        name: of the stage.
+        make: makes the untrained net.
+        settings: of the training.
+        outlines: title, threshold and maps of each; the last one answers.
+    """
     key = fingerprint(run.key("weak"), settings, run.seed)
     arrays, _ = run.store.get(name, key, lambda: (net_arrays(train_baseline(
         make, run.weak(), settings, seed=run.seed, device=run.device, log=run.log, name=name)), {}))
-    return load_net(make(), arrays).to(run.device), key  # type: ignore[return-value]
+    net = load_net(make(), arrays).to(run.device)
+
+    def maps(crops: Crops, volume: bool) -> Maps:
+        judged = judge_crops(net, crops, volume=volume)  # type: ignore[arg-type]
+        return judged[0], [draw(net, crops, volume=volume, judged=judged) for _, _, draw in outlines]
+    rows = [(title, "slice labels", threshold) for title, threshold, _ in outlines]
+    return _on_lungs(run, Method(rows, maps), {name: key}, [net])
 
 
-def _decovnet(run: Run, rivals: Rivals, dims: int = 2) -> Trained:
+def _decovnet(run: Run, baselines: BaselineProfile, dims: int = 2) -> Trained:
     """Two outlines: the published rule, and the map cut at a level, which answers."""
-    settings = rivals.decovnet if dims == 2 else rivals.decovnet_3d
-    name = f"decovnet{dims}d"
-    net, key = _baseline(run, name, partial(DeCoVNet, settings), settings)
-
-    def maps(crops: Crops, volume: bool) -> Maps:
-        judged = judge_crops(net, crops, volume=volume)
-        return judged[0], [decovnet_maps(net, crops, method=method, volume=volume, judged=judged)
-                           for method in ("cam", "activation")]
-    rows = [(f"top {settings.top:.0%} of the map", "slice labels", 0.5),
-            ("map at a level", "slice labels", settings.outline)]
-    return _on_lungs(run, Outliner(rows, maps), {name: key}, [net])
+    settings = baselines.decovnet if dims == 2 else baselines.decovnet_3d
+    return _baseline(run, f"decovnet{dims}d", partial(DeCoVNet, settings), settings, [
+        (f"top {settings.top:.0%} of the map", 0.5, partial(decovnet_maps, method="cam")),
+        ("map at a level", settings.outline, partial(decovnet_maps, method="activation"))])
 
 
-def _ad3d_mil(run: Run, rivals: Rivals, dims: int = 2) -> Trained:
-    settings = rivals.ad3d_mil if dims == 2 else rivals.ad3d_mil_3d
-    name = f"ad3dmil{dims}d"
-    net, key = _baseline(run, name, partial(Ad3dMil, settings), settings)
-
-    def maps(crops: Crops, volume: bool) -> Maps:
-        judged = judge_crops(net, crops, volume=volume)
-        return judged[0], [ad3d_mil_maps(net, crops, volume=volume, judged=judged)]
-    return _on_lungs(run, Outliner([("map at a level", "slice labels", settings.outline)], maps), {name: key}, [net])
+def _ad3d_mil(run: Run, baselines: BaselineProfile, dims: int = 2) -> Trained:
+    settings = baselines.ad3d_mil if dims == 2 else baselines.ad3d_mil_3d
+    return _baseline(run, f"ad3dmil{dims}d", partial(Ad3dMil, settings), settings,
+                     [("map at a level", settings.outline, ad3d_mil_maps)])
 
 
-def _ours(run: Run, rivals: Rivals, change: Callable[[Profile], Profile] = lambda profile: profile) -> Trained:
+def _ours(run: Run, baselines: BaselineProfile,
+          change: Callable[[Profile], Profile] = lambda profile: profile) -> Trained:
     run = Run(run.data, change(run.profile), run.seed, run.folder, run.device.type, run.log)
-    outliner = stage_outliner(run)
+    method = stage_method(run)
     # Classifier and patches have done their work once the segmenter is trained: its answer needs neither.
-    return _on_lungs(run, outliner, {stage: run.key(stage) for stage in run.stages()}, [run.segmenter()])
+    return _on_lungs(run, method, {stage: run.key(stage) for stage in run.stages()}, [run.segmenter()])
 
 
-def _masks(run: Run, rivals: Rivals) -> Trained:
+def _masks(run: Run, baselines: BaselineProfile) -> Trained:
     truth = training_truth(run)
     net = run.supervised(truth)
-    return _on_lungs(run, supervised_outliner(run, net), {"supervised": run.masks_key(truth)}, [net])
+    return _on_lungs(run, supervised_method(run, net), {"supervised": run.masks_key(truth)}, [net])
 
 
 @dataclass(frozen=True)
@@ -163,13 +183,13 @@ class System:
     """One of the systems that are compared.
 
     Attributes:
-        title: for the table.
-        train: trains what is missing in a run.
-        published: key of its row in :data:`PUBLISHED`, if it has one.
+        title: For the table.
+        train: Trains what is missing in a run.
+        published: Name of its row in :data:`PUBLISHED`; empty if it has none.
     """
 
     title: str
-    train: Callable[[Run, Rivals], Trained]
+    train: Callable[[Run, BaselineProfile], Trained]
     published: str = ""
 
 
@@ -190,7 +210,7 @@ SYSTEMS = {
 }
 
 
-def chosen(names: list[str] | None) -> list[str]:
+def system_names(names: list[str] | None) -> list[str]:
     """Keys of systems, all of them by default, in the order of the table.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Dice, IoU, PPV, sensitivity and specificity, per slice (macro) and over pooled pixels (micro).
+"""Dice, IoU, PPV, sensitivity and specificity, per slice (macro) and over pooled pixels (micro); AUC of a score.
 
 *Macro* averages a figure over slices: a small lesion counts as much as a large one. *Micro* adds up the pixels of
 all slices first: large lesions dominate. Slices are always full slices, as in the published table; on crops to the
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from scipy.stats import rankdata
 
 NAMES = ("dice", "iou", "ppv", "sensitivity", "specificity")
 
@@ -76,3 +77,22 @@ def macro(counts: np.ndarray) -> Scores:
     ill = np.nan_to_num(each[with_lesion], nan=0.0)  # PPV of an empty prediction
     dice, iou, ppv, sensitivity = ill[:, :4].mean(axis=0).tolist()
     return Scores(dice, iou, ppv, sensitivity, float(np.nanmean(each[:, 4])))
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC curve: how often a positive scores higher than a negative, where equal scores count half.
+
+    It is computed from ranks, as the statistic of Mann and Whitney.
+
+    Args:
+        scores: ``(N,)``, on any scale.
+        labels: ``(N,)`` bool, or 0 and 1.
+
+    Returns:
+        A share in [0, 1]; 0.5 is guessing. NaN if one of the two classes is missing.
+    """
+    positive = np.asarray(labels) == 1
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    if not positives or not negatives:
+        return float("nan")
+    return float((rankdata(scores)[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))

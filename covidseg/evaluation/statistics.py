@@ -64,7 +64,13 @@ def bootstrap_interval(counts: np.ndarray, figure: str = "dice", average: str = 
 
 @dataclass(frozen=True)
 class Difference:
-    """Ours minus other, in [-1, 1]: as measured (mean over seeds), and the ends of its bootstrap interval."""
+    """How far one system is ahead of another, in [-1, 1].
+
+    Attributes:
+        mean: As measured, mean over seeds.
+        low: Lower end of the bootstrap interval.
+        high: Upper end of it.
+    """
 
     mean: float
     low: float
@@ -132,9 +138,9 @@ class Calibration:
     Guo et al. ask how often the likelier class is right; here it is the lesion's probability that is checked.
 
     Attributes:
-        confidence: mean probability; NaN in an empty bin.
-        observed: share of lesion pixels; NaN in an empty bin.
-        count: number of pixels, int.
+        confidence: Mean probability; NaN in an empty bin.
+        observed: Share of lesion pixels; NaN in an empty bin.
+        count: Number of pixels, int.
     """
 
     confidence: np.ndarray
@@ -189,8 +195,8 @@ def level_counts(probabilities: np.ndarray, truth: np.ndarray, steps: int = 100)
     # The levels in the type of the map, as in ``map >= level``: 0.3 is not the same number in both.
     levels = np.linspace(0, 1, steps + 1).astype(probabilities.dtype)
     bins = np.searchsorted(levels, probabilities.ravel(), side="right") - 1
-    hit, false = (np.bincount(bins[chosen], minlength=steps + 1)[::-1].cumsum()[::-1]
-                  for chosen in (truth.ravel(), ~truth.ravel()))
+    hit, false = (np.bincount(bins[pixels], minlength=steps + 1)[::-1].cumsum()[::-1]
+                  for pixels in (truth.ravel(), ~truth.ravel()))
     return np.stack([hit, false, hit[0] - hit, false[0] - false], axis=1).astype(np.int64)
 
 

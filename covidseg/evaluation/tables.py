@@ -1,17 +1,74 @@
-"""Run reports and tables: what was run, on what, with which versions, and what came out."""
+"""Figures as text, JSON and tables: what was measured, as a page of the book, a terminal or a file shows it.
+
+Nothing here loads the training code, so that recorded results can be shown without it.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.table import Table
+from rich import table as rich_table
 
 from covidseg import DISCLAIMER
-from covidseg.evaluation.evaluate import Evaluation
-from covidseg.evaluation.metrics import Scores
+from covidseg.evaluation.metrics import NAMES, Scores
 
+if TYPE_CHECKING:
+    from covidseg.evaluation.evaluate import Evaluation
+
+Record = dict[str, Any]  # a JSON object of results
+
+
+def figure(value: float | None, form: str = ".3f") -> str:
+    """A number with three digits, or in another format; a dash where it is undefined (NaN) or was not taken (None)."""
+    return "–" if value is None or math.isnan(value) else format(value, form)
+
+
+def spread(values: np.ndarray) -> str:
+    """Mean and standard deviation over runs, ``0.712 ± 0.004``; without a deviation for a single run."""
+    values = values[~np.isnan(values)]
+    mean = figure(values.mean() if len(values) else None)
+    return f"{mean} ± {values.std(ddof=1):.3f}" if len(values) > 1 else mean
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        heads: One for each column. A terminal breaks them where they have a line break.
+        align: A letter for each column, ``l`` for left and ``r`` for right.
+        rows: Cells of each row. A row whose first cell is *emphasised*, as Markdown has it, is dim in a terminal.
+    """
+
+    heads: Sequence[str]
+    align: str
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """The table for a page of the book."""
+        heads = [head.replace("\n", " ") for head in self.heads]
+        return "\n".join(["|" + "|".join(f" {head} " if head else " " for head in heads) + "|",
+                          "|" + "|".join({"l": "---", "r": "--:"}[side] for side in self.align) + "|",
+                          *("| " + " | ".join(row) + " |" for row in self.rows)])
+
+    def rich(self, title: str) -> rich_table.Table:
+        """The table for a terminal: figures stay whole, names may wrap."""
+        table = rich_table.Table(title=title, caption=DISCLAIMER, pad_edge=False, padding=(0, 0, 0, 1))
+        for head, side in zip(self.heads, self.align, strict=True):
+            if side == "r":
+                table.add_column(head, justify="right", no_wrap=True)
+            else:
+                table.add_column(head, overflow="fold")
+        for first, *others in self.rows:
+            table.add_row(first.strip("*"), *others, style="dim" if first.startswith("*") else None)
+        return table
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------------
 
 def _digits(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 4)
@@ -22,8 +79,8 @@ def scores_json(scores: Scores) -> dict[str, float | None]:
     return {name: _digits(value) for name, value in scores.as_dict().items()}
 
 
-def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
-    """The whole table as plain JSON values."""
+def evaluation_json(evaluation: Evaluation) -> Record:
+    """All that was measured on a test set, as plain JSON values."""
     inside, share = evaluation.lung_shares()
     return {
         "slices": evaluation.slices, "classifier_auc": _digits(evaluation.classifier_auc),
@@ -35,44 +92,72 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def scores_table(title: str, rows: list[tuple[str, Scores, Scores]]) -> Table:
-    """A terminal table: the five figures pooled over pixels (micro), and Dice and IoU averaged over slices (macro).
+# --- tables of stages, seeds and variants ---------------------------------------------------------------------------
 
-    Args:
-        rows: name, micro, macro.
-    """
-    table = Table(title=title, caption=DISCLAIMER)
-    table.add_column("")  # the only one that may wrap in a narrow terminal
-    for head in ("Dice", "IoU", "PPV", "sens.", "spec.", "macro\nDice", "macro\nIoU"):
-        table.add_column(head, justify="right", min_width=5)
-    for row, pooled, each in rows:
-        table.add_row(row, *(format_figure(v) for v in pooled.as_dict().values()),
-                      format_figure(each.dice), format_figure(each.iou))
-    return table
-
-
-def scores_from(plain: dict[str, float | None]) -> Scores:
-    """Inverse of :func:`scores_json`."""
-    return Scores(**{name: float("nan") if value is None else value for name, value in plain.items()})
+STAGE_HEADS = ("Dice", "IoU", "PPV", "sensitivity", "specificity", "macro Dice")
 
 
 def evaluation_markdown(evaluation: Evaluation) -> str:
-    """The table of all stages for a page of the book."""
-    head = "| | taught with | Dice | IoU | PPV | sensitivity | specificity | macro Dice |\n|---|---|" + "--:|" * 6
-    lines = [f"| {stage.name} | {stage.supervision} | "
-             + " | ".join(format_figure(v) for v in (*stage.micro().as_dict().values(), stage.macro().dice)) + " |"
-             for stage in evaluation.stages]
-    return "\n".join([head, *lines])
+    """The stages of a run for a page of the book: pooled figures, and the macro Dice."""
+    return Table(("", "taught with", *STAGE_HEADS), "ll" + "r" * 6, [
+        [stage.name, stage.supervision, *map(figure, (*stage.micro().as_dict().values(), stage.macro().dice))]
+        for stage in evaluation.stages]).markdown()
 
 
-def format_figure(value: float) -> str:
-    """Three digits, or a dash where the figure is undefined."""
-    return "–" if math.isnan(value) else f"{value:.3f}"
+def scores_table(rows: Iterable[tuple[str, Mapping[str, float | None], Mapping[str, float | None]]]) -> Table:
+    """The five figures pooled over pixels (micro), and Dice and IoU averaged over slices (macro).
+
+    Args:
+        rows: name, micro and macro figures by their names.
+    """
+    return Table(("", "Dice", "IoU", "PPV", "sens.", "spec.", "macro\nDice", "macro\nIoU"), "l" + "r" * 7, [
+        [name, *(figure(micro[each]) for each in NAMES), figure(macro["dice"]), figure(macro["iou"])]
+        for name, micro, macro in rows])
 
 
-def spread(values: np.ndarray) -> str:
-    """Mean and standard deviation over runs, ``0.712 ± 0.004``; without a deviation for a single run."""
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return "–"
-    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+def over_seeds(results: Iterable[Record], average: str = "micro") -> dict[str, np.ndarray]:
+    """Figures of each stage of one system.
+
+    Args:
+        results: one for each seed.
+        average: ``micro`` or ``macro``.
+
+    Returns:
+        Name of the row -> ``(seeds, 5)``, figures in the order of :data:`covidseg.evaluation.metrics.NAMES`; NaN where
+        one is undefined.
+    """
+    rows: dict[str, list[list[float]]] = {}
+    for result in results:
+        for row in result["rows"]:
+            rows.setdefault(row["name"], []).append(
+                [float("nan") if row[average][name] is None else row[average][name] for name in NAMES])
+    return {name: np.array(values) for name, values in rows.items()}
+
+
+def seeds_markdown(results: Sequence[Record]) -> str:
+    """Table of all stages of one system: mean and deviation over the seeds, micro figures and macro Dice."""
+    each = over_seeds(results, "macro")
+    return Table(("", *STAGE_HEADS), "l" + "r" * 6, [
+        [name, *(spread(column) for column in values.T), spread(each[name][:, 0])]
+        for name, values in over_seeds(results).items()]).markdown()
+
+
+def ablation_rows(results: Iterable[Record]) -> list[tuple[str, Record]]:
+    """Title and figures of each row of an ablation.
+
+    The stages of the whole method come first, then patches and segmenter of each variant.
+    """
+    return [(f"{result['title']}: {row['name']}", row) for result in results for row in result["rows"]
+            if result["name"] == "whole" or row["name"] in ("Patch MIL", "Segmenter")]
+
+
+def ablation_markdown(records: Iterable[Record]) -> str:
+    """Table of an ablation for a page of the book.
+
+    Args:
+        records: the ablation, and more variants measured on the same slices with the same profile.
+    """
+    variants = [variant for record in records for variant in record["variants"]]
+    return Table(("variant: stage", "Dice", "PPV", "sensitivity", "macro Dice"), "l" + "r" * 4, [
+        [title, *(figure(row["micro"][name]) for name in ("dice", "ppv", "sensitivity")),
+         figure(row["macro"]["dice"])] for title, row in ablation_rows(variants)]).markdown()

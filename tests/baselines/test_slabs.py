@@ -9,7 +9,6 @@ import torch
 from covidseg.baselines.slabs import SlabSettings, aligned, aligned_set, frame, make_slabs, move, volumes, windows
 from covidseg.errors import DatasetError, SettingsError
 from covidseg.preprocess import Crops, WeakSet
-from covidseg.training import balanced_batches
 
 pytestmark = pytest.mark.nets
 
@@ -42,13 +41,6 @@ def test_windows_reach_everything_and_end_with_the_last() -> None:
                 assert (np.diff(reached, axis=1) >= 0).all()
 
 
-def test_names_may_hold_colons() -> None:
-    volume, number = volumes(np.array(NAMES))
-    assert set(volume) == {"a", "b", "c:1"}
-    assert number[:3].tolist() == [0, 1, 2]
-    assert number[-1] == 4
-
-
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_slabs_hold_consecutive_slices_of_one_volume_and_their_label(shuffled: bool) -> None:
     order = np.random.default_rng(1).permutation(len(NAMES)) if shuffled else None
@@ -56,6 +48,7 @@ def test_slabs_hold_consecutive_slices_of_one_volume_and_their_label(shuffled: b
     slabs = make_slabs(data, SlabSettings(depth=3, step=1))
     volume, number = volumes(data.names)
     assert len(slabs) == 8 + 5 + 3
+    assert set(volume) == {"a", "b", "c:1"}, "names may hold colons"
     for members, label, patient in zip(slabs.members, slabs.labels, slabs.patients, strict=True):
         assert len(set(volume[members])) == 1, "never two volumes, although a and b are one patient's"
         step = 4 if volume[members[0]] == "b" else 1
@@ -79,15 +72,6 @@ def test_a_short_run_repeats_its_last_slice() -> None:
     assert slabs.labels.tolist() == [0, 1]
 
 
-def test_batches_of_slabs_are_balanced() -> None:
-    slabs = make_slabs(weak(), SlabSettings(depth=3, step=1))
-    assert 0 < slabs.labels.mean() < 1
-    index = torch.stack(list(balanced_batches(slabs.labels, slabs.patients, 4, 300, torch.Generator().manual_seed(0))))
-    assert (slabs.labels[index.numpy()].sum(axis=1) == 2).all()
-    free = slabs.patients[index.numpy()][slabs.labels[index.numpy()] == 0]
-    assert np.mean(free == "q") == pytest.approx(0.5, abs=0.06)
-
-
 @pytest.mark.parametrize(("labels", "what"), [([0, 0, 0, 0], "has a lesion"), ([0, 1, 0, 1], "free of lesions")])
 def test_a_missing_class_is_named(labels: list[int], what: str) -> None:
     with pytest.raises(DatasetError, match=what):
@@ -109,12 +93,6 @@ def test_the_frame_is_the_square_around_all_boxes() -> None:
     assert top + height >= 52
     assert left + width >= 50
     assert frame(boxes[:1]).tolist() == [10, 20, 30, 30]
-
-
-def test_moving_to_the_same_box_changes_nothing() -> None:
-    maps = torch.rand(3, 16, 16)
-    boxes = np.array([[4, 5, 32, 32], [0, 0, 16, 16], [-3, 7, 20, 20]])
-    torch.testing.assert_close(move(maps, boxes, boxes, 16), maps, atol=1e-5, rtol=0)
 
 
 def test_moving_cuts_out_what_lies_in_the_new_box() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,20 +13,15 @@ import torch
 from tiny import quiet, same_weights, toy
 
 from covidseg.augment import NO_PAINT
-from covidseg.baselines.ad3d_mil import Ad3dMil, Ad3dMilSettings, ad3d_mil_maps, ad3d_mil_probabilities, train_ad3d_mil
-from covidseg.baselines.decovnet import (
-    DeCoVNet,
-    DeCoVNetSettings,
-    decovnet_maps,
-    decovnet_probabilities,
-    train_decovnet,
-)
-from covidseg.baselines.maps import judge_crops, min_max, training_level
+from covidseg.baselines.ad3d_mil import Ad3dMil, Ad3dMilSettings, ad3d_mil_maps
+from covidseg.baselines.decovnet import METHODS, DeCoVNet, DeCoVNetSettings, decovnet_maps
+from covidseg.baselines.maps import judge_crops, min_max
 from covidseg.baselines.slabs import SlabSettings, volumes
-from covidseg.baselines.training import Baseline, BaselineSettings, augment_slabs
-from covidseg.classifier import auc
+from covidseg.baselines.training import Baseline, BaselineSettings, augment_slabs, train_baseline
 from covidseg.errors import DatasetError
+from covidseg.evaluation.metrics import auc
 from covidseg.preprocess import Crops, WeakSet
+from covidseg.training import Log
 
 pytestmark = pytest.mark.nets
 
@@ -36,16 +32,19 @@ SLAB = SlabSettings(depth=4, size=40, step=2)
 class System:
     net: Callable[[Any], Baseline]
     settings: Any
-    train: Callable[..., Any]
-    probabilities: Callable[..., np.ndarray]
     maps: Callable[..., np.ndarray]
+
+    def train(self, data: WeakSet, settings: Any, *, seed: int = 0, log: Log = quiet) -> Any:
+        return train_baseline(partial(self.net, settings), data, settings, seed=seed, device=torch.device("cpu"),
+                              log=log, name="toy")
+
+    def probabilities(self, net: Any, crops: Crops, **how: bool) -> np.ndarray:
+        return judge_crops(net, crops, **how)[0]
 
 
 SYSTEMS = {
-    "decovnet": System(DeCoVNet, DeCoVNetSettings(slab=SLAB, batch=8), train_decovnet, decovnet_probabilities,
-                       decovnet_maps),
-    "ad3d-mil": System(Ad3dMil, Ad3dMilSettings(slab=SLAB, batch=8), train_ad3d_mil, ad3d_mil_probabilities,
-                       ad3d_mil_maps),
+    "decovnet": System(DeCoVNet, DeCoVNetSettings(slab=SLAB, batch=8), decovnet_maps),
+    "ad3d-mil": System(Ad3dMil, Ad3dMilSettings(slab=SLAB, batch=8), ad3d_mil_maps),
 }
 both = pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS.keys())
 flat_and_deep = pytest.mark.parametrize("dims", [2, 3])
@@ -74,7 +73,7 @@ def untrained(system: System, dims: int) -> Baseline:
 def test_the_2d_port_learns_disks_from_slice_labels_and_shows_them(system: System) -> None:
     data, _ = toy(48)
     lines: list[str] = []
-    net = system.train(data, replace(system.settings, steps=60), seed=1, log=lines.append, name="toy")
+    net = system.train(data, replace(system.settings, steps=60), seed=1, log=lines.append)
     fresh, disks = toy(40, seed=9)
     assert auc(system.probabilities(net, fresh.crops), fresh.labels) > 0.9
     assert not net.training
@@ -82,6 +81,10 @@ def test_the_2d_port_learns_disks_from_slice_labels_and_shows_them(system: Syste
     assert all(line.startswith("toy step") for line in lines)
     how = {"method": "activation"} if isinstance(net, DeCoVNet) else {}
     maps = system.maps(net, fresh.crops, verdict=False, **how)
+    verdict, judged = system.probabilities(net, fresh.crops) >= 0.5, system.maps(net, fresh.crops, **how)
+    assert not judged[~verdict].any(), "slices judged healthy stay empty"
+    assert np.array_equal(judged[verdict], maps[verdict])
+    assert maps[~verdict].any()
     ill = (fresh.labels == 1)[:, None, None] & fresh.crops.lungs
     assert auc(maps[ill], disks[ill].astype(int)) > 0.75
 
@@ -89,7 +92,7 @@ def test_the_2d_port_learns_disks_from_slice_labels_and_shows_them(system: Syste
 @both
 def test_the_3d_net_learns_from_slabs(system: System) -> None:
     data, _ = toy_volumes(6)
-    net = system.train(data, replace(system.settings, dims=3, steps=60), seed=1, log=quiet)
+    net = system.train(data, replace(system.settings, dims=3, steps=60), seed=1)
     fresh, _ = toy_volumes(4, seed=9)
     slices = over_volumes(lambda crops: system.probabilities(net, crops), fresh)
     assert auc(slices, fresh.labels) > 0.9
@@ -104,7 +107,7 @@ def test_maps_lie_in_the_unit_interval_and_in_the_lung(system: System, dims: int
     net = untrained(system, dims)
     methods: list[dict] = [{}]
     if isinstance(net, DeCoVNet):
-        methods = [{"method": m} for m in ("activation", "cam", "3dcc", "combined")]
+        methods = [{"method": m} for m in METHODS]
         with torch.no_grad():  # an untrained map may be negative throughout: nothing would be left of it
             for weight in (net.classes.weight, net.hidden.weight, *(net.head[i].weight for i in (1, 4, 8))):
                 weight.abs_()
@@ -126,27 +129,13 @@ def test_maps_lie_in_the_unit_interval_and_in_the_lung(system: System, dims: int
 
 
 @both
-def test_slices_judged_healthy_stay_empty(system: System) -> None:
-    data, _ = toy(48)
-    net = system.train(data, replace(system.settings, steps=80), seed=1, log=quiet)
-    fresh, _ = toy(20, seed=9)
-    healthy = system.probabilities(net, fresh.crops) < 0.5
-    assert (healthy == (fresh.labels == 0)).mean() > 0.8
-    maps = system.maps(net, fresh.crops)
-    assert not maps[healthy].any()
-    everywhere = system.maps(net, fresh.crops, verdict=False)
-    assert np.array_equal(maps[~healthy], everywhere[~healthy])
-    assert everywhere[healthy].any()
-
-
-@both
 @flat_and_deep
 def test_training_repeats_bit_for_bit_with_the_seed(system: System, dims: int) -> None:
     data, _ = toy_volumes(2)
     short = replace(system.settings, dims=dims, steps=4, batch=4)
-    first = system.train(data, short, seed=3, log=quiet)
-    assert same_weights(first, system.train(data, short, seed=3, log=quiet))
-    assert not same_weights(first, system.train(data, short, seed=4, log=quiet))
+    first = system.train(data, short, seed=3)
+    assert same_weights(first, system.train(data, short, seed=3))
+    assert not same_weights(first, system.train(data, short, seed=4))
 
 
 @both
@@ -241,26 +230,19 @@ def test_slabs_are_augmented_as_wholes() -> None:
 
 
 @both
-def test_vessels_are_painted_in_2d_as_for_the_classifier(system: System) -> None:
+def test_vessels_are_painted_in_2d_and_the_schedule_is_that_of_the_settings(system: System) -> None:
     data, _ = toy_volumes(2)
     short = replace(system.settings, steps=3, batch=4)
-    painted = system.train(data, short, log=quiet)
-    assert not same_weights(painted, system.train(data, replace(short, paint=NO_PAINT), log=quiet))
-
-
-@both
-def test_a_constant_schedule_is_another_training(system: System) -> None:
-    data, _ = toy_volumes(2)
-    short = replace(system.settings, steps=3, batch=4)
-    assert not same_weights(system.train(data, short, log=quiet),
-                            system.train(data, replace(short, schedule="constant"), log=quiet))
+    first = system.train(data, short)
+    for other in (replace(short, paint=NO_PAINT), replace(short, schedule="constant")):
+        assert not same_weights(first, system.train(data, other))
 
 
 @both
 def test_without_healthy_slabs_there_is_nothing_to_learn(system: System) -> None:
     data, _ = toy(24)
     with pytest.raises(DatasetError, match="free of lesions"):
-        system.train(data, replace(system.settings, dims=3), log=quiet)
+        system.train(data, replace(system.settings, dims=3))
 
 
 def test_min_max_of_a_volume_and_of_each_slice() -> None:
@@ -268,14 +250,3 @@ def test_min_max_of_a_volume_and_of_each_slice() -> None:
     lungs = np.array([[[True, True], [False, True]]] * 2)
     assert min_max(maps, lungs, True).tolist() == [[[0.0, 0.5], [0.0, 0.25]], [[1.0, 1.0], [0.0, 1.0]]]
     assert min_max(maps, lungs, False).tolist() == [[[0.0, 1.0], [0.0, 0.5]], [[0.0, 0.0], [0.0, 0.0]]]
-
-
-def test_the_level_is_taken_from_ill_training_slices() -> None:
-    maps = np.zeros((2, 10, 10), np.float32)
-    maps[0, :3] = 0.8
-    maps[0, 3:] = 0.2
-    maps[1] = np.linspace(0, 0.1, 100).reshape(10, 10)
-    lungs = np.ones(maps.shape, bool)
-    assert 0.2 <= training_level(maps, lungs, np.array([1, 0])) < 0.8
-    assert training_level(maps, lungs, np.array([0, 1])) < 0.1
-    assert training_level(np.zeros_like(maps), lungs, np.array([1, 0])) == 0.5

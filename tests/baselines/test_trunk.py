@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from covidseg.baselines.trunk import Bottleneck, GridPool, Trunk, convolution, initialise
+from covidseg.baselines.trunk import Bottleneck, GridPool, Trunk, initialise
 
 # Blocks of the table: (inputs, outputs, kernel) of each convolution; all are without bias, a batch norm follows each.
 TABLE = [(None, 16, (5, 7, 7)),
@@ -46,17 +46,6 @@ def test_shapes_of_every_block_in_3d(slices: int, side: int) -> None:
     assert net.res2(pooled).shape == (1, 128, half, side // 8, side // 8)
 
 
-@pytest.mark.parametrize("side", [40, 160])
-def test_shapes_of_every_block_in_2d(side: int) -> None:
-    net, quarter = Trunk(1, 2).eval(), side // 4
-    stem = net.stem(torch.rand(3, 1, side, side))
-    assert stem.shape == (3, 16, quarter, quarter)
-    res1 = net.res1(stem)
-    assert res1.shape == (3, 64, quarter, quarter)
-    assert net.pool(res1) is res1
-    assert net.res2(res1).shape == (3, 128, side // 8, side // 8)
-
-
 def test_the_2d_port_is_the_3d_net_on_one_slice() -> None:
     torch.manual_seed(0)
     deep, flat = Trunk(2, 3).eval(), Trunk(2, 2).eval()
@@ -68,15 +57,6 @@ def test_the_2d_port_is_the_3d_net_on_one_slice() -> None:
     picture = torch.rand(2, 2, 48, 48)
     with torch.no_grad():
         torch.testing.assert_close(deep(picture[:, :, None])[:, :, 0], flat(picture), atol=1e-5, rtol=1e-5)
-
-
-def test_kernels_drop_their_z_part_in_2d() -> None:
-    for kernel in ((5, 7, 7), (3, 1, 1), (1, 3, 3)):
-        assert convolution(3, 2, 4, kernel, (1, 2, 2)).weight.shape == (4, 2, *kernel)
-        layer = convolution(2, 2, 4, kernel, (1, 2, 2))
-        assert layer.weight.shape == (4, 2, *kernel[1:])
-        assert layer.stride == (2, 2)
-        assert layer.bias is None
 
 
 def test_grids_pool_down_and_never_up() -> None:

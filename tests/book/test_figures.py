@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -12,10 +11,8 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from tiny import toy
 
 from covidseg.book import figures
-from covidseg.classifier import ClassifierSettings, train_ensemble
 
 SIDE = 40
 
@@ -73,10 +70,6 @@ def test_window_maps_centre_and_ends() -> None:
     assert figures.window(values, -600, 1500).tolist() == [0, 0, 0.5, 1, 1]
 
 
-def test_crop_spacing_counts_the_box_in_millimetres() -> None:
-    assert figures.crop_spacing(np.array([3, 4, 320, 320]), 160, (0.7, 0.8)) == pytest.approx((1.4, 1.6))
-
-
 def test_slice_is_upright_with_a_scale_bar_of_the_right_length(image: np.ndarray) -> None:
     _, axes = figures.new_figure()
     figures.draw_slice(axes[0, 0], image, (2.0, 2.0), bar_mm=20)
@@ -124,45 +117,13 @@ def test_stages_show_maps_in_the_lung_only_and_masks_as_prediction(image: np.nda
     assert "prediction" not in [text.get_text() for text in without.legends[0].get_texts()]
 
 
-def test_log_prints_keeps_and_reads_the_last_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = figures.TrainingLog(tmp_path / "run" / "training.log")
-    assert log.losses("classifier") == {}
-    for line in ("classifier step   40/80  loss 0.700  flip 0.010    3.0 s",
-                 "classifier step   80/80  loss 0.500  flip 0.020    6.0 s", "patches phase 1: pace 0.2, 12 admitted",
-                 "patches step   40/40  bag 0.600    3.0 s",
-                 "classifier step   40/80  loss 0.600  flip 0.030    3.0 s",
-                 "classifier step   80/80  loss 0.400  flip 0.040    6.0 s"):
-        log(line)
-    assert capsys.readouterr().out.count("\n") == 6
-    again = figures.TrainingLog(tmp_path / "run" / "training.log")
-    assert again.losses("classifier") == {"step": [40, 80], "loss": [0.6, 0.4], "flip": [0.03, 0.04]}
-    assert again.losses("patches") == {"step": [40], "bag": [0.6]}
-
-
-def test_log_understands_the_lines_of_a_real_training(tmp_path: Path) -> None:
-    from covidseg.training import Progress
-
-    log = figures.TrainingLog(tmp_path / "training.log")
-    progress = Progress("segmenter", 4, 2, log)
-    for step in range(1, 5):
-        progress.step(step, loss=float(step), dice=-0.5)
-    assert log.losses("segmenter") == {"step": [2, 4], "loss": [1.5, 3.5], "dice": [-0.5, -0.5]}
-
-
-def test_log_of_a_committee_is_that_of_its_last_member(tmp_path: Path) -> None:
-    log, (data, _) = figures.TrainingLog(tmp_path / "training.log"), toy(8)
-    train_ensemble(data, ClassifierSettings(members=2, width=4, steps=2, batch=4), log=log)
-    lines = log.path.read_text(encoding="utf-8").splitlines()
-    assert [line[:19] for line in lines[::len(lines) // 2]] == ["classifier (1 of 2)", "classifier (2 of 2)"]
-    assert log.losses("classifier")["step"] == [1, 2]
-    assert f"loss {log.losses('classifier')['loss'][-1]:.3f}" in lines[-1]
-
-
-def test_training_curve_names_its_losses_and_says_when_there_are_none() -> None:
-    figure = figures.training_curve({"step": [1, 2], "loss": [0.5, 0.4], "flip": [0.1, 0.1]})
-    assert [line.get_label() for line in figure.axes[0].lines] == ["loss", "flip"]
-    assert figure.axes[0].lines[0].get_ydata().tolist() == [0.5, 0.4]
-    assert "no training log" in figures.training_curve({}).axes[0].texts[0].get_text()
+def test_loss_curves_name_their_losses_and_say_when_there_are_none() -> None:
+    history = [{"step": 40, "loss": 0.5, "flip": 0.1}, {"step": 80, "loss": 0.4, "flip": 0.1, "lesson": 0.3}]
+    panel = figures.loss_curves(history, "classifier").axes[0]
+    assert panel.get_title() == "classifier"
+    assert {line.get_label(): [line.get_xdata().tolist(), line.get_ydata().tolist()] for line in panel.lines} == {
+        "loss": [[40, 80], [0.5, 0.4]], "flip": [[40, 80], [0.1, 0.1]], "lesson": [[80], [0.3]]}
+    assert "no losses" in figures.loss_curves([]).axes[0].texts[0].get_text()
 
 
 def test_curriculum_plot_shows_counts_and_purity() -> None:

@@ -1,9 +1,11 @@
-"""Figures of results hold the numbers that they are given, each where a reader looks for it."""
+"""Recorded runs are read, and pictures of results hold the numbers that they are given."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from covidseg.book import figures, results
-from covidseg.evaluation.experiments import Line
-from covidseg.evaluation.metrics import NAMES
+from covidseg.errors import ArtifactError
+from covidseg.evaluation.experiments import VARIANTS, Line, by_system
 
 SIDE = 20
 
@@ -47,16 +49,61 @@ def test_drawing_does_not_load_the_training_code() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_stage_bars_hold_the_figures_of_the_rows() -> None:
-    half, empty = dict.fromkeys(NAMES, 0.5), dict.fromkeys(NAMES)
-    rows = [{"name": "one", "micro": half, "macro": empty}, {"name": "two", "micro": half, "macro": half}]
-    figure = results.stage_bars(rows)
-    assert [bar.get_width() for bar in figure.axes[0].patches] == [0.5] * 6
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["one", "two"]
-    assert "micro" in figure.axes[0].get_xlabel()
-    macro = results.stage_bars(rows, average="macro")
-    assert [bar.get_width() for bar in macro.axes[0].patches] == [0.0, 0.5] * 3
+# --- recorded runs ----------------------------------------------------------------------------------------------
 
+def record(*slices: int) -> dict:
+    return {"command": "covidseg reproduce --data a --seeds 0,1", "results": [{"slices": count} for count in slices],
+            "environment": {"covidseg": "0.1.0", "python": "3.12.1", "device": "cpu"}}
+
+
+def test_origin_says_what_was_run_on_what() -> None:
+    assert results.origin(record(7, 7)) == (
+        "`covidseg reproduce --data a --seeds 0,1`, measured on 7 full slices; covidseg 0.1.0, Python 3.12.1, cpu")
+    assert "on 7 or 9 full slices" in results.origin(record(7, 9))
+
+
+def test_reading(tmp_path: Path) -> None:
+    (tmp_path / "table1-b.json").write_text(json.dumps(record(1)))
+    (tmp_path / "table1-a.json").write_text(json.dumps(record(2)))
+    (tmp_path / "ablate-a.json").write_text("{}")
+    found = results.read_records(folder=tmp_path)
+    assert list(found) == ["table1-a", "table1-b"]
+    assert found["table1-a"] == record(2)
+    assert results.read_records("table2-*", tmp_path) == {}
+    (tmp_path / "table1-c.json").write_text("{broken")
+    with pytest.raises(ArtifactError, match="table1-c"):
+        results.read_records(folder=tmp_path)
+
+
+def test_the_recorded_runs_of_the_project_are_found() -> None:
+    """What they must hold is checked in test_results.py."""
+    assert results.results_root().is_dir()
+    for found in results.read_records().values():
+        assert results.origin(found).startswith("`covidseg reproduce")
+        assert set(by_system(found["results"])) == {one["system"] for one in found["results"]}
+    for found in results.read_records("ablate-*").values():
+        assert {variant["name"] for variant in found["variants"]} <= {*VARIANTS, "more-labels"}
+
+
+def test_table_of_faults() -> None:
+    def row(**other: object) -> dict:
+        return {"group": "a", "fault": "empty", "command": "covidseg lungs x -o out", "said": ["error: x: is <empty>."],
+                "exit_code": 3, "error": "InputFileError", "met": True, **other}
+    faults = [row(), row(group="b"), row(met=False, said=["one|two", "im/*.nii"])]
+    found = results.faults_markdown({"faults": faults}, "a")
+    assert found.splitlines()[2:] == [
+        "| empty<br>`covidseg lungs x -o out` | 3 | x: is &lt;empty>. |",
+        "| empty (**not caught**)<br>`covidseg lungs x -o out` | 3 | one\\|two im/\\*.nii |"]
+
+
+def test_addresses_and_checksums_in_the_table_of_faults() -> None:
+    said = f"error: https://a.example/b.zip: has the md5 {'0123456789abcdef' * 2}, expected {'f' * 64}. Wait."
+    row = {"group": "a", "fault": "changed", "command": "x", "said": [said], "exit_code": 5, "met": True}
+    assert results.faults_markdown({"faults": [row]}, "a").endswith(
+        "| `https://a.example/b.zip`: has the md5 01234567…, expected ffffffff…. Wait. |")
+
+
+# --- systems ----------------------------------------------------------------------------------------------------
 
 def test_grid_has_a_row_for_each_system_and_a_column_for_each_slice(lung: np.ndarray, lesion: np.ndarray) -> None:
     image, heat = np.zeros((SIDE, SIDE)), lesion.astype(float)
@@ -130,3 +177,53 @@ def test_operating_curves_run_through_the_counts() -> None:
     halves = next(one for one in panel.lines if one.get_color() == "#bbbbbb")
     x, y = halves.get_xdata(), halves.get_ydata()
     np.testing.assert_allclose(2 * x * y / (x + y), 0.4, err_msg="lines of equal Dice")
+
+
+# --- speed ------------------------------------------------------------------------------------------------------
+
+ROWS = [{"task": "reading", "other_name": "a library", "ratio": 4.0, "goal": 3},
+        {"task": "training", "other_name": "a plain loop", "ratio": 0.9, "goal": None}]
+
+
+def test_ratios_are_bars_with_their_goal() -> None:
+    panel = results.ratio_bars(ROWS).axes[0]
+    assert [patch.get_width() for patch in panel.patches] == [4.0, 0.9]
+    assert [text.get_text() for text in panel.texts] == ["4.0", "0.9"]
+    goals = [line for line in panel.lines if line.get_label() == "goal"]
+    assert [list(line.get_xdata()) for line in goals] == [[3, 3]]
+    assert panel.get_xscale() == "log"
+    assert panel.get_xlim()[0] < 0.9
+
+
+def test_growth_is_drawn_as_multiples_beside_the_linear_line() -> None:
+    def rows(factor: float) -> list[dict]:
+        return [{"slices": 12 * k, "side": 256, "seconds": 0.5 * k ** factor, "memory_mb": 7.0 * k} for k in (1, 2, 4)]
+    points = {"one": {"slices": rows(1), "pixels": rows(1)}, "two": {"slices": rows(0.5), "pixels": rows(2)}}
+    left, right = results.growth_curves(points).axes
+    assert [line.get_label() for line in left.lines] == ["one", "two", "linear growth"]
+    np.testing.assert_allclose(left.lines[1].get_ydata(), [1, 2 ** 0.5, 2])
+    np.testing.assert_allclose(right.lines[1].get_ydata(), [1, 4, 16])
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["12", "24", "48"]
+    memory = results.growth_curves(points, "memory_mb").axes[0]
+    np.testing.assert_allclose(memory.lines[0].get_ydata(), [1, 1.4, 2.8])  # 7, 14 and 28 MB, the first drawn as 10
+    assert "memory" in memory.get_ylabel()
+
+
+def test_roofline_bars_add_up_to_the_step() -> None:
+    panel = results.roofline_bars([{"stage": "a", "step_ms": 100.0, "bound_ms": 40.0, "arithmetic_ms": 30.0},
+                           {"stage": "b", "step_ms": 50.0, "bound_ms": 20.0, "arithmetic_ms": 5.0}]).axes[0]
+    widths = np.array([patch.get_width() for patch in panel.patches]).reshape(3, 2)
+    np.testing.assert_allclose(widths.sum(axis=0), [100, 50])
+    np.testing.assert_allclose(widths[2], [60, 30])
+
+
+def test_scaling_is_against_one_process() -> None:
+    scaling = {"cores": 2, "training": [{"processes": 1, "threads": 1, "step_ms": 100.0},
+                                        {"processes": 1, "threads": 2, "step_ms": 60.0},
+                                        {"processes": 2, "threads": 1, "step_ms": 80.0}],
+               "prediction": [{"processes": 1, "seconds": 30.0}, {"processes": 4, "seconds": 15.0}]}
+    panel = results.scaling_curves(scaling).axes[0]
+    lines = {line.get_label(): line for line in panel.lines}
+    assert list(lines["training (torchrun)"].get_ydata()) == [1, pytest.approx(1.25)]
+    assert list(lines["prediction (parts)"].get_ydata()) == [1, 2]
+    assert "2 cores" in lines

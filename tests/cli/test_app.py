@@ -13,7 +13,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from tiny import STAGES, TINY, TINY_RIVALS, all_stages, finished_run, quiet, stage_name
+from tiny import STAGES, TINY, TINY_BASELINES, all_stages, finished_run, quiet, stage_name
 from typer.testing import CliRunner, Result
 
 from covidseg import DISCLAIMER, __version__
@@ -25,7 +25,7 @@ from covidseg.data.scan import read_scan, write_like
 from covidseg.errors import DatasetError, InputFileError
 from covidseg.evaluation.evaluate import read_truth
 from covidseg.evaluation.experiments import differences, strongest_earlier, table_lines
-from covidseg.evaluation.methods import RIVALS, SYSTEMS
+from covidseg.evaluation.methods import BASELINE_PROFILES, SYSTEMS
 from covidseg.lungs import lung_masks
 from covidseg.pipeline import Run, find_lungs, write_run
 from covidseg.predict import export_run, load_predictor
@@ -44,7 +44,7 @@ def tiny_run(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
 @pytest.fixture(autouse=True)
 def _tiny_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(PROFILES, "quick", TINY)
-    monkeypatch.setitem(RIVALS, "quick", TINY_RIVALS)
+    monkeypatch.setitem(BASELINE_PROFILES, "quick", TINY_BASELINES)
     monkeypatch.chdir(tmp_path)  # nothing may land in the checkout
 
 
@@ -484,7 +484,7 @@ def check_table(folder: Path, systems: list[str], seeds: list[int], slices: int)
             assert row["threshold"] is None or 0 < row["threshold"] < 1
             assert row["micro"]["dice"] is None or 0 <= row["micro"]["dice"] <= 1
     assert content["settings"]["prepare"]["size"] == TINY.prepare.size
-    assert content["rivals"]["ad3d_mil"]["steps"] == TINY_RIVALS.ad3d_mil.steps
+    assert content["rivals"]["ad3d_mil"]["steps"] == TINY_BASELINES.ad3d_mil.steps
     return content
 
 

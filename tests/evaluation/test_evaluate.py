@@ -23,15 +23,15 @@ from covidseg.evaluation import evaluate
 from covidseg.evaluation.evaluate import (
     Evaluation,
     Finder,
-    Outliner,
+    Method,
     evaluate_lungs,
     evaluate_run,
     lesion_coverage,
     measure,
     otsu_in_lung,
-    otsu_outliner,
-    stage_outliner,
-    supervised_outliner,
+    otsu_method,
+    stage_method,
+    supervised_method,
     training_truth,
     unseen_slices,
 )
@@ -42,7 +42,7 @@ from covidseg.lungnet import robust_lungs
 from covidseg.lungs import lung_masks
 from covidseg.patches import PatchNet, patch_probabilities
 from covidseg.pipeline import Run
-from covidseg.preprocess import Crops, PrepareSettings, make_crops, uncrop, uncrop_all
+from covidseg.preprocess import Crops, PrepareSettings, make_crops, uncrop
 from covidseg.segmenter import make_segmenter, supervised_settings
 
 ROWS = ["Otsu in the lung", "Grad-CAM", "Patch MIL", "Fine label map", "Segmenter"]
@@ -58,15 +58,20 @@ def measured(tiny_run: Run) -> Evaluation:
     return evaluate_run(tiny_run, tiny_run.data.subset(["phantom_01", "phantom_02"]), upper_bound=False)
 
 
-def test_rows_come_in_the_order_of_the_stages(measured: Evaluation) -> None:
+def test_rows_come_in_the_order_of_the_stages_with_thresholds_fixed_without_masks(measured: Evaluation) -> None:
     assert [stage.name for stage in measured.stages] == ROWS
     assert [stage.supervision for stage in measured.stages] == ["none"] + 4 * ["slice labels"]
+    assert np.isnan(measured.stages[0].threshold), "Otsu's is found in each slice"
+    assert [stage.threshold for stage in measured.stages[1:]] == [
+        TINY.cam.outline, TINY.mil.threshold, 0.5, TINY.segmenter.threshold]
 
 
-def test_the_upper_bound_is_a_row_of_its_own_and_says_so(tiny_run: Run) -> None:
+def test_the_upper_bound_is_a_row_of_its_own_with_the_threshold_of_trusted_masks(tiny_run: Run) -> None:
     result = evaluate_run(tiny_run, tiny_run.data.subset(["phantom_01"]))
     assert [stage.name for stage in result.stages] == [*ROWS, "Segmenter, true masks"]
-    assert result.stages[-1].supervision == "pixel masks"
+    bound = result.stages[-1]
+    assert (bound.supervision, bound.threshold) == ("pixel masks", supervised_settings(TINY.segmenter).threshold)
+    assert bound.threshold == 0.5 != TINY.segmenter.threshold
 
 
 def test_every_full_slice_is_counted_in_every_row(measured: Evaluation, tiny_run: Run) -> None:
@@ -93,19 +98,6 @@ def test_the_otsu_row_equals_a_direct_computation(measured: Evaluation, tiny_run
                            (~found & ~truth).sum()])
     np.testing.assert_array_equal(measured.stages[0].counts, counts)
     assert 0 < measured.stages[0].micro().dice < 1
-
-
-def test_micro_figures_pool_all_slices(measured: Evaluation) -> None:
-    for stage in measured.stages:
-        hit, false, miss, _ = stage.counts.sum(axis=0)
-        assert stage.micro().dice == pytest.approx(2 * hit / (2 * hit + false + miss))
-
-
-def test_thresholds_are_fixed_without_masks(measured: Evaluation, tiny_run: Run) -> None:
-    thresholds = [stage.threshold for stage in measured.stages]
-    assert np.isnan(thresholds[0]), "Otsu's is found in each slice"
-    assert thresholds[1:] == [tiny_run.profile.cam.outline, tiny_run.profile.mil.threshold, 0.5,
-                              tiny_run.profile.segmenter.threshold]
 
 
 def test_otsu_in_the_lung_by_hand() -> None:
@@ -144,7 +136,7 @@ def untrained(squares: Dataset) -> SimpleNamespace:
     classifier, patch_net = Classifier(TINY.classifier).eval(), PatchNet(TINY.mil).eval()
     return SimpleNamespace(
         data=squares, profile=profile, best=lambda: 1,
-        committee=lambda number: classifier, mil=lambda number: (patch_net, []),
+        ensemble=lambda number: classifier, mil=lambda number: (patch_net, []),
         segmenter=lambda: make_segmenter(TINY.segmenter).eval(), weak=lambda: data, crops=in_lungs(everywhere))
 
 
@@ -248,36 +240,15 @@ def test_coverage_of_one_side_of_a_split_stack(squares: Dataset, one_side: Datas
     assert lesion_coverage(one_side, only(0)) == (0, 0), "a slice of the other side is no part of it"
 
 
-def test_predictions_outside_the_lung_are_cut_off(untrained: SimpleNamespace, squares: Dataset,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_marked_lies_where_the_crop_came_from(untrained: SimpleNamespace, squares: Dataset,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that marks all of the lung, the left half here, marks just that half of the slice."""
     untrained.crops = in_lungs(left_half)
-    placed: list[np.ndarray] = []
-    monkeypatch.setattr(evaluate, "uncrop_all", lambda maps, *rest: placed.extend(maps) or uncrop_all(maps, *rest))
-    evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
-    assert len(placed) == 8 * (len(ROWS) + 1), "each row of each slice, and the lungs"
-    lung = in_lungs(left_half)(np.zeros((1, 80, 80)))[1].lungs[0]
-    assert lung.sum() == 80 * 40
-    for small in placed:
-        assert (small[~lung] == 0).all()
-    assert sum((small[lung] > 0).any() for small in placed) > len(placed) / 2, "inside the lung they do predict"
-    # A stage that marks all of the lung marks just that half of the slice.
     monkeypatch.setattr(evaluate, "lesion_probabilities", lambda net, crops: crops.lungs.astype(np.float32))
     row = evaluate_run(untrained, squares, upper_bound=False).stages[-1]  # type: ignore[arg-type]
     assert (row.counts[:, 0] + row.counts[:, 1] == 80 * 40).all()
     truth = np.concatenate([read_mask(case.mask) for case in squares.cases])
     assert row.counts[:, 0].tolist() == truth[:, :, :40].sum(axis=(1, 2)).tolist()
-
-
-def test_auc_of_one_class_is_undefined(untrained: SimpleNamespace, squares: Dataset) -> None:
-    untrained.crops = in_lungs(all_but(3))
-    assert np.isnan(evaluate_run(untrained, squares, upper_bound=False).classifier_auc)  # type: ignore[arg-type]
-
-
-def test_classifier_auc_uses_the_masks_of_the_test_set(untrained: SimpleNamespace, squares: Dataset,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "slice_probabilities",
-                        lambda net, crops: (crops.images > 0.5).mean((1, 2)).astype(np.float32))
-    assert evaluate_run(untrained, squares, upper_bound=False).classifier_auc == 1  # type: ignore[arg-type]
 
 
 def test_maps_are_made_with_the_settings_of_the_run(untrained: SimpleNamespace, squares: Dataset,
@@ -293,16 +264,6 @@ def test_maps_are_made_with_the_settings_of_the_run(untrained: SimpleNamespace, 
     evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
     assert len(used) == len(squares.cases), "once a volume: the fused row reuses the map of its own row"
     assert {settings.top for settings in used} == {77.0}
-
-
-def test_the_nets_of_the_best_round_are_measured(untrained: SimpleNamespace, squares: Dataset) -> None:
-    asked: list[tuple[str, int]] = []
-    classifier, patch_net = untrained.ensemble(1), untrained.mil(1)
-    untrained.best = lambda: 3
-    untrained.committee = lambda number: asked.append(("committee", number)) or classifier
-    untrained.mil = lambda number: asked.append(("mil", number)) or patch_net
-    evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
-    assert asked == [("committee", 3), ("mil", 3)]
 
 
 @pytest.mark.parametrize("best", [1, 2])
@@ -351,16 +312,12 @@ def test_true_lungs_are_used_where_a_profile_asks_for_them(untrained: SimpleName
     assert row.counts[4:, :2].sum(axis=1).tolist() == [80 * 80] * 4
 
 
-def test_the_upper_bound_has_the_threshold_of_trusted_masks(tiny_run: Run) -> None:
-    bound = evaluate_run(tiny_run, tiny_run.data.subset(["phantom_01"])).stages[-1]
-    assert bound.threshold == supervised_settings(TINY.segmenter).threshold == 0.5
-    assert bound.threshold != TINY.segmenter.threshold
-
-
 def test_measuring_needs_masks(tiny_run: Run, squares: Dataset) -> None:
-    bare = Dataset(squares.root, tuple(Case(c.id, c.image, c.labels, c.patient) for c in squares.cases))
-    with pytest.raises(DatasetError, match="no lesion mask"):
-        evaluate_run(tiny_run, bare, upper_bound=False)
+    bare = Dataset(squares.root, tuple(replace(case, mask=None) for case in squares.cases))
+    for measuring in (lambda: evaluate_run(tiny_run, bare, upper_bound=False),
+                      lambda: lesion_coverage(bare, everywhere)):
+        with pytest.raises(DatasetError, match="no lesion mask"):
+            measuring()
 
 
 def test_training_truth_lies_on_the_training_crops(tiny_run: Run) -> None:
@@ -377,20 +334,7 @@ def test_training_truth_lies_on_the_training_crops(tiny_run: Run) -> None:
             assert not back.any()
 
 
-def test_lung_dice_of_each_slice(tiny_phantom: Path) -> None:
-    data = load_dataset(tiny_phantom).subset(["phantom_00", "phantom_02"])
-    result = evaluate_lungs(data)
-    first = read_mask(data.cases[0].lung)
-    mine = lung_masks(read_scan(data.cases[0].image).pixels)
-    for name, value in zip(result.names, result.dice, strict=True):
-        volume, k = name.split(":")
-        if volume == "phantom_00":
-            a, b = first[int(k)], mine[int(k)]
-            assert value == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
-    assert np.median(result.dice) > 0.8
-
-
-def test_lung_dice_of_a_finder(tiny_phantom: Path, tiny_run: Run) -> None:
+def test_lung_dice_of_a_finder(tiny_phantom: Path, tiny_run: Run, squares: Dataset) -> None:
     data = load_dataset(tiny_phantom).subset(["phantom_00"])
     truth = read_mask(data.cases[0].lung)
     pixels = read_scan(data.cases[0].image).pixels
@@ -398,15 +342,14 @@ def test_lung_dice_of_a_finder(tiny_phantom: Path, tiny_run: Run) -> None:
     assert len(perfect.dice) > 5
     assert (perfect.dice == 1).all()
     assert (evaluate_lungs(data, lambda given: ~truth).dice == 0).all()
-    everything = evaluate_lungs(data, everywhere)
-    for name, value in zip(everything.names, everything.dice, strict=True):
-        share = truth[int(name.split(":")[1])].mean()
-        assert value == pytest.approx(2 * share / (1 + share))
-    mine = tiny_run.lungs(pixels)
-    result = evaluate_lungs(data, tiny_run.lungs)
-    for name, value in zip(result.names, result.dice, strict=True):
-        a, b = truth[int(name.split(":")[1])], mine[int(name.split(":")[1])]
-        assert value == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+    for finder, mask in ((everywhere, everywhere(pixels)), (lung_masks, lung_masks(pixels)),
+                         (tiny_run.lungs, tiny_run.lungs(pixels))):
+        result = evaluate_lungs(data, finder)
+        for name, value in zip(result.names, result.dice, strict=True):
+            a, b = truth[int(name.split(":")[1])], mask[int(name.split(":")[1])]
+            assert value == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+    assert evaluate_lungs(data).dice.tolist() == evaluate_lungs(data, lung_masks).dice.tolist()
+    assert len(evaluate_lungs(squares).dice) == 0, "volumes without true lungs are skipped"
 
 
 def test_slices_with_hardly_any_lung_are_not_judged(tiny_phantom: Path) -> None:
@@ -421,55 +364,18 @@ def test_slices_with_hardly_any_lung_are_not_judged(tiny_phantom: Path) -> None:
 # --- how much of the lesions a lung mask holds --------------------------------------------------------------------
 
 def test_coverage_by_hand(squares: Dataset) -> None:
-    truth = np.concatenate([read_mask(case.mask) for case in squares.cases])
+    lesions = [read_mask(case.mask) for case in squares.cases]
     inside, masked = lesion_coverage(squares, left_half)
-    assert masked == 0.5
-    assert inside == pytest.approx(truth[:, :, :40].sum() / truth.sum())
+    assert (inside, masked) == (pytest.approx(np.concatenate(lesions)[:, :, :40].sum() / np.sum(lesions)), 0.5)
     assert inside != 0.5
     assert lesion_coverage(squares, everywhere) == (1, 1)
     assert lesion_coverage(squares, lambda pixels: ~everywhere(pixels)) == (0, 0)
-
-
-def test_coverage_pools_voxels_over_volumes(squares: Dataset) -> None:
-    def of_the_first(pixels: np.ndarray) -> np.ndarray:
-        return np.full(pixels.shape, np.array_equal(pixels, first))
     first = read_scan(squares.cases[0].image).pixels
-    lesions = [read_mask(case.mask).sum() for case in squares.cases]
-    assert lesion_coverage(squares, of_the_first) == (pytest.approx(lesions[0] / sum(lesions)), 0.5)
-
-
-def test_coverage_without_a_lesion_is_undefined(squares: Dataset) -> None:
+    one_of_two = lesion_coverage(squares, lambda pixels: np.full(pixels.shape, np.array_equal(pixels, first)))
+    assert one_of_two == (pytest.approx(lesions[0].sum() / np.sum(lesions)), 0.5), "pixels of all volumes are pooled"
     write_like(np.zeros((4, 80, 80), bool), Grid((80, 80, 4), np.diag([-1.0, -1.0, 5.0, 1.0])), squares.cases[0].mask)
-    inside, masked = lesion_coverage(Dataset(squares.root, squares.cases[:1]), left_half)
-    assert np.isnan(inside)
-    assert masked == 0.5
-
-
-def test_coverage_of_the_threshold_by_default(tiny_phantom: Path) -> None:
-    data = load_dataset(tiny_phantom)
-    assert lesion_coverage(data) == lesion_coverage(data, lung_masks)
-    inside, masked = lesion_coverage(data)
-    assert inside > 2 * masked > 0, "lesions lie in lungs"
-
-
-def test_coverage_needs_masks(squares: Dataset) -> None:
-    bare = Dataset(squares.root, tuple(replace(case, mask=None) for case in squares.cases))
-    with pytest.raises(DatasetError, match="no lesion mask"):
-        lesion_coverage(bare, everywhere)
-
-
-def test_volumes_without_true_lungs_are_skipped(squares: Dataset) -> None:
-    assert len(evaluate_lungs(squares).dice) == 0
-
-
-def test_maps_of_slices_called_healthy_are_empty(untrained: SimpleNamespace, squares: Dataset,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    _, crops = untrained.crops(read_scan(squares.cases[0].image).pixels)
-    ill = np.arange(len(crops)) % 2 == 0
-    monkeypatch.setattr(evaluate, "activation_maps", lambda net, c, settings: np.ones(c.images.shape, np.float32))
-    for called in (ill, ~ill, np.zeros(len(crops), bool)):
-        maps = evaluate.believed_maps(untrained.ensemble(1), crops, called, CamSettings())
-        assert (maps.max(axis=(1, 2)) == called).all()
+    undefined, masked = lesion_coverage(Dataset(squares.root, squares.cases[:1]), left_half)
+    assert (np.isnan(undefined), masked) == (True, 0.5)
 
 
 def test_a_slice_is_called_ill_from_one_half_on(untrained: SimpleNamespace, squares: Dataset,
@@ -499,22 +405,22 @@ def test_the_lungs_are_measured_as_the_lesions_see_them(tiny_run: Run, measured:
     assert nothing[1] == 0.25
 
 
-# --- several outliners at once ------------------------------------------------------------------------------------
+# --- several methods at once ------------------------------------------------------------------------------------
 
-def level_outliner(level: float, threshold: float, verdict: float | None = None,
-                   asked: list[bool] | None = None) -> Outliner:
+def level_method(level: float, threshold: float, verdict: float | None = None,
+                   asked: list[bool] | None = None) -> Method:
     """Says ``level`` in all of the crop, and ``verdict`` of every slice."""
     def maps(crops: Crops, volume: bool) -> tuple[np.ndarray | None, list[np.ndarray]]:
         if asked is not None:
             asked.append(volume)
         judged = None if verdict is None else np.full(len(crops), verdict, np.float32)
         return judged, [np.full(crops.images.shape, level, np.float32)]
-    return Outliner([(f"level {level}", "slice labels", threshold)], maps)
+    return Method([(f"level {level}", "slice labels", threshold)], maps)
 
 
-def test_outliners_are_measured_apart_on_the_same_slices(untrained: SimpleNamespace, squares: Dataset) -> None:
+def test_methods_are_measured_apart_on_the_same_slices(untrained: SimpleNamespace, squares: Dataset) -> None:
     untrained.crops = in_lungs(all_but(1))
-    given = [level_outliner(0.3, 0.3, 0.7), level_outliner(0.3, 0.301), otsu_outliner()]
+    given = [level_method(0.3, 0.3, 0.7), level_method(0.3, 0.301), otsu_method()]
     exact, above, otsu = measure(untrained, squares, given)  # type: ignore[arg-type]
     names = tuple(f"{volume}:{k}" for volume in ("one", "two") for k in range(4))
     for result in (exact, above, otsu):
@@ -533,9 +439,9 @@ def test_outliners_are_measured_apart_on_the_same_slices(untrained: SimpleNamesp
     assert np.isnan(above.classifier_auc), "it judges no slice"
 
 
-def test_each_outliner_together_is_as_it_is_alone(tiny_run: Run, measured: Evaluation) -> None:
+def test_each_method_together_is_as_it_is_alone(tiny_run: Run, measured: Evaluation) -> None:
     data = tiny_run.data.subset(["phantom_01", "phantom_02"])
-    alone, = measure(tiny_run, data, [stage_outliner(tiny_run)])
+    alone, = measure(tiny_run, data, [stage_method(tiny_run)])
     assert [row.name for row in alone.stages] == ROWS[1:]
     assert alone.classifier_auc == measured.classifier_auc
     assert alone.names == measured.names == tuple(f"{case.id}:{k}" for case in data.cases for k in range(10))
@@ -543,7 +449,7 @@ def test_each_outliner_together_is_as_it_is_alone(tiny_run: Run, measured: Evalu
         np.testing.assert_array_equal(a.counts, b.counts)
         np.testing.assert_array_equal(a.reliability, b.reliability)
         np.testing.assert_array_equal(a.levels, b.levels)
-    rows = supervised_outliner(tiny_run, tiny_run.supervised(training_truth(tiny_run))).rows
+    rows = supervised_method(tiny_run, tiny_run.supervised(training_truth(tiny_run))).rows
     assert rows == [("Segmenter, true masks", "pixel masks", 0.5)]
 
 
@@ -567,16 +473,16 @@ def test_counts_at_the_level_of_the_outline_are_those_of_the_table(measured: Eva
         assert (np.diff(stage.levels[:, :2], axis=0) <= 0).all(), "the higher, the fewer"  # type: ignore[index]
 
 
-def test_outliners_are_told_what_is_a_volume(untrained: SimpleNamespace, squares: Dataset,
+def test_methods_are_told_what_is_a_volume(untrained: SimpleNamespace, squares: Dataset,
                                              tmp_path: Path) -> None:
     """The volumes here are noise, slice by slice: a stack. One slice over and over again is a volume."""
     asked: list[bool] = []
-    measure(untrained, squares, [level_outliner(0.5, 0.5, asked=asked)])  # type: ignore[arg-type]
+    measure(untrained, squares, [level_method(0.5, 0.5, asked=asked)])  # type: ignore[arg-type]
     case = squares.cases[0]
     scan = read_scan(case.image)
     same = write_like(np.repeat(scan.pixels[:1], 4, axis=0), scan.grid, tmp_path / "same.nii.gz")
     volume = Dataset(squares.root, (replace(case, image=same),))
-    measure(untrained, volume, [level_outliner(0.5, 0.5, asked=asked)])  # type: ignore[arg-type]
+    measure(untrained, volume, [level_method(0.5, 0.5, asked=asked)])  # type: ignore[arg-type]
     assert asked == [False, False, True]
 
 
@@ -584,18 +490,18 @@ def test_answers_slice_by_slice_are_those_that_were_measured(tiny_run: Run, meas
     unseen = unseen_slices(tiny_run, tiny_run.data.subset(["phantom_01", "phantom_02"]))
     assert set(unseen.names) <= set(measured.names)
     assert len(unseen.names) == len(unseen.crops) == len(unseen.truth) == len(unseen.labels)
-    outliner = stage_outliner(tiny_run)
-    probability, maps, masks = unseen.answers(outliner)
+    method = stage_method(tiny_run)
+    probability, maps, masks = unseen.answers(method)
     assert probability is not None
     assert len(probability) == len(maps)
-    np.testing.assert_array_equal(masks, maps >= outliner.rows[-1][2])
-    np.testing.assert_array_equal(maps, unseen.maps(lambda crops, volume: outliner.maps(crops, volume)[1][-1]))
+    np.testing.assert_array_equal(masks, maps >= method.rows[-1][2])
+    np.testing.assert_array_equal(maps, unseen.maps(lambda crops, volume: method.maps(crops, volume)[1][-1]))
     # Back in the full slice they are the masks that were counted.
     rows = [measured.names.index(name) for name in unseen.names]
     counts = measured.stages[-1].counts[rows]
     for small, box, (hit, false, *_) in zip(maps, unseen.crops.boxes, counts, strict=True):
         full = uncrop(small, box, (128, 128)).clip(0, 1)
-        assert (full >= outliner.rows[-1][2]).sum() == hit + false
+        assert (full >= method.rows[-1][2]).sum() == hit + false
 
 
 def test_slices_that_are_not_measured_are_not_looked_at(tiny_run: Run) -> None:
@@ -605,5 +511,5 @@ def test_slices_that_are_not_measured_are_not_looked_at(tiny_run: Run) -> None:
     unseen = unseen_slices(tiny_run, Dataset(tiny_run.data.root, (replace(one, labels=some),)))
     assert set(unseen.names) <= {f"phantom_01:{k}" for k in some}
     assert len(unseen.scans[0][0]) > len(unseen.names)
-    assert unseen.answers(otsu_outliner())[0] is None
-    assert unseen.answers(otsu_outliner())[2].shape == unseen.truth.shape
+    assert unseen.answers(otsu_method())[0] is None
+    assert unseen.answers(otsu_method())[2].shape == unseen.truth.shape

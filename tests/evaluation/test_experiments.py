@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -12,20 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from tiny import TINY, TINY_RIVALS, finished_run, quiet
+from tiny import TINY, TINY_BASELINES, finished_run, quiet
 
 from covidseg import DISCLAIMER
 from covidseg.data.folder import Dataset, load_dataset
-from covidseg.data.scan import read_mask, read_scan, write_like
+from covidseg.data.scan import read_scan, write_like
 from covidseg.evaluation import experiments as module
+from covidseg.evaluation.crossval import cross_validated
 from covidseg.evaluation.evaluate import (
     Evaluation,
-    Outliner,
+    Method,
     StageResult,
-    cross_validated,
     measure,
-    stage_outliner,
-    supervised_outliner,
+    stage_method,
+    supervised_method,
     training_truth,
 )
 from covidseg.evaluation.experiments import (
@@ -33,7 +34,6 @@ from covidseg.evaluation.experiments import (
     HEADS,
     OURS,
     Line,
-    Record,
     by_system,
     compare,
     cost_markdown,
@@ -42,16 +42,17 @@ from covidseg.evaluation.experiments import (
     levels_of,
     patients_of,
     strongest_earlier,
+    table1,
     table_lines,
     table_markdown,
-    table_rich,
     volume_dice,
     volume_table,
 )
-from covidseg.evaluation.methods import PUBLISHED, SYSTEMS, Rivals, System, Trained
+from covidseg.evaluation.methods import PUBLISHED, SYSTEMS, BaselineProfile, System, Trained
 from covidseg.evaluation.metrics import macro, micro
 from covidseg.evaluation.statistics import bootstrap_difference, bootstrap_interval, paired_test
-from covidseg.pipeline import Run
+from covidseg.evaluation.tables import Record
+from covidseg.pipeline import Run, measured_key
 
 # --- comparisons ------------------------------------------------------------------------------------------------
 
@@ -73,7 +74,7 @@ def test_set(run: Run) -> Dataset:
 
 @pytest.fixture(scope="module")
 def results(run: Run, test_set: Dataset) -> list[Record]:
-    return compare(run, test_set, None, TINY_RIVALS)
+    return compare(run, test_set, None, TINY_BASELINES)
 
 
 def again(run: Run, folder: Path, **changes: object) -> tuple[Run, list[str]]:
@@ -87,19 +88,20 @@ def test_every_system_is_compared(results: list[Record], run: Run) -> None:
     assert [result["system"] for result in results] == list(SYSTEMS)
     assert len(list((run.folder / "table1").iterdir())) == len(SYSTEMS)
     for result in results:
-        trained = SYSTEMS[result["system"]].train(run, TINY_RIVALS)  # as it is stored
+        trained = SYSTEMS[result["system"]].train(run, TINY_BASELINES)  # as it is stored
         assert result["seed"] == 0
         assert result["parameters"] == trained.parameters()
         assert result["seconds"] == trained.seconds()
-        assert [row["name"] for row in result["rows"]] == [name for name, _, _ in trained.outliner.rows]
+        assert [row["name"] for row in result["rows"]] == [name for name, _, _ in trained.method.rows]
         assert list(result["counts"]) == [f"{case}:{k}" for case in MEASURED for k in range(10)]
         assert result["slices"] == 20
+    assert [line.key for line in table_lines(results)] == list(SYSTEMS)
 
 
 def test_counts_survive_the_round_trip(results: list[Record], run: Run, test_set: Dataset) -> None:
-    outliners = [SYSTEMS["otsu"].train(run, TINY_RIVALS).outliner, stage_outliner(run),
-                 supervised_outliner(run, run.supervised(training_truth(run)))]
-    for name, direct in zip(("otsu", "extended", "masks"), measure(run, test_set, outliners), strict=True):
+    methods = [SYSTEMS["otsu"].train(run, TINY_BASELINES).method, stage_method(run),
+                 supervised_method(run, run.supervised(training_truth(run)))]
+    for name, direct in zip(("otsu", "extended", "masks"), measure(run, test_set, methods), strict=True):
         own = by_system(results)[name]
         answer = direct.stages[-1]
         assert counts_of(own).dtype == np.int64
@@ -119,8 +121,8 @@ def test_a_finished_comparison_is_read(results: list[Record], run: Run, test_set
     monkeypatch.setattr(module, "measure", never)
     monkeypatch.setattr(module, "cross_validated", never)
     second, lines = again(run, run.folder)
-    assert compare(second, test_set, None, TINY_RIVALS) == results
-    some = compare(second, test_set, ["masks", "decovnet"], TINY_RIVALS)
+    assert compare(second, test_set, None, TINY_BASELINES) == results
+    some = compare(second, test_set, ["masks", "decovnet"], TINY_BASELINES)
     assert some == [results[2], results[-1]], "in the order of the table"
     assert lines == []
 
@@ -135,12 +137,12 @@ def test_a_comparison_that_was_stopped_goes_on(results: list[Record], run: Run, 
             path.write_text(json.dumps({**json.loads(path.read_text()), "mark": True}))
     asked: list[int] = []
 
-    def watched(run: Run, test: Dataset, outliners: Sequence[Outliner], **rest: bool) -> list[Evaluation]:
-        asked.append(len(outliners))
-        return measure(run, test, outliners, **rest)
+    def watched(run: Run, test: Dataset, methods: Sequence[Method], **rest: bool) -> list[Evaluation]:
+        asked.append(len(methods))
+        return measure(run, test, methods, **rest)
     monkeypatch.setattr(module, "measure", watched)
     second, lines = again(run, folder)
-    found = compare(second, test_set, None, TINY_RIVALS)
+    found = compare(second, test_set, None, TINY_BASELINES)
     assert asked == [2]
     assert [line for line in lines if "step" in line] == [], "the nets were stored"
     for result, before in zip(found, results, strict=True):
@@ -160,9 +162,9 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
 
     def system(name: str) -> System:
-        def train(run: Run, rivals: Rivals) -> Trained:
+        def train(run: Run, baselines: BaselineProfile) -> Trained:
             seen.append(name)
-            return Trained(Outliner([("by hand", "none", 0.5)], lambda crops, volume: (None, [])), run, {}, [])
+            return Trained(Method([("by hand", "none", 0.5)], lambda crops, volume: (None, [])), run, {}, [])
         return System(name, train)
 
     def crossed(run: Run, test: Dataset) -> Evaluation:
@@ -170,7 +172,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return hand_made(2)
     for name in ("otsu", "masks"):
         monkeypatch.setitem(SYSTEMS, name, system(name))
-    monkeypatch.setattr(module, "measure", lambda run, test, outliners, **rest: [hand_made() for _ in outliners])
+    monkeypatch.setattr(module, "measure", lambda run, test, methods, **rest: [hand_made() for _ in methods])
     monkeypatch.setattr(module, "cross_validated", crossed)
     return seen
 
@@ -202,40 +204,42 @@ TEST_CHANGES: dict[str, Callable[[Dataset, Path], Dataset]] = {
 
 
 @pytest.mark.parametrize("change", list(TEST_CHANGES))
-def test_other_test_slices_are_another_measurement(run: Run, test_set: Dataset, tmp_path: Path, faked: list[str],
-                                                   change: str) -> None:
+def test_whatever_decides_what_is_measured_is_in_the_key(test_set: Dataset, tmp_path: Path, change: str) -> None:
+    assert measured_key(test_set) == measured_key(replace(test_set))
+    assert measured_key(TEST_CHANGES[change](test_set, tmp_path)) != measured_key(test_set)
+
+
+def test_other_test_slices_are_another_measurement(run: Run, test_set: Dataset, tmp_path: Path,
+                                                   faked: list[str]) -> None:
     mine, _ = again(run, tmp_path)
-    for _ in range(2):
-        compare(mine, test_set, ["otsu"], TINY_RIVALS)
-        assert faked == ["otsu"]
-    compare(mine, TEST_CHANGES[change](test_set, tmp_path), ["otsu"], TINY_RIVALS)
-    assert faked == ["otsu", "otsu"]
-    compare(mine, test_set, ["otsu"], TINY_RIVALS)
-    assert faked == ["otsu", "otsu"], "the first one is kept"
+    for data, measured in ((test_set, 1), (test_set, 1), (changed_file(test_set, "mask", tmp_path), 2), (test_set, 2)):
+        compare(mine, data, ["otsu"], TINY_BASELINES)
+        assert faked == ["otsu"] * measured, "the first one is kept"
 
 
 def test_other_settings_are_another_measurement(run: Run, test_set: Dataset, tmp_path: Path,
                                                 faked: list[str]) -> None:
     mine, _ = again(run, tmp_path)
-    compare(mine, test_set, ["otsu"], TINY_RIVALS)
+    compare(mine, test_set, ["otsu"], TINY_BASELINES)
     slower = replace(TINY, segmenter=replace(TINY.segmenter, rate=0.123))
-    other_rival = replace(TINY_RIVALS, ad3d_mil=replace(TINY_RIVALS.ad3d_mil, outline=0.123))
-    for number, (other, rivals) in enumerate((
-            (again(run, tmp_path, seed=1)[0], TINY_RIVALS), (again(run, tmp_path, profile=slower)[0], TINY_RIVALS),
-            (mine, other_rival), (again(run, tmp_path, data=run.data.subset(MEASURED))[0], TINY_RIVALS)), start=2):
-        compare(other, test_set, ["otsu"], rivals)
+    other_baseline = replace(TINY_BASELINES, ad3d_mil=replace(TINY_BASELINES.ad3d_mil, outline=0.123))
+    for number, (other, baselines) in enumerate((
+            (again(run, tmp_path, seed=1)[0], TINY_BASELINES),
+            (again(run, tmp_path, profile=slower)[0], TINY_BASELINES), (mine, other_baseline),
+            (again(run, tmp_path, data=run.data.subset(MEASURED))[0], TINY_BASELINES)), start=2):
+        compare(other, test_set, ["otsu"], baselines)
         assert len(faked) == number
     moved = load_dataset(shutil.copytree(run.data.root, tmp_path / "elsewhere"))
-    compare(again(run, tmp_path, data=moved)[0], moved.subset(MEASURED), ["otsu"], TINY_RIVALS)
+    compare(again(run, tmp_path, data=moved)[0], moved.subset(MEASURED), ["otsu"], TINY_BASELINES)
     assert len(faked) == 5, "where the files lie does not matter"
 
 
 def test_other_training_masks_concern_the_upper_bound_only(run: Run, test_set: Dataset, tmp_path: Path,
                                                            faked: list[str]) -> None:
-    compare(again(run, tmp_path)[0], test_set, ["otsu", "masks"], TINY_RIVALS)
+    compare(again(run, tmp_path)[0], test_set, ["otsu", "masks"], TINY_BASELINES)
     assert faked == ["otsu", "masks"]
     data = changed_file(run.data, "mask", tmp_path)
-    compare(again(run, tmp_path, data=data)[0], test_set, ["otsu", "masks"], TINY_RIVALS)
+    compare(again(run, tmp_path, data=data)[0], test_set, ["otsu", "masks"], TINY_BASELINES)
     assert faked == ["otsu", "masks", "masks"]
 
 
@@ -245,7 +249,7 @@ def test_without_training_masks_the_test_slices_own_are_cross_validated(
     cases = tuple(replace(case, mask=None) if k < lacking else case for k, case in enumerate(run.data.cases))
     mine, lines = again(run, tmp_path, data=replace(run.data, cases=cases))
     for _ in range(2):
-        otsu, masks = compare(mine, test_set, ["otsu", "masks"], TINY_RIVALS)
+        otsu, masks = compare(mine, test_set, ["otsu", "masks"], TINY_BASELINES)
         assert faked == (["otsu", "cross-validation"] if lacking else ["otsu", "masks"])
     assert (otsu["parameters"], otsu["seconds"]) == (0, 0)
     if lacking:
@@ -260,7 +264,7 @@ def test_cross_validated_counts_fit_those_of_the_others(results: list[Record], r
     folder = Path(shutil.copytree(run.folder, tmp_path / "run"))
     bare = replace(run.data, cases=tuple(replace(case, mask=None) for case in run.data.cases))
     mine, _ = again(run, folder, data=bare)
-    otsu, masks = compare(mine, test_set, ["otsu", "masks"], TINY_RIVALS)
+    otsu, masks = compare(mine, test_set, ["otsu", "masks"], TINY_BASELINES)
     direct = cross_validated(mine, test_set).stages[0]
     np.testing.assert_array_equal(counts_of([masks])[0], direct.counts)
     assert (masks["rows"][0]["name"], masks["rows"][0]["supervision"]) == ("Segmenter", "pixel masks")
@@ -268,14 +272,6 @@ def test_cross_validated_counts_fit_those_of_the_others(results: list[Record], r
     assert otsu == results[0], "masks do not matter to the others"
     found = bootstrap_difference(counts_of([masks]), counts_of([otsu]))
     assert found.mean == pytest.approx(micro(direct.counts).dice - micro(counts_of([otsu])[0]).dice)
-
-
-def test_results_are_measured_by_the_masks(results: list[Record], test_set: Dataset) -> None:
-    lesion = np.concatenate([read_mask(case.mask) for case in test_set.cases]).sum(axis=(1, 2))
-    for result in results:
-        counts = counts_of([result])[0]
-        assert (counts[:, 0] + counts[:, 2]).tolist() == lesion.tolist()
-        assert (counts.sum(axis=1) == 128 * 128).all()
 
 
 # --- records made by hand ---------------------------------------------------------------------------------------
@@ -347,15 +343,13 @@ def test_dice_of_each_volume() -> None:
             hit, false, miss, _ = counts(0.8, 60, seed=seed + 10)[2 * k:2 * k + 2].sum(axis=0)
             assert dice == pytest.approx(2 * hit / (2 * hit + false + miss), nan_ok=True)
     assert volume_dice(by_system(comparison(2, STACK))["extended"]) == {}
-    table = volume_table(comparison(2), "volumes")
+    table = volume_table(comparison(2))
     assert table is not None
-    assert table.row_count == 6
-    shown = [list(column.cells) for column in table.columns]
-    assert shown[0] == [*found, "mean"]
-    ours = list(by_system(comparison(2))).index("extended") + 1
-    assert shown[ours][0] == f"{found['v0'].mean():.2f}"
-    assert volume_table(comparison(2, STACK), "slices") is None
-    assert volume_table([], "nothing") is None
+    assert [row[0] for row in table.rows] == [*found, "mean"]
+    ours = table.heads.index("extended")
+    assert table.rows[0][ours] == f"{found['v0'].mean():.2f}"
+    assert volume_table(comparison(2, STACK)) is None
+    assert volume_table([]) is None
 
 
 def test_whole_volumes_are_drawn_and_single_slices_of_a_stack() -> None:
@@ -433,7 +427,7 @@ def test_a_test_set_without_a_lesion_has_dashes(recwarn: pytest.WarningsRecorder
 def cells(lines: Sequence[Line]) -> dict[str, list[str]]:
     """Rows of the Markdown table by title."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table_markdown(lines).splitlines()]
-    assert rows[0] == ["", *HEADS]
+    assert rows[0] == ["", *(" ".join(head.split()) for head in HEADS)]
     assert {len(row) for row in rows} == {1 + len(HEADS)}
     assert len({row[0] for row in rows}) == len(rows), "each title once"
     return {row[0]: row[1:] for row in rows[2:]}
@@ -448,13 +442,7 @@ def test_rows_show_the_figures_of_their_lines() -> None:
             assert cell == f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
         assert row[6] == f"{line.interval[0]:.3f} to {line.interval[1]:.3f}"
         assert row[7] == ("–" if line.key == "otsu" else "0.900 ± 0.100")
-
-
-def test_a_single_seed_has_no_deviation() -> None:
-    lines = table_lines(comparison(1))
-    assert "±" not in table_markdown(lines)
-    assert all(len(line.seeds) == 1 for line in lines)
-    assert cells(lines)["ours, extended"][0] == f"{lines[-2].micro[0, 0]:.3f}"
+    assert "±" not in table_markdown(table_lines(comparison(1))), "a single seed has no deviation"
 
 
 def test_published_figures_stand_once_under_the_last_system_of_their_kind() -> None:
@@ -480,17 +468,13 @@ def numbers(cell: str) -> list[float]:
 def test_both_tables_hold_the_same_numbers(seeds: int) -> None:
     """The terminal's shows deviations of Dice only, for want of room."""
     lines = table_lines(comparison(seeds))
-    written, shown = cells(lines), table_rich(lines, "a title")
-    columns = [list(column.cells) for column in shown.columns]
-    assert columns[0] == [title.strip("*") for title in written]
-    for column, head in zip(shown.columns, ["", *HEADS], strict=True):
-        assert " ".join(str(column.header).split()) == head
-    for k, row in enumerate(written.values()):
-        for head, cell, other in zip(HEADS, row, [column[k] for column in columns[1:]], strict=True):
-            keep = 2 if head in ("Dice", "95 % of Dice") else 1
-            assert numbers(str(other)) == numbers(cell)[:keep]
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(shown)
+    written, shown = cells(lines), table1(lines, narrow=True)
+    assert [row[0] for row in shown.rows] == list(written)
+    for row, (_, *others) in zip(written.values(), shown.rows, strict=True):
+        for head, cell, other in zip(HEADS, row, others, strict=True):
+            assert numbers(other) == numbers(cell)[:2 if head.endswith("Dice") and "macro" not in head else 1]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(shown.rich("a title"))
     text = console.export_text()
     assert "a title" in text
     assert "".join(DISCLAIMER.split()) in "".join(text.split())
@@ -507,14 +491,3 @@ def test_costs() -> None:
     assert "| U-Net, true masks | 1,234 | – |" in rows
     unknown = cost_markdown(table_lines([record("masks", 0, counts(0.9, 9), parameters=None, seconds=None)]))
     assert unknown.splitlines()[-1] == "| U-Net, true masks | – | – |"
-
-
-def test_tables_of_a_real_comparison(results: list[Record]) -> None:
-    lines = table_lines(results)
-    assert [line.key for line in lines] == list(SYSTEMS)
-    rows = cells(lines)
-    assert len(rows) == len(SYSTEMS) + len(PUBLISHED)
-    assert rows[SYSTEMS["otsu"].title][0] == f"{results[0]['rows'][0]['micro']['dice']:.3f}"
-    rival = strongest_earlier(results)
-    assert rival in EARLIER
-    assert len(differences(lines, rival)) == 2  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Metrics against hand-made cases and against two other libraries, and the conventions at their edges."""
+"""Metrics against hand-made cases and against another library, and the conventions at their edges."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from monai.metrics import ConfusionMatrixMetric, DiceMetric, MeanIoU
-from torchmetrics import classification as tm
+from monai.metrics import ConfusionMatrixMetric, DiceMetric, MeanIoU, compute_confusion_matrix_metric
 
 from covidseg.data.folder import Dataset, load_dataset
 from covidseg.data.scan import Grid, write_like
 from covidseg.errors import DatasetError
 from covidseg.evaluation.evaluate import read_truth
-from covidseg.evaluation.metrics import NAMES, Scores, confusion, figures, macro, micro
+from covidseg.evaluation.metrics import NAMES, Scores, auc, confusion, figures, macro, micro
 
 pytestmark = [pytest.mark.filterwarnings(f"error:{what}:RuntimeWarning")
               for what in ("invalid value", "divide by zero")]
@@ -104,62 +103,29 @@ def test_the_names_are_the_fields_in_order():
                                                                                 strict=True))
 
 
-# --- against other libraries and against themselves -------------------------------------------------------------
+# --- against another library and against themselves -------------------------------------------------------------
 
-@given(pairs())
-def test_micro_agrees_with_torchmetrics(pair):
-    found, truth = pair
-    assume(truth.any() and found.any() and not truth.all())  # where all five are defined
-    flat, target = torch.from_numpy(found.ravel().astype(int)), torch.from_numpy(truth.ravel().astype(int))
-    others = [tm.BinaryF1Score(), tm.BinaryJaccardIndex(), tm.BinaryPrecision(), tm.BinaryRecall(),
-              tm.BinarySpecificity()]
-    assert values(micro(confusion(found, truth))) == pytest.approx([float(m(flat, target)) for m in others], abs=1e-6)
-
-
-@given(pairs())
-def test_macro_agrees_with_monai(pair):
-    found, truth = pair
-    ill = truth.any(axis=(1, 2))
-    assume(ill.any() and not truth.all(axis=(1, 2)).any())
-    y_pred, y = (torch.from_numpy(a[:, None].astype(np.float32)) for a in (found, truth))  # (N, 1, H, W)
-    expected = []
-    for metric in (DiceMetric(), MeanIoU()):
-        metric(y_pred[ill], y[ill])
-        expected.append(float(metric.aggregate()))
-    for name, which in (("precision", ill), ("sensitivity", ill), ("specificity", slice(None))):
-        metric = ConfusionMatrixMetric(metric_name=name, compute_sample=True)
-        metric(y_pred[which], y[which])
-        expected.append(float(metric.aggregate()[0]))
-    # MONAI leaves slices with an empty prediction out of the mean of the precision; the convention here counts 0.
-    expected[2] *= found[ill].any(axis=(1, 2)).mean()
-    assert values(macro(confusion(found, truth))) == pytest.approx(expected, abs=1e-6)
-
-
+FIGURES = ("f1 score", "threat score", "precision", "sensitivity", "specificity")  # MONAI's names of the five
 EMPTY, FULL = np.zeros((1, 1, 1), bool), np.ones((1, 1, 1), bool)
 
 
 def disagreements(found: np.ndarray, truth: np.ndarray, counts: np.ndarray) -> list[str]:
-    """Figures, pooled and of each slice, that are not those of torchmetrics and of MONAI; any masks, empty ones too."""
-    flat, target = (torch.from_numpy(a.reshape(len(a), -1).astype(int)) for a in (found, truth))       # (N, H * W)
+    """Figures, pooled, of each slice and of their mean, that are not those of MONAI; any masks, empty ones too."""
+    wrong = []
     y_pred, y = (torch.from_numpy(a[:, None].astype(np.float32)) for a in (found, truth))              # (N, 1, H, W)
-    classes = (tm.BinaryF1Score, tm.BinaryJaccardIndex, tm.BinaryPrecision, tm.BinaryRecall, tm.BinarySpecificity)
-    # Where 0 is divided by 0, torchmetrics says 0 and MONAI, of an empty truth, 1 or 0; here that is NaN.
-    pooled = dict(zip(NAMES, np.nan_to_num(figures(counts.sum(axis=0))), strict=True))
-    wrong = [f"pooled {name}" for name, kind in zip(NAMES, classes, strict=True)
-             if abs(float(kind()(flat.ravel(), target.ravel())) - pooled[name]) > 1e-6]
-    each = dict(zip(NAMES, figures(counts).T, strict=True))
-    for name, kind in zip(NAMES, classes, strict=True):
-        if kind is not tm.BinaryJaccardIndex:  # which only pools
-            theirs = kind(multidim_average="samplewise")(flat, target).numpy()
-            wrong += [f"{name} of slices"] * (not np.allclose(np.nan_to_num(each[name]), theirs, atol=1e-6))
+    for name, theirs, pooled, each in zip(NAMES, FIGURES, figures(counts.sum(axis=0)), figures(counts).T, strict=True):
+        metric = ConfusionMatrixMetric(metric_name=theirs, compute_sample=True)
+        matrix = metric(y_pred, y).numpy()[:, 0]  # tp, fp, tn, fn of each slice
+        wrong += [f"counts for {name}"] * (not np.array_equal(matrix[:, [0, 1, 3, 2]], counts))
+        whole, own = (compute_confusion_matrix_metric(theirs, torch.from_numpy(some.astype(float))).numpy()
+                      for some in (matrix.sum(axis=0)[None], matrix))
+        # Where 0 is divided by 0, MONAI says NaN or, of F1, 0: no figure either way.
+        wrong += [f"pooled {name}"] * (not np.allclose(np.nan_to_num(pooled), np.nan_to_num(whole), atol=1e-6))
+        wrong += [f"{name} of slices"] * (not np.allclose(np.nan_to_num(each), np.nan_to_num(own), atol=1e-6))
     for name, metric in (("dice", DiceMetric(ignore_empty=False)), ("iou", MeanIoU(ignore_empty=False))):
-        theirs = metric(y_pred, y).numpy()[:, 0]
-        ours = np.nan_to_num(each[name], nan=1.0)  # nothing to find and nothing found
-        wrong += [f"{name} of slices (MONAI)"] * (not np.allclose(ours, theirs, atol=1e-6))
-    for name, monai_name in (("ppv", "precision"), ("sensitivity", "sensitivity"), ("specificity", "specificity")):
-        metric = ConfusionMatrixMetric(metric_name=monai_name, compute_sample=True)
-        matrix = metric(y_pred, y).numpy()[:, 0]  # tp, fp, tn, fn
-        wrong += [f"counts for {name} (MONAI)"] * (not np.array_equal(matrix[:, [0, 1, 3, 2]], counts))
+        direct = metric(y_pred, y).numpy()[:, 0]  # of nothing to find and nothing found it is 1
+        ours = np.nan_to_num(figures(counts)[:, NAMES.index(name)], nan=1.0)
+        wrong += [f"direct {name} of slices"] * (not np.allclose(ours, direct, atol=1e-6))
     return wrong
 
 
@@ -168,7 +134,7 @@ def disagreements(found: np.ndarray, truth: np.ndarray, counts: np.ndarray) -> l
 @example((EMPTY, FULL))
 @example((FULL, EMPTY))
 @example((FULL, FULL))
-def test_any_masks_get_the_figures_of_torchmetrics_and_monai(pair):
+def test_any_masks_get_the_figures_of_monai(pair):
     found, truth = pair
     counts = confusion(found, truth)
     assert disagreements(found, truth, counts) == []
@@ -179,14 +145,23 @@ def test_any_masks_get_the_figures_of_torchmetrics_and_monai(pair):
     assert np.array_equal(np.isnan(figures(counts)), undefined)
 
 
-def test_the_comparison_with_other_libraries_fires():
+@given(pairs())
+def test_macro_is_the_mean_over_slices_with_a_lesion(pair):
+    found, truth = pair
+    ill = truth.any(axis=(1, 2))
+    assume(ill.any() and not truth.all(axis=(1, 2)).any())
+    each = np.nan_to_num(figures(confusion(found, truth)))  # an empty prediction of a lesion counts 0
+    assert values(macro(confusion(found, truth))) == pytest.approx([*each[ill, :4].mean(axis=0), each[:, 4].mean()])
+
+
+def test_the_comparison_with_monai_fires():
     found, truth = masks("##.##.....", ".........."), masks("#.##......", "#.........")
     counts = confusion(found, truth)
     assert disagreements(found, truth, counts) == []
     assert set(disagreements(found, truth, counts[:, [0, 2, 1, 3]])) >= {
-        "ppv of slices", "sensitivity of slices", "counts for ppv (MONAI)"}
+        "ppv of slices", "sensitivity of slices", "counts for ppv"}
     assert "pooled dice" in disagreements(found, truth, counts + np.array([9, 0, 0, 0]))
-    assert "dice of slices (MONAI)" in disagreements(found, truth, counts + np.array([1, 0, 0, 0]))
+    assert "direct dice of slices" in disagreements(found, truth, counts + np.array([1, 0, 0, 0]))
 
 
 @given(pairs())
@@ -216,6 +191,23 @@ def test_the_truth_itself_scores_one(truth):
 def test_counts_of_large_sets_do_not_overflow():
     counts = np.array([[2**40, 0, 0, 2**40]] * 3)
     assert values(micro(counts)) == [1] * 5
+
+
+# --- AUC --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("scores", "expected"), [
+    ([0.1, 0.2, 0.8, 0.9], 1.0), ([0.9, 0.8, 0.2, 0.1], 0.0), ([0.5, 0.5, 0.5, 0.5], 0.5), ([0.1, 0.6, 0.5, 0.9], 0.75),
+    ([0.1, 0.5, 0.5, 0.9], 0.875), ([-3, 2, 2, 40], 0.875)])
+def test_auc_by_hand(scores, expected):
+    assert auc(np.array(scores, np.float32), np.array([0, 0, 1, 1])) == expected
+    assert auc(np.array(scores, np.float32), np.array([False, False, True, True])) == expected
+
+
+@given(st.lists(st.tuples(st.integers(-4, 4), st.booleans()), min_size=2, max_size=40))
+def test_auc_is_how_often_a_positive_scores_higher(drawn):
+    scores, labels = np.array([score for score, _ in drawn], float), np.array([label for _, label in drawn])
+    wins = [np.sign(a - b) / 2 + 0.5 for a in scores[labels] for b in scores[~labels]]
+    assert auc(scores, labels) == (pytest.approx(np.mean(wins)) if wins else pytest.approx(math.nan, nan_ok=True))
 
 
 # --- reading the truth ------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import hashlib
+import io
 import json
 import math
 import shutil
@@ -19,14 +20,17 @@ from tiny import STAGES, TINY, finished_run, quiet, stage_name
 
 from covidseg import DISCLAIMER, pipeline
 from covidseg.evaluation.evaluate import Evaluation, StageResult
-from covidseg.evaluation.metrics import Scores
+from covidseg.evaluation.metrics import NAMES, Scores
 from covidseg.evaluation.tables import (
+    Table,
+    ablation_markdown,
     evaluation_json,
     evaluation_markdown,
-    format_figure,
-    scores_from,
+    figure,
+    over_seeds,
     scores_json,
     scores_table,
+    seeds_markdown,
     spread,
 )
 from covidseg.pipeline import Run, write_run
@@ -75,26 +79,38 @@ def test_evaluation_as_json_by_hand() -> None:
 
 
 def test_markdown_table_has_a_row_for_each_stage_and_a_cell_for_each_heading() -> None:
-    lines = evaluation_markdown(EVALUATION).splitlines()
-    assert len(lines) == 2 + 2
-    assert len({line.count("|") for line in lines}) == 1
-    assert lines[2] == "| first | none | 0.333 | 0.200 | 0.500 | 0.250 | 0.962 | 0.250 |"
+    assert evaluation_markdown(EVALUATION).splitlines() == [
+        "| | taught with | Dice | IoU | PPV | sensitivity | specificity | macro Dice |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+        "| first | none | 0.333 | 0.200 | 0.500 | 0.250 | 0.962 | 0.250 |",
+        "| second | slice labels | 0.500 | 0.333 | 0.500 | 0.500 | 0.875 | 0.500 |"]
 
 
 def test_terminal_table_shows_names_figures_and_the_disclaimer() -> None:
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(scores_table("a title", [(s.name, s.micro(), s.macro()) for s in EVALUATION.stages]))
+    console = Console(width=160, record=True, file=io.StringIO())
+    rows = scores_table((s.name, s.micro().as_dict(), scores_json(s.macro())) for s in EVALUATION.stages)
+    console.print(rows.rich("a title"))
     text = console.export_text()
     assert "a title" in text
     assert text.index("first") < text.index("second")
-    for figure in ("0.333", "0.200", "0.962", "0.250"):
-        assert figure in text
-    assert "not a medical device" in text
+    for found in ("0.333", "0.200", "0.962", "0.250"):
+        assert found in text
+    assert "not a medical device" in " ".join(text.split())
 
 
-def test_format_figure() -> None:
-    assert format_figure(0.12345) == "0.123"
-    assert format_figure(NAN) == "–"
+def test_heads_break_in_a_terminal_only_and_emphasis_is_dim_there() -> None:
+    table = Table(("", "two\nwords"), "lr", [["plain", "1"], ["*quoted*", "2"]])
+    assert table.markdown() == "| | two words |\n|---|--:|\n| plain | 1 |\n| *quoted* | 2 |"
+    shown = table.rich("a title")
+    assert [str(column.header) for column in shown.columns] == ["", "two\nwords"]
+    assert list(shown.columns[0].cells) == ["plain", "quoted"]
+    assert [row.style for row in shown.rows] == [None, "dim"]
+
+
+def test_a_figure_has_three_digits_or_a_dash() -> None:
+    assert figure(0.12345) == "0.123"
+    assert figure(1234, ",") == "1,234"
+    assert figure(NAN) == figure(None) == figure(np.nan, ".2f") == "–"
 
 
 def test_spread_is_mean_and_sample_deviation() -> None:
@@ -103,11 +119,39 @@ def test_spread_is_mean_and_sample_deviation() -> None:
     assert spread(np.array([np.nan])) == "–"
 
 
-def test_figures_come_back_from_their_json() -> None:
-    scores = Scores(0.1234, 1.0, NAN, 0.0, 0.9999)
-    again = scores_from(strict(json.dumps(scores_json(scores))))
-    assert np.isnan(again.ppv)
-    assert replace(again, ppv=0.5) == replace(scores, ppv=0.5)
+def row(name: str, dice: float | None, macro: float) -> dict:
+    figures = dict.fromkeys(NAMES, 0.5)
+    return {"name": name, "micro": {**figures, "dice": dice}, "macro": {**figures, "dice": macro}}
+
+
+def result(*dices: float | None, seed: int = 0) -> dict:
+    return {"system": "extended", "seed": seed, "slices": 7,
+            "rows": [row(f"stage {k}", dice, 0.25) for k, dice in enumerate(dices)]}
+
+
+def test_figures_over_seeds_keep_their_rows() -> None:
+    found = over_seeds([result(0.1, 0.7), result(0.3, None)])
+    np.testing.assert_allclose(found["stage 0"][:, 0], [0.1, 0.3])
+    np.testing.assert_allclose(found["stage 1"][:, 0], [0.7, np.nan])
+    np.testing.assert_allclose(over_seeds([result(0.1)], "macro")["stage 0"], [[0.25, 0.5, 0.5, 0.5, 0.5]])
+
+
+def test_table_over_seeds() -> None:
+    lines = seeds_markdown([result(0.1, None), result(0.3, None)]).splitlines()
+    assert len(lines) == 4
+    assert lines[2] == "| stage 0 | 0.200 ± 0.141 | " + " | ".join(["0.500 ± 0.000"] * 4) + " | 0.250 ± 0.000 |"
+    assert lines[3].startswith("| stage 1 | – |")
+    assert {line.count("|") for line in lines} == {8}
+
+
+def test_table_of_an_ablation() -> None:
+    variants = [{"name": "whole", "title": "all", "rows": [row("Grad-CAM", 0.4, 0.3), row("Segmenter", 0.7, 0.6)]},
+                {"name": "one-way", "title": "one way",
+                 "rows": [row("Grad-CAM", 0.4, 0.3), row("Segmenter", None, 0.6)]}]
+    lines = ablation_markdown([{"variants": variants[:1]}, {"variants": variants[1:]}]).splitlines()
+    assert lines[2:] == ["| all: Grad-CAM | 0.400 | 0.500 | 0.500 | 0.300 |",
+                         "| all: Segmenter | 0.700 | 0.500 | 0.500 | 0.600 |",
+                         "| one way: Segmenter | – | 0.500 | 0.500 | 0.600 |"]
 
 
 def test_run_report_is_complete(tiny_run: Run) -> None:

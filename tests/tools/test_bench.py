@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from covidseg.book.records import bench_markdown
+from covidseg.book.results import bench_markdown
 from covidseg.unet import make_unet
 
 ROOT = Path(__file__).resolve().parents[2]

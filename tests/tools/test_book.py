@@ -22,7 +22,7 @@ from axe_playwright_python.sync_playwright import Axe
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from notebooks import PICTURES
 
-from covidseg.book.records import read_records
+from covidseg.book.results import read_records
 from covidseg.evaluation.experiments import Line, table_lines
 from covidseg.evaluation.tables import spread
 

@@ -20,8 +20,7 @@ from rich.table import Table
 from bench.measure import Setup, processor, say, ticking
 from covidseg import DISCLAIMER
 from covidseg.devices import pick_device
-from covidseg.evaluation.tables import environment
-from covidseg.store import write_text
+from covidseg.store import environment, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 # In this order. `growth` and `scaling` and the reading of files are about processors; a GPU changes nothing in them.

@@ -28,7 +28,7 @@ MODULES = {"metrics": "evaluation.metrics", "patches": "patches", "lungs": "lung
 TESTS = {"metrics": ("evaluation/test_metrics",),
          "patches": ("test_patches", "test_patches_bags", "test_patches_net", "tools/test_plain_patches"),
          "lungs": ("test_lungs", "test_lungs_slice", "test_lungs_morphology")}
-HEAVY = ("torch", "torchmetrics.classification", "monai.metrics", "monai.networks.nets", "nibabel", "scipy.ndimage",
+HEAVY = ("torch", "monai.metrics", "monai.networks.nets", "nibabel", "scipy.ndimage",
          "skimage.measure", "skimage.segmentation", "skimage.transform", "safetensors.torch", "hypothesis.extra.numpy",
          "matplotlib.figure", "requests", "pooch", "pytest_timeout")
 OPTIONS = ("-m", "not slow and not realct", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"))
