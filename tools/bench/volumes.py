@@ -10,8 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from covidseg.data.phantom import PhantomSettings, is_healthy, make_patient
-from covidseg.data.scan import Grid
-from covidseg.data.slices import slice_writer
+from covidseg.data.scan import Grid, write_like
 from covidseg.lungs import lung_masks
 from covidseg.preprocess import Crops, PrepareSettings, WeakSet, make_crops
 
@@ -39,9 +38,7 @@ def volume(slices: int, size: int = 512) -> np.ndarray:
 def write_volume(path: Path, slices: int, size: int = 512) -> Path:
     """The volume as a compressed NIfTI file in the voxel order that most files have; kept if it is there."""
     if not path.exists():
-        with slice_writer(path, Grid((size, size, slices), np.diag((-0.7, -0.7, 1.0, 1.0))), np.int16) as write:
-            for image in volume(slices, size):
-                write(image)
+        write_like(volume(slices, size), Grid((size, size, slices), np.diag((-0.7, -0.7, 1.0, 1.0))), path)
     return path
 
 
