@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from conftest import leaves_machine
+from conftest import leaves_machine, pytest_collection_modifyitems
 
 ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = "192.0.2.1"  # kept for examples: nobody has it
@@ -63,3 +65,17 @@ def test_a_test_that_needs_another_fails_in_another_order(options: tuple[str, ..
                            "-p", "no:cacheprovider", *options, tmp_path], capture_output=True, text=True)
     assert done.returncode == code, done.stdout
     assert ("assert done == list(range(number + 1))" in done.stdout) == bool(code)
+
+
+@pytest.mark.parametrize(("markexpr", "kept"), [
+    ("", ["usual"]), ("nets", ["usual"]), ("not book", ["usual"]), ("weekly", ["weekly", "usual"])])
+def test_weekly_tests_run_only_where_they_are_asked_for(markexpr: str, kept: list[str]) -> None:
+    """By ``make weekly``; another ``-m``, as of ``make processors`` or for the pages of the book, does not ask."""
+    left_out: list[Any] = []
+    config: Any = SimpleNamespace(option=SimpleNamespace(markexpr=markexpr),
+                                  hook=SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items)))
+    items: list[Any] = [SimpleNamespace(path=name, get_closest_marker=lambda mark, own=name: mark == own)
+                        for name in ("weekly", "usual")]
+    pytest_collection_modifyitems(config, items)
+    assert [item.path for item in items] == kept
+    assert len(items) + len(left_out) == 2
