@@ -18,7 +18,6 @@ from covidseg.batch import merge, reports
 from covidseg.data.fetch import check_zip, unpack
 from covidseg.data.folder import load_dataset
 from covidseg.data.scan import read_scan
-from covidseg.data.slices import SliceReader
 from covidseg.data.splits import apply_split, read_split
 from covidseg.errors import ArtifactError, DatasetError, DownloadError, InputFileError
 from covidseg.profiles import read_report
@@ -50,11 +49,11 @@ def test_more_slices_than_a_file_can_hold_are_not_even_counted(name: str, tmp_pa
     image = nib.Nifti2Image(np.zeros((2, 2, 2), np.int16), scans.AFFINE)
     nib.save(image, tmp_path / name)
     raw = bytearray(image.to_bytes())
-    raw[40:48] = (2**62).to_bytes(8, "little")  # a list() of the reader would reserve that many places
+    raw[40:48] = (2**62).to_bytes(8, "little")  # memory for that many must not be asked for
     with (nib.openers.Opener(tmp_path / name, "wb")) as stream:
         stream.write(bytes(raw))
     with pytest.raises(InputFileError, match="bytes are said to be in a file of"):
-        SliceReader(tmp_path / name)
+        read_scan(tmp_path / name)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
