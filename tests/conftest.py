@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from filelock import FileLock
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from covidseg.data.phantom import PhantomSettings, write_phantom
 
@@ -28,6 +28,8 @@ from covidseg.data.phantom import PhantomSettings, write_phantom
 settings.register_profile("covidseg", deadline=None, max_examples=25, derandomize=True, database=None,
                           suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("covidseg")
+# Of `make mutants`: nobody reads a failing example, so it need not be made smaller.
+settings.register_profile("mutants", settings.get_profile("covidseg"), phases=[Phase.explicit, Phase.generate])
 
 TINY = PhantomSettings(patients=4, slices=10, size=128, seed=3, vessel_targets=150)
 
