@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def leaves_machine(host: Any) -> bool:
-    """Whether a host, as of a socket's address or to be looked up, is another computer or may be one."""
+    """Whether a host, of a socket's address or to be looked up, is another computer or may be one."""
     name = host.decode() if isinstance(host, bytes) else host
     if name in (None, "", "localhost"):
         return False

@@ -59,7 +59,7 @@ def test_one_after_another(number):
 
 @pytest.mark.parametrize(("options", "code"), [((), 0), (("-p", "randomly", "--randomly-seed=1"), 1)])
 def test_a_test_that_needs_another_fails_in_another_order(options: tuple[str, ...], code: int, tmp_path: Path) -> None:
-    """As of ``make shuffle``; in the usual order nobody would notice."""
+    """``make shuffle`` finds such tests; in the usual order nobody would notice."""
     (tmp_path / "test_chain.py").write_text(CHAIN)
     done = subprocess.run([sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path,
                            "-p", "no:cacheprovider", *options, tmp_path], capture_output=True, text=True)
@@ -70,7 +70,7 @@ def test_a_test_that_needs_another_fails_in_another_order(options: tuple[str, ..
 @pytest.mark.parametrize(("markexpr", "kept"), [
     ("", ["usual"]), ("nets", ["usual"]), ("not book", ["usual"]), ("weekly", ["weekly", "usual"])])
 def test_weekly_tests_run_only_where_they_are_asked_for(markexpr: str, kept: list[str]) -> None:
-    """By ``make weekly``; another ``-m``, as of ``make processors`` or for the pages of the book, does not ask."""
+    """By ``make weekly``; another ``-m``, like that of ``make processors``, does not ask for them."""
     left_out: list[Any] = []
     config: Any = SimpleNamespace(option=SimpleNamespace(markexpr=markexpr),
                                   hook=SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items)))
