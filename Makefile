@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv book html pdf solutions colab bench faults fuzz mutants audit test processors shuffle coverage lint strip lock clean distclean FORCE
+.PHONY: help venv book html pdf solutions colab bench faults fuzz mutants audit test weekly processors shuffle coverage lint strip lock clean distclean FORCE
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -62,8 +62,11 @@ $(VENV)/.trust: $(READY) requirements-trust.lock
 # One process a core, up to four: each imports everything and needs a gigabyte. A module's tests stay together, so that
 # what they share is made once. PYTEST_ARGS="-n 0" runs all in one process.
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-test: $(READY)  ## Run the tests (those of the built book skip when there is none)
+test: $(READY)  ## Run the tests (those of the built book skip when there is none; `make weekly` has more)
 	$(PYTEST) $(PYTEST_ARGS)
+
+weekly: $(READY) $(VENV)/.trust  ## Run the tests of the tools themselves, of load and of killed programs, which `make test` leaves out
+	$(PYTEST) -m weekly $(PYTEST_ARGS)
 
 processors: $(READY)  ## Run the tests that compute with nets under three sets of instructions
 	$(BIN)/python tools/processors.py -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)

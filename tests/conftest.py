@@ -1,6 +1,7 @@
 """What all tests share: no network, a small phantom, real scans and a browser where there are any.
 
-Several processes may run the tests beside each other (``make test``), each with a phantom and a browser of its own.
+Several processes may run the tests beside each other (``make test``); they share the phantom, and the run trained on
+it (``tiny.finished_run``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from hypothesis import HealthCheck, settings
+from filelock import FileLock
+from hypothesis import HealthCheck, Phase, settings
 
 from covidseg.data.phantom import PhantomSettings, write_phantom
 
@@ -26,18 +28,27 @@ from covidseg.data.phantom import PhantomSettings, write_phantom
 settings.register_profile("covidseg", deadline=None, max_examples=25, derandomize=True, database=None,
                           suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("covidseg")
+# Of `make mutants`: nobody reads a failing example, so it need not be made smaller.
+settings.register_profile("mutants", settings.get_profile("covidseg"), phases=[Phase.explicit, Phase.generate])
 
 TINY = PhantomSettings(patients=4, slices=10, size=128, seed=3, vessel_targets=150)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules with most slow tests come first, so that no process is left with one when the others are done."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out weekly tests unless ``-m`` speaks of them, whatever else it asks for.
+
+    Modules with most slow tests come first, so that no process is left with one when the others are done.
+    """
+    if "weekly" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("weekly")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 
 
 def leaves_machine(host: Any) -> bool:
-    """Whether a host, as of a socket's address or to be looked up, is another computer or may be one."""
+    """Whether a host, of a socket's address or to be looked up, is another computer or may be one."""
     name = host.decode() if isinstance(host, bytes) else host
     if name in (None, "", "localhost"):
         return False
@@ -74,7 +85,16 @@ def _no_network() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a phantom of 4 patients with 10 slices of 128 x 128. Shared by all tests: copy it to change it."""
-    return write_phantom(tmp_path_factory.mktemp("tiny") / "phantom", TINY)
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all processes of this run of the tests
+    folder, whole = base / "tiny" / "phantom", base / "tiny" / "phantom-is-whole"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(base / "tiny" / "phantom.lock"):
+        if not whole.exists():
+            write_phantom(folder, TINY)
+            whole.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import time
-
-_calls = itertools.count(1)
-
 
 def hold(megabytes: int) -> int:
     return len(bytearray(megabytes << 20))
@@ -22,10 +17,3 @@ def measured_length(given: bytes) -> int:
 
 def fail() -> None:
     raise ValueError("broken")
-
-
-def slow_at_first() -> int:
-    """Says how often it was called."""
-    count = next(_calls)
-    time.sleep(1.5 if count == 1 else 0.05)
-    return count

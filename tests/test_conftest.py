@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from conftest import leaves_machine
+from conftest import leaves_machine, pytest_collection_modifyitems
 
 ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = "192.0.2.1"  # kept for examples: nobody has it
@@ -57,9 +59,23 @@ def test_one_after_another(number):
 
 @pytest.mark.parametrize(("options", "code"), [((), 0), (("-p", "randomly", "--randomly-seed=1"), 1)])
 def test_a_test_that_needs_another_fails_in_another_order(options: tuple[str, ...], code: int, tmp_path: Path) -> None:
-    """As of ``make shuffle``; in the usual order nobody would notice."""
+    """``make shuffle`` finds such tests; in the usual order nobody would notice."""
     (tmp_path / "test_chain.py").write_text(CHAIN)
     done = subprocess.run([sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path,
                            "-p", "no:cacheprovider", *options, tmp_path], capture_output=True, text=True)
     assert done.returncode == code, done.stdout
     assert ("assert done == list(range(number + 1))" in done.stdout) == bool(code)
+
+
+@pytest.mark.parametrize(("markexpr", "kept"), [
+    ("", ["usual"]), ("nets", ["usual"]), ("not book", ["usual"]), ("weekly", ["weekly", "usual"])])
+def test_weekly_tests_run_only_where_they_are_asked_for(markexpr: str, kept: list[str]) -> None:
+    """By ``make weekly``; another ``-m``, like that of ``make processors``, does not ask for them."""
+    left_out: list[Any] = []
+    config: Any = SimpleNamespace(option=SimpleNamespace(markexpr=markexpr),
+                                  hook=SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items)))
+    items: list[Any] = [SimpleNamespace(path=name, get_closest_marker=lambda mark, own=name: mark == own)
+                        for name in ("weekly", "usual")]
+    pytest_collection_modifyitems(config, items)
+    assert [item.path for item in items] == kept
+    assert len(items) + len(left_out) == 2

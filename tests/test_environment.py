@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from xml.etree import ElementTree
 from zipfile import ZipFile
@@ -66,6 +69,49 @@ def test_environment_check_fires(project: dict) -> None:
     assert environment_faults(project, environment) == [
         "dependencies lacks pytorch>=2.6", "pip lacks jupyter-book>=1.0.4,<2",
         "pip has left-over>=1, pyproject.toml has not"]
+
+
+# --- what the package imports ------------------------------------------------------------------------------------
+
+# Imports whose distribution another requirement brings along.
+BROUGHT = {
+    "cv2": "grad-cam, as one of several builds of OpenCV; gradcam.py enlarges maps with it as the library does",
+    "PIL": "matplotlib, which writes pictures with it",
+    "IPython": "ipywidgets, which are nothing without it"}
+# Requirements that no module imports.
+NOT_IMPORTED = {
+    "grad-cam": "chapters 4 and 13 compare with it, and it brings OpenCV",
+    "torchvision": "grad-cam imports it, and its version has to fit torch's"}
+
+
+def dependency_faults(package: Path, declared: list[str]) -> list[str]:
+    """Imports of a package that no requirement brings, and requirements that it does not import."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in package.rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    tops = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names) - {package.name, *BROUGHT}
+    known = packages_distributions()
+    needed = {top: {canonicalize_name(name) for name in known.get(top, [top])} for top in tops}
+    names = {canonicalize_name(Requirement(line).name) for line in declared}
+    return [f"{top} is imported and not declared" for top in sorted(tops) if not needed[top] & names] + [
+        f"{name} is declared and not imported" for name in sorted(names - set().union(*needed.values()))
+        if name not in NOT_IMPORTED]
+
+
+def test_the_package_declares_what_it_imports(project: dict) -> None:
+    assert dependency_faults(ROOT / "covidseg", project["dependencies"]) == []
+
+
+def test_dependency_check_fires(tmp_path: Path) -> None:
+    package = tmp_path / "made_up"
+    (package / "inner").mkdir(parents=True)
+    (package / "one.py").write_text("import os, numpy as np\nfrom made_up.inner import two\nfrom . import three\n")
+    (package / "inner" / "two.py").write_text("def late():\n    from yaml.nodes import Node\n    import left_over\n")
+    assert dependency_faults(package, ["numpy>=2", "pyyaml", "scipy>=1"]) == [
+        "left_over is imported and not declared", "scipy is declared and not imported"]
+    assert dependency_faults(package, ["numpy"]) == [
+        "left_over is imported and not declared", "yaml is imported and not declared"]
 
 
 # --- requirements.lock and requirements-bootstrap.txt ------------------------------------------------------------
@@ -182,14 +228,14 @@ def test_a_setting_is_one_of_a_few() -> None:
 # --- the wheel ---------------------------------------------------------------------------------------------------
 
 def packed_files() -> set[str]:
-    """What has to come along with the modules: nets, recorded runs, registry, splits, licences, quizzes."""
+    """What has to come along with the modules: nets, recorded runs, registry, splits, licences, quizzes, `py.typed`."""
     nets = {f"stages/{net}.safetensors{end}" for net in ("segmenter", "patches", "lung_net") for end in ("", ".sha256")}
     weights = {f"covidseg/weights/{name}" for name in {"run.json", "run.json.sha256", "MODEL_CARD.md", *nets}}
     data = {f"covidseg/_data/{folder.name}/{path.relative_to(folder)}"
             for folder in (ROOT / "results", ROOT / "data/splits", ROOT / "data/licences")
             for path in folder.rglob("*") if path.is_file()}
     quizzes = {str(path.relative_to(ROOT)) for path in (ROOT / "covidseg" / "book" / "quizzes").glob("*.json")}
-    return {*weights, *data, *quizzes, "covidseg/_data/registry.toml"}
+    return {*weights, *data, *quizzes, "covidseg/_data/registry.toml", "covidseg/py.typed"}
 
 
 def wheel_faults(names: set[str]) -> list[str]:

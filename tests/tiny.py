@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from bench.measure import PRELOAD
+from filelock import FileLock
 
 from covidseg import training
 from covidseg.baselines.ad3d_mil import Ad3dMilSettings
@@ -123,8 +124,15 @@ def toy(count: int, size: int = 40, seed: int = 0) -> tuple[WeakSet, np.ndarray]
 
 
 @functools.cache
-def finished_run(data: Path, folder: Path) -> Run:
-    """All stages of the tiny profile, with ``run.json``; trained once, however many modules ask for it."""
+def finished_run(data: Path, *_: Path) -> Run:
+    """All stages of the tiny profile, with ``run.json``: trained by the process of tests that asks first, read by all.
+
+    Args:
+        data: The phantom that all tests share; the run lies beside it. Copy its folder to change anything in it.
+    """
+    folder = data.with_name("run")
     run = Run(load_dataset(data), TINY, 0, folder, "cpu", quiet)
-    write_run(all_stages(run), "a test")
+    with FileLock(folder.with_name("run.lock")):
+        if not (folder / "run.json").exists():
+            write_run(all_stages(run), "a test")
     return run

@@ -51,17 +51,14 @@ def print_page(browser: Browser, file: Path) -> tuple[str, bytes]:
         page.close()
 
 
-def print_book(html: Path, pages: list[str], target: Path, program: str) -> int:
+def print_book(html: Path, pages: list[str], target: Path, browser: Browser) -> int:
     """Prints pages of a built book into one file and returns how many sheets it has."""
     writer = PdfWriter()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
-        for name in pages:
-            title, content = print_page(browser, html / f"{name}.html")
-            first = len(writer.pages)
-            writer.append(PdfReader(io.BytesIO(content)), import_outline=False)
-            writer.add_outline_item(title=title, page_number=first)
-        browser.close()
+    for name in pages:
+        title, content = print_page(browser, html / f"{name}.html")
+        first = len(writer.pages)
+        writer.append(PdfReader(io.BytesIO(content)), import_outline=False)
+        writer.add_outline_item(title=title, page_number=first)
     writer.add_metadata({"/Title": "covidseg: lesions from slice labels", "/Author": "The covidseg authors"})
     unfinished = target.with_name(target.name + ".part")
     with unfinished.open("wb") as stream:
@@ -85,7 +82,10 @@ def main() -> int:
         print(f"pdf: the built book is older than _toc.yml ({missing[0]} is missing): run `make book` again")
         return 1
     target = BUILD / "covidseg-book.pdf"
-    sheets = print_book(html, pages, target, program)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        sheets = print_book(html, pages, target, browser)
+        browser.close()
     print(f"pdf: {target.relative_to(ROOT)} is ready, {sheets} sheets, {target.stat().st_size / 1e6:.1f} MB")
     return 0
 

@@ -48,12 +48,12 @@ class ChapterRun:
     """How one chapter ran.
 
     Attributes:
-        chapter: its entry in ``_toc.yml``, such as ``chapters/02_lungs``.
-        seconds: wall time of the whole notebook.
-        slowest_cell: id of the cell that took longest.
-        slowest_seconds: and how long it took.
-        stderr_cells: ids of the cells that wrote to standard error, which readers see as a warning.
-        error: last line of the exception that ended it, empty if it ran through.
+        chapter: Entry of the chapter in ``_toc.yml``, such as ``chapters/02_lungs``.
+        seconds: Wall time of the whole notebook.
+        slowest_cell: Id of the cell that took longest.
+        slowest_seconds: Time that this cell took.
+        stderr_cells: Ids of the cells that wrote to standard error, which readers see as a warning.
+        error: Last line of the exception that ended the notebook, empty if it ran through.
     """
 
     chapter: str
@@ -160,7 +160,7 @@ def prepare_environment(build: Path) -> None:
     (profile / "ipython_kernel_config.py").write_text("get_config().IPKernelApp.log_level = 'ERROR'\n")
     # Sliders are drawn beforehand: no kernel stands behind a page.
     os.environ["COVIDSEG_STATIC"] = "1"
-    # As of the command line: threads that wait sleep.
+    # Threads that wait sleep, as they do under the command line.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Relative to the kernels' folder, so that no chapter can print where the checkout lies.
     os.environ.setdefault("COVIDSEG_RUNS", "runs")

@@ -20,10 +20,10 @@ class Kind:
     """One kind of processor.
 
     Attributes:
-        name: as torch calls it.
-        threads: number of threads, so that one and two take turns as well.
-        onednn: instructions that oneDNN may use.
-        openblas: kind of processor that OpenBLAS takes this one for.
+        name: Name of the instructions in torch.
+        threads: Number of threads, so that one and two take turns as well.
+        onednn: Instructions that oneDNN may use.
+        openblas: Kind of processor that OpenBLAS takes this one for.
     """
 
     name: str

@@ -363,16 +363,13 @@ def roofline_bars(stages: Rows) -> Figure:
 
 
 def scaling_curves(scaling: Mapping[str, Any]) -> Figure:
-    """Speed-up by more processes of one thread each, for training under torchrun and for prediction in parts."""
+    """Speed-up of prediction by more processes of one thread each, every one with a part of the scans."""
     figure, axes = new_figure(1, 1, (5.0, 3.4))
-    panel, most = axes[0, 0], 1
-    curves = (("training (torchrun)", [row for row in scaling["training"] if row["threads"] == 1], "step_ms"),
-              ("prediction (parts)", scaling["prediction"], "seconds"))
-    for (name, rows, quantity), color, marker in zip(curves, CYCLE, "os", strict=False):
-        processes = [row["processes"] for row in rows]
-        panel.plot(processes, [rows[0][quantity] / row[quantity] for row in rows], marker=marker, color=color,
-                   label=name)
-        most = max(most, *processes)
+    panel, rows = axes[0, 0], scaling["prediction"]
+    processes = [row["processes"] for row in rows]
+    most = max(processes)
+    panel.plot(processes, [rows[0]["seconds"] / row["seconds"] for row in rows], marker="o", color=CYCLE[0],
+               label="prediction (parts)")
     panel.plot([1, most], [1, most], ":", color="black", label="perfect")
     panel.axvline(scaling["cores"], color="#888888", linewidth=1, linestyle="--", label=f"{scaling['cores']} cores")
     panel.set(xlabel="processes, one thread each", ylabel="speed-up", ylim=(0, None), xticks=range(1, most + 1))

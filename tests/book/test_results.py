@@ -218,12 +218,8 @@ def test_roofline_bars_add_up_to_the_step() -> None:
 
 
 def test_scaling_is_against_one_process() -> None:
-    scaling = {"cores": 2, "training": [{"processes": 1, "threads": 1, "step_ms": 100.0},
-                                        {"processes": 1, "threads": 2, "step_ms": 60.0},
-                                        {"processes": 2, "threads": 1, "step_ms": 80.0}],
-               "prediction": [{"processes": 1, "seconds": 30.0}, {"processes": 4, "seconds": 15.0}]}
+    scaling = {"cores": 2, "prediction": [{"processes": 1, "seconds": 30.0}, {"processes": 4, "seconds": 15.0}]}
     panel = results.scaling_curves(scaling).axes[0]
     lines = {line.get_label(): line for line in panel.lines}
-    assert list(lines["training (torchrun)"].get_ydata()) == [1, pytest.approx(1.25)]
     assert list(lines["prediction (parts)"].get_ydata()) == [1, 2]
     assert "2 cores" in lines

@@ -6,15 +6,17 @@ import copy
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bench import __main__ as program
 from bench import measure, roofline
 from bench.command import covidseg
-from bench.measure import Comparison, Limit, Setup, alternating, exponent, in_fresh_process
+from bench.measure import Comparison, Limit, alternating, exponent, in_fresh_process
 from bench.memory import memory_mb
-from fresh import fail, hold, measured_length, prepare, slow_at_first
+from fresh import fail, hold, measured_length, prepare
 from packaging.requirements import Requirement
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,34 +26,36 @@ from covidseg.unet import make_unet
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = sorted((ROOT / "results").glob("bench-*.json"))
-SECTIONS = {"cpu": {"reading", "lungs", "cams", "patches", "training", "predicting", "growth", "scaling"},
-            "cuda": {"lungs", "cams", "patches", "training", "predicting"}}
+SECTIONS = {"cpu": set(program.SECTIONS), "cuda": set(program.ON_GPU)}
 
 
 # --- how it measures ---------------------------------------------------------------------------------------------
 
-def test_ratio_and_goal() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc to ask")
+def test_a_small_benchmark_leaves_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["--small", "--rounds", "1", "--only", "patches", "--device", "cpu",
+                         "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "bench-cpu.json").read_text(encoding="utf-8"))
+    assert faults(content) == ["was measured with tiny sizes",
+                               *(f"no section {name}" for name in sorted(SECTIONS["cpu"] - {"patches"}))]
+    assert all(row["difference"] <= row["tolerance"] for row in content["sections"]["patches"]["comparisons"])
+    assert "a window for each patch" in capsys.readouterr().out
+
+
+def test_a_ratio_meets_its_goal_at_equal_results_only() -> None:
     good = Comparison("a", "b", "s", ours=2.0, other=10.0, goal=5)
-    assert good.ratio == 5
-    assert good.met is True
+    assert (good.ratio, good.met, good.as_json()["ratio"]) == (5, True, 5)
     assert Comparison("a", "b", "s", 2.0, 9.9, goal=5).met is False
     assert Comparison("a", "b", "s", 2.0, 9.9).met is None
-    assert good.as_json()["ratio"] == 5
-
-
-def test_a_fast_wrong_result_does_not_meet_the_goal() -> None:
     assert Comparison("a", "b", "s", 1.0, 99.0, goal=5, difference=0.1, tolerance=1e-5).met is False
     assert Comparison("a", "b", "s", 1.0, 99.0, goal=5, tolerance=1e-5).met is False
     assert Comparison("a", "b", "s", 1.0, 99.0, goal=5, difference=1e-6, tolerance=1e-5).met is True
+    assert [Limit("a", "s", value, limit).met for value, limit in ((9.0, 10), (11.0, 10), (11.0, None))] == [
+        True, False, None]
 
 
-def test_limits() -> None:
-    assert Limit("a", "s", 9.0, 10).met is True
-    assert Limit("a", "s", 11.0, 10).met is False
-    assert Limit("a", "s", 11.0).met is None
-
-
-def test_rivals_take_turns_and_the_first_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.weekly
+def test_ways_take_turns_and_the_first_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     # Seconds from one look at the clock to the next: the first turn begins twice, then each way begins and ends.
     clock = itertools.accumulate([0, 100, *[50, 1, 50, 9], *[50, 2, 50, 9], *[50, 1, 50, 8]])
@@ -61,14 +65,9 @@ def test_rivals_take_turns_and_the_first_does_not_count(monkeypatch: pytest.Monk
     assert seconds == [1, 9]
 
 
-@pytest.fixture
-def _little_preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fresh processes of these tests need none of what the stages import."""
-    monkeypatch.setattr(measure, "PRELOAD", ["bench.measure"])
-
-
-@pytest.mark.usefixtures("_little_preloaded")
-def test_memory_is_that_of_the_work_alone() -> None:
+@pytest.mark.weekly
+def test_memory_is_that_of_the_work_alone_and_its_faults_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "PRELOAD", ["bench.measure"])  # this work needs none of what the stages import
     before = memory_mb("VmHWM")
     size, seconds, peak = in_fresh_process(hold, 200)
     assert size == 200 << 20
@@ -77,29 +76,18 @@ def test_memory_is_that_of_the_work_alone() -> None:
     assert memory_mb("VmHWM") - before < 150  # it was another process
     _, _, prepared = in_fresh_process(measured_length, 200, prepare=prepare)
     assert prepared < 50  # what was there before the clock started does not count
-
-
-@pytest.mark.usefixtures("_little_preloaded")
-def test_the_fastest_of_several_calls_counts() -> None:
-    calls, seconds, _ = in_fresh_process(slow_at_first, spend=1.6)
-    assert calls >= 2
-    assert 0.05 <= seconds < 1.5, "the first call alone takes longer"
-    assert in_fresh_process(slow_at_first)[0] == 1
-
-
-@pytest.mark.usefixtures("_little_preloaded")
-def test_faults_of_the_work_come_back() -> None:
     with pytest.raises(ValueError, match="broken"):
         in_fresh_process(fail)
 
 
-def test_exponent() -> None:
+@pytest.mark.weekly
+@pytest.mark.parametrize(("power", "expected"), [(1, 1), (2, 2), (0, 0)])
+def test_exponent(power: int, expected: int) -> None:
     sizes = [1.0, 2.0, 4.0]
-    assert exponent(sizes, [3 * s for s in sizes]) == pytest.approx(1)
-    assert exponent(sizes, [3 * s ** 2 for s in sizes]) == pytest.approx(2)
-    assert exponent(sizes, [5.0, 5.0, 5.0]) == pytest.approx(0)
+    assert exponent(sizes, [3 * size ** power for size in sizes]) == pytest.approx(expected)
 
 
+@pytest.mark.weekly
 def test_commands_are_measured_from_outside(tmp_path: Path) -> None:
     seconds, peak = covidseg(tmp_path, "--version")
     assert seconds > 0
@@ -110,6 +98,7 @@ def test_commands_are_measured_from_outside(tmp_path: Path) -> None:
 
 # --- the roofline ------------------------------------------------------------------------------------------------
 
+@pytest.mark.weekly
 def test_operations_are_those_that_torch_counts() -> None:
     net = nn.Sequential(make_unet(2, (8, 16, 32)), nn.Flatten(), nn.Linear(32 * 32, 3))
     inputs = torch.rand(2, 2, 32, 32)
@@ -119,6 +108,7 @@ def test_operations_are_those_that_torch_counts() -> None:
     assert sum(seen.operations) == pytest.approx(counter.get_total_flops())
 
 
+@pytest.mark.weekly
 def test_layers_without_gradients_are_no_training() -> None:
     net = nn.Linear(4, 4)
     with torch.no_grad():
@@ -126,17 +116,12 @@ def test_layers_without_gradients_are_no_training() -> None:
     assert roofline.counted(lambda: net(torch.rand(2, 4))).bytes == [4 * (20 + 8 + 8)]
 
 
+@pytest.mark.weekly
 def test_a_layer_is_bound_by_the_slower_of_arithmetic_and_memory() -> None:
     work = roofline.Work(operations=[100.0, 0.0], bytes=[10.0, 50.0])
     bound, arithmetic = work.seconds(roofline.Machine(operations=10.0, bandwidth=5.0))
     assert arithmetic == pytest.approx(3 * 10)
     assert bound == pytest.approx(3 * (10 + 10))
-
-
-def test_machine_is_measured() -> None:
-    machine = roofline.measure_machine(torch.device("cpu"), side=256, copies=1 << 18)
-    assert 1e8 < machine.operations < 1e15
-    assert 1e7 < machine.bandwidth < 1e13
 
 
 # --- the records -------------------------------------------------------------------------------------------------
@@ -167,8 +152,8 @@ def faults(content: dict) -> list[str]:
     return found
 
 
-def test_there_is_a_record() -> None:
-    assert "bench-cpu" in {path.stem for path in RECORDS}
+def cpu_record() -> dict:
+    return json.loads((ROOT / "results" / "bench-cpu.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
@@ -177,7 +162,7 @@ def test_records_are_complete(path: Path) -> None:
 
 
 def test_record_check_fires() -> None:
-    content = copy.deepcopy(json.loads((ROOT / "results" / "bench-cpu.json").read_text(encoding="utf-8")))
+    content = cpu_record()
     content["sections"]["reading"]["comparisons"][0]["ours"] *= 2
     content["sections"]["lungs"]["limits"][0]["value"] = 99.0
     content["sections"]["training"]["roofline"][0]["share"] = 1.5
@@ -189,7 +174,7 @@ def test_record_check_fires() -> None:
 
 
 def test_tables_show_the_record() -> None:
-    content = json.loads((ROOT / "results" / "bench-cpu.json").read_text(encoding="utf-8"))
+    content = cpu_record()
     table = bench_markdown(content)
     rows = [row for section in content["sections"].values() for row in section.get("comparisons", [])]
     assert len(table.splitlines()) == len(rows) + 2
@@ -202,13 +187,22 @@ def test_tables_show_the_record() -> None:
     assert bench_markdown(content, "roofline").count("\n") == 1 + len(content["sections"]["training"]["roofline"])
 
 
-def test_small_sizes_are_small() -> None:
-    setup = Setup(torch.device("cpu"), Path(), small=True)
-    assert setup.size(300, 8) == 8
-    assert Setup(torch.device("cpu"), Path()).size(300, 8) == 300
+def readme_faults(readme: str, content: dict) -> list[str]:
+    """Lines of the README's table that do not show what was measured, or measured lines with a goal that it lacks."""
+    measured = [f"| **{row['ratio']:.1f}** | {row['goal']:g} | {row['task']} | {row['other_name']} |"
+                for section in content["sections"].values() for row in section.get("comparisons", [])
+                if row["goal"] is not None]
+    shown = re.findall(r"^\| \*\*[\d.]+\*\* \|.*$", readme, re.MULTILINE)
+    return [row for row in measured if row not in shown] + [row for row in shown if row not in measured]
 
 
-def test_rivals_are_pinned_in_step_with_everything_else() -> None:
+def test_readme_shows_the_record() -> None:
+    readme, content = (ROOT / "README.md").read_text(encoding="utf-8"), cpu_record()
+    assert readme_faults(readme, content) == []
+    assert len(readme_faults(readme.replace("| **", "| **1"), content)) == 2 * readme.count("| **")
+
+
+def test_what_is_compared_with_is_pinned_in_step_with_everything_else() -> None:
     def pins(name: str) -> dict[str, set[str]]:
         lines = re.findall(r"^(\S+==[^\\\n]*)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
         found: dict[str, set[str]] = {}
@@ -217,18 +211,4 @@ def test_rivals_are_pinned_in_step_with_everything_else() -> None:
         return found
     ours, theirs = pins("requirements.lock"), pins("requirements-bench.lock")
     assert theirs["lungmask"] == {"==0.2.22"}
-    assert "torchmil" in theirs
     assert {name: versions for name, versions in theirs.items() if name in ours and versions != ours[name]} == {}
-
-
-def readme_rows(content: dict) -> list[str]:
-    """Lines of the README's table: what has a goal, ratio first."""
-    return [f"| **{row['ratio']:.1f}** | {row['goal']:g} | {row['task']} | {row['other_name']} |"
-            for section in content["sections"].values() for row in section.get("comparisons", [])
-            if row["goal"] is not None]
-
-
-def test_readme_shows_the_record() -> None:
-    content = json.loads((ROOT / "results" / "bench-cpu.json").read_text(encoding="utf-8"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [row for row in readme_rows(content) if row not in readme] == []

@@ -14,40 +14,20 @@ PAGE = ("<html lang=en><title>x</title><body><article><h1>{title}<a class=header
 
 
 def test_pages_become_one_file_in_order(tmp_path: Path, browser: Any) -> None:
-    """``browser`` is asked for only so that the test skips where there is none; the program starts its own."""
+    """With bookmarks, and with folded parts opened."""
     for name in ("first", "second"):
         (tmp_path / f"{name}.html").write_text(PAGE.format(title=name.title()))
-    title, content = book_pdf.print_page(browser, tmp_path / "second.html")
-    assert title == "Second"
-    assert content.startswith(b"%PDF")
-    text = PdfReader(book_pdf.io.BytesIO(content)).pages[0].extract_text()
-    assert "folded Second" in text
-
-
-def test_book_is_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Playwright:
-        def __enter__(self) -> Any:
-            return self
-        def __exit__(self, *_: object) -> None: ...
-        chromium = type("T", (), {"launch": staticmethod(lambda **_: type("B", (), {"close": lambda _: None})())})()
-
-    def printed(_browser: Any, file: Path) -> tuple[str, bytes]:
-        writer, content = book_pdf.PdfWriter(), book_pdf.io.BytesIO()
-        for _ in range(2 if file.stem == "b" else 1):
-            writer.add_blank_page(100, 100)
-        writer.write(content)
-        return file.stem.upper(), content.getvalue()
-
-    monkeypatch.setattr(book_pdf, "sync_playwright", Playwright)
-    monkeypatch.setattr(book_pdf, "print_page", printed)
     target = tmp_path / "book.pdf"
-    assert book_pdf.print_book(tmp_path, ["a", "b", "c"], target, "chromium") == 4
+    sheets = book_pdf.print_book(tmp_path, ["first", "second"], target, browser)
     reader = PdfReader(target)
+    assert sheets == len(reader.pages) == 2
     assert [(item.title, reader.get_destination_page_number(item)) for item in reader.outline] == [
-        ("A", 0), ("B", 1), ("C", 3)]
+        ("First", 0), ("Second", 1)]
+    assert "folded Second" in reader.pages[1].extract_text()
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.weekly
 def test_missing_things_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(book_pdf, "BUILD", tmp_path)

@@ -38,7 +38,7 @@ def test_first_cell_installs_this_version() -> None:
     assert f"covidseg@v{PROJECT['version']}" in source
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_a_chapter_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     folder = tmp_path / "away"

@@ -50,7 +50,7 @@ def test_more_slices_than_a_file_can_hold_are_not_even_counted(name: str, tmp_pa
     image = nib.Nifti2Image(np.zeros((2, 2, 2), np.int16), scans.AFFINE)
     nib.save(image, tmp_path / name)
     raw = bytearray(image.to_bytes())
-    raw[40:48] = (2**62).to_bytes(8, "little")
+    raw[40:48] = (2**62).to_bytes(8, "little")  # memory for that many must not be asked for
     with (nib.openers.Opener(tmp_path / name, "wb")) as stream:
         stream.write(bytes(raw))
     with pytest.raises(InputFileError, match="bytes are said to be in a file of"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import random
-import shutil
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -19,16 +20,21 @@ from covidseg.pipeline import Run, write_run
 from covidseg.predict import load_predictor
 from covidseg.store import Store, load_arrays
 
-KILLS = 30
-
 
 @pytest.fixture(scope="module")
-def whole(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def whole(tiny_phantom: Path) -> Run:
     """A run that nothing disturbed."""
-    return finished_run(tiny_phantom, tmp_path_factory.mktemp("whole"))
+    return finished_run(tiny_phantom)
 
 
-def train(data: Path, folder: Path) -> None:
+def train(data: Path, folder: Path, most: int | None = None) -> None:
+    """Trains all stages; the process kills itself when ``most`` are stored and the next one is only half there."""
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename" and str(arguments[1]).endswith(".safetensors") \
+                and len(list(folder.glob("stages/*.safetensors"))) == most:
+            os.kill(os.getpid(), signal.SIGKILL)
+    if most is not None:
+        sys.addaudithook(watch)  # for the rest of this process's life
     run = Run(load_dataset(data), TINY, 0, folder, "cpu", quiet)
     run.segmenter()
     write_run(run, "a test")
@@ -38,6 +44,11 @@ def start(work: Callable[..., Any], *arguments: Any) -> BaseProcess:
     process = WARM.Process(target=work, args=arguments, daemon=True)
     process.start()
     return process
+
+
+def exit_code(process: BaseProcess) -> int | None:
+    process.join(200)
+    return process.exitcode
 
 
 def check_same(folder: Path, whole: Run) -> None:
@@ -54,45 +65,35 @@ def check_same(folder: Path, whole: Run) -> None:
     assert not left
 
 
-@pytest.mark.slow
-def test_a_run_killed_at_thirty_moments_ends_in_the_same_bits(whole: Run, tiny_phantom: Path, tmp_path: Path) -> None:
-    begin, folder, moments = time.monotonic(), tmp_path / "timed", random.Random(0)
-    process = start(train, tiny_phantom, folder)
-    process.join(200)
-    takes = time.monotonic() - begin
-    assert process.exitcode == 0
+@pytest.mark.parametrize("kills", [[1, 8], pytest.param(range(len(STAGES)), marks=pytest.mark.weekly)],
+                         ids=["twice", "after each stage"])
+def test_a_killed_run_goes_on_to_the_same_bits(kills: list[int], whole: Run, tiny_phantom: Path,
+                                               tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for most in kills:
+        assert exit_code(start(train, tiny_phantom, folder, most)) == -signal.SIGKILL
+        assert len(list(folder.glob("stages/*.safetensors"))) == most
+    assert exit_code(start(train, tiny_phantom, folder)) == 0
     check_same(folder, whole)
-    kills, finished, folder = 0, 0, tmp_path / "killed"
-    stored = set[int]()  # numbers of stages there were when a run was killed
-    while kills < KILLS or not finished:
-        process = start(train, tiny_phantom, folder)
-        process.join(moments.uniform(0, 0.4 * takes) if kills < KILLS else 200)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            kills += 1
-            stored.add(len(list(folder.glob("stages/*.safetensors"))))
-            continue
-        assert process.exitcode == 0
-        check_same(folder, whole)
-        finished += 1
-        shutil.rmtree(folder)
-    assert len(stored) > 4, "killed early and late"
 
 
+@pytest.mark.weekly
 def test_two_programs_in_one_folder_do_no_harm(whole: Run, tiny_phantom: Path, tmp_path: Path) -> None:
     programs = [start(train, tiny_phantom, tmp_path / "run") for _ in range(2)]
-    for program in programs:
-        program.join(200)
-        assert program.exitcode == 0
+    assert [exit_code(program) for program in programs] == [0, 0]
     check_same(tmp_path / "run", whole)
 
 
-def _make(folder: Path, calls: Path, log: Path, seconds: float) -> None:
+WAITS = "another program is making cam-0123.safetensors in this folder"
+
+
+def make_stage(folder: Path, calls: Path, log: Path, wait: bool) -> None:
+    """Makes a stage; with ``wait`` it is not ready before another program has said that it waits for it."""
     def make() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         with calls.open("a") as stream:
             stream.write("made\n")
-        time.sleep(seconds)
+        while wait and not (log.exists() and WAITS in log.read_text()):
+            time.sleep(0.05)
         return {"a": np.arange(3)}, {}
 
     def note(line: str) -> None:
@@ -103,24 +104,19 @@ def _make(folder: Path, calls: Path, log: Path, seconds: float) -> None:
 
 def test_one_makes_a_stage_and_the_other_waits_for_it(tmp_path: Path) -> None:
     calls, log = tmp_path / "calls", tmp_path / "log"
-    programs = [start(_make, tmp_path / "stages", calls, log, 1.0) for _ in range(2)]
-    for program in programs:
-        program.join(60)
-        assert program.exitcode == 0
+    programs = [start(make_stage, tmp_path / "stages", calls, log, True) for _ in range(2)]
+    assert [exit_code(program) for program in programs] == [0, 0]
     assert calls.read_text() == "made\n"
-    assert "another program is making cam-0123.safetensors in this folder" in log.read_text()
 
 
 def test_a_killed_program_holds_nobody_up(tmp_path: Path) -> None:
     calls, log = tmp_path / "calls", tmp_path / "log"
-    first = start(_make, tmp_path / "stages", calls, log, 60.0)
+    first = start(make_stage, tmp_path / "stages", calls, log, True)
     while not calls.exists():
         time.sleep(0.05)
     first.kill()
     first.join()
     (tmp_path / "stages" / ".cam-0123.safetensors-half").write_bytes(b"what it was writing")
-    second = start(_make, tmp_path / "stages", calls, log, 0.0)
-    second.join(60)
-    assert second.exitcode == 0
+    assert exit_code(start(make_stage, tmp_path / "stages", calls, log, False)) == 0
     assert not list((tmp_path / "stages").glob(".*-half"))
     assert load_arrays(tmp_path / "stages" / "cam-0123.safetensors")[0]["a"].tolist() == [0, 1, 2]

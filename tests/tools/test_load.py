@@ -28,17 +28,26 @@ from covidseg.data.scan import read_scan
 from covidseg.predict import Predictor, load_predictor
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="no /proc to ask")
-EIGHT = 8
+EIGHT = 8           # programs or threads at the same time
+BYTES_A_VOXEL = 13  # of a scan that is predicted: then one of 512 x 512 x 600 needs less than 2 GB
 
 
 @pytest.fixture(scope="module")
-def run(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished_run(tiny_phantom, tmp_path_factory.getbasetemp() / "tiny-run").folder
+def run(tiny_phantom: Path) -> Path:
+    return finished_run(tiny_phantom).folder
 
 
 @pytest.fixture(scope="module")
 def predictor(run: Path) -> Predictor:
     return load_predictor(run)
+
+
+def repeated(scan: Path, slices: int, target: Path) -> Path:
+    """A scan of many slices: those of a small one, over and over."""
+    small = read_scan(scan)
+    pixels = np.resize(small.pixels, (slices, *small.pixels.shape[1:]))
+    nib.save(nib.Nifti1Image(pixels.transpose(2, 1, 0), small.grid.affine), target)
+    return target
 
 
 # --- the helpers show what they are for ----------------------------------------------------------------------------
@@ -60,6 +69,7 @@ def leak_figure(kept: list[Any]) -> None:
     plt.figure(figsize=(0.1, 0.1))
 
 
+@pytest.mark.weekly
 @pytest.mark.parametrize(("leak", "said"), [(leak_memory, "memory grew by "), (leak_file, "10 more files"),
                                             (leak_thread, "10 more threads"), (leak_figure, "10 more figures")])
 def test_what_leaks_is_caught(leak: Callable[[list[Any]], None], said: str) -> None:
@@ -74,6 +84,7 @@ def test_what_leaks_is_caught(leak: Callable[[list[Any]], None], said: str) -> N
         plt.close("all")
 
 
+@pytest.mark.weekly
 def test_what_does_not_leak_passes() -> None:
     def work() -> None:
         np.ones(1 << 20)
@@ -86,6 +97,7 @@ def test_what_does_not_leak_passes() -> None:
     assert growth(work, 10, most_mb=5) == []
 
 
+@pytest.mark.weekly
 def test_a_peak_counts_although_it_is_gone() -> None:
     assert 30 < peak_mb(lambda: np.ones(4 << 20)) < 40
     assert peak_mb(lambda: None) < 2
@@ -93,24 +105,28 @@ def test_a_peak_counts_although_it_is_gone() -> None:
 
 # --- many slices ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.slow
-def test_memory_grows_by_a_few_bytes_a_voxel(predictor: Predictor, tiny_phantom: Path, tmp_path: Path) -> None:
-    """Two of the scan, one each of lung and lesion mask, and what the lungs need on their grid: no copy of floats.
+@pytest.mark.weekly
+def test_a_thousand_slices_need_memory_for_their_volume_and_little_more(predictor: Predictor, tiny_phantom: Path,
+                                                                       tmp_path: Path) -> None:
+    scan = tiny_phantom / "im" / "phantom_01.nii.gz"
+    short, long = (repeated(scan, slices, tmp_path / f"{slices}.nii.gz") for slices in (200, 1000))
+    maps = tmp_path / "probability.nii.gz"
 
-    With 6 bytes a voxel, 600 slices of 512 x 512 need 0.9 GB beside the program and its nets: 2 GB in all.
-    """
-    small = read_scan(tiny_phantom / "im" / "phantom_01.nii.gz")
-    large = small.pixels.repeat(4, axis=1).repeat(4, axis=2)                       # 512 x 512
-    needed = []
-    for slices in (20, 80):
-        path = tmp_path / f"{slices}.nii.gz"
-        nib.save(nib.Nifti1Image(np.resize(large, (slices, 512, 512)).transpose(2, 1, 0), small.grid.affine), path)
-        needed.append(peak_mb(lambda path=path: predictor.predict_file(path, tmp_path / f"mask-{path.name}")))
-        assert np.asarray(nib.load(tmp_path / f"mask-{path.name}").dataobj).shape == (512, 512, slices)
-    assert (needed[1] - needed[0]) * 2 ** 20 < 6 * 60 * 512 * 512
+    def predict(path: Path) -> None:
+        predictor.predict_file(path, tmp_path / f"mask-{path.name}", None, maps)
+    predict(short)  # caches fill
+    needed = peak_mb(lambda: predict(short))
+    grown: list[str] = []
+    more = peak_mb(lambda: grown.extend(growth(lambda: predict(long), 1, 0, most_mb=8))) - needed
+    assert grown == []
+    assert more < BYTES_A_VOXEL * 800 * 128 * 128 / 2**20
+    assert nib.load(maps).shape == nib.load(long).shape
+    masks = [np.asarray(nib.load(tmp_path / f"mask-{path.name}").dataobj) for path in (short, long)]
+    assert masks[0].any()
+    np.testing.assert_array_equal(masks[1][..., :190], masks[0][..., :190], "the same slices, the same masks")
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_predictions_in_one_process_leave_nothing_behind(run: Path, tiny_phantom: Path, tmp_path: Path) -> None:
     """As in a notebook that is run again and again: the nets are read anew each time."""
     scan = tiny_phantom / "im" / "phantom_01.nii.gz"
@@ -152,7 +168,7 @@ def state_size(widget: Any) -> int:
     return len(json.dumps(dependency_state([widget])))
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(("make", "rounds"), [(pictures, 80), (careless_pictures, 40)])
 def test_many_pages_with_sliders_leave_nothing_behind(make: Callable[[], Explorer], rounds: int) -> None:
     sizes: list[int] = []
@@ -161,7 +177,7 @@ def test_many_pages_with_sliders_leave_nothing_behind(make: Callable[[], Explore
     assert sizes[0] < 2 * KILOBYTES * 1000
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize(("make", "rounds"), [(pictures, 200), (careless_pictures, 40)])
 def test_hundreds_of_notebooks_with_widgets(make: Callable[[], Explorer], rounds: int) -> None:
     """Widgets live until they are closed, for they may be on a page; each needs no more than its one picture."""
@@ -181,6 +197,7 @@ def test_hundreds_of_notebooks_with_widgets(make: Callable[[], Explorer], rounds
     assert sizes[0] < 2 * KILOBYTES * 1000
 
 
+@pytest.mark.weekly
 def test_widgets_that_are_not_closed_are_caught() -> None:
     """That is what would show if an explorer kept what it made."""
     import ipywidgets
@@ -239,7 +256,7 @@ def at_once(work: Callable[..., None], each: list[tuple[Any, ...]]) -> list[int 
     return codes
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_eight_processes_predict_parts(run: Path, scans: Path, sequential: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("predict", "--run", run, scans, "-o", out, "--threshold", 0.3, "--probability")
@@ -250,7 +267,7 @@ def test_eight_processes_predict_parts(run: Path, scans: Path, sequential: dict[
     assert content(out) != sequential, "a mix-up would show"
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_eight_processes_that_do_the_same_do_no_harm(run: Path, scans: Path, sequential: dict[str, bytes],
                                                      tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -272,6 +289,7 @@ def test_eight_threads_share_one_predictor(run: Path, scans: Path, sequential: d
     assert content(tmp_path) == {name: raw for name, raw in sequential.items() if name != "predictions.csv"}
 
 
+@pytest.mark.weekly
 def test_a_process_that_fails_is_seen(run: Path, tmp_path: Path) -> None:
     broken = ("predict", "--run", run, tmp_path / "none.nii", "-o", tmp_path)
     assert at_once(command, [("--version",), broken]) == [0, 1]

@@ -35,63 +35,73 @@ STRICT = LOOSE + '''
 def test_the_limit():
     assert [grade(49), grade(50), grade(51)] == ["failed", "passed", "passed"]
 '''
-# The command line on the toy, and single sources of which one never ends, one needs too much memory, one ends Python.
+# Sources of which one is the module's own, one wrong, one never ends, one needs too much memory, one ends Python.
+BODIES = {"same": "return 'passed' if points >= 50 else 'failed'", "wrong": "return 'passed'", "broken": "return (",
+          "endless": "while True: pass", "greedy": "return bytes(1 << 45)", "gone": "__import__('os')._exit(3)"}
+VERDICTS = {"same": "survived", "wrong": "killed", "broken": "killed", "endless": "timeout", "greedy": "killed",
+            "gone": "killed"}
+# Each of them is tried, then the command line on the toy, then tests that fail without a change.
 RUN = '''
 import json, sys
 from pathlib import Path
-from mutants import __main__ as command
 from mutants.trial import Target, attempt, baseline
 
-folder = Path(sys.argv[1])
-options = ["--rootdir", str(folder), "-c", str(folder / "none.ini")]
-toy = Target("toy", folder / "toy.py", [folder / "test_toy.py"], options)
-command.TESTS, command.HEAVY, command.target = {"toy": ()}, (), lambda name: toy
-code = command.main(["--out", str(folder)])
-bodies = {"endless": "while True: pass", "greedy": "return bytes(1 << 45)", "gone": "__import__('os')._exit(3)",
-          "broken": "return (", "same": "return 'passed' if points >= 50 else 'failed'"}
-verdicts = {name: attempt(toy, f"def grade(points):\\n    {body}", 1).verdict for name, body in bodies.items()}
-(folder / "test_toy.py").write_text("def test_always_fails():\\n    assert False\\n")
-try:
-    baseline(toy)
-except RuntimeError as error:
-    verdicts["baseline"] = str(error)
-print(json.dumps({"code": code, "verdicts": verdicts}))
+folder, bodies = Path(sys.argv[1]), json.loads(sys.argv[2])
+toy = Target("toy", folder / "toy.py", [folder / "test_toy.py"],
+             ["--rootdir", str(folder), "-c", str(folder / "none.ini")])
+said = {name: attempt(toy, f"def grade(points):\\n    {body}", 1) for name, body in bodies.items()}
+if len(sys.argv) > 3:
+    from mutants import __main__ as command
+    command.MODULES, command.HEAVY, command.target = {"toy": "toy"}, (), lambda name: toy
+    said["code"] = command.main(["--out", str(folder)])
+    (folder / "test_toy.py").write_text("def test_always_fails():\\n    assert False\\n")
+    try:
+        baseline(toy)
+    except RuntimeError as error:
+        said["baseline"] = str(error)
+print(json.dumps(said))
 '''
 
 
-def on_the_toy(folder: Path, tests: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the command says about the toy, and its record."""
+def on_the_toy(folder: Path, tests: str, bodies: dict[str, str], *more: str) -> dict[str, Any]:
+    """What is said about the toy, in a process without threads."""
     for name, text in (("toy.py", TOY), ("test_toy.py", tests), ("none.ini", "[pytest]\n")):
         (folder / name).write_text(text, encoding="utf-8")
-    done = subprocess.run([sys.executable, "-c", RUN, str(folder)], env={"PYTHONPATH": str(ROOT / "tools")},
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", RUN, str(folder), json.dumps(bodies), *more],
+                          env={"PYTHONPATH": str(ROOT / "tools")}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    record = json.loads((folder / "mutants.json").read_text(encoding="utf-8"))
-    return json.loads(done.stdout.splitlines()[-1]), record["modules"]["toy"]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc to ask")
+def test_a_mutant_is_noticed_by_the_tests_or_survives(tmp_path: Path) -> None:
+    few = {name: BODIES[name] for name in ("same", "wrong")}
+    assert on_the_toy(tmp_path, LOOSE, few) == {name: VERDICTS[name] for name in few}
+
+
+@pytest.mark.weekly
 def test_what_loose_tests_miss_survives_and_what_strict_ones_notice_is_killed(tmp_path: Path) -> None:
-    pytest.importorskip("cosmic_ray")
-    said, loose = on_the_toy(tmp_path, LOOSE)
-    assert said["code"] == 1, "below the goal"
+    pytest.importorskip("cosmic_ray", reason="comes with `make mutants`")
+    said = on_the_toy(tmp_path, LOOSE, BODIES, "command")
+    loose = json.loads((tmp_path / "mutants.json").read_text(encoding="utf-8"))["modules"]["toy"]
+    assert said == {**VERDICTS, "code": 1, "baseline": "the tests of toy fail without any change (killed): run them "
+                    "with pytest"}
     line = 'return "passed" if points {} else "failed"'
     missed = {row["now"] for row in loose["survivors"]}
     assert {line.format("> 50"), line.format(">= 51"), line.format(">= 49")} <= missed
     assert line.format("< 50") not in missed
     assert {row["line"] for row in loose["survivors"]} == {6}
-    assert said["verdicts"] == {"endless": "timeout", "greedy": "killed", "gone": "killed", "broken": "killed",
-                                "same": "survived", "baseline":
-                                "the tests of toy fail without any change: test_toy.py::test_always_fails"}
-    said, strict = on_the_toy(tmp_path, STRICT)
-    assert said["code"] == 0
+    assert on_the_toy(tmp_path, STRICT, {}, "command")["code"] == 0
+    strict = json.loads((tmp_path / "mutants.json").read_text(encoding="utf-8"))["modules"]["toy"]
     assert strict["survivors"] == []
     assert strict["share"] == 1
     assert strict["tried"] == loose["tried"] == strict["killed"]
 
 
+@pytest.mark.weekly
 def test_mutants_differ_in_what_runs() -> None:
-    pytest.importorskip("cosmic_ray")
-    from mutants.change import mutants_of, sample
+    pytest.importorskip("cosmic_ray", reason="comes with `make mutants`")
+    from mutants.change import mutants_of
 
     source = TOY + '''
 
@@ -106,19 +116,24 @@ class Pair:
     assert [(mutant.was, mutant.now) for mutant in mutants if mutant.line == 9] == [("@dataclass(frozen=True)", "")]
     assert {mutant.now for mutant in mutants if mutant.line == 11} == {f"first: int | None = {n}" for n in (0, 2)}
     assert str(mutants[-1]).startswith("line 11: first: int | None = 1  ->  first")
-    few = sample(mutants, 4)
-    assert len(few) == 4
-    assert few == sample(mutants, 4) != sample(mutants, 4, seed=1)
-    assert [mutants.index(mutant) for mutant in few] == sorted(mutants.index(mutant) for mutant in few)
-    assert sample(mutants, 999) == mutants
+
+
+@pytest.mark.weekly
+def test_each_module_has_tests() -> None:
+    pytest.importorskip("cosmic_ray", reason="comes with `make mutants`")
+    from mutants import __main__ as command
+
+    for name in command.MODULES:
+        subject = command.target(name)
+        assert subject.source.is_file()
+        assert subject.tests
 
 
 # --- the record --------------------------------------------------------------------------------------------------
 
 def faults_in(content: dict[str, Any]) -> list[str]:
     """What is missing from, or contradicts itself in, a record of mutants."""
-    found = [f"no {name}" for name in ("metrics", "patches", "lungs")
-             if name not in content["modules"]]
+    found = [f"no {name}" for name in ("metrics", "patches", "lungs") if name not in content["modules"]]
     for name, row in content["modules"].items():
         if row["killed"] + row["timeouts"] + row["survived"] != row["tried"] or row["tried"] > row["possible"]:
             found.append(f"{name} does not add up")
@@ -130,12 +145,9 @@ def faults_in(content: dict[str, Any]) -> list[str]:
 
 
 def test_the_record_is_whole_and_reaches_the_goal() -> None:
-    assert faults_in(json.loads(RECORD.read_text(encoding="utf-8"))) == []
-
-
-def test_an_incomplete_record_is_noticed() -> None:
     content = json.loads(RECORD.read_text(encoding="utf-8"))
     assert content["goal"] == 0.85
+    assert faults_in(content) == []
     for change, fault in (({"killed": 0}, "does not add up"), ({"survivors": []}, "hides survivors"),
                           ({"share": 0.5}, "falls short"), ({"note": "/home/a"}, "/home/a")):
         changed = copy.deepcopy(content)

@@ -12,7 +12,7 @@ from bench.plain_patches import REACH, STRIDE, in_batches, one_by_one, windows_o
 
 from covidseg.patches import MilSettings, PatchNet, grid_ids, square_ids
 
-pytestmark = pytest.mark.nets
+pytestmark = [pytest.mark.nets, pytest.mark.weekly]
 
 SIDE = 160
 SETTINGS = MilSettings(width=4)

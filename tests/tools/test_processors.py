@@ -10,6 +10,8 @@ import processors
 import pytest
 from processors import KINDS, Kind
 
+pytestmark = pytest.mark.weekly
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -17,56 +17,32 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.measure import Setup, processor, say, ticking
+from bench.measure import Setup, processor, say
 from covidseg import DISCLAIMER
 from covidseg.devices import pick_device
 from covidseg.store import environment, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
-# In this order. `growth` and `scaling` and the reading of files are about processors; a GPU changes nothing in them.
+# In this order; a GPU changes nothing in the others.
 SECTIONS = ("reading", "lungs", "cams", "patches", "training", "predicting", "growth", "scaling")
 ON_GPU = ("lungs", "cams", "patches", "training", "predicting")
 
 
-def judged(value: bool | None) -> str:
-    return "" if value is None else "yes" if value else "NO"
-
-
-def ratios(sections: dict[str, Any]) -> Table:
-    """All comparisons, ratio first."""
-    table = Table(title="covidseg against what one would take instead", caption="2 is twice as fast, or half")
-    for head, justify in (("ratio", "right"), ("goal", "right"), ("met", "left"), ("task", "left"), ("ours", "right"),
-                          ("other", "right"), ("unit", "left"), ("against", "left"), ("difference", "right")):
-        table.add_column(head, justify=justify)  # type: ignore[arg-type]
-    for section in sections.values():
-        for row in section.get("comparisons", []):
-            table.add_row(f"{row['ratio']:.1f}", "" if row["goal"] is None else f"{row['goal']:g}", judged(row["met"]),
-                          row["task"], f"{row['ours']:.3g}", f"{row['other']:.3g}", row["unit"], row["other_name"],
-                          "" if row["difference"] is None else f"{row['difference']:.0e}")
-    return table
-
-
-def limits(sections: dict[str, Any]) -> Table:
-    """All figures with a limit, and those that are only reported."""
-    table = Table(title="figures of their own")
-    for head, justify in (("value", "right"), ("limit", "right"), ("met", "left"), ("what", "left"), ("unit", "left")):
-        table.add_column(head, justify=justify)  # type: ignore[arg-type]
-    for section in sections.values():
-        for row in section.get("limits", []):
-            table.add_row(f"{row['value']:.4g}", "" if row["limit"] is None else f"{row['limit']:g}",
-                          judged(row["met"]), row["task"], row["unit"])
-    return table
-
-
-def rooflines(stages: list[dict[str, Any]]) -> Table:
-    """Training stages against the roofline."""
-    table = Table(title="training against the roofline of this machine")
-    for head in ("stage", "slices/s", "ms a step", "layers need, ms", "share"):
-        table.add_column(head, justify="left" if head == "stage" else "right")
-    for row in stages:
-        table.add_row(row["stage"], f"{row['slices_per_second']:.1f}", f"{row['step_ms']:.0f}",
-                      f"{row['bound_ms']:.0f}", f"{row['share']:.0%}")
-    return table
+def tables(sections: dict[str, Any]) -> list[Table]:
+    """What was measured: comparisons with the ratio first, figures with a limit, and training stages."""
+    def table(title: str, key: str, columns: str) -> Table:
+        result, names = Table(title=title), columns.split()
+        for name in names:
+            result.add_column(name.replace("_", " "))
+        for row in (row for section in sections.values() for row in section.get(key, [])):
+            result.add_row(*("" if row[name] is None else f"{row[name]:.4g}" if isinstance(row[name], float)
+                             else str(row[name]) for name in names))
+        return result
+    return [table("covidseg against what one would take instead: 2 is twice as fast, or half", "comparisons",
+                  "ratio goal met task ours other unit other_name difference"),
+            table("figures of their own", "limits", "value limit met task unit"),
+            table("training against the roofline of this machine", "roofline",
+                  "stage slices_per_second step_ms bound_ms share")]
 
 
 def write_record(path: Path, sections: dict[str, Any], small: bool, device: torch.device) -> None:
@@ -95,18 +71,15 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         setup = Setup(device, Path(folder), options.rounds, options.small)
         for name in wanted:
-            end, start = ticking(name), time.monotonic()
+            start = time.monotonic()
+            say(f"{name} ...")
             load = round(os.getloadavg()[0], 2)  # others at work would show here
             measured = importlib.import_module(f"bench.{name}").run(setup)
             sections[name] = {**measured, "finished": datetime.now(UTC).isoformat(timespec="seconds"),
                               "seconds": round(time.monotonic() - start, 1), "load_before": load}
-            end()
             write_record(path, {name: sections[name] for name in SECTIONS if name in sections}, options.small, device)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(ratios(sections))
-    console.print(limits(sections))
-    if "training" in sections:
-        console.print(rooflines(sections["training"]["roofline"]))
+    console.print(*tables(sections))
     say(f"{torch.get_num_threads()} threads; record in {path.name}")
     return 0
 

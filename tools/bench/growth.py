@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.measure import Limit, Setup, exponent, in_fresh_process
+from bench.measure import Limit, Setup, exponent, in_fresh_process, say
 from bench.training import silent, soft_targets
 from bench.volumes import crops, volume, write_volume
 from covidseg.classifier import Classifier
@@ -99,6 +99,7 @@ def run(setup: Setup) -> dict[str, Any]:
     points: dict[str, Any] = {}
     limits = []
     for name, (prepare, work) in stages(setup.folder).items():
+        say(f"  {name}")
         points[name] = {}
         for kind, sizes in (("slices", [(slices * k, side) for k in times]), ("pixels", [(slices, s) for s in sides])):
             rows = []

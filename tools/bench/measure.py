@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,10 +23,10 @@ class Setup:
     """What all measurements share.
 
     Attributes:
-        device: where nets compute.
-        folder: for files made on the way; removed at the end.
-        rounds: how often each rival has its turn.
-        small: tiny sizes, for the tests of the benchmark itself; figures mean nothing then.
+        device: Where nets compute.
+        folder: Folder for files made on the way; removed at the end.
+        rounds: How often each way has its turn.
+        small: Whether sizes are tiny, for the tests of the benchmark itself; figures mean nothing then.
     """
 
     device: torch.device
@@ -45,14 +44,15 @@ class Comparison:
     """Ours against another way to the same result.
 
     Attributes:
-        task: what is done.
-        other_name: what it is compared with.
-        unit: of ``ours`` and ``other``; smaller is better.
-        ours, other: what was measured.
-        goal: ratio ``other / ours`` that was to be reached; None where there was no goal.
-        difference: largest absolute difference between the two results; None where they are not the same thing.
-        tolerance: largest difference that passes as equal.
-        note: what to know when reading the figures.
+        task: What is done.
+        other_name: What it is compared with.
+        unit: Unit of both figures; smaller is better.
+        ours: The figure of covidseg.
+        other: The figure of the other way.
+        goal: The ratio ``other / ours`` that was to be reached; None where there was no goal.
+        difference: The largest absolute difference between the two results; None where they are not the same thing.
+        tolerance: The largest difference that passes as equal.
+        note: What to know when reading the figures.
     """
 
     task: str
@@ -192,19 +192,3 @@ def processor() -> str:
 def say(line: str) -> None:
     """One line of progress."""
     print(line, file=sys.stderr, flush=True)
-
-
-def ticking(name: str) -> Callable[[], None]:
-    """Says that a long measurement has begun, and a sign of life every minute; call the result when it is over."""
-    done, start = threading.Event(), time.monotonic()
-
-    def tick() -> None:
-        while not done.wait(60):
-            say(f"  {name}: {time.monotonic() - start:.0f} s")
-    say(f"{name} ...")
-    threading.Thread(target=tick, daemon=True).start()
-
-    def end() -> None:
-        done.set()
-        say(f"{name}: {time.monotonic() - start:.0f} s")
-    return end

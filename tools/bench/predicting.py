@@ -52,8 +52,8 @@ def run(setup: Setup) -> dict[str, Any]:
             1e3 * max(ours, 1e-9), 1e3 * theirs / lengths[0],
             note="ours: lungs, lung net (2 views) and segmenter (4 views) on one crop, writing included; there: one "
                  "view of each window of the slice, nothing written").as_json()],
-        "limits": [Limit(f"predict: peak memory for a volume of 512 x 512 x {last['slices']}", "MB", last["peak_mb"],
-                         2000).as_json(),
+        "limits": [Limit(f"`covidseg predict` on a volume of {side} x {side} x {last['slices']}, peak memory", "MB",
+                         last["peak_mb"], 2000).as_json(),
                    Limit("predict: slices per second", "1/s", round(1 / max(ours, 1e-9), 2)).as_json(),
                    Limit(f"sliding window: memory for {lengths[0]} slices", "MB", round(memory, 1)).as_json()],
         "lengths": rows}

@@ -24,7 +24,12 @@ BACKWARD_AND_FORWARD = 3
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds that were measured: operations a second and bytes a second."""
+    """Speeds of a machine that were measured.
+
+    Attributes:
+        operations: Multiplications and additions a second.
+        bandwidth: Bytes a second that are read or written.
+    """
 
     operations: float
     bandwidth: float
@@ -32,7 +37,12 @@ class Machine:
 
 @dataclass
 class Work:
-    """What the layers of a net did while :func:`counted` watched: operations and bytes of each call, forward only."""
+    """What the layers of a net did on the way forward.
+
+    Attributes:
+        operations: Multiplications and additions of each call of a layer.
+        bytes: Bytes that each call read and wrote.
+    """
 
     operations: list[float] = field(default_factory=list)
     bytes: list[float] = field(default_factory=list)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from covidseg.errors import InputFileError
 from faults.supplies import Supplies, upright, with_header
-from faults.trial import Fault
+from faults.trial import Fault, Make
 
 GROUP = "damaged files"
 FLIPS = 40
@@ -20,13 +21,9 @@ LOCK = ("run/stages/.*.lock",)  # an empty file by which programs that share a r
 PREDICT = "covidseg predict scan.nii.gz -o out"
 
 
-def truncated(folder: Path, supplies: Supplies) -> None:
-    raw = supplies.volume().read_bytes()
-    (folder / "scan.nii.gz").write_bytes(raw[:len(raw) * 2 // 3])
-
-
-def last_byte(folder: Path, supplies: Supplies) -> None:
-    (folder / "scan.nii.gz").write_bytes(supplies.volume().read_bytes()[:-1])
+def bytes_of(change: Callable[[bytes], bytes], name: str = "scan.nii.gz") -> Make:
+    """A scan whose file has other bytes."""
+    return lambda folder, supplies: (folder / name).write_bytes(change(supplies.volume().read_bytes()))
 
 
 def flipped(folder: Path, supplies: Supplies) -> None:
@@ -43,20 +40,8 @@ def flipped(folder: Path, supplies: Supplies) -> None:
         (folder / "scans" / f"copy_{number:02d}.nii.gz").write_bytes(changed)
 
 
-def empty(folder: Path, supplies: Supplies) -> None:
-    (folder / "scan.nii.gz").touch()
-
-
 def nothing(folder: Path, supplies: Supplies) -> None:
     """An empty folder."""
-
-
-def directory(folder: Path, supplies: Supplies) -> None:
-    (folder / "scan.nii.gz").mkdir()
-
-
-def dicom(folder: Path, supplies: Supplies) -> None:
-    (folder / "scan.dcm").write_bytes(bytes(128) + b"DICM")
 
 
 def renamed_picture(folder: Path, supplies: Supplies) -> None:
@@ -68,11 +53,6 @@ def renamed_picture(folder: Path, supplies: Supplies) -> None:
 def uncompressed(folder: Path, supplies: Supplies) -> None:
     upright(supplies.scan().pixels, folder / "plain.nii")
     (folder / "plain.nii").rename(folder / "scan.nii.gz")
-
-
-def promising(folder: Path, supplies: Supplies) -> None:
-    """A header that speaks of a terabyte of voxels."""
-    with_header(supplies.volume(), folder / "scan.nii", dim=[3, 30000, 30000, 600, 1, 1, 1, 1])
 
 
 def damaged_for_training(folder: Path, supplies: Supplies) -> None:
@@ -87,21 +67,25 @@ def damaged_mask(folder: Path, supplies: Supplies) -> None:
 
 
 FAULTS = [
-    Fault("cut off after two thirds", PREDICT, InputFileError, ("scan.nii.gz",), truncated, leaves=REPORTS),
-    Fault("the last byte is missing", PREDICT, InputFileError, ("scan.nii.gz",), last_byte, leaves=REPORTS),
+    Fault("cut off after two thirds", PREDICT, InputFileError, ("scan.nii.gz",),
+          bytes_of(lambda raw: raw[:len(raw) * 2 // 3]), leaves=REPORTS),
+    Fault("the last byte is missing", PREDICT, InputFileError, ("scan.nii.gz",), bytes_of(lambda raw: raw[:-1]),
+          leaves=REPORTS),
     Fault(f"one byte is another, in each of {FLIPS} copies", "covidseg lungs scans -o out", InputFileError,
           tuple(f"copy_{k:02d}.nii.gz" for k in range(FLIPS)), flipped, lines=FLIPS),
-    Fault("empty", PREDICT, InputFileError, ("scan.nii.gz",), empty, leaves=REPORTS),
+    Fault("empty", PREDICT, InputFileError, ("scan.nii.gz",), bytes_of(lambda raw: b""), leaves=REPORTS),
     Fault("not there", PREDICT, InputFileError, ("scan.nii.gz",), nothing, leaves=REPORTS),
-    Fault("a folder, not a file", PREDICT, InputFileError, ("scan.nii.gz",), directory),
-    Fault("DICOM, with its own suffix", "covidseg predict scan.dcm -o out", InputFileError, ("scan.dcm",), dicom,
-          leaves=REPORTS),
+    Fault("a folder, not a file", PREDICT, InputFileError, ("scan.nii.gz",),
+          lambda folder, supplies: (folder / "scan.nii.gz").mkdir()),
+    Fault("DICOM, with its own suffix", "covidseg predict scan.dcm -o out", InputFileError, ("scan.dcm",),
+          bytes_of(lambda raw: bytes(128) + b"DICM", "scan.dcm"), leaves=REPORTS),
     Fault("a PNG picture with the suffix of a scan", PREDICT, InputFileError, ("scan.nii.gz",), renamed_picture,
           leaves=REPORTS),
     Fault("not compressed, although its suffix says so", PREDICT, InputFileError, ("scan.nii.gz",), uncompressed,
           leaves=REPORTS),
     Fault("a header that promises a terabyte", "covidseg predict scan.nii -o out", InputFileError, ("scan.nii",),
-          promising, leaves=REPORTS),
+          lambda folder, supplies: with_header(supplies.volume(), folder / "scan.nii",
+                                               dim=[3, 30000, 30000, 600, 1, 1, 1, 1]), leaves=REPORTS),
     Fault("one damaged scan among those to train on", "covidseg train --data data --out run", InputFileError,
           ("phantom_02.nii.gz",), damaged_for_training, leaves=LOCK),
     Fault("a damaged mask to measure", "covidseg evaluate mask.nii.gz truth.nii.gz", InputFileError,

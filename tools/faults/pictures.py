@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from skimage import data as pictures
 from covidseg.data.scan import read_scan
 from covidseg.errors import DatasetError, InputFileError, NoLungError, SettingsError
 from faults.files import LOCK, PREDICT, REPORTS
+from faults.headers import SHAPE, stored_as
 from faults.supplies import AFFINE, Supplies, stored, upright
-from faults.trial import Fault
+from faults.trial import Fault, Make
 
 GROUP = "the wrong picture"
 
@@ -36,29 +38,14 @@ def in_folder(pixels: np.ndarray, folder: Path, supplies: Supplies) -> None:
         shutil.rmtree(folder / "data" / kind)
 
 
-def in_grey_levels(folder: Path, supplies: Supplies) -> None:
-    upright(grey_levels(supplies.scan().pixels), folder / "scan.nii.gz")
+def picture(change: Callable[[np.ndarray], np.ndarray]) -> Make:
+    """A scan with other voxels."""
+    return lambda folder, supplies: upright(change(supplies.scan().pixels), folder / "scan.nii.gz")
 
 
-def folder_in_grey_levels(folder: Path, supplies: Supplies) -> None:
-    in_folder(grey_levels(supplies.scan(2).pixels), folder, supplies)
-
-
-def magnetic(folder: Path, supplies: Supplies) -> None:
-    upright(as_mr(supplies.scan().pixels), folder / "scan.nii.gz")
-
-
-def magnetic_for_training(folder: Path, supplies: Supplies) -> None:
-    in_folder(as_mr(supplies.scan(2).pixels), folder, supplies)
-
-
-def photograph(folder: Path, supplies: Supplies) -> None:
-    upright(pictures.camera()[None, ::2, ::2], folder / "scan.nii.gz")
-
-
-def bright_photograph(folder: Path, supplies: Supplies) -> None:
-    """The moon, which fills the picture and is nowhere as dark as lung."""
-    upright(pictures.moon()[None, ::2, ::2], folder / "scan.nii.gz")
+def among_others(change: Callable[[np.ndarray], np.ndarray]) -> Make:
+    """A data folder in which one scan has other voxels."""
+    return lambda folder, supplies: in_folder(change(supplies.scan(2).pixels), folder, supplies)
 
 
 def water(folder: Path, supplies: Supplies) -> None:
@@ -66,10 +53,6 @@ def water(folder: Path, supplies: Supplies) -> None:
     rows, columns = np.mgrid[:96, :96]
     body = (rows - 48) ** 2 + (columns - 48) ** 2 < 40 ** 2
     upright(np.where(body, 40, -1000).astype(np.int16)[None].repeat(4, axis=0), folder / "scan.nii.gz")
-
-
-def constant(folder: Path, supplies: Supplies) -> None:
-    stored(np.full((96, 96, 8), -1000, np.int16), folder / "scan.nii.gz")
 
 
 def truth(folder: Path, supplies: Supplies) -> Path:
@@ -110,23 +93,25 @@ def good(folder: Path, supplies: Supplies) -> None:
 
 FAULTS = [
     Fault("8-bit grey levels where Hounsfield units are said", "covidseg data check data --unit HU", DatasetError,
-          ("phantom_02.nii.gz", "Hounsfield units"), folder_in_grey_levels),
+          ("phantom_02.nii.gz", "Hounsfield units"), among_others(grey_levels)),
     Fault("8-bit grey levels where Hounsfield units are said, in a program", 'read_scan("scan.nii.gz", unit="HU")',
-          InputFileError, ("scan.nii.gz",), in_grey_levels, call=lambda: read_scan("scan.nii.gz", unit="HU")),
+          InputFileError, ("scan.nii.gz",), picture(grey_levels), call=lambda: read_scan("scan.nii.gz", unit="HU")),
     Fault("a unit that does not exist", 'read_scan("scan.nii.gz", unit="hu")', SettingsError, ("'hu'",), good,
           call=lambda: read_scan("scan.nii.gz", unit="hu")),
-    Fault("MR instead of CT", PREDICT, InputFileError, ("scan.nii.gz", "--unchecked"), magnetic, leaves=REPORTS),
+    Fault("MR instead of CT", PREDICT, InputFileError, ("scan.nii.gz", "--unchecked"), picture(as_mr), leaves=REPORTS),
     Fault("MR instead of CT, for its lungs", "covidseg lungs scan.nii.gz -o out", InputFileError,
-          ("scan.nii.gz", "--unchecked"), magnetic),
+          ("scan.nii.gz", "--unchecked"), picture(as_mr)),
     Fault("MR among the scans to train on", "covidseg train --data data --out run", InputFileError,
-          ("phantom_02.nii.gz",), magnetic_for_training, leaves=LOCK),
+          ("phantom_02.nii.gz",), among_others(as_mr), leaves=LOCK),
     Fault("MR among the scans of a folder", "covidseg data check data", DatasetError, ("phantom_02",),
-          magnetic_for_training),
-    Fault("a photograph", PREDICT, InputFileError, ("scan.nii.gz",), photograph, leaves=REPORTS),
+          among_others(as_mr)),
+    Fault("a photograph", PREDICT, InputFileError, ("scan.nii.gz",),
+          picture(lambda _: pictures.camera()[None, ::2, ::2]), leaves=REPORTS),
     Fault("a photograph with hardly anything dark in it", PREDICT, NoLungError, ("scan.nii.gz", "--unchecked"),
-          bright_photograph, leaves=REPORTS),
+          picture(lambda _: pictures.moon()[None, ::2, ::2]), leaves=REPORTS),
     Fault("no lung in any slice", PREDICT, NoLungError, ("scan.nii.gz",), water, leaves=REPORTS),
-    Fault("every voxel the same", PREDICT, NoLungError, ("scan.nii.gz",), constant, leaves=REPORTS),
+    Fault("every voxel the same", PREDICT, NoLungError, ("scan.nii.gz",), stored_as(np.full(SHAPE, -1000, np.int16)),
+          leaves=REPORTS),
     Fault("a mask with fewer slices than its truth", "covidseg evaluate mask.nii.gz truth.nii.gz", InputFileError,
           ("mask.nii.gz", "truth.nii.gz"), shorter_mask),
     Fault("a mask whose header exchanges left and right", "covidseg evaluate mask.nii.gz truth.nii.gz",

@@ -38,16 +38,16 @@ class Fault:
     """Something that can be wrong, and what has to happen then.
 
     Attributes:
-        title: what is wrong, in a few words.
-        command: what a user types, in the folder that ``make`` fills; with ``call``, the line of Python.
-        error: its exit code has to be the command's.
-        names: what the message has to name, usually the file.
-        make: fills an empty folder, which is the working directory then.
-        during: holds while the command runs: a full disk, a server that misbehaves.
-        call: is done instead of the command, where there is none.
-        results: new files that have to be there afterwards, as patterns: what the fault must not prevent.
-        leaves: new files that may be there as well; anything else is left over.
-        lines: error messages that are expected, one for each bad file.
+        title: What is wrong, in a few words.
+        command: What a user types, in the folder that ``make`` fills; with ``call``, the line of Python.
+        error: The error whose exit code has to be the command's.
+        names: What the message has to name, usually the file.
+        make: Fills an empty folder, which is the working directory then.
+        during: Holds while the command runs: a full disk, a server that misbehaves.
+        call: Is done instead of the command, where there is none.
+        results: New files that have to be there afterwards, as patterns: what the fault must not prevent.
+        leaves: New files that may be there as well; anything else is left over.
+        lines: Number of error messages that are expected, one for each bad file.
     """
 
     title: str
@@ -67,9 +67,10 @@ class Outcome:
     """What happened.
 
     Attributes:
-        exit_code: of the command.
-        said: lines with faults on standard output, then all lines of standard error.
-        complaints: why the fault does not count as caught; empty if it does.
+        fault: What was tried.
+        exit_code: Exit code of the command.
+        said: Lines with faults on standard output, then all lines of standard error.
+        complaints: Why the fault does not count as caught; empty if it does.
     """
 
     fault: Fault

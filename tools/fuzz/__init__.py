@@ -2,7 +2,7 @@
 
 A target (:mod:`fuzz.targets`) takes bytes, puts them where a user's file would lie and reads them. A good result or a
 :class:`covidseg.errors.CovidsegError` is what should come of it; anything else is a finding (:mod:`fuzz.harness`).
-atheris finds the bytes (:mod:`fuzz.worker`): from small whole files, by changes that know the format
-(:mod:`fuzz.mutate`) and by its own, keeping what reaches a new line. ``python -m fuzz`` (with ``tools`` on the path)
-gives each target a process of its own and writes ``results/fuzz.json``.
+atheris finds the bytes (:mod:`fuzz.worker`): from small whole files, by libFuzzer's changes and the words of
+``tokens.dict``, keeping what reaches a new line. ``python -m fuzz`` (with ``tools`` on the path) gives each target a
+process of its own and writes ``results/fuzz.json``.
 """

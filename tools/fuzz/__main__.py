@@ -10,16 +10,12 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from covidseg.store import write_text
 from fuzz.harness import Finding, Target
@@ -37,12 +33,12 @@ class Result:
     """What the search in one target came to.
 
     Attributes:
-        target: its name.
-        what: it reads.
-        executions: files read.
-        seconds: of the search, without the start of the process.
-        reached: branches of the instrumented modules that were run through.
-        findings: one for each kind of fault.
+        target: Name of the target.
+        what: What it reads.
+        executions: Number of files that were read.
+        seconds: Time of the search, without the start of the process.
+        reached: Branches of the instrumented modules that were run through.
+        findings: One finding for each kind of fault.
     """
 
     target: str
@@ -52,14 +48,19 @@ class Result:
     reached: int
     findings: list[Finding]
 
+    def __str__(self) -> str:
+        return (f"{self.target}: {self.executions:,} files in {self.seconds} s, {self.reached:,} branches reached, "
+                f"{len(self.findings)} findings")
+
 
 def search(target: Target, seconds: int, folder: Path, worker: Sequence[str] = ("-m", "fuzz.worker")) -> Result:
     """Searches one target in a process of its own.
 
     Args:
-        seconds: of the search.
-        folder: for the corpus, and for an example of each finding (``kept``).
-        worker: what Python is called with.
+        target: Where to search.
+        seconds: Time of the search.
+        folder: Place for the corpus, and for an example of each finding (``kept``).
+        worker: What Python is called with.
     """
     command = [sys.executable, *worker, target.name, "--seconds", str(seconds), "--folder", str(folder)]
     try:
@@ -68,42 +69,25 @@ def search(target: Target, seconds: int, folder: Path, worker: Sequence[str] = (
         log, end = done.stderr, f"exit code {done.returncode}" if done.returncode else ""
     except subprocess.TimeoutExpired as error:
         log, end = (error.stderr or b"").decode(errors="replace"), "no end"
+
+    def last(pattern: str) -> int:
+        found = re.findall(pattern, log)
+        return int(found[-1]) if found else 0
     findings = [Finding(**json.loads(path.read_text(encoding="utf-8")))
                 for path in sorted((folder / "kept").glob("*.json"))]
-    executions = _last(r"stat::number_of_executed_units:\s*(\d+)", log)
+    executions = last(r"stat::number_of_executed_units:\s*(\d+)")
     if end or not executions:  # a crash in native code, a file that takes too long or too much memory, or no start
         said = [line for line in log.splitlines() if re.search(r"ERROR|Error|SUMMARY", line)]
-        findings.append(Finding(target.name, end or "no search", "process", _without_folders(said[-1] if said else "")))
-    took = _last(r"Done \d+ runs in (\d+) second", log)
-    return Result(target.name, target.what, executions, took, _last(r"cov: (\d+)", log), findings)
-
-
-def _last(pattern: str, log: str) -> int:
-    found = re.findall(pattern, log)
-    return int(found[-1]) if found else 0
-
-
-def _without_folders(line: str) -> str:
-    """A line of a log without folders of this machine."""
-    return re.sub(r"(/[^\s/:]+)+/", "", line)[:200]
+        text = re.sub(r"(/[^\s/:]+)+/", "", said[-1] if said else "")[:200]  # without folders of this machine
+        findings.append(Finding(target.name, end or "no search", "process", text))
+    return Result(target.name, target.what, executions, last(r"Done \d+ runs in (\d+) second"), last(r"cov: (\d+)"),
+                  findings)
 
 
 def shares(seconds: int, names: Sequence[str]) -> dict[str, int]:
     """Seconds of each target, ``seconds`` in all."""
     total = sum(WEIGHTS.get(name, 1) for name in names)
     return {name: max(1, round(seconds * WEIGHTS.get(name, 1) / total)) for name in names}
-
-
-def overview(results: Sequence[Result]) -> Table:
-    """A row for each target, findings in red."""
-    table = Table(title="broken files for everything that reads files")
-    for head, justify in (("target", "left"), ("reads", "left"), ("files tried", "right"), ("seconds", "right"),
-                          ("branches reached", "right"), ("findings", "right")):
-        table.add_column(head, justify=justify)  # type: ignore[arg-type]
-    for row in results:
-        found = f"[red]{len(row.findings)}[/red]" if row.findings else "0"
-        table.add_row(row.target, row.what, f"{row.executions:,}", str(row.seconds), f"{row.reached:,}", found)
-    return table
 
 
 def record(results: Sequence[Result]) -> dict[str, Any]:
@@ -125,25 +109,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the record")
     parser.add_argument("--kept", type=Path, default=ROOT / "_build" / "fuzz", help="folder for files that fail")
     options = parser.parse_args(arguments)
-    names, results = options.target or list(TARGETS), list[Result]()
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for name, seconds in shares(options.seconds, names).items():
-        start = time.monotonic()
+    results = list[Result]()
+    for name, seconds in shares(options.seconds, options.target or list(TARGETS)).items():
         with tempfile.TemporaryDirectory(dir=SHARED if SHARED.is_dir() else None) as folder:
             results.append(search(TARGETS[name], seconds, Path(folder)))
             for path in sorted((Path(folder) / "kept").glob("*")):
                 options.kept.mkdir(parents=True, exist_ok=True)
                 (options.kept / f"{name}-{path.name}").write_bytes(path.read_bytes())
-        console.print(f"{name}: {results[-1].executions:,} files, {time.monotonic() - start:.0f} s", highlight=False)
-    console.print(overview(results))
-    for finding in (finding for row in results for finding in row.findings):
-        console.print(f"{finding.target}: {finding.error} in {finding.where}: {finding.text}", style="red",
-                      highlight=False, markup=False)
+        print(results[-1], flush=True)
+        for finding in results[-1].findings:
+            print(f"  {finding.error} in {finding.where}: {finding.text}")
     if not options.target:
         write_text(options.out / "fuzz.json", json.dumps(record(results), indent=1) + "\n")
     found = sum(len(row.findings) for row in results)
-    console.print(f"{found} findings; the files are in {options.kept.name}/" if found else "no findings",
-                  highlight=False)
+    print(f"{found} findings; the files are in {options.kept.name}/" if found else "no findings")
     return 1 if found else 0
 
 

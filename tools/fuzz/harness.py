@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 
 from covidseg.errors import CovidsegError
-from fuzz.mutate import change_bytes
 
 OURS = ("covidseg", "cli", "data", "evaluation", "fuzz")  # packages whose lines say where a fault is
+Change = Callable[[bytes], bytes]
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,35 @@ class Target:
     """Something that reads files.
 
     Attributes:
-        name: on the command line.
-        what: it reads, for the table.
-        seeds: makes small whole files to start from.
-        run: reads the bytes as such a file, in a folder that it may use as it likes, and checks what comes of it.
-        change: changes the bytes in a way that the format makes likely to matter.
+        name: The name on the command line.
+        what: What it reads, for the table.
+        seeds: Makes small whole files to start from.
+        run: Reads the bytes as such a file, in a folder that it may use as it likes, and checks what comes of it.
+        change: Applies a change of bytes inside the format, so that what is around them still fits.
     """
 
     name: str
     what: str
     seeds: Callable[[], list[bytes]]
     run: Callable[[bytes, Path], None]
-    change: Callable[[bytes, Random], bytes] = change_bytes
+    change: Callable[[bytes, Change], bytes] = lambda data, change: change(data)
+
+
+def inside_gzip(data: bytes, change: Change) -> bytes:
+    """Changes what is inside a gzip file, which is whole again afterwards."""
+    try:
+        return gzip.compress(change(gzip.decompress(data)), 1, mtime=0)
+    except (OSError, EOFError, zlib.error):
+        return change(data)
+
+
+def inside_header(data: bytes, change: Change) -> bytes:
+    """Changes the table at the head of a safetensors file, and corrects its length, the first eight bytes."""
+    length = int.from_bytes(data[:8], "little")
+    if length > len(data) - 8:
+        return change(data)
+    head = change(data[8:8 + length])
+    return len(head).to_bytes(8, "little") + head + data[8 + length:]
 
 
 @dataclass(frozen=True)
@@ -41,10 +59,10 @@ class Finding:
     """A fault that is not one of covidseg's own errors.
 
     Attributes:
-        target: in which it was found.
-        error: type of the exception, or how the process ended.
-        where: file and function, innermost among those of this repository.
-        text: of the exception.
+        target: The target in which it was found.
+        error: Type of the exception, or how the process ended.
+        where: File and function, innermost among those of this repository.
+        text: Text of the exception.
     """
 
     target: str
@@ -57,23 +75,20 @@ class Harness:
     """Calls a target again and again; a fault is noted and the search goes on.
 
     Args:
-        target: what is called.
-        scratch: folder for the files that it reads.
-        kept: folder for one example of each kind of fault, ``NAME.bin`` with ``NAME.json``; None keeps none.
+        target: What is called.
+        scratch: Folder for the files that it reads.
+        kept: Folder for one example of each kind of fault, ``NAME.bin`` with ``NAME.json``.
 
     Attributes:
-        findings: one for each kind, that is type of exception and place.
-        calls: how often the target was called.
+        findings: One finding for each kind, that is for each type of exception and place.
     """
 
-    def __init__(self, target: Target, scratch: Path, kept: Path | None = None) -> None:
+    def __init__(self, target: Target, scratch: Path, kept: Path) -> None:
         self.target, self.scratch, self.kept = target, scratch, kept
         self.findings: list[Finding] = []
-        self.calls = 0
 
     def __call__(self, data: bytes) -> None:
         """Runs the target once; what it raises is either expected or becomes a finding."""
-        self.calls += 1
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -81,18 +96,13 @@ class Harness:
         except CovidsegError:
             pass
         except Exception as error:
-            self._note(error, data)
-
-    def _note(self, error: Exception, data: bytes) -> None:
-        name, where = type(error).__name__, place(error)
-        if any((known.error, known.where) == (name, where) for known in self.findings):
-            return
-        text = str(error).replace(str(self.scratch), "")[:200]
-        self.findings.append(Finding(self.target.name, name, where, text))
-        if self.kept is not None:
-            file = hashlib.sha256(f"{name} {where}".encode()).hexdigest()[:12]
-            (self.kept / f"{file}.bin").write_bytes(data)
-            (self.kept / f"{file}.json").write_text(json.dumps(vars(self.findings[-1])), encoding="utf-8")
+            name, where = type(error).__name__, place(error)
+            if (name, where) not in {(known.error, known.where) for known in self.findings}:
+                text = str(error).replace(str(self.scratch), "")[:200]
+                self.findings.append(Finding(self.target.name, name, where, text))
+                file = self.kept / hashlib.sha256(f"{name} {where}".encode()).hexdigest()[:12]
+                file.with_suffix(".bin").write_bytes(data)
+                file.with_suffix(".json").write_text(json.dumps(vars(self.findings[-1])), encoding="utf-8")
 
 
 def place(error: BaseException) -> str:

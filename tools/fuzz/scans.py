@@ -1,11 +1,9 @@
-"""Target: scans, as ``.nii`` and as ``.nii.gz``. Whatever is accepted has to be the same by every way to read it."""
+"""Targets: scans, as ``.nii`` and as ``.nii.gz``. What is accepted has to be what nibabel reads."""
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import nibabel as nib
 import numpy as np
@@ -30,11 +28,10 @@ def nifti_seeds() -> list[bytes]:
     plain = values.astype(np.int16)
     named = nib.Nifti1Image(plain, AFFINE)
     named.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"a remark"))
-    whole_header = nib.Nifti2Image(plain, AFFINE)
     by_quaternion = nib.Nifti1Image(plain, None)
     by_quaternion.set_qform(np.diag((-0.7, -0.8, 5.0, 1.0)), 1)
     colour = np.zeros((2, 2, 2), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
-    images = [named, whole_header, by_quaternion, nib.Nifti1Image(plain[..., 0], AFFINE),
+    images = [named, nib.Nifti2Image(plain, AFFINE), by_quaternion, nib.Nifti1Image(plain[..., 0], AFFINE),
               nib.Nifti1Image(plain[..., None], AFFINE), nib.Nifti1Image(colour, AFFINE)]
     return [*seeds, bytes(scaled), *(image.to_bytes() for image in images), cifti()]
 
@@ -52,24 +49,15 @@ def gzip_seeds() -> list[bytes]:
             gzip.compress(seeds[0][:360], mtime=0) + gzip.compress(seeds[0][360:], mtime=0)]
 
 
-Read = TypeVar("Read")
-
-
-def outcome(read: Callable[[], Read]) -> Read | None:
-    """What was read; None if the file was refused."""
+def read_or_refuse(path: Path) -> Scan | None:
+    """The scan; None if the file was refused."""
     try:
-        return read()
+        return read_scan(path)
     except InputFileError:
         return None
 
 
-def _same(scan: Scan | None, other: np.ndarray | None) -> None:
-    """Whether another way to read a file refuses it too, or finds the same voxels."""
-    assert (other is None) == (scan is None), "one way to read it accepts what another refuses"
-    assert other is None or scan is None or np.array_equal(other, scan.pixels), "two ways to read it differ"
-
-
-def _check(scan: Scan) -> None:
+def check(scan: Scan) -> None:
     """A scan that was accepted: its numbers are numbers, nibabel's numbers, and a mask of it can be written."""
     pixels, path = scan.pixels, scan.path
     assert np.isfinite(pixels).all(), "voxels are no numbers"
@@ -78,25 +66,25 @@ def _check(scan: Scan) -> None:
     assert np.array_equal(apply_orientation(values, scan.grid.to_upright()).astype(pixels.dtype), pixels), \
         "nibabel reads other voxels"
     mask = pixels > np.median(pixels)
-    whole = path.with_name("mask.nii")
-    assert np.array_equal(read_mask(write_like(mask, scan.grid, whole), like=scan), mask), "a mask comes back changed"
+    written = write_like(mask, scan.grid, path.with_name("mask.nii"))
+    assert np.array_equal(read_mask(written, like=scan), mask), "a mask comes back changed"
 
 
 def read_plain(data: bytes, folder: Path) -> None:
-    """Reads ``.nii`` as it is and compressed."""
+    """Reads ``.nii`` as it is and compressed: both are refused, or hold the same voxels."""
     path, packed = folder / "scan.nii", folder / "packed.nii.gz"
     path.write_bytes(data)
     packed.write_bytes(gzip.compress(data, 1, mtime=0))
-    scan = outcome(lambda: read_scan(path))
-    _same(scan, outcome(lambda: read_scan(packed).pixels))
-    if scan is not None:
-        _check(scan)
+    scan, other = read_or_refuse(path), read_or_refuse(packed)
+    assert (scan is None) == (other is None), "one way to read it accepts what another refuses"
+    if scan is not None and other is not None:
+        assert np.array_equal(scan.pixels, other.pixels), "two ways to read it differ"
+        check(scan)
 
 
 def read_packed(data: bytes, folder: Path) -> None:
     """Reads ``.nii.gz``."""
     path = folder / "scan.nii.gz"
     path.write_bytes(data)
-    scan = outcome(lambda: read_scan(path))
-    if scan is not None:
-        _check(scan)
+    if (scan := read_or_refuse(path)) is not None:
+        check(scan)

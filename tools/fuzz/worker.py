@@ -10,7 +10,6 @@ import logging
 import sys
 import tempfile
 from pathlib import Path
-from random import Random
 
 import atheris
 
@@ -18,6 +17,7 @@ import atheris
 INSTRUMENTED = ["covidseg", "nibabel.nifti1", "nibabel.nifti2", "nibabel.analyze", "nibabel.wrapstruct",
                 "nibabel.volumeutils", "nibabel.orientations", "zipfile", "csv", "json"]
 LONGEST, SLOWEST, MEMORY = 1 << 14, 20, 4096  # bytes of a file, seconds and MB to read it
+TOKENS = Path(__file__).with_name("tokens.dict")
 
 
 def main() -> None:
@@ -38,17 +38,16 @@ def main() -> None:
     for number, seed in enumerate(target.seeds()):
         (corpus / f"seed-{number}").write_bytes(seed)
     scratch = Path(tempfile.mkdtemp(dir=options.folder))  # removed by whoever started this process
-    harness = Harness(target, scratch, kept)
 
     def change(data: bytes, size: int, seed: int) -> bytes:
-        """Half of all changes know the format, half are libFuzzer's own."""
-        rng = Random(seed)
-        changed = target.change(data, rng) if rng.random() < 0.5 else atheris.Mutate(data, size)
-        return bytes(changed[:size])
+        """Half of all changes keep what the format has around its content, half are anywhere."""
+        def mutate(part: bytes) -> bytes:
+            return bytes(atheris.Mutate(part, size))
+        return bytes((target.change(data, mutate) if seed % 2 else mutate(data))[:size])
 
     atheris.Setup([sys.argv[0], f"-max_total_time={options.seconds}", f"-max_len={LONGEST}", f"-timeout={SLOWEST}",
-                   f"-rss_limit_mb={MEMORY}", f"-artifact_prefix={kept}/", "-print_final_stats=1", "-seed=1",
-                   str(corpus)], harness, custom_mutator=change)
+                   f"-rss_limit_mb={MEMORY}", f"-artifact_prefix={kept}/", f"-dict={TOKENS}", "-print_final_stats=1",
+                   "-seed=1", str(corpus)], Harness(target, scratch, kept), custom_mutator=change)
     atheris.Fuzz()
 
 

@@ -1,6 +1,6 @@
-"""Mutation testing: changes the package's modules in every small way and sees whether their tests notice.
+"""``make mutants``: changes modules of the package in every small way, and sees whether their tests notice.
 
-Cosmic Ray knows the changes (:mod:`mutants.change`); its way to try them, a new Python for each, would spend most of
-the time importing torch. Here one process imports what is heavy once and forks for each changed module
-(:mod:`mutants.trial`), and the tests that killed most of the mutants before run first.
+Cosmic Ray knows the changes (:mod:`mutants.change`). Its way to try them, a new Python for each, would spend ten
+seconds on each mutant to import torch, where its tests take one; so one process imports what is heavy, and forks for
+each changed module (:mod:`mutants.trial`).
 """

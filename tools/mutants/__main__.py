@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import json
 import os
+import random
 import sys
 import time
 from collections import Counter
@@ -15,96 +18,75 @@ from typing import Any
 # Before torch starts: forked children of a process with threads may hang.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from rich.console import Console
-from rich.table import Table
+from bench.measure import PRELOAD
 
-from mutants.change import Mutant, mutants_of, sample
-from mutants.trial import Outcome, Target, attempt, baseline, limit, warm
+from mutants.change import mutants_of
+from mutants.trial import Target, attempt, baseline
 
 ROOT = Path(__file__).resolve().parents[2]
 GOAL = 0.85
-MODULES = {"metrics": "evaluation.metrics", "patches": "patches", "lungs": "lungs"}
-# Which tests have to notice a change in a module.
-TESTS = {"metrics": ("evaluation/test_metrics",),
-         "patches": ("test_patches", "test_patches_bags", "test_patches_net", "tools/test_plain_patches"),
-         "lungs": ("test_lungs", "test_lungs_slice", "test_lungs_morphology")}
-HEAVY = ("torch", "monai.metrics", "monai.networks.nets", "nibabel", "scipy.ndimage",
-         "skimage.measure", "skimage.segmentation", "skimage.transform", "safetensors.torch", "hypothesis.extra.numpy",
-         "matplotlib.figure", "requests", "pooch", "pytest_timeout")
-OPTIONS = ("-m", "not slow and not realct", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"))
+MODULES = {"metrics": "covidseg.evaluation.metrics", "patches": "covidseg.patches", "lungs": "covidseg.lungs"}
+HEAVY = (*PRELOAD, "hypothesis.extra.numpy", "matplotlib.figure", "nibabel", "skimage.segmentation", "typer.testing")
+OPTIONS = ("-m", "not slow and not realct", "--hypothesis-profile=mutants", "--rootdir", str(ROOT),
+           "-c", str(ROOT / "pyproject.toml"))
 SEED = 0
+PATIENCE, AT_LEAST = 4, 20  # a mutant may take four times as long as the tests without a change, or 20 s
 
 
 def target(name: str) -> Target:
-    """One of the modules that are tested, with its tests."""
-    return Target(f"covidseg.{MODULES[name]}", ROOT / "covidseg" / f"{MODULES[name].replace('.', '/')}.py",
-                  [ROOT / "tests" / f"{test}.py" for test in TESTS[name]], OPTIONS)
+    """One of the modules that are tested, with its tests: those whose names begin like the module's."""
+    return Target(MODULES[name], ROOT / f"{MODULES[name].replace('.', '/')}.py",
+                  sorted((ROOT / "tests").rglob(f"test_{name}*.py")), OPTIONS)
 
 
-def try_all(subject: Target, count: int, seconds: int | None, console: Console) -> dict[str, Any]:
-    """Tries a module's mutants, says which survive, and returns what is recorded of them.
+def try_all(subject: Target, count: int) -> dict[str, Any]:
+    """Tries a module's mutants, ``count`` of them drawn by chance or all if it is 0; says which survive.
 
-    Raises:
-        RuntimeError: the tests fail without any change, before or after: in the order that they have got by then, one
-            of them fails for reasons of its own, and has killed mutants that it did not notice.
+    Returns:
+        What is recorded of them.
     """
     start = time.monotonic()
     every = mutants_of(subject.source.read_text(encoding="utf-8"))
-    chosen = sample(every, count or len(every), SEED)
-    usual = baseline(subject)
-    allowed = seconds or limit(usual)
-    verdicts, survivors = Counter[str](), list[Mutant]()
+    count = min(count or len(every), len(every))
+    chosen = [every[k] for k in sorted(random.Random(SEED).sample(range(len(every)), count))]
+    allowed = int(max(AT_LEAST, PATIENCE * baseline(subject))) + 1
+    verdicts, survivors = Counter[str](), []
     for number, mutant in enumerate(chosen, start=1):
-        outcome: Outcome = attempt(subject, mutant.source, allowed)
-        verdicts[outcome.verdict] += 1
-        if outcome.verdict == "survived":
+        verdicts[verdict := attempt(subject, mutant.source, allowed)] += 1
+        if verdict == "survived":
             survivors.append(mutant)
-            console.print(f"{subject.source.name} {mutant}", markup=False, highlight=False, soft_wrap=True)
+            print(f"{subject.source.name} {mutant}", flush=True)
         if number % 50 == 0:
-            console.print(f"{subject.source.name}: {number} of {len(chosen)} mutants, "
-                          f"{time.monotonic() - start:.0f} s", markup=False, highlight=False)
-    baseline(subject)
-    return {"possible": len(every), "tried": len(chosen), "killed": verdicts["killed"],
+            print(f"{subject.source.name}: {number} of {count} mutants, {time.monotonic() - start:.0f} s", flush=True)
+    return {"possible": len(every), "tried": count, "killed": verdicts["killed"],
             "timeouts": verdicts["timeout"], "survived": verdicts["survived"],
-            "share": round(1 - verdicts["survived"] / len(chosen), 4),
+            "share": round(1 - verdicts["survived"] / count, 4),
             "seconds_per_mutant_at_most": allowed, "seconds": round(time.monotonic() - start),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "survivors": [{"line": mutant.line, "operator": mutant.operator, "was": mutant.was, "now": mutant.now}
                           for mutant in survivors]}
 
 
-def table(modules: dict[str, dict[str, Any]]) -> Table:
-    """One row a module."""
-    result = Table(title=f"mutants noticed by the tests; at least {GOAL:.0%} is asked for",
-                   caption="a mutant that makes the tests run out of time counts as noticed")
-    for head in ("module", "mutants", "tried", "killed", "timeouts", "survived", "share"):
-        result.add_column(head, justify="left" if head == "module" else "right")
-    for name, row in modules.items():
-        result.add_row(name, *(str(row[key]) for key in ("possible", "tried", "killed", "timeouts", "survived")),
-                       f"{row['share']:.1%}{'' if row['share'] >= GOAL else ' NO'}")
-    return result
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Tries the modules and writes the record; a module that was not asked for keeps its last figures."""
     parser = argparse.ArgumentParser(prog="mutants", description="Do the tests notice small changes in the code?")
-    parser.add_argument("--module", nargs="+", choices=TESTS, default=list(TESTS), help="only these")
+    parser.add_argument("--module", nargs="+", choices=MODULES, default=list(MODULES), help="only these")
     parser.add_argument("--sample", type=int, default=80, metavar="N",
                         help="try only so many of each module, drawn by chance; 0 tries all (by default 80)")
-    parser.add_argument("--seconds", type=int, metavar="N", help="processor time that a mutant may take; by default "
-                        "four times that of the tests without a change")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the record")
     options = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 120)
     path = options.out / "mutants.json"
     modules = json.loads(path.read_text(encoding="utf-8"))["modules"] if path.exists() else {}
-    warm(HEAVY)
+    for name in HEAVY:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # the children's collectors leave alone what was imported
     for name in options.module:
-        modules[name] = try_all(target(name), options.sample, options.seconds, console)
-        modules = {name: modules[name] for name in TESTS if name in modules}
+        modules[name] = row = try_all(target(name), options.sample)
+        modules = {name: modules[name] for name in MODULES if name in modules}
         content = {"command": "make mutants", "goal": GOAL, "seed": SEED, "modules": modules}
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    console.print(table(modules))
+        print(f"{name}: the tests notice {row['share']:.1%} of {row['tried']} mutants, {GOAL:.0%} are asked for")
     return 0 if all(modules[name]["share"] >= GOAL for name in options.module) else 1
 
 

@@ -1,16 +1,13 @@
 """The mutants of a module: its source with one operator, number or condition changed, by Cosmic Ray's operators.
 
-Left out is what no test can notice:
-
-- changes of annotations, which never run (``from __future__ import annotations``), and of nothing at all;
-- sources that do not compile, and sources that another operator made already;
-- ``@dataclass(frozen=True)`` made changeable: it guards against mistakes in code that does not exist.
+Left out is what no test can notice: changes of annotations, which never run (``from __future__ import annotations``);
+sources that do not compile, or that another operator made already; and ``@dataclass(frozen=True)`` made changeable,
+which guards against mistakes in code that does not exist.
 """
 
 from __future__ import annotations
 
 import ast
-import random
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,9 +21,10 @@ class Mutant:
 
     Attributes:
         operator: Cosmic Ray's name of the change.
-        line: where it is, from 1 on.
-        was, now: the line before and after, without its indentation.
-        source: the whole changed module.
+        line: Number of the line that was changed, from 1 on.
+        was: The line before, without its indentation.
+        now: The line afterwards.
+        source: The whole changed module.
     """
 
     operator: str
@@ -59,38 +57,21 @@ def mutants_of(source: str) -> list[Mutant]:
     return sorted(result, key=lambda mutant: mutant.line)
 
 
-def sample(mutants: list[Mutant], count: int, seed: int = 0) -> list[Mutant]:
-    """``count`` of them drawn by chance, or all if there are no more; in the order in which they come."""
-    if len(mutants) <= count:
-        return mutants
-    return [mutants[k] for k in sorted(random.Random(seed).sample(range(len(mutants)), count))]
-
-
-class _OnlyWhatRuns(ast.NodeTransformer):
-    """Takes annotations away, and ``frozen=`` from decorators."""
-
-    def visit_arg(self, node: ast.arg) -> ast.arg:
-        node.annotation = None
-        return node
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        node.returns = None
-        return self.generic_visit(node)
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        node.annotation = ast.Constant(None)
-        return self.generic_visit(node)
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        for decorator in node.decorator_list:
-            if isinstance(decorator, ast.Call):
-                decorator.keywords = [word for word in decorator.keywords if word.arg != "frozen"]
-        return self.generic_visit(node)
-
-
 @cache
 def _what_runs(source: str) -> str:
-    return ast.dump(_OnlyWhatRuns().visit(ast.parse(source)))
+    """The code without annotations, and without ``frozen=`` of decorators."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.FunctionDef):
+            node.returns = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+        elif isinstance(node, ast.ClassDef):
+            for call in (decorator for decorator in node.decorator_list if isinstance(decorator, ast.Call)):
+                call.keywords = [word for word in call.keywords if word.arg != "frozen"]
+    return ast.dump(tree)
 
 
 def _difference(source: str, changed: str) -> tuple[int, str, str]:
