@@ -22,7 +22,7 @@ from covidseg.lungs import lung_masks
 from covidseg.patches import PatchNet
 from covidseg.pipeline import Run, find_lungs, write_run
 from covidseg.predict import Predictor, export_run, load_predictor, segment, shipped_predictor
-from covidseg.preprocess import Crops, lung_box, make_crops, uncrop, uncrop_all
+from covidseg.preprocess import Crops, make_crops, uncrop, uncrop_all
 from covidseg.profiles import read_report
 from covidseg.segmenter import lesion_probabilities
 from covidseg.store import load_arrays, load_net, write_hash
@@ -98,40 +98,6 @@ def test_probabilities_stay_in_the_lung(tiny_run: Run, tiny_phantom: Path) -> No
     assert edges.sum() < 1.5 * lungs.sum()
     assert maps.max() <= 1
     assert (lungs != lung_masks(scan.pixels)).any(), "the threshold alone finds other lungs"
-
-
-def test_crops_go_back_to_where_they_came_from(tiny_run: Run, tiny_phantom: Path,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    """A segmenter that marks one quarter of its crop has to mark that quarter of the lungs' box in the full slice."""
-    def upper_left(net: object, crops: Crops) -> np.ndarray:
-        marked = np.zeros(crops.images.shape, np.float32)
-        marked[:, :40, :40] = 1
-        return marked * crops.lungs
-
-    monkeypatch.setattr(predict, "lesion_probabilities", upper_left)
-    scan = read_scan(tiny_phantom / "im" / "phantom_00.nii.gz")
-    found = load_predictor(tiny_run.folder).probabilities(scan) >= 0.5
-    thresholds, lungs = lung_masks(scan.pixels), tiny_run.lungs(scan.pixels)
-    rows, columns = np.mgrid[:128, :128]
-    for k in np.flatnonzero(thresholds.any(axis=(1, 2))):
-        top, left, height, width = lung_box(thresholds[k], TINY.prepare.margin)
-        expected = lungs[k] & (rows < top + height / 2) & (columns < left + width / 2)
-        assert expected.sum() > 50
-        assert 2 * (found[k] & expected).sum() / (found[k].sum() + expected.sum()) > 0.97
-
-
-def test_many_slices_are_predicted_in_parts(tiny_run: Run, tiny_phantom: Path) -> None:
-    scan = read_scan(tiny_phantom / "im" / "phantom_00.nii.gz")
-    predictor = load_predictor(tiny_run.folder)
-    once = predictor.probabilities(scan)
-    longer = type(scan)(np.concatenate([scan.pixels] * 3), scan.spacing, scan.value_range, scan.unit, scan.path,
-                        scan.grid)
-    lungs = lung_masks(longer.pixels)
-    thrice = predictor.probabilities(longer)
-    same = np.flatnonzero([np.array_equal(a, b) for a, b in zip(lungs[:10], lung_masks(scan.pixels), strict=True)])
-    assert len(same) >= 5
-    np.testing.assert_allclose(thrice[same], once[same], atol=1e-5)
-    assert (thrice[20:] > 0).any()
 
 
 def plainly(predictor: Predictor, pixels: np.ndarray, volume: bool | None = None) -> np.ndarray:

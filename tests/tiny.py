@@ -38,10 +38,9 @@ TINY = Profile(
     mil=MilSettings(width=4, steps=8, batch=4), mutual=MutualSettings(rounds=2, stop=0.0),
     segmenter=SegmenterSettings(channels=(4, 8), steps=8, batch=4))
 SLAB = SlabSettings(depth=2, size=40, step=2)
-TINY_BASELINES = BaselineProfile(CamSettings(layer_share=0.0), DeCoVNetSettings(steps=2, batch=4),
-                     Ad3dMilSettings(steps=2, batch=4),
-                     DeCoVNetSettings(dims=3, slab=SLAB, steps=2, batch=4),
-                     Ad3dMilSettings(dims=3, slab=SLAB, steps=2, batch=4))
+TINY_BASELINES = BaselineProfile(
+    CamSettings(layer_share=0.0), DeCoVNetSettings(steps=2, batch=4), Ad3dMilSettings(steps=2, batch=4),
+    DeCoVNetSettings(dims=3, slab=SLAB, steps=2, batch=4), Ad3dMilSettings(dims=3, slab=SLAB, steps=2, batch=4))
 STAGES = ("threshold", "lung_net", "weak", "classifier1", "cam1", "mil1", "patches1", "classifier2", "cam2",
           "mil2", "patches2", "rounds", "fine", "segmenter")
 # For processes of tests: a copy of this one has imported everything, which takes a fresh one ten seconds and more.

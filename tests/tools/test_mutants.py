@@ -49,7 +49,7 @@ from mutants.trial import Target, attempt, baseline
 folder, bodies = Path(sys.argv[1]), json.loads(sys.argv[2])
 toy = Target("toy", folder / "toy.py", [folder / "test_toy.py"],
              ["--rootdir", str(folder), "-c", str(folder / "none.ini")])
-said = {name: attempt(toy, f"def grade(points):\\n    {body}", 1) for name, body in bodies.items()}
+said = {name: attempt(toy, f"def grade(points):\\n    {body}", 5) for name, body in bodies.items()}
 if len(sys.argv) > 3:
     from mutants import __main__ as command
     command.MODULES, command.HEAVY, command.target = {"toy": "toy"}, (), lambda name: toy

@@ -28,7 +28,7 @@ import pytest
 QUICK = ("-x", "-q", "--tb=no", "--assert=plain", *(f"-pno:{name}" for name in (
     "cacheprovider", "xdist", "pytest_cov", "unraisableexception", "threadexception")))
 MEMORY = 6 << 30  # bytes that a child may map beyond what this process has: some mutants ask for all there is
-WAITING = 5       # on a busy machine a second of the processor may take this long
+WAITING = 10      # on a busy machine a second of the processor may take this long, and a start sixty seconds
 # How a child ends; any other way, by a broken interpreter for one, is noticed as well.
 VERDICTS = {pytest.ExitCode.OK: "survived", -signal.SIGXCPU: "timeout", -signal.SIGKILL: "timeout"}
 
@@ -72,7 +72,7 @@ def attempt(target: Target, source: str, seconds: int) -> str:
     folder = Path(tempfile.mkdtemp())
     child = multiprocessing.get_context("fork").Process(target=_child, args=(target, source, seconds, folder))
     child.start()
-    child.join(WAITING * seconds)
+    child.join(60 + WAITING * seconds)
     child.kill()
     child.join()
     shutil.rmtree(folder, ignore_errors=True)
