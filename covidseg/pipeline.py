@@ -359,8 +359,6 @@ def open_run(data: str = "phantom", profile: str = "quick", seed: int = 0, folde
     return Run(found, profile_named(profile, method), seed, Path(folder), device, log)
 
 
-# --- keys -----------------------------------------------------------------------------------------------------------
-
 
 def write_run(run: Run, command: str) -> Path:
     """Writes ``run.json``, which makes a folder of stages a run that ``covidseg predict`` can use.
@@ -398,13 +396,6 @@ def _notes(run: Run, stage: str) -> dict[str, Any]:
         return run.store.notes(stage, run.key(stage))
     except ArtifactError:
         return {}
-
-
-def measured_key(test: Dataset) -> str:
-    """Key of a test set: its pictures, masks and lungs, and its labels, which decide what is measured."""
-    cases = [(case.id, case.patient, sorted(case.labels.items())) for case in test.cases]
-    files = [path for case in test.cases for path in (case.image, case.mask, case.lung) if path is not None]
-    return fingerprint(cases, *files)
 
 
 # --- the report of a run --------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from covidseg.evaluation.methods import PUBLISHED, SYSTEMS, BaselineProfile, Tra
 from covidseg.evaluation.metrics import figures, macro
 from covidseg.evaluation.statistics import Difference, bootstrap_difference, bootstrap_interval, paired_test
 from covidseg.evaluation.tables import Record, Table, evaluation_json, figure, spread
-from covidseg.pipeline import Run, measured_key
+from covidseg.pipeline import Run
 from covidseg.profiles import Profile, faithful, repainted
 from covidseg.store import fingerprint, write_text
 from covidseg.training import Log
@@ -33,6 +33,13 @@ OURS = ("faithful", "extended")
 
 
 # --- all systems, seed by seed --------------------------------------------------------------------------------------
+
+
+def measured_key(test: Dataset) -> str:
+    """Key of a test set: its pictures, masks and lungs, and its labels, which decide what is measured."""
+    cases = [(case.id, case.patient, sorted(case.labels.items())) for case in test.cases]
+    files = [path for case in test.cases for path in (case.image, case.mask, case.lung) if path is not None]
+    return fingerprint(cases, *files)
 
 
 def compare(run: Run, test: Dataset, names: list[str] | None = None, baselines: BaselineProfile = BaselineProfile(), *,

@@ -33,7 +33,7 @@ from covidseg.gradcam import CamSettings
 from covidseg.pipeline import Run
 from covidseg.preprocess import Crops
 from covidseg.profiles import Profile, faithful
-from covidseg.store import fingerprint, load_net, net_arrays
+from covidseg.store import fingerprint, net_form
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,12 @@ def _baseline(run: Run, name: str, make: Callable[[], Net], settings: BaselineSe
         outlines: title, threshold and maps of each; the last one answers.
     """
     key = fingerprint(run.key("weak"), settings, run.seed)
-    arrays, _ = run.store.get(name, key, lambda: (net_arrays(train_baseline(
-        make, run.weak(), settings, seed=run.seed, device=run.device, log=run.log, name=name)), {}))
-    net = load_net(make(), arrays).to(run.device)
+    form = net_form(make, run.device)
+    net = form.unpack(*run.store.get(name, key, lambda: form.pack(train_baseline(
+        make, run.weak(), settings, seed=run.seed, device=run.device, log=run.log, name=name))))
 
     def maps(crops: Crops, volume: bool) -> Maps:
-        judged = judge_crops(net, crops, volume=volume)  # type: ignore[arg-type]
+        judged = judge_crops(net, crops, volume=volume)
         return judged[0], [draw(net, crops, volume=volume, judged=judged) for _, _, draw in outlines]
     rows = [(title, "slice labels", threshold) for title, threshold, _ in outlines]
     return _on_lungs(run, Method(rows, maps), {name: key}, [net])
