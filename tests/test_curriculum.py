@@ -32,26 +32,14 @@ DIFFICULTY = torch.tensor([[0.9, 0.1, 0.5], [0.3, 0.0, 0.7]])
 CANDIDATES = torch.tensor([[True, True, True], [True, False, False]])
 
 
-def test_the_easiest_half_is_admitted() -> None:
+def test_the_easiest_are_admitted() -> None:
     assert admit_easiest(DIFFICULTY, CANDIDATES, 0.5).tolist() == [[False, True, False], [True, False, False]]
-
-
-def test_pace_0_admits_nothing_and_pace_1_all_candidates() -> None:
     assert not admit_easiest(DIFFICULTY, CANDIDATES, 0).any()
     assert torch.equal(admit_easiest(DIFFICULTY, CANDIDATES, 1), CANDIDATES)
-
-
-def test_no_candidates_no_admission() -> None:
-    assert not admit_easiest(DIFFICULTY, torch.zeros_like(CANDIDATES), 1).any()
-
-
-def test_a_small_pace_admits_at_least_one() -> None:
-    assert admit_easiest(DIFFICULTY, CANDIDATES, 0.01).sum() == 1
-
-
-def test_equally_difficult_patches_are_admitted_together() -> None:
-    admitted = admit_easiest(torch.tensor([0.2, 0.2, 0.2, 0.8]), torch.tensor([True] * 4), 0.25)
-    assert admitted.tolist() == [True, True, True, False]
+    assert admit_easiest(DIFFICULTY, CANDIDATES, 0.01).sum() == 1, "at least one"
+    assert not admit_easiest(DIFFICULTY, torch.zeros_like(CANDIDATES), 1).any(), "unless there is none"
+    equals = admit_easiest(torch.tensor([0.2, 0.2, 0.2, 0.8]), torch.tensor([True] * 4), 0.25)
+    assert equals.tolist() == [True, True, True, False], "equally difficult ones are admitted together"
 
 
 @pytest.mark.parametrize("pace", [0.0, 0.1, 0.37, 0.5, 0.9, 1.0])
