@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tiny import quiet, same_weights, toy, weights
 from torch import nn
 from torch.nn import functional as F
 
+from covidseg import augment
 from covidseg.augment import NO_PAINT, PaintSettings
 from covidseg.classifier import (
     Classifier,
@@ -157,30 +159,28 @@ def test_training_goes_on_from_given_weights(plain: Classifier) -> None:
     assert all(np.array_equal(weights(first)[name], before[name]) for name in before), "the start itself stays"
 
 
-def test_vessels_are_painted_on_lesion_free_slices_and_lesions_never(monkeypatch: pytest.MonkeyPatch) -> None:
-    from covidseg import augment as augmenting
+def test_vessels_are_painted_on_lesion_free_slices(plain: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lesions never are: the settings refuse it."""
+    data, painted, paint = toy(12)[0], list[np.ndarray](), augment.paint_vessels
 
-    data, _ = toy(8)
-    painted: list[np.ndarray] = []
-
-    def spy(image: np.ndarray, *rest: object, real: object = augmenting.paint_vessels) -> np.ndarray:
+    def spy(image: np.ndarray, *rest: Any) -> np.ndarray:
         painted.append(image)
-        return real(image, *rest)  # type: ignore[operator]
-
-    def refuse(*arguments: object) -> None:
-        pytest.fail("a lesion was painted on a slice labelled free of one")
-    monkeypatch.setattr(augmenting, "paint_vessels", spy)
-    monkeypatch.setattr(augmenting, "paint_lesions", refuse)
-    plain = train_classifier(data, replace(SMALL, paint=NO_PAINT), log=quiet)
+        return paint(image, *rest)
+    monkeypatch.setattr(augment, "paint_vessels", spy)
+    assert not same_weights(plain, train_classifier(data, replace(SMALL, paint=NO_PAINT), seed=3, log=quiet))
     assert not painted
-    assert not same_weights(plain, train_classifier(data, SMALL, log=quiet))
+    assert same_weights(plain, train_classifier(data, SMALL, seed=3, log=quiet))
     assert painted
     free = data.crops.images[data.labels == 0]
     assert all((free == image).all((1, 2)).any() for image in painted)
 
 
-def evidence_of(net: Classifier) -> tuple[float, float, float]:
-    """Mean evidence of fresh slices in the disks, in the lung around them and in the lung without."""
+def evidence_of(guidance: Guidance) -> tuple[float, float, float]:
+    """What a training with guidance leads to: mean evidence of fresh slices in the disks, in the lung around them and
+    in the lung without."""
+    lines: list[str] = []
+    net = train_classifier(toy(32, 80, seed=1)[0], ENOUGH, guidance=guidance, seed=1, log=lines.append)
+    assert all("guidance" in line for line in lines)
     fresh, disks = toy(24, 80, seed=9)
     lungs = torch.from_numpy(fresh.crops.lungs)[:, None].float()
     with torch.no_grad():
@@ -194,25 +194,16 @@ def evidence_of(net: Classifier) -> tuple[float, float, float]:
 def test_a_lesson_raises_evidence_where_it_says_lesion_and_lowers_it_where_it_says_lung() -> None:
     data, disks = toy(32, 80, seed=1)
     lungs = data.crops.lungs
-    lines: list[str] = []
-    right = Guidance(disks.astype(np.float32), lungs, 2.0)
-    net = train_classifier(data, ENOUGH, guidance=right, seed=1, log=lines.append)
-    assert all("guidance" in line for line in lines)
-    plain = evidence_of(train_classifier(data, ENOUGH, seed=1, log=quiet))
-    taught = evidence_of(net)
-    everywhere = [evidence_of(train_classifier(data, ENOUGH, guidance=Guidance(np.full(lungs.shape, value, np.float32),
-                                                                           lungs, 2.0), seed=1, log=quiet))
-                  for value in (0.0, 1.0)]
-    # Disks stand out without a lesson as well; what it adds shows beside a lesson that calls all of the lung healthy.
-    assert taught[0] > everywhere[0][0] + 0.3
-    assert taught[1] < plain[1] - 0.03
-    assert taught[1] < everywhere[0][1] + 0.1
-    assert taught[0] - taught[1] > 0.3, "the lesson moves along when the picture is flipped"
     ill = lungs & (data.labels == 1)[:, None, None]
-    wrong = evidence_of(train_classifier(data, ENOUGH, guidance=Guidance((ill & ~disks).astype(np.float32), ill, 2.0),
-                                         seed=1, log=quiet))
+    taught = evidence_of(Guidance(disks.astype(np.float32), lungs, 2.0))
+    lung, lesion = (evidence_of(Guidance(np.full(lungs.shape, value, np.float32), lungs, 2.0)) for value in (0.0, 1.0))
+    wrong = evidence_of(Guidance((ill & ~disks).astype(np.float32), ill, 2.0))
+    # Disks stand out without a lesson as well; what it adds shows beside a lesson that calls all of the lung healthy.
+    assert taught[0] > lung[0] + 0.3
+    assert taught[1] < lung[1] + 0.1
+    assert taught[0] - taught[1] > 0.3, "the lesson moves along when the picture is flipped"
     assert wrong[0] - wrong[1] < taught[0] - taught[1] - 0.2
-    assert everywhere[0][2] < everywhere[1][2] - 0.1
+    assert lung[2] < lesion[2] - 0.1
 
 
 def test_only_taught_pixels_and_a_weight_above_0_make_a_difference(plain: Classifier) -> None:
@@ -276,4 +267,5 @@ def test_an_ensemble_is_its_members_with_seeds_of_their_own_and_answers_with_the
                                                   log=quiet))
     one, said = train_ensemble(data, SMALL, seed=3, log=lines.append), lines[-1]
     assert same_weights(one.members[0], first)
+    np.testing.assert_allclose(*(slice_probabilities(net, data.crops) for net in (one, first)), atol=1e-6)
     assert said.startswith("classifier step"), "one member needs no number"

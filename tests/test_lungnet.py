@@ -132,7 +132,7 @@ def test_the_second_generation_uses_pictures_of_lesions_and_never_their_masks(sm
     third.crops.lungs[1::2] = ~third.crops.lungs[1::2]
     assert same_weights(*(trained_on(data, again=3, keep=0.0, add=0.0, add_thin=0.0) for data in (mixed(), third)))
     only_free = weak(*chests(4))
-    assert same_weights(trained_on(only_free, again=3), trained_on(only_free)), "without pictures of lesions there is none"
+    assert same_weights(trained_on(only_free, again=3), trained_on(only_free)), "without such pictures there is none"
 
 
 def organs(images: np.ndarray, lungs: np.ndarray) -> tuple[Crops, np.ndarray]:
