@@ -553,60 +553,38 @@ def mirrored(crops: Crops) -> Crops:
     return Crops(crops.images[..., ::-1].copy(), crops.lungs[..., ::-1].copy(), crops.boxes)
 
 
-@pytest.fixture
-def lopsided() -> tuple[Crops, np.ndarray]:
-    """Crops whose lung is not its own mirror image, and an activation map."""
+def probabilities_by_hand(net: PatchNet, crops: Crops, places: list[np.ndarray]) -> np.ndarray:
+    """Mean over the places of the patches, and over the slice and its mirror image; one slice and patch at a time."""
+    result = np.zeros(crops.images.shape)
+    for ids in places:
+        for side in (1, -1):  # as it is, and mirrored
+            numbers, part = ids[..., ::side], crops if side == 1 else mirrored(crops)
+            for maps, scores, one in zip(result, patch_scores(net, part, numbers.copy()), numbers, strict=True):
+                for number in range(1, one.max() + 1):
+                    maps[(one == number)[:, ::side]] += scores[number] / (2 * len(places))
+    return result * crops.lungs
+
+
+@pytest.mark.parametrize(("reading", "shifts"), [
+    ("pixels", [0]), ("pixels", [0, 2]), ("pixels", [0, 1, 3]), ("grid", [0])])
+def test_probabilities_on_pixels(reading: str, shifts: list[int]) -> None:
     data, disks = toy(5)
     lungs = data.crops.lungs.copy()
-    lungs[:, :, 28:] = False
-    return replace(data.crops, lungs=lungs), (disks & lungs).astype(np.float32)
-
-
-def test_probabilities_on_pixels(net: PatchNet, lopsided: tuple[Crops, np.ndarray]) -> None:
-    crops, _ = lopsided
-    net.train()
-    maps = patch_probabilities(net, crops)
-    assert net.training, "the state of the net comes back"
-    assert maps.shape == (5, 40, 40)
-    assert maps.dtype == np.float32
-    assert (maps[~crops.lungs] == 0).all()
-    assert (maps[crops.lungs] > 0).mean() > 0.95
-    assert maps.max() <= 1
-
-
-def test_a_mirrored_slice_has_the_mirrored_map(net: PatchNet, lopsided: tuple[Crops, np.ndarray]) -> None:
-    crops, _ = lopsided
-    # Squares that start at the edge mirror onto squares, since the side is a multiple of 5; shifted ones do not.
-    np.testing.assert_allclose(patch_probabilities(net, mirrored(crops), shifts=1)[..., ::-1],
-                               patch_probabilities(net, crops, shifts=1), atol=1e-5)
-    ids = square_ids(crops.lungs)
-    once = np.take_along_axis(patch_scores(net.eval(), crops, ids), ids.reshape(5, -1), 1).reshape(ids.shape)
-    found = patch_probabilities(net, crops, shifts=1)
-    assert np.abs(found - once)[crops.lungs & (ids > 0)].max() > 1e-4, "the mirror image takes part"
-
-
-def test_shifted_grids_refine_the_blocks(net: PatchNet, lopsided: tuple[Crops, np.ndarray]) -> None:
-    crops, _ = lopsided
-    ids = square_ids(crops.lungs)
-    one, four = (patch_probabilities(net, crops, shifts=shifts)[0] for shifts in (1, 2))
-    full = [ids[0] == number for number in range(1, ids[0].max() + 1) if crops.lungs[0][ids[0] == number].all()]
-    assert len(full) > 10
-    assert all(np.ptp(one[square]) < 1e-7 for square in full)
-    assert np.mean([np.ptp(four[square]) > 1e-5 for square in full]) > 0.9
-    # Grids shifted by 0 and 2 pixels cut each square into 2 x 2 blocks of 3 or 2 pixels a side.
-    for part in (slice(0, 3), slice(3, 5)):
-        for other in (slice(0, 3), slice(3, 5)):
-            assert all(np.ptp(four[square].reshape(5, 5)[part, other]) < 1e-7 for square in full)
-
-
-def test_the_grid_reading_has_one_value_a_cell(net: PatchNet, lopsided: tuple[Crops, np.ndarray]) -> None:
-    crops, cam = lopsided
-    settings = replace(SMALL, reading="grid")
+    lungs[:, :, 28:] = False  # not its own mirror image
+    crops, settings = replace(data.crops, lungs=lungs), replace(SMALL, reading=reading)
+    cam = (disks & lungs).astype(np.float32)
     torch.manual_seed(0)
-    maps = patch_probabilities(PatchNet(settings), crops, cam)
-    ids = patch_ids(crops, cam, settings)
-    assert not np.array_equal(ids, square_ids(crops.lungs)), "some disk has to be large enough for a grid"
-    for one, numbers, lung in zip(maps, ids, crops.lungs, strict=True):
-        assert all(np.ptp(one[(numbers == k) & lung]) < 1e-6 for k in range(1, numbers.max() + 1))
-        assert len(np.unique(one[(numbers > 0) & lung].round(7))) > 5
-    assert (maps[~crops.lungs] == 0).all()
+    net = PatchNet(settings)
+    places = [square_ids(lungs, offset=(down, right)) for down in shifts for right in shifts]
+    if reading == "grid":
+        places = [patch_ids(crops, cam, settings)]
+        assert not np.array_equal(places[0], square_ids(lungs)), "some disk has to be large enough for a grid"
+    maps = patch_probabilities(net, crops, cam, shifts=len(shifts))
+    assert net.training, "the state of the net comes back"
+    assert maps.dtype == np.float32
+    np.testing.assert_allclose(maps, probabilities_by_hand(net, crops, places), atol=1e-6)
+    assert (maps[~lungs] == 0).all()
+    assert (maps[lungs] > 0).mean() > 0.95
+    assert maps.max() <= 1
+    alone = probabilities_by_hand(net, crops, [square_ids(lungs)])
+    assert (np.abs(maps - alone).max() > 1e-4) == (len(shifts) > 1 or reading == "grid"), "the places take part"

@@ -183,20 +183,17 @@ def test_a_held_batch_is_begun_only_when_it_is_asked_for() -> None:
     assert seen == [1, 4, 4, 4, 6, 6]
 
 
-def test_faults_of_the_other_thread_reach_the_loop_after_the_batches_before_it() -> None:
+def test_faults_of_the_other_thread_reach_the_loop_after_the_batches_before_it_and_end_the_thread() -> None:
     batches = overlapped(iter(Making(fails_at=3)), CPU)
     assert [next(batches)[0].item() for _ in range(2)] == [1, 2]
+    assert helpers()
     with pytest.raises(ValueError, match="batch 3"):
         next(batches)
     assert not helpers()
-
-
-def test_leaving_the_loop_ends_the_thread() -> None:
     for (batch,) in overlapped(iter(Making(count=10**6)), CPU):
-        assert helpers()
         if batch.item() == 3:
             break
-    assert not helpers()
+    assert not helpers(), "leaving the loop ends the thread"
 
 
 def symmetries(image: torch.Tensor) -> list[torch.Tensor]:
