@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage as ndi
 
-from covidseg import augment
 from covidseg.augment import Painter, PaintSettings, paint_lesions, paint_organ, paint_vessels, places
 from covidseg.preprocess import Crops
 
@@ -27,16 +28,16 @@ def two_lungs(side: int = SIZE) -> np.ndarray:
 LUNG = two_lungs()
 
 
-def lesions(seed: int = 0, side: int = SIZE, **settings: object) -> tuple[np.ndarray, np.ndarray]:
+def lesions(seed: int = 0, side: int = SIZE, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
     """Lesions painted on black: picture and mask."""
     return paint_lesions(np.zeros((side, side), np.float32), two_lungs(side),
-                         PaintSettings(**settings), np.random.default_rng(seed))  # type: ignore[arg-type]
+                         PaintSettings(**settings), np.random.default_rng(seed))
 
 
-def vessels(seed: int = 0, side: int = SIZE, **settings: object) -> np.ndarray:
+def vessels(seed: int = 0, side: int = SIZE, **settings: Any) -> np.ndarray:
     """Vessels painted on black."""
     return paint_vessels(np.zeros((side, side), np.float32), two_lungs(side),
-                         PaintSettings(**settings), np.random.default_rng(seed))  # type: ignore[arg-type]
+                         PaintSettings(**settings), np.random.default_rng(seed))
 
 
 # --- lesions ----------------------------------------------------------------------------------------------------
@@ -54,25 +55,15 @@ def test_lesions_stay_in_the_lung_and_are_where_the_mask_says(seed: int, kind: d
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_mask_of_one_blob_is_where_it_is_half_there(seed: int) -> None:
+def test_the_mask_is_where_a_lesion_is_half_there(seed: int) -> None:
     picture, mask = lesions(seed, **BLOBS, **GLARING, count=(1, 1), solid_share=1.0)
     np.testing.assert_array_equal(mask, picture > 0.5)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_the_mask_of_a_field_is_where_it_is_half_there(seed: int) -> None:
+    picture, mask = lesions(seed, **BLOBS, **GLARING, count=(3, 3), solid_share=1.0)
+    assert not (mask & (picture <= 0.5)).any()
+    assert ((picture > 0.5) & ~mask).sum() < 0.15 * mask.sum() + 10, "two soft rims may add up to more than a half"
     picture, mask = lesions(seed, **FIELDS, **GLARING, solid_share=0.0)
     assert not ((picture > 0.5) & ~mask).any()
-    # Its texture may leave a few dark spots.
-    assert (picture[mask] > 0.5).mean() > 0.95
-
-
-def test_the_mask_of_several_blobs_covers_all_of_them() -> None:
-    for seed in range(6):
-        picture, mask = lesions(seed, **BLOBS, **GLARING, count=(3, 3), solid_share=1.0)
-        assert not (mask & (picture <= 0.5)).any()
-        # Two soft rims may add up to more than a half.
-        assert ((picture > 0.5) & ~mask).sum() < 0.15 * mask.sum() + 10
+    assert (picture[mask] > 0.5).mean() > 0.95, "its texture may leave a few dark spots"
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -186,20 +177,16 @@ def test_thickness_and_number_of_vessels() -> None:
 
 # --- crop sizes -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", [BLOBS, FIELDS], ids=["blobs", "field"])
-def test_lesions_of_another_crop_size_cover_the_same_share(kind: dict) -> None:
-    shares = {side: np.array([lesions(seed, side, **kind)[1].sum() / two_lungs(side).sum() for seed in range(30)])
-              for side in SIDES}
-    assert all(values.min() > 0.001 for values in shares.values()), "nothing vanishes"
-    assert shares[80].mean() == pytest.approx(shares[160].mean(), rel=0.25)
-    assert np.corrcoef(shares[80], shares[160])[0, 1] > 0.6
-
-
-def test_vessels_of_another_crop_size_cover_the_same_share() -> None:
-    shares = {side: np.array([(vessels(seed, side) > 0.5).sum() / two_lungs(side).sum() for seed in range(20)])
-              for side in SIDES}
-    assert all(values.min() > 0.003 for values in shares.values()), "nothing vanishes"
-    assert shares[80].mean() == pytest.approx(shares[160].mean(), rel=0.25)
+def test_another_crop_size_is_covered_to_the_same_share() -> None:
+    for name, paint, count, least in (
+            ("blobs", lambda seed, side: lesions(seed, side, **BLOBS)[1], 30, 0.001),
+            ("field", lambda seed, side: lesions(seed, side, **FIELDS)[1], 30, 0.001),
+            ("vessels", lambda seed, side: vessels(seed, side) > 0.5, 20, 0.003)):
+        shares = {side: np.array([paint(seed, side).sum() / two_lungs(side).sum() for seed in range(count)])
+                  for side in SIDES}
+        assert all(values.min() > least for values in shares.values()), f"{name}: nothing vanishes"
+        assert shares[80].mean() == pytest.approx(shares[160].mean(), rel=0.25), name
+        assert name == "vessels" or np.corrcoef(shares[80], shares[160])[0, 1] > 0.6, name
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -293,22 +280,42 @@ def batch(index: torch.Tensor = INDEX) -> torch.Tensor:
     return maps
 
 
-def painted(seed: int = 0, free: torch.Tensor = FREE, **settings: object) -> torch.Tensor:
-    return Painter(crops(), PaintSettings(**settings))(  # type: ignore[arg-type]
-        batch(), INDEX, free, torch.Generator().manual_seed(seed))
+def painted(seed: int = 0, free: torch.Tensor = FREE, **settings: Any) -> torch.Tensor:
+    return Painter(crops(), PaintSettings(**settings))(batch(), INDEX, free, torch.Generator().manual_seed(seed))
+
+
+def brightest(maps: torch.Tensor) -> torch.Tensor:
+    """Of each picture."""
+    return maps[:, 0].flatten(1).max(1).values
+
+
+def lesion_pixels(maps: torch.Tensor) -> torch.Tensor:
+    return maps[:, 2].flatten(1).sum(1)
 
 
 def test_only_lesion_free_slices_are_painted() -> None:
-    maps = batch()
+    maps, source = batch(), torch.Generator().manual_seed(0)
+    painter = Painter(crops(), PaintSettings(share=1.0, vessels=1.0))
     maps[~FREE, 2, 40, 20] = 1
     before = maps.clone()
-    result = Painter(crops(), PaintSettings(share=1.0, vessels=1.0))(maps, INDEX, FREE,
-                                                                     torch.Generator().manual_seed(0))
+    result = painter(maps, INDEX, FREE, source)
     assert torch.equal(result[~FREE], maps[~FREE])
-    assert (result[FREE][:, 2].flatten(1).sum(1) > 0).all()
-    assert (result[FREE][:, 0].flatten(1).max(1).values > 0.1).all()
+    assert (lesion_pixels(result[FREE]) > 0).all()
+    assert (brightest(result[FREE]) > 0.1).all()
     assert torch.equal(result[:, [1, 3]], maps[:, [1, 3]])
     assert torch.equal(maps, before), "the batch that came in is not changed"
+    assert not torch.equal(result, painter(maps, INDEX, FREE, source)), "the next batch is painted differently"
+
+
+def test_vessels_are_no_lesions_and_lesions_come_without_vessels() -> None:
+    result = painted(share=0.0, vessels=1.0)
+    assert (brightest(result[FREE]) > 0.75).all()
+    assert (result[:, 2] == 0).all()
+    faint = {"solid_share": 0.0, "faint": 1.0, **BLOBS, "count": (1, 1)}
+    result = painted(share=1.0, vessels=0.0, **faint)
+    assert (lesion_pixels(result[FREE]) > 0).all()
+    assert brightest(result).max() < 0.5, "nothing as bright as a vessel"
+    assert brightest(painted(share=1.0, vessels=1.0, **faint)).max() > 0.75
 
 
 def test_each_slice_is_painted_into_its_own_lung() -> None:
@@ -321,21 +328,6 @@ def test_each_slice_is_painted_into_its_own_lung() -> None:
     assert (result[:, 2].sum((1, 2)) > 0.97 * result[:, 1].sum((1, 2))).all()
 
 
-def test_vessels_are_no_lesions() -> None:
-    result = painted(share=0.0, vessels=1.0)
-    assert (result[FREE][:, 0].flatten(1).max(1).values > 0.75).all()
-    assert (result[:, 2] == 0).all()
-    assert (result[~FREE][:, 0] == 0).all()
-
-
-def test_lesions_without_vessels() -> None:
-    faint = {"solid_share": 0.0, "faint": 1.0, **BLOBS, "count": (1, 1)}
-    result = painted(share=1.0, vessels=0.0, **faint)
-    assert (result[FREE][:, 2].flatten(1).sum(1) > 0).all()
-    assert result[:, 0].max() < 0.5, "nothing as bright as a vessel"
-    assert painted(share=1.0, vessels=1.0, **faint)[:, 0].max() > 0.75
-
-
 def test_both_switched_off() -> None:
     source = torch.Generator().manual_seed(0)
     state = source.get_state()
@@ -344,22 +336,19 @@ def test_both_switched_off() -> None:
     assert torch.equal(source.get_state(), state), "nothing was drawn: training is as without painting"
 
 
-def test_shares_are_probabilities() -> None:
-    index = torch.zeros(150, dtype=torch.long)
-    free = torch.ones(150, dtype=torch.bool)
-    result = Painter(crops(), PaintSettings(share=0.3, vessels=0.0))(batch(index), index, free,
-                                                                     torch.Generator().manual_seed(0))
-    assert (result[:, 2].flatten(1).sum(1) > 0).float().mean().item() == pytest.approx(0.3, abs=0.1)
-    result = Painter(crops(), PaintSettings(share=0.0, vessels=0.7))(batch(index), index, free,
-                                                                     torch.Generator().manual_seed(0))
-    assert (result[:, 0].flatten(1).max(1).values > 0.5).float().mean().item() == pytest.approx(0.7, abs=0.1)
+@pytest.mark.parametrize(("share", "vessels"), [(0.3, 0.0), (0.0, 0.7)])
+def test_shares_are_probabilities(share: float, vessels: float) -> None:
+    index, free = torch.zeros(150, dtype=torch.long), torch.ones(150, dtype=torch.bool)
+    result = Painter(crops(), PaintSettings(share=share, vessels=vessels))(batch(index), index, free,
+                                                                           torch.Generator().manual_seed(0))
+    there = lesion_pixels(result) > 0 if share else brightest(result) > 0.5
+    assert there.float().mean().item() == pytest.approx(share + vessels, abs=0.1)
 
 
 def test_a_slice_without_a_lung_is_left_alone() -> None:
-    empty = crops()
+    empty, free = crops(), torch.ones(COUNT, dtype=torch.bool)
     empty.lungs[3] = False
-    result = Painter(empty, PaintSettings(share=1.0, vessels=1.0))(batch(), INDEX, torch.ones(COUNT, dtype=torch.bool),
-                                                                   torch.Generator().manual_seed(0))
+    result = Painter(empty, PaintSettings(share=1, vessels=1))(batch(), INDEX, free, torch.Generator().manual_seed(0))
     untouched = [k for k in range(COUNT) if torch.equal(result[k], batch()[k])]
     assert untouched == [2], "position 2 of the batch holds slice 3"
 
@@ -368,17 +357,3 @@ def test_the_same_generator_paints_the_same() -> None:
     first, second, other = (painted(seed) for seed in (4, 4, 5))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
-
-
-def test_the_next_batch_is_painted_differently() -> None:
-    painter, source = Painter(crops(), PaintSettings(share=1.0)), torch.Generator().manual_seed(0)
-    assert not torch.equal(painter(batch(), INDEX, FREE, source), painter(batch(), INDEX, FREE, source))
-
-
-def test_places_are_measured_once_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[int] = []
-    monkeypatch.setattr(augment, "places", lambda lung: measured.append(1) or places(lung))
-    painter, source = Painter(crops(), PaintSettings(share=1.0)), torch.Generator().manual_seed(0)
-    for _ in range(3):
-        painter(batch(), INDEX, FREE, source)
-    assert len(measured) == FREE.sum()

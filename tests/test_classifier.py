@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import in_turn, quiet, same_weights, toy, weights
+from tiny import quiet, same_weights, toy, weights
 from torch import nn
 from torch.nn import functional as F
 
+from covidseg import augment
 from covidseg.augment import NO_PAINT, PaintSettings
 from covidseg.classifier import (
     Classifier,
     ClassifierSettings,
-    Ensemble,
     Guidance,
     slice_probabilities,
     train_classifier,
@@ -23,7 +24,7 @@ from covidseg.classifier import (
 )
 from covidseg.errors import SettingsError
 from covidseg.evaluation.metrics import auc
-from covidseg.preprocess import Crops, net_input
+from covidseg.preprocess import net_input
 
 pytestmark = pytest.mark.nets
 
@@ -35,12 +36,6 @@ ENOUGH = ClassifierSettings(width=6, steps=30, batch=8, rate=3e-3, temperature=4
 def net() -> Classifier:
     torch.manual_seed(0)
     return Classifier(SMALL)
-
-
-def test_shapes(net: Classifier) -> None:
-    inputs = torch.rand(3, 2, 80, 80)
-    assert net.maps(inputs).shape == (3, 1, 10, 10)
-    assert net(inputs).shape == (3, 1)
 
 
 @pytest.mark.parametrize(("parts", "field"), [
@@ -72,45 +67,36 @@ def test_a_cell_sees_a_window_of_the_slice_and_no_more(net: Classifier, parts: t
     assert change(centre) > 1e-3
 
 
-def half_lung() -> torch.Tensor:
-    lungs = torch.zeros(2, 1, 80, 80)
-    lungs[..., :40] = 1
-    return lungs
-
-
-def test_pooling_ignores_evidence_outside_the_lung(net: Classifier) -> None:
-    evidence = torch.randn(2, 1, 10, 10)
-    loud = evidence.clone()
-    loud[..., 5:] += 50
-    assert torch.equal(net.pool(evidence, half_lung()), net.pool(loud, half_lung()))
-    loud[..., 2, 2] += 1
-    assert (net.pool(loud, half_lung()) > net.pool(evidence, half_lung())).all()
-
-
-def test_pooling_sends_no_gradient_outside_the_lung(net: Classifier) -> None:
-    evidence = torch.randn(2, 1, 10, 10, requires_grad=True)
-    net.pool(evidence, half_lung()).sum().backward()
-    assert (evidence.grad[..., 5:] == 0).all()
-    assert (evidence.grad[..., :5] > 0).all()
+def pooled_by_hand(evidence: np.ndarray, temperature: float) -> float:
+    """Half mean, half log-sum-exp, over the evidence of cells with lung."""
+    return 0.5 * evidence.mean() + 0.5 * np.log(np.exp(temperature * evidence).mean()) / temperature
 
 
 @pytest.mark.parametrize("columns", [8, 40, 80])
-def test_even_evidence_pools_to_itself_whatever_the_size_of_the_lung(net: Classifier, columns: int) -> None:
+def test_pooling_equals_its_formula_over_the_lung(net: Classifier, columns: int) -> None:
+    evidence = torch.randn(1, 1, 10, 10, generator=torch.Generator().manual_seed(0))
+    evidence[..., columns // 8:] = 50  # speaks up outside the lung
+    evidence.requires_grad_(True)
     lungs = torch.zeros(1, 1, 80, 80)
     lungs[..., :columns] = 1
-    assert net.pool(torch.full((1, 1, 10, 10), 1.7), lungs).item() == pytest.approx(1.7, abs=1e-4)
+    pooled = net.pool(evidence, lungs)
+    inside = evidence.detach().numpy()[..., :columns // 8]
+    assert pooled.item() == pytest.approx(pooled_by_hand(inside, SMALL.temperature), abs=1e-4)
+    slopes, = torch.autograd.grad(pooled, evidence)
+    assert (slopes[..., columns // 8:] == 0).all()
+    assert (slopes[..., :columns // 8] > 0).all()
+    assert net(torch.rand(3, 2, 80, 80)).shape == (3, 1)
+    assert torch.isfinite(net(torch.zeros(1, 2, 80, 80))).all(), "a slice without lung"
 
 
 def test_a_small_lesion_counts(net: Classifier) -> None:
     evidence = torch.full((1, 1, 10, 10), -2.0)
     evidence[0, 0, 3, 3] = 6
-    pooled = net.pool(evidence, torch.ones(1, 1, 80, 80)).item()
-    mean, lone_share = evidence.mean().item(), 1 / 100
-    assert pooled > 0 > mean, "one patch among a hundred decides, where the mean alone would not"
-    assert pooled < evidence.max().item()
     evidence.requires_grad_(True)
-    net.pool(evidence, torch.ones(1, 1, 80, 80)).backward()
-    assert evidence.grad[0, 0, 3, 3] > 10 * lone_share
+    pooled = net.pool(evidence, torch.ones(1, 1, 80, 80))
+    assert pooled.item() > 0 > evidence.mean(), "one patch among a hundred decides, where the mean alone would not"
+    pooled.backward()
+    assert evidence.grad[0, 0, 3, 3] > 10 / 100
 
 
 def test_a_larger_temperature_looks_at_fewer_pixels() -> None:
@@ -129,8 +115,10 @@ def test_a_larger_temperature_looks_at_fewer_pixels() -> None:
     assert evidence.mean() < pooled[0] < pooled[1] < pooled[2] < evidence.max()
 
 
-def test_a_slice_without_lung_stays_finite(net: Classifier) -> None:
-    assert torch.isfinite(net(torch.zeros(1, 2, 80, 80))).all()
+@pytest.fixture(scope="module")
+def plain() -> Classifier:
+    """Six steps, without guidance."""
+    return train_classifier(toy(12)[0], SMALL, seed=3, log=quiet)
 
 
 def test_learns_bright_disks_from_slice_labels() -> None:
@@ -156,25 +144,8 @@ def test_shuffled_labels_teach_nothing() -> None:
     assert np.ptp(probabilities) < 0.5, "no confident verdict can be learned from chance"
 
 
-def test_training_repeats_bit_for_bit_with_the_seed() -> None:
-    data, _ = toy(12)
-    first = train_classifier(data, SMALL, seed=3, log=quiet)
-    assert same_weights(first, train_classifier(data, SMALL, seed=3, log=quiet))
-    assert not same_weights(first, train_classifier(data, SMALL, seed=4, log=quiet))
-
-
-@pytest.mark.parametrize("taught", [False, True])
-def test_batches_made_ahead_are_those_made_in_turn(monkeypatch: pytest.MonkeyPatch, taught: bool) -> None:
-    data, disks = toy(12)
-    guidance = Guidance(disks.astype(np.float32), data.crops.lungs, 1.0) if taught else None
-    ahead = train_classifier(data, SMALL, guidance=guidance, seed=3, log=quiet)
-    monkeypatch.setattr("covidseg.training.overlapped", in_turn)
-    assert same_weights(ahead, train_classifier(data, SMALL, guidance=guidance, seed=3, log=quiet))
-
-
-def test_training_goes_on_from_given_weights() -> None:
-    data, _ = toy(12)
-    first = train_classifier(data, SMALL, seed=1, log=quiet)
+def test_training_goes_on_from_given_weights(plain: Classifier) -> None:
+    data, first = toy(12)[0], plain
     before = {name: value.copy() for name, value in weights(first).items()}
     still = replace(SMALL, rate=1e-12)
     names = [name for name, _ in first.named_parameters()]
@@ -188,30 +159,28 @@ def test_training_goes_on_from_given_weights() -> None:
     assert all(np.array_equal(weights(first)[name], before[name]) for name in before), "the start itself stays"
 
 
-def test_vessels_are_painted_on_lesion_free_slices_and_lesions_never(monkeypatch: pytest.MonkeyPatch) -> None:
-    from covidseg import augment as augmenting
+def test_vessels_are_painted_on_lesion_free_slices(plain: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lesions never are: the settings refuse it."""
+    data, painted, paint = toy(12)[0], list[np.ndarray](), augment.paint_vessels
 
-    data, _ = toy(8)
-    painted: list[np.ndarray] = []
-
-    def spy(image: np.ndarray, *rest: object, real: object = augmenting.paint_vessels) -> np.ndarray:
+    def spy(image: np.ndarray, *rest: Any) -> np.ndarray:
         painted.append(image)
-        return real(image, *rest)  # type: ignore[operator]
-
-    def refuse(*arguments: object) -> None:
-        pytest.fail("a lesion was painted on a slice labelled free of one")
-    monkeypatch.setattr(augmenting, "paint_vessels", spy)
-    monkeypatch.setattr(augmenting, "paint_lesions", refuse)
-    plain = train_classifier(data, replace(SMALL, paint=NO_PAINT), log=quiet)
+        return paint(image, *rest)
+    monkeypatch.setattr(augment, "paint_vessels", spy)
+    assert not same_weights(plain, train_classifier(data, replace(SMALL, paint=NO_PAINT), seed=3, log=quiet))
     assert not painted
-    assert not same_weights(plain, train_classifier(data, SMALL, log=quiet))
+    assert same_weights(plain, train_classifier(data, SMALL, seed=3, log=quiet))
     assert painted
     free = data.crops.images[data.labels == 0]
     assert all((free == image).all((1, 2)).any() for image in painted)
 
 
-def evidence_of(net: Classifier) -> tuple[float, float, float]:
-    """Mean evidence of fresh slices in the disks, in the lung around them and in the lung without."""
+def evidence_of(guidance: Guidance) -> tuple[float, float, float]:
+    """What a training with guidance leads to: mean evidence of fresh slices in the disks, in the lung around them and
+    in the lung without."""
+    lines: list[str] = []
+    net = train_classifier(toy(32, 80, seed=1)[0], ENOUGH, guidance=guidance, seed=1, log=lines.append)
+    assert all("guidance" in line for line in lines)
     fresh, disks = toy(24, 80, seed=9)
     lungs = torch.from_numpy(fresh.crops.lungs)[:, None].float()
     with torch.no_grad():
@@ -225,36 +194,27 @@ def evidence_of(net: Classifier) -> tuple[float, float, float]:
 def test_a_lesson_raises_evidence_where_it_says_lesion_and_lowers_it_where_it_says_lung() -> None:
     data, disks = toy(32, 80, seed=1)
     lungs = data.crops.lungs
-    lines: list[str] = []
-    right = Guidance(disks.astype(np.float32), lungs, 2.0)
-    net = train_classifier(data, ENOUGH, guidance=right, seed=1, log=lines.append)
-    assert all("guidance" in line for line in lines)
-    plain = evidence_of(train_classifier(data, ENOUGH, seed=1, log=quiet))
-    taught = evidence_of(net)
-    everywhere = [evidence_of(train_classifier(data, ENOUGH, guidance=Guidance(np.full(lungs.shape, value, np.float32),
-                                                                           lungs, 2.0), seed=1, log=quiet))
-                  for value in (0.0, 1.0)]
-    # Disks stand out without a lesson as well; what it adds shows beside a lesson that calls all of the lung healthy.
-    assert taught[0] > everywhere[0][0] + 0.3
-    assert taught[1] < plain[1] - 0.03
-    assert taught[1] < everywhere[0][1] + 0.1
-    assert taught[0] - taught[1] > 0.3, "the lesson moves along when the picture is flipped"
     ill = lungs & (data.labels == 1)[:, None, None]
-    wrong = evidence_of(train_classifier(data, ENOUGH, guidance=Guidance((ill & ~disks).astype(np.float32), ill, 2.0),
-                                         seed=1, log=quiet))
+    taught = evidence_of(Guidance(disks.astype(np.float32), lungs, 2.0))
+    lung, lesion = (evidence_of(Guidance(np.full(lungs.shape, value, np.float32), lungs, 2.0)) for value in (0.0, 1.0))
+    wrong = evidence_of(Guidance((ill & ~disks).astype(np.float32), ill, 2.0))
+    # Disks stand out without a lesson as well; what it adds shows beside a lesson that calls all of the lung healthy.
+    assert taught[0] > lung[0] + 0.3
+    assert taught[1] < lung[1] + 0.1
+    assert taught[0] - taught[1] > 0.3, "the lesson moves along when the picture is flipped"
     assert wrong[0] - wrong[1] < taught[0] - taught[1] - 0.2
-    assert everywhere[0][2] < everywhere[1][2] - 0.1
+    assert lung[2] < lesion[2] - 0.1
 
 
-def test_only_taught_pixels_and_a_weight_above_0_make_a_difference() -> None:
+def test_only_taught_pixels_and_a_weight_above_0_make_a_difference(plain: Classifier) -> None:
     data, disks = toy(12)
     some = data.crops.lungs & (np.arange(40) < 20)
     teacher = disks.astype(np.float32)
 
-    def trained(guidance: Guidance | None) -> Classifier:
+    def trained(guidance: Guidance) -> Classifier:
         return train_classifier(data, SMALL, guidance=guidance, seed=3, log=quiet)
 
-    plain, taught = trained(None), trained(Guidance(teacher, some, 1.0))
+    taught = trained(Guidance(teacher, some, 1.0))
     assert not same_weights(plain, taught)
     assert same_weights(taught, trained(Guidance(np.where(some, teacher, 0.7).astype(np.float32), some, 1.0)))
     # Nothing taught is as good as no lesson, bit for bit: a lesson draws no random numbers.
@@ -269,16 +229,14 @@ def test_probabilities_do_not_depend_on_the_batch(net: Classifier) -> None:
     assert whole.shape == (7,)
     assert ((whole > 0) & (whole < 1)).all()
     np.testing.assert_allclose(slice_probabilities(net, data.crops, batch=2), whole, atol=1e-6)
+    assert slice_probabilities(net, data.crops.take(np.arange(0))).shape == (0,)
 
 
-def test_no_slices_no_probabilities(net: Classifier) -> None:
-    empty = Crops(np.zeros((0, 40, 40), np.float32), np.zeros((0, 40, 40), bool), np.zeros((0, 4), int))
-    assert slice_probabilities(net, empty).shape == (0,)
-
-
-def test_lesions_cannot_be_painted_for_the_classifier() -> None:
+def test_bad_settings_are_refused() -> None:
     with pytest.raises(SettingsError, match="contradict"):
         ClassifierSettings(paint=PaintSettings())
+    with pytest.raises(SettingsError, match="at least one"):
+        ClassifierSettings(members=0)
 
 
 def test_an_ensemble_is_its_members_with_seeds_of_their_own_and_answers_with_their_mean() -> None:
@@ -300,16 +258,7 @@ def test_an_ensemble_is_its_members_with_seeds_of_their_own_and_answers_with_the
     for old, new, seed in zip(ensemble.members, later.members, (4, 1004), strict=True):
         assert same_weights(new, train_classifier(data, SMALL, start=old, guidance=guidance, seed=seed,  # type: ignore[arg-type]
                                                   log=quiet))
-
-
-def test_an_ensemble_of_one_is_a_classifier() -> None:
-    data, _ = toy(8)
-    lines: list[str] = []
-    ensemble = train_ensemble(data, SMALL, log=lines.append)
-    net = train_classifier(data, SMALL, log=quiet)
-    assert same_weights(ensemble.members[0], net)
-    assert lines[0].startswith("classifier step")
-    np.testing.assert_allclose(*(slice_probabilities(one, data.crops) for one in (ensemble, net)), atol=1e-6)
-    assert isinstance(ensemble, Ensemble)
-    with pytest.raises(SettingsError, match="at least one"):
-        ClassifierSettings(members=0)
+    one, said = train_ensemble(data, SMALL, seed=3, log=lines.append), lines[-1]
+    assert same_weights(one.members[0], first)
+    np.testing.assert_allclose(*(slice_probabilities(net, data.crops) for net in (one, first)), atol=1e-6)
+    assert said.startswith("classifier step"), "one member needs no number"

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from covidseg import preprocess
 from covidseg.data.folder import Dataset, load_dataset
 from covidseg.data.scan import Grid, read_mask, read_scan, write_like
 from covidseg.errors import DatasetError, InputFileError, NoLungError
@@ -69,6 +68,9 @@ def test_two_points_by_hand():
     np.testing.assert_allclose(scaled[lung], 0, atol=1e-6)
     np.testing.assert_allclose(scaled[2:8, 4:6], 1, atol=1e-6)
     np.testing.assert_allclose(scaled[0], (-1000 + 800) / 840, atol=1e-6)
+    image[0, 3:8] = 3000  # burnt-in text
+    np.testing.assert_array_equal(normalise(image, lung)[1:], scaled[1:])
+    np.testing.assert_array_equal(normalise(np.full((8, 8), 7, np.uint8), np.ones((8, 8), bool)), 0)
 
 
 @given(st.floats(0.05, 50), st.floats(-2000, 2000))
@@ -87,18 +89,6 @@ def test_display_windows_cancel_inside_the_lung(first, window):
         difference = np.abs(normalise(shown, lung) - normalise(image, lung))[lung]
         assert difference.mean() < 0.005  # measured .002: the rounding to 256 levels
         assert np.percentile(difference, 99) < 0.02
-
-
-def test_burnt_in_text_outside_the_lungs_changes_nothing(first):
-    image, lung = first[0][4].copy(), first[1][4]
-    before = normalise(image, lung)
-    image[:8, :40] = 3000
-    np.testing.assert_array_equal(normalise(image, lung)[8:], before[8:])
-
-
-def test_a_slice_of_one_value_stays_finite():
-    scaled = normalise(np.full((8, 8), 7, np.uint8), np.ones((8, 8), bool))
-    np.testing.assert_array_equal(scaled, 0)
 
 
 # --- boxes ------------------------------------------------------------------------------------------------------
@@ -208,36 +198,28 @@ def test_crops_of_a_volume(first):
         back = uncrop(crops.lungs[k], box, lungs[k].shape) > 0.5
         assert 2 * (back & lungs[k]).sum() / (back.sum() + lungs[k].sum()) > 0.97
         assert crops.images[k][crops.lungs[k]].mean() < 0.4 < crops.images[k][~crops.lungs[k]].mean()
+    np.testing.assert_array_equal(crop_masks(lungs, crops.boxes, SMALL.size), crops.lungs)
+    for mask, image in zip(crop_masks(pixels > -100, crops.boxes, SMALL.size), crops.images, strict=True):
+        assert image[mask].mean() > image[~mask].mean() + 0.5, "the picture is bright where the mask says so"
+    few = crops.take(np.array([5, 0]))
+    for part in ("images", "lungs", "boxes"):
+        np.testing.assert_array_equal(getattr(few, part), np.stack([getattr(crops, part)[k] for k in (5, 0)]))
+    none = make_crops(pixels[:0], lungs[:0], SMALL)
+    assert len(none) == 0
+    assert none.images.shape == none.lungs.shape == crop_masks(lungs[:0], none.boxes, 80).shape == (0, 80, 80)
+    assert none.boxes.shape == (0, 4)
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        crop_masks(lungs[:2], crops.boxes[:1], 80)
 
 
 def test_the_margin_leaves_room_around_the_lungs(first):
-    crops = make_crops(*first, PrepareSettings(size=80))
+    crops, narrow = make_crops(*first, SMALL), make_crops(*first, replace(SMALL, margin=0.0))
     for lung in crops.lungs:
-        for axis in (0, 1):
-            taken = np.flatnonzero(lung.any(axis=axis))
-            assert taken[0] >= 5, "a tenth on either side: at least 0.1 / 1.2 of 80 pixels, less the rounding"
-            assert taken[-1] <= 74
-    narrow = make_crops(*first, PrepareSettings(size=80, margin=0.0))
+        taken = np.argwhere(lung)
+        assert taken.min() >= 5, "a tenth on either side: at least 0.1 / 1.2 of 80 pixels, less the rounding"
+        assert taken.max() <= 74
     assert (narrow.boxes[:, 2] < crops.boxes[:, 2]).all()
     assert all(lung.any(axis=0)[[0, -1]].any() or lung.any(axis=1)[[0, -1]].any() for lung in narrow.lungs)
-
-
-def test_no_slices_make_no_crops():
-    crops = make_crops(np.zeros((0, 64, 64)), np.zeros((0, 64, 64), bool), SMALL)
-    assert len(crops) == 0
-    assert crops.images.shape == crops.lungs.shape == (0, 80, 80)
-    assert crops.boxes.shape == (0, 4)
-
-
-def test_masks_are_cut_out_as_the_slices_are(first):
-    pixels, lungs = first
-    crops = make_crops(pixels, lungs, SMALL)
-    masks = crop_masks(lungs, crops.boxes, SMALL.size)
-    assert masks.dtype == bool
-    np.testing.assert_array_equal(masks, crops.lungs)
-    bright = crop_masks(pixels > -100, crops.boxes, SMALL.size)
-    for mask, image in zip(bright, crops.images, strict=True):
-        assert image[mask].mean() > image[~mask].mean() + 0.5, "the picture is bright where the mask says so"
 
 
 def test_masks_by_hand():
@@ -253,12 +235,6 @@ def test_masks_by_hand():
     twice = crop_masks(masks, boxes, 8)
     assert twice.shape == (2, 8, 8)
     assert twice[0].sum() == pytest.approx(4 * 4, abs=6)
-
-
-def test_no_masks_make_no_crops_and_boxes_have_to_fit():
-    assert crop_masks(np.zeros((0, 64, 64), bool), np.zeros((0, 4), int), 80).shape == (0, 80, 80)
-    with pytest.raises(ValueError, match=r"shorter|longer"):
-        crop_masks(np.zeros((2, 64, 64), bool), np.array([[0, 0, 64, 64]]), 80)
 
 
 # --- the weak set -----------------------------------------------------------------------------------------------
@@ -314,17 +290,10 @@ def test_masks_are_never_opened_and_have_no_influence(tiny_phantom, weak, tmp_pa
         for found, expected in zip(arrays_of(weak_set(load_dataset(root), SMALL)), arrays_of(weak), strict=True):
             assert found.dtype == expected.dtype
             np.testing.assert_array_equal(found, expected)
-
-
-def test_only_images_are_read(tiny_phantom, monkeypatch):
-    opened: list[Path] = []
-    monkeypatch.setattr(preprocess, "read_scan", lambda path: opened.append(path) or read_scan(path))
-    weak_set(load_dataset(tiny_phantom), SMALL)
-    assert opened == [c.image for c in load_dataset(tiny_phantom).cases]
     assert not {"mask", "truth", "lesions"} & {f.name for f in fields(WeakSet)}
 
 
-def test_slices_without_enough_lung_are_left_out(tiny_phantom, weak):
+def test_slices_without_enough_lung_or_label_are_left_out(tiny_phantom, weak, tmp_path):
     data = load_dataset(tiny_phantom)
     demanding = weak_set(data, PrepareSettings(size=80, least_lung=0.1))
     shares = {f"{c.id}:{k}": mask.mean() for c in data.cases
@@ -332,21 +301,20 @@ def test_slices_without_enough_lung_are_left_out(tiny_phantom, weak):
     assert demanding.names.tolist() == [n for n in weak.names if shares[n] >= 0.1]
     assert 0 < len(demanding) < len(weak)
     assert len(demanding.crops) == len(demanding.labels) == len(demanding.patients) == len(demanding.names)
-
-
-def test_unlabelled_slices_are_left_out(tiny_phantom, tmp_path):
+    with pytest.raises(DatasetError, match="lungs in both"):
+        weak_set(data, replace(SMALL, least_lung=0.99))
     root = copy_of(tiny_phantom, tmp_path / "d")
     relabel(root, drop="phantom_01")
-    names = weak_set(load_dataset(root), SMALL).names.tolist()
-    assert len(names) == 30
-    assert not [n for n in names if n.startswith("phantom_01")]
+    assert weak_set(load_dataset(root), SMALL).names.tolist() == [n for n in weak.names if "phantom_01" not in n]
 
 
-@pytest.mark.parametrize("label", ["0", "1"])
-def test_one_class_is_missing(tiny_phantom, tmp_path, label):
+@pytest.mark.parametrize(("change", "refused"), [
+    ({"label": "0"}, "with and without a lesion"), ({"label": "1"}, "with and without a lesion"),
+    ({"extra": "phantom_02,10,1,phantom_02"}, "phantom_02 has 10 slices, slice 10 is labelled")])
+def test_labels_that_cannot_teach_are_refused(tiny_phantom, tmp_path, change, refused):
     root = copy_of(tiny_phantom, tmp_path / "d")
-    relabel(root, label)
-    with pytest.raises(DatasetError, match="with and without a lesion"):
+    relabel(root, **change)
+    with pytest.raises(DatasetError, match=refused):
         weak_set(load_dataset(root), SMALL)
 
 
@@ -372,27 +340,6 @@ def test_scans_that_do_not_look_like_ct_are_read_on_request(tiny_phantom, tmp_pa
     assert not replace(data, check=False).subset(["phantom_02"]).check, "what is asked of all is asked of some"
 
 
-def test_no_slice_with_enough_lung(tiny_phantom):
-    with pytest.raises(DatasetError, match="lungs in both"):
-        weak_set(load_dataset(tiny_phantom), replace(SMALL, least_lung=0.99))
-
-
-def test_a_label_beyond_the_last_slice(tiny_phantom, tmp_path):
-    root = copy_of(tiny_phantom, tmp_path / "d")
-    relabel(root, extra="phantom_02,10,1,phantom_02")
-    with pytest.raises(DatasetError, match="phantom_02 has 10 slices, slice 10 is labelled"):
-        weak_set(load_dataset(root), SMALL)
-
-
-def test_take_keeps_pictures_lungs_and_boxes_together(tiny_phantom):
-    crops = weak_set(load_dataset(tiny_phantom), SMALL).crops
-    few = crops.take(np.array([5, 0]))
-    assert len(few) == 2
-    for part in ("images", "lungs", "boxes"):
-        assert np.array_equal(getattr(few, part)[0], getattr(crops, part)[5])
-        assert np.array_equal(getattr(few, part)[1], getattr(crops, part)[0])
-
-
 # --- true lungs, for comparison ---------------------------------------------------------------------------------
 
 def test_true_lungs_are_those_of_the_data_folder(tiny_phantom, weak):
@@ -407,24 +354,11 @@ def test_true_lungs_are_those_of_the_data_folder(tiny_phantom, weak):
     for found, expected in zip(arrays_of(true), arrays_of(weak), strict=True):
         if found is not true.crops.lungs:
             assert found is expected, "all else stays"
-
-
-def test_true_lungs_of_slices_in_any_order(tiny_phantom, weak):
-    """Lungs follow the names, not the order of the folder."""
-    order = np.random.default_rng(0).permutation(len(weak))[:25]
-    some = WeakSet(weak.crops.take(order), weak.labels[order], weak.patients[order], weak.names[order])
-    np.testing.assert_array_equal(with_true_lungs(load_dataset(tiny_phantom), some).crops.lungs,
-                                  with_true_lungs(load_dataset(tiny_phantom), weak).crops.lungs[order])
-
-
-def test_a_volume_that_trains_nothing_does_no_harm(tiny_phantom, weak):
+    # Lungs follow the names, not the order of the folder; a volume without a slice does no harm.
     mine = np.flatnonzero([not name.startswith("phantom_01") for name in weak.names])
-    some = WeakSet(weak.crops.take(mine), weak.labels[mine], weak.patients[mine], weak.names[mine])
-    assert len(with_true_lungs(load_dataset(tiny_phantom), some)) == 30
-
-
-def test_without_a_lung_mask_there_are_no_true_lungs(tiny_phantom, weak):
-    data = load_dataset(tiny_phantom)
+    order = np.random.default_rng(0).permutation(mine)[:25]
+    some = WeakSet(weak.crops.take(order), weak.labels[order], weak.patients[order], weak.names[order])
+    np.testing.assert_array_equal(with_true_lungs(data, some).crops.lungs, true.crops.lungs[order])
     bare = Dataset(data.root, (*data.cases[:2], replace(data.cases[2], lung=None), data.cases[3]))
     with pytest.raises(DatasetError, match="phantom_02 has no lung mask"):
         with_true_lungs(bare, weak)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import in_turn, quiet, same_weights, toy
+from tiny import quiet, same_weights, toy
 from torch.nn import functional as F
 
 from covidseg.augment import NO_PAINT, PaintSettings, paste_lesions
@@ -27,46 +27,27 @@ from covidseg.segmenter import (
     train_segmenter,
     walk,
 )
-from covidseg.training import overlapped
 
 pytestmark = pytest.mark.nets
-
-EVEN = FineSettings(cam_share=0.5, cam_middle=0.5)
 SETTINGS = FineSettings(seed_lesion=0.7, seed_lung=0.3, beta=130.0, smallest=12)
 
 
-def random_maps(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).random((2, 9, 9))
+def odds(p: np.ndarray) -> np.ndarray:
+    return np.log(p / (1 - p))
 
 
-def test_with_equal_shares_the_maps_change_places() -> None:
-    a, b = random_maps(0), random_maps(1)
-    np.testing.assert_allclose(fuse(a, b, EVEN), fuse(b, a, EVEN), atol=1e-6)
-    np.testing.assert_allclose(fuse(1 - a, 1 - b, EVEN), 1 - fuse(a, b, EVEN), atol=1e-6)
-    fused = fuse(a, b, EVEN)
+@pytest.mark.parametrize(("share", "middle"), [(0.0, 0.5), (1.0, 0.3), (0.15, 0.25), (0.5, 0.5)])
+def test_log_odds_are_averaged(share: float, middle: float) -> None:
+    settings, (a, b) = FineSettings(cam_share=share, cam_middle=middle), np.random.default_rng(0).random((2, 2, 9, 9))
+    fused = fuse(a, b, settings)
     assert fused.dtype == np.float32
-    assert (fused >= np.minimum(a, b).clip(0.02) - 1e-6).all()
-    assert (fused <= np.maximum(a, b).clip(max=0.98) + 1e-6).all()
-
-
-def test_each_map_alone_at_the_limits() -> None:
-    a, b = random_maps(0).clip(0.05, 0.95), random_maps(1).clip(0.05, 0.95)
-    np.testing.assert_allclose(fuse(a, b, replace(EVEN, cam_share=0.0)), b, atol=1e-6)
-    np.testing.assert_allclose(fuse(a, b, replace(EVEN, cam_share=1.0)), a, atol=1e-6)
-
-
-def test_the_middle_of_the_activation_map_counts_as_one_half() -> None:
-    settings = FineSettings(cam_share=1.0, cam_middle=0.3)
-    values = fuse(np.array([0.2, 0.3, 0.4]), np.zeros(3), settings)
-    assert values[0] < 0.5 < values[2]
-    assert values[1] == pytest.approx(0.5)
-
-
-def test_certainties_stay_finite() -> None:
-    ends = fuse(np.array([0.0, 1.0, 0.0, 1.0]), np.array([0.0, 1.0, 1.0, 0.0]), EVEN)
-    assert 0 < ends[0] < 0.05
-    assert 0.95 < ends[1] < 1
-    assert ends[2:] == pytest.approx([0.5, 0.5])
+    one, other = a.clip(0.02, 0.98), b.clip(0.02, 0.98)  # certainties stay finite
+    np.testing.assert_allclose(odds(fused), share * (odds(one) - odds(middle)) + (1 - share) * odds(other), atol=1e-4)
+    # The middle of the activation map counts as one half.
+    assert fuse(np.array([middle]), np.array([0.5]), settings)[0] == pytest.approx(0.5)
+    ends = fuse(np.array([0.0, 1.0]), np.array([0.0, 1.0]), settings)
+    assert 0 < ends[0] < 0.1
+    assert 0.9 < ends[1] < 1
 
 
 SIDE = 60
@@ -108,18 +89,14 @@ def test_the_walk_stays_in_the_lung() -> None:
     assert not (found & ~cut).any()
 
 
-def test_no_seed_of_a_lesion_no_lesion() -> None:
+def test_without_seeds_of_either_kind_there_is_nothing_to_walk() -> None:
     image, _ = scene()
     for level in (0.0, 0.5, SETTINGS.seed_lesion):
         assert not walk(image, np.full(image.shape, level, np.float32), LUNG, SETTINGS).any()
     outside = np.where(LUNG, 0.1, 0.9).astype(np.float32)
     assert not walk(image, outside, LUNG, SETTINGS).any(), "seeds outside the lung are none"
-
-
-def test_no_seed_of_the_lung_takes_the_map_at_one_half() -> None:
-    image, _ = scene()
-    probability = np.where(COLUMNS < 30, 0.9, 0.4).astype(np.float32)
-    assert np.array_equal(walk(image, probability, LUNG, SETTINGS), LUNG & (COLUMNS < 30))
+    no_lung = np.where(COLUMNS < 30, 0.9, 0.4).astype(np.float32)
+    assert np.array_equal(walk(image, no_lung, LUNG, SETTINGS), LUNG & (COLUMNS < 30)), "the map at one half"
 
 
 def test_a_lung_that_no_seed_reaches_stays_free() -> None:
@@ -173,17 +150,7 @@ def test_targets_and_weights_by_hand() -> None:
     np.testing.assert_allclose(fine.targets, [[[1, 0.75, 0.5, 0, 0.25, 0.5]]])
     np.testing.assert_allclose(fine.weights, [[[1, 0.75, 0.5, 1, 0.75, 0.5]]])
     assert fine.targets.dtype == fine.weights.dtype == np.float32
-
-
-def test_certainty_falls_to_one_half_in_doubt_and_no_lower() -> None:
-    targets = np.linspace(0, 1, 21).reshape(3, 7)
-    found = certainty(targets)
-    assert found.shape == targets.shape
-    assert found.dtype == np.float32
-    assert (found[0, 0], found[-1, -1], found[1, 3]) == (1, 1, 0.5)
-    np.testing.assert_allclose(found, certainty(1 - targets), atol=1e-6)
-    assert (np.diff(found.ravel()[:11]) < 0).all()
-    assert found.min() == 0.5
+    np.testing.assert_array_equal(certainty(fine.targets), fine.weights)
 
 
 # --- segmenter --------------------------------------------------------------------------------------------------------
@@ -203,18 +170,15 @@ def case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             torch.rand(shape, generator=source, dtype=torch.float64))
 
 
-def test_near_zero_the_loss_is_cross_entropy(case: tuple[torch.Tensor, ...]) -> None:
+@pytest.mark.parametrize(("robustness", "by_name"), [(1e-6, "cross entropy"), (1.0, "mean absolute error")])
+def test_at_its_limits_the_loss_has_a_name(robustness: float, by_name: str, case: tuple[torch.Tensor, ...]) -> None:
     logits, target, weight = case
-    expected = F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum") / weight.sum()
-    found = robust_loss(logits, target, weight, replace(ENTROPY_ONLY, robustness=1e-6))
-    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_at_one_the_loss_is_the_mean_absolute_error(case: tuple[torch.Tensor, ...]) -> None:
-    logits, target, weight = case
-    expected = (weight * (logits.sigmoid() - target).abs()).sum() / weight.sum()
-    found = robust_loss(logits, target, weight, replace(ENTROPY_ONLY, robustness=1.0))
-    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    loss = (F.binary_cross_entropy_with_logits(logits, target, reduction="none") if by_name == "cross entropy"
+            else (logits.sigmoid() - target).abs())
+    settings = replace(ENTROPY_ONLY, robustness=robustness)
+    expected = (weight * loss).sum() / weight.sum()
+    assert robust_loss(logits, target, weight, settings).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert torch.isfinite(robust_loss(logits, target, torch.zeros_like(weight), SegmenterSettings()))
 
 
 def test_the_dice_part_by_hand() -> None:
@@ -235,11 +199,6 @@ def test_pixels_of_weight_zero_have_no_gradient(case: tuple[torch.Tensor, ...]) 
     shifted = torch.where(weight == 0, logits + 5, logits)
     assert robust_loss(shifted, target, weight, SegmenterSettings()).item() == pytest.approx(
         robust_loss(logits, target, weight, SegmenterSettings()).item())
-
-
-def test_no_weight_at_all_gives_a_finite_loss(case: tuple[torch.Tensor, ...]) -> None:
-    logits, target, weight = case
-    assert torch.isfinite(robust_loss(logits, target, torch.zeros_like(weight), SegmenterSettings()))
 
 
 def test_a_robust_loss_pulls_less_on_a_label_that_is_plainly_wrong() -> None:
@@ -273,27 +232,24 @@ def test_training_lowers_the_error() -> None:
     assert not net.training
 
 
-def test_pixels_of_weight_zero_teach_nothing() -> None:
+def test_what_teaches_and_what_does_not() -> None:
+    """The upper half of the slices with a lesion has no weight, and the labels of the others are exact."""
     data, disks = toy(12)
-    weights = np.ones(disks.shape, np.float32)
-    weights[:, :20] = 0
-    nonsense = disks.copy()
-    nonsense[1::2, :20] = ~nonsense[1::2, :20]  # of the slices with a lesion; those without are exact throughout
-    settings = replace(SMALL, refresh=())
-    first = train_segmenter(data, disks, weights, settings, seed=2, log=quiet)
-    assert same_weights(first, train_segmenter(data, nonsense, weights, settings, seed=2, log=quiet))
-    # The same nonsense with weight leads elsewhere.
-    assert not same_weights(first, train_segmenter(data, nonsense, np.ones_like(weights), settings, seed=2, log=quiet))
+    lesion, ones = data.labels == 1, np.ones(disks.shape, np.float32)
+    weights, light, nonsense = ones.copy(), ones.copy(), disks.copy()
+    weights[lesion, :20] = light[:, :20] = 0
+    nonsense[lesion, :20] = ~nonsense[lesion, :20]
 
-
-def test_slices_without_a_lesion_are_exact_whatever_their_weight() -> None:
-    data, disks = toy(12)
-    first = train_segmenter(data, disks, np.ones(disks.shape, np.float32), SMALL, seed=2, log=quiet)
-    for label, same in ((0, True), (1, False)):
-        weights = np.ones(disks.shape, np.float32)
-        weights[data.labels == label, :20] = 0
-        net = train_segmenter(data, disks, weights, replace(SMALL, refresh=()) if label else SMALL, seed=2, log=quiet)
-        assert same_weights(first, net) == same
+    def trained(targets: np.ndarray, weights: np.ndarray) -> torch.nn.Module:
+        return train_segmenter(data, targets, weights, replace(SMALL, refresh=()), seed=2, log=quiet)
+    first = trained(disks, weights)
+    for what, targets, given, same in (
+            ("pixels of weight zero teach nothing", nonsense, weights, True),
+            ("the same with weight", nonsense, ones, False),
+            ("the weight of slices with a lesion counts", disks, ones, False),
+            ("slices without a lesion are exact whatever their weight", disks, light, True),
+            ("labels outside the lung teach nothing", disks | ~data.crops.lungs, weights, True)):
+        assert same_weights(first, trained(targets, given)) == same, what
 
 
 def test_the_exact_loss_by_hand() -> None:
@@ -320,24 +276,6 @@ def test_fine_labels_are_refreshed_when_the_settings_say_so() -> None:
     assert not same_weights(*nets)
     assert np.array_equal(taught, disks), "the labels given are not changed"
     assert np.array_equal(kept, weights)
-    # Nothing but the old labels in the mixture, which were certain: as good as no refreshment.
-    same = train_segmenter(data, disks, weights, replace(SMALL, refresh=(0.34,), keep=1.0), seed=2, log=quiet)
-    assert same_weights(nets[1], same)
-
-
-def test_batches_made_ahead_are_those_made_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those after the fine labels were refreshed, which must not be made of the old ones."""
-    data, disks = toy(12)
-    doubtful = np.where(disks, np.float32(0.6), np.float32(0.2))
-    settings = replace(SMALL, steps=12, refresh=(0.3, 0.6), paste=0.5)
-
-    def trained() -> torch.nn.Module:
-        return train_segmenter(data, doubtful, np.ones_like(doubtful), settings, seed=2, log=quiet)
-    ahead, real = trained(), overlapped
-    monkeypatch.setattr("covidseg.training.overlapped", in_turn)
-    assert same_weights(ahead, trained())
-    monkeypatch.setattr("covidseg.training.overlapped", lambda batches, device, hold: real(batches, device))
-    assert not same_weights(ahead, trained()), "what they are held for matters"
 
 
 def test_a_refreshment_weighs_each_pixel_by_its_certainty() -> None:
@@ -377,13 +315,6 @@ def test_painting_alone_teaches_what_a_lesion_is() -> None:
     assert without < 0.1
 
 
-def test_labels_outside_the_lung_teach_nothing() -> None:
-    data, disks = toy(12)
-    weights = np.ones(disks.shape, np.float32)
-    first = train_segmenter(data, disks, weights, SMALL, seed=2, log=quiet)
-    assert same_weights(first, train_segmenter(data, disks | ~data.crops.lungs, weights, SMALL, seed=2, log=quiet))
-
-
 def test_probabilities_are_averaged_over_flips_and_stay_in_the_lung() -> None:
     data, _ = toy(5)
     torch.manual_seed(0)
@@ -398,11 +329,7 @@ def test_probabilities_are_averaged_over_flips_and_stay_in_the_lung() -> None:
         flipped = Crops(np.flip(data.crops.images, axis).copy(), np.flip(data.crops.lungs, axis).copy(),
                         data.crops.boxes)
         np.testing.assert_allclose(np.flip(lesion_probabilities(net, flipped), axis), p, atol=1e-5)
-
-
-def test_no_slices_no_probabilities() -> None:
-    empty = Crops(np.zeros((0, 40, 40), np.float32), np.zeros((0, 40, 40), bool), np.zeros((0, 4), int))
-    assert len(lesion_probabilities(make_segmenter(SMALL), empty)) == 0
+    assert len(lesion_probabilities(net, data.crops.take(np.arange(0)))) == 0
 
 
 def batch_of_maps() -> tuple[torch.Tensor, torch.Tensor]:
@@ -430,17 +357,14 @@ def test_lesions_are_moved_into_lesion_free_slices_only() -> None:
     assert not pasted[2, 2][before[2, 1] == 0].any(), "no lesion outside the lung"
 
 
-def test_paste_follows_its_share_and_the_seed() -> None:
+def test_paste_follows_its_share_and_the_seed_and_leaves_unsure_pixels() -> None:
     maps, exact = batch_of_maps()
     assert torch.equal(paste_lesions(maps, exact, 0.0, torch.Generator()), maps)
     assert torch.equal(paste_lesions(maps, torch.ones(4, dtype=torch.bool), 1.0, torch.Generator()), maps)
     one, two = (paste_lesions(maps, exact, 0.5, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(one, two)
+    unsure = maps.clone()
+    unsure[:2, 2] = 0.2
+    assert not paste_lesions(unsure, exact, 1.0, torch.Generator().manual_seed(0))[2:, 2].any()
     count = sum(bool(paste_lesions(maps, exact, 0.3, torch.Generator().manual_seed(k))[3, 2].any()) for k in range(100))
     assert 15 < count < 45
-
-
-def test_unsure_pixels_are_not_pasted() -> None:
-    maps, exact = batch_of_maps()
-    maps[:2, 2] = 0.2
-    assert not paste_lesions(maps, exact, 1.0, torch.Generator().manual_seed(0))[2:, 2].any()

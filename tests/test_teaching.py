@@ -81,29 +81,6 @@ def picture_files(text: str) -> list[str]:
     return re.findall(re.escape(notebooks.PICTURES) + r"([\w.-]+)", text)
 
 
-@pytest.fixture(params=CHAPTERS, ids=lambda path: path.stem)
-def chapter(request: pytest.FixtureRequest) -> tuple[Path, NotebookNode]:
-    return request.param, nbformat.read(request.param, as_version=4)
-
-
-def test_chapter_has_all_its_parts(chapter: tuple[Path, NotebookNode]) -> None:
-    assert order_faults(chapter[1]) == []
-
-
-def test_chapter_has_exercises_with_solutions(chapter: tuple[Path, NotebookNode]) -> None:
-    assert exercise_faults(chapter[1]) == []
-
-
-def test_chapter_types_no_measured_figure(chapter: tuple[Path, NotebookNode]) -> None:
-    assert typed_figures(chapter[1]) == []
-
-
-def test_chapter_asks_its_own_quiz(chapter: tuple[Path, NotebookNode]) -> None:
-    path, notebook = chapter
-    assert f'quiz("{path.stem}")' in next(cell.source for cell in notebook.cells if cell.id == "quiz")
-    assert path.stem in quizzes()
-
-
 @pytest.mark.parametrize("page", sorted((ROOT / "chapters").glob("*.[im][pd]*")), ids=lambda path: path.name)
 def test_pictures_of_the_published_book_are_in_this_one(page: Path) -> None:
     assert [name for name in picture_files(page.read_text(encoding="utf-8")) if not (IMAGES / name).exists()] == []
@@ -114,11 +91,17 @@ def reading_minutes(guide: str) -> dict[str, int]:
     return {found[1]: int(found[2]) for found in re.finditer(r"^\| (\d+) [^|]+\| (\d+) \| \d+ \|", guide, re.MULTILINE)}
 
 
-def test_instructors_and_students_are_told_the_same_time(chapter: tuple[Path, NotebookNode]) -> None:
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_can_be_taught(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    assert order_faults(notebook) + exercise_faults(notebook) + typed_figures(notebook) == []
+    assert f'quiz("{path.stem}")' in next(cell.source for cell in notebook.cells if cell.id == "quiz")
+    assert path.stem in quizzes()
+    assert "<summary>Solution" not in nbformat.writes(notebooks.without_solutions(notebook))
     guide = reading_minutes((ROOT / "chapters" / "instructor.md").read_text(encoding="utf-8"))
-    told = re.search(r"\*\*Time:\*\* about (\d+) minutes", chapter[1].cells[0].source)
+    told = re.search(r"\*\*Time:\*\* about (\d+) minutes", notebook.cells[0].source)
     assert told is not None
-    assert guide[str(int(chapter[0].name[:2]))] == int(told[1])
+    assert guide[str(int(path.name[:2]))] == int(told[1]), "instructors and students are told the same time"
 
 
 def test_times_for_instructors_are_read() -> None:
@@ -191,10 +174,6 @@ def test_students_get_no_solutions_and_no_outputs(good: NotebookNode, tmp_path: 
     packed = notebooks.students_zip([tmp_path / "a.ipynb"])
     assert packed == notebooks.students_zip([tmp_path / "a.ipynb"])
     assert zipfile.ZipFile(io.BytesIO(packed)).namelist() == ["a.ipynb"]
-
-
-def test_no_real_chapter_gives_its_solutions_to_students(chapter: tuple[Path, NotebookNode]) -> None:
-    assert "<summary>Solution" not in nbformat.writes(notebooks.without_solutions(chapter[1]))
 
 
 def test_solutions_become_cells(good: NotebookNode) -> None:
