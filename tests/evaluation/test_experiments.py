@@ -40,6 +40,7 @@ from covidseg.evaluation.experiments import (
     counts_of,
     differences,
     levels_of,
+    measured_key,
     patients_of,
     strongest_earlier,
     table1,
@@ -52,7 +53,7 @@ from covidseg.evaluation.methods import PUBLISHED, SYSTEMS, BaselineProfile, Sys
 from covidseg.evaluation.metrics import macro, micro
 from covidseg.evaluation.statistics import bootstrap_difference, bootstrap_interval, paired_test
 from covidseg.evaluation.tables import Record
-from covidseg.pipeline import Run, measured_key
+from covidseg.pipeline import Run
 
 # --- comparisons ------------------------------------------------------------------------------------------------
 
