@@ -80,8 +80,8 @@ class PartRun:
         check: whether scans have to look like chest CT.
 
     Attributes:
-        files: the scans of this part, in order.
-        rows: what is known of each of them, by name.
+        files: The scans of this part, in order.
+        rows: What is known of each of them, by name.
     """
 
     def __init__(self, predictor: Predictor, part: Part, targets: dict[Path, Path], out: Path | None,

@@ -1,4 +1,4 @@
-"""Lung masks by thresholding: stage 1 of the method, with no learning and no hand-drawn mask.
+"""Chapter 2: lung masks by thresholding, with no learning and no hand-drawn mask.
 
 The abstract begins with "threshold segmentation" of the lungs, so that what surrounds them does not interfere
 with the classifier. A plain threshold fails on exactly the patients that matter: consolidated lung is as bright
@@ -51,19 +51,19 @@ class LungSettings:
     """Settings of the threshold lung mask; lengths are pixels of the working grid.
 
     Attributes:
-        grid: longer side of the working grid in pixels; slices are averaged down to it.
-        smooth: standard deviation of the Gaussian that removes noise before thresholding.
-        air_level: upper end of aerated lung, as a fraction of the way from air to tissue (about -290 HU).
-        lesion_level: upper end of diseased lung, likewise (about -60 HU).
-        rim: an opening of this radius keeps the blurred rim of healthy lung from counting as disease.
-        skin: depth below the body surface within which nothing is lung.
-        close: closing radius of a healthy side.
-        close_diseased: closing radius of a diseased side.
-        diseased: share of a side of intermediate brightness from which it counts as diseased.
-        hull_depth: hull pixels are added up to this percentile of the side's depth below the surface; 0 adds none.
-        smallest: smallest component of a single slice, as a fraction of the body.
-        smallest_3d: smallest component of a volume, as a fraction of the largest.
-        largest_hole: larger holes (the dome of the liver, ringed by lung) are not filled.
+        grid: Longer side of the working grid in pixels; slices are averaged down to it.
+        smooth: Standard deviation of the Gaussian that removes noise before thresholding.
+        air_level: Upper end of aerated lung, as a fraction of the way from air to tissue (about -290 HU).
+        lesion_level: Upper end of diseased lung, likewise (about -60 HU).
+        rim: An opening of this radius keeps the blurred rim of healthy lung from counting as disease.
+        skin: Depth below the body surface within which nothing is lung.
+        close: Closing radius of a healthy side.
+        close_diseased: Closing radius of a diseased side.
+        diseased: Share of a side of intermediate brightness from which it counts as diseased.
+        hull_depth: Hull pixels are added up to this percentile of the side's depth below the surface; 0 adds none.
+        smallest: Smallest component of a single slice, as a fraction of the body.
+        smallest_3d: Smallest component of a volume, as a fraction of the largest.
+        largest_hole: Larger holes (the dome of the liver, ringed by lung) are not filled.
     """
 
     grid: int = 256

@@ -73,7 +73,8 @@ def grid_ids(lungs: np.ndarray, coarse: np.ndarray, grid: int = 5, patch: int = 
                 rows, columns = np.arange(height) * grid // height, np.arange(width) * grid // width
                 cells[box] = following + rows[:, None] * grid + columns
                 following += grid * grid
-        ids[:] = _number(cells, lung, share)
+        # What belongs to no square stays outside, even if grid cells have left the part of it that is lung.
+        ids[:] = _number(cells, lung & (cells > 0), share)
     return result
 
 

@@ -34,9 +34,9 @@ class Prediction:
     """What was found in one scan.
 
     Attributes:
-        slices: of the scan.
-        lesion_slices: how many of them show a lesion.
-        lesion_ml: volume of all lesions in millilitres, by the voxel size of the file.
+        slices: Of the scan.
+        lesion_slices: How many of them show a lesion.
+        lesion_ml: Volume of all lesions in millilitres, by the voxel size of the file.
     """
 
     slices: int
@@ -197,7 +197,8 @@ def export_run(run: Path, out: Path) -> list[Path]:
         The files written.
 
     Raises:
-        InputFileError, ArtifactError: as of :func:`load_predictor`.
+        InputFileError: the folder is no run.
+        ArtifactError: its report or weights are damaged.
         OutputError: the folder is the run itself, holds another run or its export, or cannot be written.
     """
     if out.resolve() == run.resolve():

@@ -1,4 +1,4 @@
-"""From scans to training slices: crop to the lungs, resize, and bring every display window to one scale.
+"""Chapter 1: from scans to training slices: crop to the lungs, resize, and bring every display window to one scale.
 
 CT sets differ in what their numbers mean: Hounsfield units here, 8-bit grey levels of some display window there.
 Two points that every slice contains fix the scale (:func:`normalise`): air in the lung becomes 0 and soft tissue 1.

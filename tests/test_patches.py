@@ -216,6 +216,16 @@ def test_pooling_sums_in_full_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(slopes.float(), torch.full_like(maps, 1 / 400).float())
 
 
+def test_what_belongs_to_no_square_is_no_patch_when_a_grid_leaves_only_its_lung() -> None:
+    lungs, coarse = np.zeros((1, 12, 10), bool), np.zeros((1, 12, 10), bool)
+    for k in range(10):  # a staircase, whose box of 10 x 10 lies below the first two rows
+        coarse[0, 2 + k, max(0, k - 1):k + 1] = True
+    lungs |= coarse
+    lungs[0, 0, 5:9] = lungs[0, 1, 5:8] = True  # 7 of the 25 pixels of a square: too few, and 7 of 20 that are left
+    assert not square_ids(lungs)[0, :2].any()
+    assert not grid_ids(lungs, coarse)[0, :2].any()
+
+
 # --- bags -------------------------------------------------------------------------------------------------------------
 
 

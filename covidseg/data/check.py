@@ -25,18 +25,18 @@ class VolumeReport:
     """What is known of one volume.
 
     Attributes:
-        id: its name in the label table.
-        patient: name of the patient whose scan it is.
+        id: Its name in the label table.
+        patient: Name of the patient whose scan it is.
         shape: ``(slices, rows, columns)``, empty if the scan cannot be read.
-        spacing: millimetres between slices, rows and columns.
+        spacing: Millimetres between slices, rows and columns.
         unit: ``HU``, ``display``, or empty if the scan cannot be read.
-        value_range: lowest and highest stored value.
-        lesion: number of slices labelled as having a lesion.
-        free: number of slices labelled free of lesions.
-        unlabelled: number of slices without a label.
-        lung: whether a true lung mask is there.
-        mask: whether a true lesion mask is there.
-        faults: what is wrong, one sentence each.
+        value_range: Lowest and highest stored value.
+        lesion: Number of slices labelled as having a lesion.
+        free: Number of slices labelled free of lesions.
+        unlabelled: Number of slices without a label.
+        lung: Whether a true lung mask is there.
+        mask: Whether a true lesion mask is there.
+        faults: What is wrong, one sentence each.
     """
 
     id: str
@@ -58,9 +58,9 @@ class FolderReport:
     """What is known of a data folder.
 
     Attributes:
-        root: the folder.
-        volumes: reports of its volumes.
-        faults: what is wrong with the folder as a whole, one sentence each.
+        root: The folder.
+        volumes: Reports of its volumes.
+        faults: What is wrong with the folder as a whole, one sentence each.
     """
 
     root: Path

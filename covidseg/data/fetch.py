@@ -44,13 +44,13 @@ class DownloadSettings:
     """How patient a download is and how much it may bring.
 
     Attributes:
-        retries: attempts in a row that bring nothing new before the download is given up, at least 1.
-        backoff: seconds before the second attempt. They double each time, up to ``longest_wait``.
-        longest_wait: most seconds between two attempts.
-        timeout: seconds without an answer that count as a broken line.
-        chunk: bytes written at a time. As much may be lost when the line breaks.
-        spare: bytes to leave free on the disk.
-        max_bytes: largest size of a file of which neither the register nor the server states the size.
+        retries: Attempts in a row that bring nothing new before the download is given up, at least 1.
+        backoff: Seconds before the second attempt. They double each time, up to ``longest_wait``.
+        longest_wait: Most seconds between two attempts.
+        timeout: Seconds without an answer that count as a broken line.
+        chunk: Bytes written at a time. As much may be lost when the line breaks.
+        spare: Bytes to leave free on the disk.
+        max_bytes: Largest size of a file of which neither the register nor the server states the size.
     """
 
     retries: int = 5
@@ -67,10 +67,10 @@ class Fetched:
     """A file on disk that passed its check.
 
     Attributes:
-        path: where it is.
-        checked: what it was checked against: ``"published md5"``, ``"published sha256"``, ``"first download"``,
+        path: Where it is.
+        checked: What it was checked against: ``"published md5"``, ``"published sha256"``, ``"first download"``,
             or ``"nothing: this is the first download"``.
-        new: whether it was downloaded just now.
+        new: Whether it was downloaded just now.
     """
 
     path: Path
@@ -165,10 +165,10 @@ class ResumingDownloader:
     """A downloader for pooch that goes on where an earlier one broke off (``Range`` and ``If-Range``, RFC 9110).
 
     Attributes:
-        remote: the file to bring.
-        part: where it grows until it is complete, NAME.part.
-        notes: address and version of the file that the part belongs to, NAME.part.json.
-        settings: patience and limits.
+        remote: The file to bring.
+        part: Where it grows until it is complete, NAME.part.
+        notes: Address and version of the file that the part belongs to, NAME.part.json.
+        settings: Patience and limits.
     """
 
     def __init__(self, remote: RemoteFile, folder: Path, settings: DownloadSettings) -> None:
@@ -272,8 +272,8 @@ class UnpackSettings:
     """How much an archive may hold. The ratio is not limited: an honest mask compresses a thousandfold.
 
     Attributes:
-        max_bytes: bytes that an archive may unpack to. More is refused as a zip bomb.
-        max_members: files and folders that an archive may hold.
+        max_bytes: Bytes that an archive may unpack to. More is refused as a zip bomb.
+        max_members: Files and folders that an archive may hold.
     """
 
     max_bytes: int = 16 << 30

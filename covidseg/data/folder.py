@@ -34,12 +34,12 @@ class Case:
     """One volume or stack of a data folder.
 
     Attributes:
-        id: its name in ``slice_labels.csv``.
-        image: the CT file.
-        labels: for each labelled slice, 1 if it has a lesion, otherwise 0. Slices without a label are absent.
-        patient: name of the patient whose scan it is.
-        lung: the true lung mask, if the folder has one.
-        mask: the true lesion mask, if the folder has one.
+        id: Its name in ``slice_labels.csv``.
+        image: The CT file.
+        labels: For each labelled slice, 1 if it has a lesion, otherwise 0. Slices without a label are absent.
+        patient: Name of the patient whose scan it is.
+        lung: The true lung mask, if the folder has one.
+        mask: The true lesion mask, if the folder has one.
     """
 
     id: str
@@ -55,9 +55,9 @@ class Dataset:
     """A data folder, read but not yet loaded: paths and labels only.
 
     Attributes:
-        root: the folder.
-        cases: its volumes.
-        check: whether training refuses scans that do not look like chest CT.
+        root: The folder.
+        cases: Its volumes.
+        check: Whether training refuses scans that do not look like chest CT.
     """
 
     root: Path

@@ -33,12 +33,12 @@ class RemoteFile:
     """One file of a data set, as its publisher offers it.
 
     Attributes:
-        name: file name on disk.
-        url: https address (http only on this very computer, for tests).
+        name: File name on disk.
+        url: Https address (http only on this very computer, for tests).
         checksum: ``"md5:..."`` or ``"sha256:..."`` as published, empty where none has been.
-        size: bytes, 0 where unknown.
+        size: Bytes, 0 where unknown.
         role: ``image``, ``lung``, ``mask`` or ``extra``.
-        optional: whether it is fetched only on demand.
+        optional: Whether it is fetched only on demand.
     """
 
     name: str
@@ -54,19 +54,19 @@ class Entry:
     """One data set of the register.
 
     Attributes:
-        name: short name, as in ``covidseg data get NAME``.
-        title: what the set is, in a few words.
+        name: Short name, as in ``covidseg data get NAME``.
+        title: What the set is, in a few words.
         kind: ``download``, ``by-hand`` or ``generated``.
         layout: ``volumes``, ``stacks`` or ``mosmed``: how the published files lie.
-        doi: digital object identifier of the publication, empty if it has none.
-        page: address of the publisher's page, empty if there is none.
-        licence: name of the licence.
-        licence_file: file in ``data/licences`` with a summary of it.
-        megabytes: rounded size of the download, 0 where there is none.
-        citation: how to cite the set.
-        note: what a user should know.
-        files: what is downloaded.
-        same_patient: groups of volumes that are scans of one patient.
+        doi: Digital object identifier of the publication, empty if it has none.
+        page: Address of the publisher's page, empty if there is none.
+        licence: Name of the licence.
+        licence_file: File in ``data/licences`` with a summary of it.
+        megabytes: Rounded size of the download, 0 where there is none.
+        citation: How to cite the set.
+        note: What a user should know.
+        files: What is downloaded.
+        same_patient: Groups of volumes that are scans of one patient.
     """
 
     name: str

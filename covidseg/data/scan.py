@@ -48,9 +48,9 @@ class Grid:
     """How a file lays out its voxels: all that is needed to write a result that fits the input.
 
     Attributes:
-        shape: stored array shape, three axes (a two-dimensional file counts as one slice).
+        shape: Stored array shape, three axes (a two-dimensional file counts as one slice).
         affine: ``(4, 4)`` matrix from voxel indices to millimetres.
-        two_dimensional: whether the file itself has only two axes.
+        two_dimensional: Whether the file itself has only two axes.
     """
 
     shape: tuple[int, int, int]
@@ -78,11 +78,11 @@ class Scan:
 
     Attributes:
         pixels: ``(slices, rows, columns)`` in the stored type, usually ``int16`` HU or ``uint8`` display values.
-        spacing: millimetres between slices, rows and columns.
-        value_range: lowest and highest stored value.
+        spacing: Millimetres between slices, rows and columns.
+        value_range: Lowest and highest stored value.
         unit: ``"HU"`` where values go clearly below water (0 HU), otherwise ``"display"`` (0..255 grey levels).
-        path: where it was read from.
-        grid: layout of the file, for writing results with :func:`write_like`.
+        path: Where it was read from.
+        grid: Layout of the file, for writing results with :func:`write_like`.
     """
 
     pixels: np.ndarray
@@ -192,12 +192,12 @@ class Header:
     """What a file says about its voxels.
 
     Attributes:
-        path: the file.
-        grid: how it lays them out.
-        stored: their type in the file.
-        offset: bytes before the first of them.
-        slope: a value is the stored one times ``slope`` plus ``inter``.
-        inter: see ``slope``.
+        path: The file.
+        grid: How it lays them out.
+        stored: Their type in the file.
+        offset: Bytes before the first of them.
+        slope: A value is the stored one times ``slope`` plus ``inter``.
+        inter: See ``slope``.
     """
 
     path: Path

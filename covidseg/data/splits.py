@@ -22,10 +22,10 @@ class Split:
     """A split that was read and found consistent.
 
     Attributes:
-        name: file name without ``.csv``.
-        volumes: volume -> part; empty for a split by slices.
-        patients: volume -> patient.
-        slices: slice number in the published file -> part; empty for a split by volumes.
+        name: File name without ``.csv``.
+        volumes: Volume -> part; empty for a split by slices.
+        patients: Volume -> patient.
+        slices: Slice number in the published file -> part; empty for a split by volumes.
     """
 
     name: str

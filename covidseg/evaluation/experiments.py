@@ -146,7 +146,7 @@ class Line:
         seconds: Training time of a seed; None where it was not taken.
         dice: How far ours is ahead of the strongest earlier system in micro Dice; None for other systems.
         iou: How far it is ahead in micro IoU.
-        p: p-value of the paired test of both.
+        p: P-value of the paired test of both.
     """
 
     key: str

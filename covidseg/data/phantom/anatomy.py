@@ -77,12 +77,12 @@ class Frame:
         x: ``(S, H, W)`` mm from the midline towards the patient's left, warped.
         y: ``(S, H, W)`` mm from the middle of the chest towards the back, warped.
         z: ``(S, 1, 1)`` mm from the lowest lung slice towards the head.
-        spacing: voxel size, mm (slices, rows, columns).
-        height: extent of the scan along z, mm.
-        half_width: half the inner width of the chest, mm.
-        half_depth: half the inner depth of the chest, mm.
-        fat: thickness of the fat under the skin, mm.
-        breath: breathing level, 0 (breathed out: high diaphragm, dense lung) to 1 (breathed in).
+        spacing: Voxel size, mm (slices, rows, columns).
+        height: Extent of the scan along z, mm.
+        half_width: Half the inner width of the chest, mm.
+        half_depth: Half the inner depth of the chest, mm.
+        fat: Thickness of the fat under the skin, mm.
+        breath: Breathing level, 0 (breathed out: high diaphragm, dense lung) to 1 (breathed in).
     """
 
     x: Array
@@ -135,8 +135,8 @@ class Chest:
         lung: ``(S, H, W)`` signed distance to the lungs, mm; negative inside.
         pleura: ``(S, H, W)`` depth below chest wall or diaphragm, mm; positive inside.
         heart: ``(S, H, W)`` signed distance to heart and mediastinum, mm.
-        hila: body coordinates (x, y, z) in mm of the right and the left lung root.
-        carina: body coordinates (x, y, z) in mm where the trachea divides.
+        hila: Body coordinates (x, y, z) in mm of the right and the left lung root.
+        carina: Body coordinates (x, y, z) in mm where the trachea divides.
     """
 
     outside: Array

@@ -37,15 +37,15 @@ class PhantomPatient:
     """One patient: a volume and the whole truth about it. Arrays are upright, ``(slices, rows, columns)``.
 
     Attributes:
-        id: name, as in ``slice_labels.csv``.
+        id: Name, as in ``slice_labels.csv``.
         hu: ``int16``, HU.
         lung: ``bool``, healthy and diseased lung; mediastinum and trachea are not part of it.
         mask: ``bool``, lesions; part of ``lung``.
         kind: ``uint8``, 0 none, 1 ground glass, 2 consolidation, 3 crazy paving.
-        spacing: mm between slices, rows, columns.
-        healthy: whether the patient has no lesion at all.
-        lookalikes: kinds of look-alike in the volume, of :data:`LOOKALIKES`.
-        lookalike_slices: for each of them, the slices in which it is most plainly seen.
+        spacing: Millimetres between slices, rows and columns.
+        healthy: Whether the patient has no lesion at all.
+        lookalikes: Kinds of look-alike in the volume, of :data:`LOOKALIKES`.
+        lookalike_slices: For each of them, the slices in which it is most plainly seen.
     """
 
     id: str

@@ -17,32 +17,32 @@ class PhantomSettings:
     of the lungs tells positive from lesion-free slices with an area under the curve below .85; the tests hold both.
 
     Attributes:
-        patients: number of patients, one volume each.
-        slices: slices in each volume, at least 8.
-        size: rows and columns of a slice, at least 64.
-        seed: any whole number from 0.
-        healthy_share: share of patients without any lesion, 0..1; they are spread evenly over the indices.
-        involved: share of a diseased patient's slices among which lesions are strewn; the rest is lesion-free.
-        lesion_share: share of the lungs in those slices that lesions fill. Higher: easier.
-        dense_share: share of lesions that are crazy paving or consolidation, 0..1, half of each; the rest is ground
+        patients: Number of patients, one volume each.
+        slices: Slices in each volume, at least 8.
+        size: Rows and columns of a slice, at least 64.
+        seed: Any whole number from 0.
+        healthy_share: Share of patients without any lesion, 0..1; they are spread evenly over the indices.
+        involved: Share of a diseased patient's slices among which lesions are strewn; the rest is lesion-free.
+        lesion_share: Share of the lungs in those slices that lesions fill. Higher: easier.
+        dense_share: Share of lesions that are crazy paving or consolidation, 0..1, half of each; the rest is ground
             glass. Higher: threshold lungs lose more, since consolidation at the pleura looks like chest wall.
-        core_share: share of larger ground-glass lesions with a consolidated core. Higher: the same.
-        ground_glass_hu: mean density of a ground-glass lesion, HU. Higher: easier, for thresholds above all.
-        faint_share: share of ground-glass lesions that are faint. Higher: thresholds and weak labels miss more.
-        faint_hu: mean density of those, HU.
-        crazy_paving_hu: mean density between the lines of crazy paving, HU.
-        consolidation_hu: mean density of consolidation, HU.
-        edge_mm: width of the soft edge of ground glass, mm. Wider: every method loses Dice.
-        reader_wobble: how far the true outline strays from half density (standard deviation of the level at which
+        core_share: Share of larger ground-glass lesions with a consolidated core. Higher: the same.
+        ground_glass_hu: Mean density of a ground-glass lesion, HU. Higher: easier, for thresholds above all.
+        faint_share: Share of ground-glass lesions that are faint. Higher: thresholds and weak labels miss more.
+        faint_hu: Mean density of those, HU.
+        crazy_paving_hu: Mean density between the lines of crazy paving, HU.
+        consolidation_hu: Mean density of consolidation, HU.
+        edge_mm: Width of the soft edge of ground glass, mm. Wider: every method loses Dice.
+        reader_wobble: How far the true outline strays from half density (standard deviation of the level at which
             it is drawn, 0..0.3). Higher: a lower ceiling, even for full supervision.
-        lookalike_rate: chance of each kind of look-alike in a patient, 0..1. Higher: more false alarms of
+        lookalike_rate: Chance of each kind of look-alike in a patient, 0..1. Higher: more false alarms of
             thresholds and class activation maps.
-        dependent_hu: density added at the back by the look-alike "dependent_density", HU.
-        vessel_targets: branches of each lung's vessel tree. More: more false alarms of thresholds.
-        noise_hu: standard deviation of the noise, HU. Higher: harder for small patches above all.
-        tissue_hu: mean density of healthy lung tissue from full inspiration to expiration, HU. Wider: mean
+        dependent_hu: Density added at the back by the look-alike "dependent_density", HU.
+        vessel_targets: Branches of each lung's vessel tree. More: more false alarms of thresholds.
+        noise_hu: Standard deviation of the noise, HU. Higher: harder for small patches above all.
+        tissue_hu: Mean density of healthy lung tissue from full inspiration to expiration, HU. Wider: mean
             intensity tells less about the slice.
-        drift_hu: standard deviation of that density along one volume, HU. Higher: the same.
+        drift_hu: Standard deviation of that density along one volume, HU. Higher: the same.
     """
 
     patients: int = 12

@@ -131,11 +131,11 @@ class Branches:
     """All tubes of one patient, each ``(S, H, W)`` float32, the share 0..1 of a voxel.
 
     Attributes:
-        vessels: arteries and veins of the lungs.
-        wall: walls of trachea and bronchi.
-        lumen: air inside the bronchi within the lungs.
-        trunk: air inside trachea and main bronchi, which do not count as lung.
-        crowded: slices in which vessels are crowded together.
+        vessels: Arteries and veins of the lungs.
+        wall: Walls of trachea and bronchi.
+        lumen: Air inside the bronchi within the lungs.
+        trunk: Air inside trachea and main bronchi, which do not count as lung.
+        crowded: Slices in which vessels are crowded together.
     """
 
     vessels: Array
