@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,3 +34,15 @@ def test_every_name_is_found_explained_and_annotated(name: str) -> None:
 def test_an_unknown_name_is_refused_as_of_any_module() -> None:
     with pytest.raises(AttributeError, match="module 'covidseg' has no attribute 'diagnose'"):
         covidseg.diagnose  # noqa: B018
+
+
+def test_the_example_of_the_readme_runs(tiny_phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    example, = re.findall(r"```python\n(import covidseg\n.*?)\nrun = ", readme, re.DOTALL)
+    shutil.copy(tiny_phantom / "im" / "phantom_01.nii.gz", tmp_path / "scan.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    mask = covidseg.read_mask(tmp_path / "mask.nii.gz", like=names["scan"])
+    assert mask.any()
+    assert (mask == names["mask"]).all()
