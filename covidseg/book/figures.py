@@ -195,15 +195,18 @@ def loss_curves(history: Sequence[Mapping[str, float]], title: str = "") -> Figu
 
     Args:
         history: an entry for each line of the log, such as ``run.history("classifier1")``: ``step``, and the mean of
-            each loss since the entry before.
+            each loss since the entry before; in an ensemble also ``member``, each of which has a line of its own.
         title: of the figure.
     """
     figure, axes = new_figure(1, 1, (6.0, 3.0))
     panel = axes[0, 0]
-    for name in dict.fromkeys(name for entry in history for name in entry if name != "step"):
-        own = [entry for entry in history if name in entry]
-        panel.plot([entry["step"] for entry in own], [entry[name] for entry in own], marker="o", markersize=4,
-                   label=name)
+    members = sorted({entry.get("member", 1) for entry in history})
+    names = dict.fromkeys(name for entry in history for name in entry if name not in ("step", "member"))
+    for k, name in enumerate(names):
+        for member in members:
+            own = [entry for entry in history if name in entry and entry.get("member", 1) == member]
+            panel.plot([entry["step"] for entry in own], [entry[name] for entry in own], marker="o", markersize=4,
+                       color=f"C{k}", label=name if member == members[0] else None)
     panel.set(xlabel="optimiser step", ylabel="mean loss", title=title, ylim=(0, None))
     if history:
         panel.legend()

@@ -123,6 +123,10 @@ def test_loss_curves_name_their_losses_and_say_when_there_are_none() -> None:
     assert panel.get_title() == "classifier"
     assert {line.get_label(): [line.get_xdata().tolist(), line.get_ydata().tolist()] for line in panel.lines} == {
         "loss": [[40, 80], [0.5, 0.4]], "flip": [[40, 80], [0.1, 0.1]], "lesson": [[80], [0.3]]}
+    of_two = [{"member": k, "step": s, "loss": k / s} for k in (1, 2) for s in (1, 2)]
+    lines = figures.loss_curves(of_two).axes[0].lines
+    assert [list(line.get_ydata()) for line in lines] == [[1, 0.5], [2, 1]], "a line for each member"
+    assert len({line.get_color() for line in lines}) == 1
     assert "no losses" in figures.loss_curves([]).axes[0].texts[0].get_text()
 
 
