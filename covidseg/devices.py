@@ -114,14 +114,14 @@ def joined(device: torch.device, wait: timedelta = WAIT) -> Iterator[None]:
     except ValueError as error:
         raise SettingsError(f"this process should be one of several and was not told where the others are ({error})",
                             remedy="Start it by torchrun, or without the variable WORLD_SIZE") from error
-    well = False
+    finished = False
     try:
         yield
         with _exchange():
             dist.all_reduce(torch.zeros(1))  # nobody leaves before the first process has written everything
-        well = True
+        finished = True
     finally:
-        if well or device.type == "cpu":     # after a fault GPUs might wait for the one that is gone
+        if finished or device.type == "cpu":  # after a fault GPUs might wait for the one that is gone
             dist.destroy_process_group()
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2  # comes with grad-cam, which names no version of it; the headless one serves as well
+import cv2  # comes with grad-cam: one build of OpenCV on Colab, another in the lock, and naming one would add it
 import numpy as np
 import torch
 from torch import Tensor

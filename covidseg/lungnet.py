@@ -157,12 +157,12 @@ def train_lung_net(data: WeakSet, settings: LungNetSettings = LungNetSettings(),
     Returns:
         The averaged net in evaluation mode: ``(B, 1, s, s)`` normalised crops to logits.
     """
-    free, ill = (data.crops.take(np.flatnonzero(data.labels == label)) for label in (0, 1))
-    pools = [_lungs_of(free, settings)]
+    lesion_free, positive = (data.crops.take(np.flatnonzero(data.labels == label)) for label in (0, 1))
+    pools = [_lungs_of(lesion_free, settings)]
     net = _train_generation("lungs", pools, settings, settings.steps, seed, device, log)
-    if settings.again and len(ill):
-        completed = from_first(lambda: robust_lungs(net, ill, settings).lungs)
-        pools.append(_lungs_of(replace(ill, lungs=completed), settings))
+    if settings.again and len(positive):
+        completed = from_first(lambda: robust_lungs(net, positive, settings).lungs)
+        pools.append(_lungs_of(replace(positive, lungs=completed), settings))
         net = _train_generation("lungs-2", pools, settings, settings.again, seed + 1, device, log)
     return net
 

@@ -249,7 +249,7 @@ def otsu_method() -> Method:
 
 
 def stage_method(run: Run) -> Method:
-    """Stages 3 to 6 of a run, classifier and patches as they are after its best round. Trains what is missing."""
+    """Grad-CAM, patches, fine labels and segmenter of a run, as after its best round. Trains what is missing."""
     p, best = run.profile, run.best()
     classifier, (patch_net, _), segmenter = run.ensemble(best), run.mil(best), run.segmenter()
 
