@@ -23,8 +23,8 @@ LEVEL = 0.3
 
 
 @pytest.fixture(scope="module")
-def predictor(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Predictor:
-    return load_predictor(finished_run(tiny_phantom, tmp_path_factory.getbasetemp() / "tiny-run").folder)
+def predictor(tiny_phantom: Path) -> Predictor:
+    return load_predictor(finished_run(tiny_phantom).folder)
 
 
 @pytest.fixture

@@ -31,8 +31,8 @@ ORDERS = ["RAS", "LPS", "LAS", "SPL", "ARI"]
 
 
 @pytest.fixture(scope="module")
-def tiny_run(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return finished_run(tiny_phantom, tmp_path_factory.getbasetemp() / "tiny-run")
+def tiny_run(tiny_phantom: Path) -> Run:
+    return finished_run(tiny_phantom)
 
 
 @pytest.fixture

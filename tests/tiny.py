@@ -123,7 +123,7 @@ def toy(count: int, size: int = 40, seed: int = 0) -> tuple[WeakSet, np.ndarray]
 
 
 @functools.cache
-def finished_run(data: Path, *_: Path) -> Run:
+def finished_run(data: Path) -> Run:
     """All stages of the tiny profile, with ``run.json``: trained by the process of tests that asks first, read by all.
 
     Args:

@@ -15,8 +15,8 @@ from covidseg.errors import SettingsError
 
 
 @pytest.fixture(scope="module")
-def run(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished_run(tiny_phantom, tmp_path_factory.getbasetemp() / "tiny-run").folder
+def run(tiny_phantom: Path) -> Path:
+    return finished_run(tiny_phantom).folder
 
 
 def invoke(*arguments: object) -> Result:

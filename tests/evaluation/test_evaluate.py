@@ -49,8 +49,8 @@ ROWS = ["Otsu in the lung", "Grad-CAM", "Patch MIL", "Fine label map", "Segmente
 
 
 @pytest.fixture(scope="module")
-def tiny_run(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return finished_run(tiny_phantom, tmp_path_factory.getbasetemp() / "tiny-run")
+def tiny_run(tiny_phantom: Path) -> Run:
+    return finished_run(tiny_phantom)
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ MEASURED = ["phantom_01", "phantom_02"]
 @pytest.fixture(scope="module")
 def run(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A folder of its own that starts with the stages of the extended method."""
-    finished = finished_run(tiny_phantom, tmp_path_factory.getbasetemp() / "tiny-run")
+    finished = finished_run(tiny_phantom)
     folder = Path(shutil.copytree(finished.folder, tmp_path_factory.mktemp("compare") / "run"))
     return Run(finished.data, TINY, 0, folder, "cpu", quiet)
 

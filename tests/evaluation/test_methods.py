@@ -49,7 +49,7 @@ def folder_of(run: Run, folder: Path, lines: list[str] | None = None, **changes:
 @pytest.fixture(scope="module")
 def run(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A folder of its own that starts with the stages of the extended method."""
-    finished = finished_run(tiny_phantom, tmp_path_factory.getbasetemp() / "tiny-run")
+    finished = finished_run(tiny_phantom)
     folder = Path(shutil.copytree(finished.folder, tmp_path_factory.mktemp("systems") / "run"))
     for path in (folder / "stages").glob("supervised-*"):  # another test may have asked for it
         path.unlink()

@@ -44,8 +44,8 @@ EVALUATION = Evaluation([StageResult("first", "none", NAN, COUNTS),
 
 
 @pytest.fixture(scope="module")
-def tiny_run(tiny_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return finished_run(tiny_phantom, tmp_path_factory.getbasetemp() / "tiny-run")
+def tiny_run(tiny_phantom: Path) -> Run:
+    return finished_run(tiny_phantom)
 
 
 def strict(text: str) -> dict:
