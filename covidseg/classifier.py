@@ -123,10 +123,7 @@ def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSet
         settings: of net and training.
         start: a classifier of an earlier round to go on from.
         guidance: what the patch net says about places, see :mod:`covidseg.curriculum`.
-        seed: of start weights, batches and augmentation.
-        device: where it is trained.
-        log: receives one line an epoch.
-        name: of this training in the log.
+        seed, device, log, name: see :class:`covidseg.training.Training`.
 
     Returns:
         The averaged net in evaluation mode.

@@ -308,10 +308,7 @@ def train_mil(data: WeakSet, cam: np.ndarray, settings: MilSettings = MilSetting
         cam: ``(N, S, S)`` activation maps from :func:`covidseg.gradcam.activation_maps`.
         settings: of net and training.
         start: a net of an earlier round to go on from.
-        seed: of start weights, batches, augmentation and a random order.
-        device: where it is trained.
-        log: receives one line an epoch and one a phase.
-        name: of this training in the log.
+        seed, device, log, name: see :class:`covidseg.training.Training`.
 
     Returns:
         The averaged net in evaluation mode, and what each phase admitted.

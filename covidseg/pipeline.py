@@ -359,7 +359,6 @@ def open_run(data: str = "phantom", profile: str = "quick", seed: int = 0, folde
     return Run(found, profile_named(profile, method), seed, Path(folder), device, log)
 
 
-
 def write_run(run: Run, command: str) -> Path:
     """Writes ``run.json``, which makes a folder of stages a run that ``covidseg predict`` can use.
 
@@ -396,6 +395,3 @@ def _notes(run: Run, stage: str) -> dict[str, Any]:
         return run.store.notes(stage, run.key(stage))
     except ArtifactError:
         return {}
-
-
-# --- the report of a run --------------------------------------------------------------------------------------------

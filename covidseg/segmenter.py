@@ -234,10 +234,7 @@ def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
         targets: ``(N, S, S)`` bool or float in [0, 1].
         weights: ``(N, S, S)`` float32 in [0, 1].
         settings: of net and training.
-        seed: of start weights, batches and augmentation.
-        device: where it is trained.
-        log: receives one line an epoch and one a refresh.
-        name: of this training in the log.
+        seed, device, log, name: see :class:`covidseg.training.Training`.
 
     Returns:
         The averaged net in evaluation mode.

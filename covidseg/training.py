@@ -30,7 +30,7 @@ from covidseg.errors import SettingsError
 
 Log = Callable[[str], None]
 Batch = tuple[Tensor, ...]
-History = list[dict[str, float]]  # see Training.history
+History = list[dict[str, float]]  # see Training
 Net = TypeVar("Net", bound=nn.Module)
 T = TypeVar("T")
 
@@ -71,6 +71,7 @@ class Training:
     Attributes:
         generator: Source of randomness for batches, on the CPU. Of several processes each has another one.
         seed: For further sources of randomness in making batches; likewise.
+        history: Losses so far, an entry an epoch: the step, and the mean of each loss since the entry before.
     """
 
     def __init__(self, name: str, settings: LoopSettings, seed: int, device: torch.device, log: Log = print, *,
@@ -81,7 +82,9 @@ class Training:
         if processes() > 1:  # the same start weights, but batches of its own for each
             self.generator.manual_seed(self.seed)
         self._weight_decay, self._cycle = weight_decay, cycle
-        self._progress = Progress(name, settings.steps, lines, log)
+        self._name, self._log, self._every = name, log, max(1, settings.steps // lines)
+        self._start, self._number, self._since = time.monotonic(), 0, list[dict[str, float]]()
+        self.history: History = []
 
     def begin(self, net: Net, start: nn.Module | None = None) -> Net:
         """Puts a new net on the device and sets up what trains it.
@@ -129,12 +132,29 @@ class Training:
                                 remedy=f"Start {max(1, self.settings.batch // 2)} processes or fewer")
         return share
 
-    def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """What a net, or a method of it, says of a batch, in full precision; see :func:`run_net`."""
-        return run_net(function, *inputs)
+    @staticmethod
+    def run(function: Callable[..., Tensor], *inputs: Tensor, half: bool | None = None) -> Tensor:
+        """Runs a net, or a method of it, on a batch.
+
+        On a GPU it computes in bfloat16 where torch thinks it safe (automatic mixed precision: Micikevicius et al.,
+        ICLR 2018), and losses, which are computed from the result, stay in float32.
+
+        Args:
+            function: takes the inputs and returns one tensor ``(B, ...)``.
+            inputs: ``(B, ...)`` each.
+            half: whether to compute in bfloat16; by default on GPUs that are made for it.
+
+        Returns:
+            ``(B, ...)`` in full precision.
+        """
+        device = inputs[0].device
+        half = made_for_half(device) if half is None else half
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            outputs = function(*inputs)
+        return outputs.float() if half else outputs
 
     def step(self, loss: Tensor, /, **shown: Tensor) -> None:
-        """Backward, optimiser, learning rate, average and history.
+        """Backward, optimiser, learning rate, average and history; one line an epoch, not a bar that redraws itself.
 
         Args:
             loss: scalar.
@@ -147,12 +167,15 @@ class Training:
         if self._schedule is not None:
             self._schedule.step()
         self._average.update(self._net)
-        self._progress.step(**{name: value.item() for name, value in shown.items()})
-
-    @property
-    def history(self) -> History:
-        """Losses so far: the step, and the mean of each loss since the entry before."""
-        return self._progress.history
+        self._number += 1
+        self._since.append({name: value.item() for name, value in shown.items()})
+        if self._number % self._every == 0 or self._number == self.settings.steps:
+            means = {name: sum(each[name] for each in self._since) / len(self._since) for name in shown}
+            self.history.append({"step": self._number, **means})
+            text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+            seconds = time.monotonic() - self._start
+            self._log(f"{self._name} step {self._number:4d}/{self.settings.steps}  {text}  {seconds:5.1f} s")
+            self._since = []
 
     @property
     def average(self) -> Any:
@@ -261,27 +284,6 @@ def _use_one_core(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def run_net(function: Callable[..., Tensor], *inputs: Tensor, half: bool | None = None) -> Tensor:
-    """Runs a net, or a method of it, on a batch.
-
-    On a GPU it computes in bfloat16 where torch thinks it safe (automatic mixed precision: Micikevicius et al., ICLR
-    2018), and losses, which are computed from the result, stay in float32.
-
-    Args:
-        function: takes the inputs and returns one tensor ``(B, ...)``.
-        inputs: ``(B, ...)`` each.
-        half: whether to compute in bfloat16; by default on GPUs that are made for it.
-
-    Returns:
-        ``(B, ...)`` in full precision.
-    """
-    device = inputs[0].device
-    half = made_for_half(device) if half is None else half
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        outputs = function(*inputs)
-    return outputs.float() if half else outputs
-
-
 class Average(nn.Module):
     """Exponential moving average of a net's weights: steadier than the net itself (Tarvainen and Valpola, 2017)."""
 
@@ -310,28 +312,3 @@ def learning_rate(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.l
     """One warm-up and one decay over the whole training (Smith and Topin, 2018)."""
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.15)
-
-
-class Progress:
-    """Prints one line an epoch: a bar that redraws itself would leave hundreds of lines in a rendered page.
-
-    Attributes:
-        history: What was printed, one entry a line.
-    """
-
-    def __init__(self, name: str, steps: int, lines: int, log: Log = print) -> None:
-        self.name, self.steps, self.every, self.log = name, steps, max(1, steps // lines), log
-        self.history: History = []
-        self._start, self._number, self._since = time.monotonic(), 0, list[dict[str, float]]()
-
-    def step(self, **losses: float) -> None:
-        """Notes the losses of the next step, and prints their mean once an epoch."""
-        self._number += 1
-        self._since.append(losses)
-        if self._number % self.every == 0 or self._number == self.steps:
-            means = {name: sum(each[name] for each in self._since) / len(self._since) for name in losses}
-            self.history.append({"step": self._number, **means})
-            text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-            seconds = time.monotonic() - self._start
-            self.log(f"{self.name} step {self._number:4d}/{self.steps}  {text}  {seconds:5.1f} s")
-            self._since = []

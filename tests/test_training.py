@@ -20,13 +20,13 @@ from tiny import TINY, WARM, in_turn, quiet, same_weights, toy
 from torch import nn
 
 from covidseg.augment import augment, jitter
-from covidseg.classifier import Guidance, train_classifier
+from covidseg.classifier import ClassifierSettings, Guidance, train_classifier
 from covidseg.devices import made_for_half, pick_device, use_deterministic_kernels
 from covidseg.lungnet import train_lung_net
 from covidseg.patches import train_mil
 from covidseg.preprocess import net_input
 from covidseg.segmenter import train_segmenter
-from covidseg.training import Average, Progress, balanced_batches, learning_rate, overlapped, run_net, seed_everything
+from covidseg.training import Average, Training, balanced_batches, learning_rate, overlapped, seed_everything
 
 pytestmark = pytest.mark.nets
 
@@ -291,8 +291,8 @@ def wide_net() -> nn.Module:
 def test_a_net_on_the_cpu_is_run_as_it_is() -> None:
     net, inputs = wide_net(), torch.rand(4, 2, 12, 12)
     expected = copy.deepcopy(net)(inputs)
-    assert torch.equal(run_net(net, inputs), expected)
-    assert torch.equal(run_net(lambda a, b: a + b, inputs, inputs), 2 * inputs)
+    assert torch.equal(Training.run(net, inputs), expected)
+    assert torch.equal(Training.run(lambda a, b: a + b, inputs, inputs), 2 * inputs)
 
 
 def test_in_half_precision_the_net_computes_in_bfloat16_and_all_that_comes_out_is_full() -> None:
@@ -300,7 +300,7 @@ def test_in_half_precision_the_net_computes_in_bfloat16_and_all_that_comes_out_i
     inside: list[torch.dtype] = []
     net[3].register_forward_hook(lambda module, given, result: inside.append(result.dtype))
     plain = copy.deepcopy(net)(inputs)
-    logits = run_net(net, inputs, half=True)
+    logits = Training.run(net, inputs, half=True)
     assert inside == [torch.float32, torch.bfloat16]
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, plain)
@@ -336,11 +336,12 @@ def test_learning_rate_rises_to_the_peak_and_falls_to_almost_nothing() -> None:
 
 def test_progress_prints_one_line_an_epoch_with_means() -> None:
     lines: list[str] = []
-    progress = Progress("stage", 10, 3, lines.append)
+    training = Training("stage", ClassifierSettings(steps=10), 0, CPU, lines.append, lines=3)
+    net = training.begin(filled(0.0))
     for step in range(1, 11):
-        progress.step(loss=float(step), other=1.0)
-    assert [row["step"] for row in progress.history] == [3, 6, 9, 10]
-    assert [row["loss"] for row in progress.history] == [2.0, 5.0, 8.0, 10.0]
+        training.step(net(torch.ones(1, 1, 2, 2)).sum(), loss=torch.tensor(float(step)), other=torch.tensor(1.0))
+    assert [row["step"] for row in training.history] == [3, 6, 9, 10]
+    assert [row["loss"] for row in training.history] == [2.0, 5.0, 8.0, 10.0]
     assert len(lines) == 4
     assert "stage" in lines[0]
     assert "loss 2.000" in lines[0]
