@@ -22,12 +22,12 @@ that lies broadly against the chest wall without a hazy rim, which no threshold 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 from math import isqrt
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -39,9 +39,11 @@ from skimage.segmentation import watershed
 from skimage.transform import resize
 from tqdm import tqdm
 
-from covidseg.errors import InputFileError, NoLungError
+from covidseg.data.chest import Regions, check_chest, doubt, lung_warnings
+from covidseg.data.grey import Picture, clean
+from covidseg.data.scan import Scan
 
-TISSUE_SPREAD, LUNG_SHARE = 0.25, 0.62  # of chest CT at most, see looks_like_ct
+CUT_LUNG = 0.6                          # of a dark region inside the hull of flesh, if it is lung at the picture's end
 PATIENCE = 2                            # seconds without a bar that shows progress
 T = TypeVar("T")
 
@@ -81,43 +83,65 @@ class LungSettings:
     largest_hole: int = 600
 
 
-@dataclass(frozen=True)
-class Regions:
-    """What thresholds find in one slice, all ``(h, w)`` bool on the working grid."""
-
-    body: np.ndarray
-    aerated: np.ndarray
-    diseased: np.ndarray
-
-
 # --- all slices -----------------------------------------------------------------------------------------------------
 
+@dataclass(frozen=True)
+class Lungs:
+    """Threshold lungs of a scan.
+
+    Attributes:
+        masks: ``(S, H, W)`` bool. A slice without lung is all False.
+        warnings: What a person should know of them, see :func:`covidseg.data.chest.lung_warnings`.
+    """
+
+    masks: np.ndarray
+    warnings: tuple[str, ...]
+
+
 def lung_masks(pixels: np.ndarray, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
-               check: Path | None = None, progress: bool = False) -> np.ndarray:
+               check: Scan | None = None, progress: bool = False) -> np.ndarray:
     """Threshold lung masks of all slices.
 
     Args:
         pixels: ``(S, H, W)`` upright slices, HU or display values of any window.
         settings: see :class:`LungSettings`.
         volume: whether the slices are one body in order. Default: measured by :func:`is_volume`.
-        check: the file that the slices come from, if they have to look like chest CT: see :func:`check_chest`.
+        check: the scan that the slices come from, if they have to look like chest CT.
         progress: whether a bar is shown, if it takes long and there is a terminal.
 
     Returns:
         ``(S, H, W)`` bool. A slice without lung is all False.
+
+    Raises:
+        InputFileError: the slices do not look like chest CT (:func:`covidseg.data.chest.check_chest`).
+        NoLungError: nothing in them can be lung.
     """
-    masks = np.zeros(pixels.shape, dtype=bool)
-    found = [regions(to_grid(image, settings.grid), settings) for image in with_bar(pixels, "lungs", progress)]
+    return threshold_lungs(pixels, settings, volume, check=check, progress=progress).masks
+
+
+def threshold_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
+                    check: Scan | None = None, progress: bool = False) -> Lungs:
+    """:func:`lung_masks`, with what is odd about them."""
+    found, doubts, thumbnails = list[Regions](), [], []
+    for image in with_bar(pixels, "lungs", progress):
+        picture = clean(image)
+        small = to_grid(picture.values, settings.grid)
+        found.append(regions(small, _beyond(picture, small.shape), settings))
+        doubts.append(doubt(small, found[-1]) if check is not None else None)
+        thumbnails.append(to_grid(small, 32))
     if check is not None:
-        check_chest(pixels, check, settings, found)
-    if is_volume(pixels) if volume is None else volume:
-        lungs = large_in_3d(np.array([region.aerated for region in found]), settings.smallest_3d)
+        pixel_cm2 = math.prod(check.spacing[1:]) / 100 * (pixels[0].size / found[0].body.size)
+        check_chest(doubts, found, check.path, pixel_cm2)
+    volume = is_volume(thumbnails) if volume is None else volume
+    if volume:
+        aerated = large_in_3d(np.array([region.aerated for region in found]), settings.smallest_3d)
     else:
-        lungs = np.array([large_in_slice(region.aerated, settings.smallest * region.body.sum()) for region in found])
-    for mask, lung, region in zip(masks, lungs, with_bar(found, "outlines", progress), strict=True):
-        if lung.any():
-            mask[:] = enlarge(complete(without_trachea(lung, region.body), region, settings), mask.shape)
-    return masks
+        aerated = np.array([large_in_slice(region.aerated, settings.smallest * region.body.sum()) for region in found])
+    lungs, masks = [], np.zeros(pixels.shape, bool)
+    for mask, lung, region in zip(masks, aerated, with_bar(found, "outlines", progress), strict=True):
+        lungs.append(complete(without_trachea(lung, region.body), region, settings) if lung.any() else lung)
+        mask[:] = enlarge(lungs[-1], mask.shape)
+    return Lungs(masks, lung_warnings(lungs, found, volume))
 
 
 def large_in_3d(aerated: np.ndarray, share: float) -> np.ndarray:
@@ -136,47 +160,13 @@ def large_in_slice(aerated: np.ndarray, least: float) -> np.ndarray:
     return (sizes(labels) > least)[labels]
 
 
-def check_chest(pixels: np.ndarray, path: Path, settings: LungSettings = LungSettings(),
-                found: Sequence[Regions] | None = None) -> None:
-    """Refuses slices that do not look like chest CT.
+def is_volume(thumbnails: Sequence[np.ndarray]) -> bool:
+    """Whether neighbouring slices look alike, as in a volume, or are unrelated pictures.
 
     Args:
-        pixels: ``(S, H, W)`` upright slices.
-        path: the file that they come from, which the error names.
-        settings: see :class:`LungSettings`.
-        found: what :func:`regions` found in each slice, if that is known.
-
-    Raises:
-        InputFileError: in most slices with enough lung to tell, the brightness inside the body is another.
-        NoLungError: no slice shows a dark region inside a body that could be lung, or only tiny ones.
+        thumbnails: the slices, cleaned, on a grid of about 32 x 32.
     """
-    if found is None:
-        found = [regions(to_grid(image, settings.grid), settings) for image in pixels]
-    if not any(region.aerated.any() for region in found):
-        raise no_lung(path)
-    answers = (looks_like_ct(to_grid(image, settings.grid), region)
-               for image, region in zip(pixels, found, strict=True))
-    known = [plausible for plausible in answers if plausible is not None]
-    if not known:
-        raise NoLungError("shows too little air in any slice to be chest CT", path=path,
-                          remedy="Give slices that show the lungs; --unchecked lets it pass")
-    if 2 * sum(known) < len(known):
-        raise InputFileError(
-            f"does not look like chest CT: in {len(known) - sum(known)} of {len(known)} slices the brightness "
-            "inside the body is another", path=path,
-            remedy="Give CT, not MR or photographs, in HU or a window that shows lungs; --unchecked lets it pass")
-
-
-def no_lung(path: Path) -> NoLungError:
-    """The error for a scan that shows no lung."""
-    return NoLungError("no lung was found in any slice", path=path,
-                       remedy="Give chest CT, in which the air in the lungs is darker than tissue")
-
-
-def is_volume(pixels: np.ndarray) -> bool:
-    """Whether neighbouring slices of ``(S, H, W)`` look alike, as in a volume, or are unrelated pictures."""
-    small = [to_grid(image, 32).ravel() for image in pixels]                # about 1024 numbers each
-    varied = [image for image in small if image.std() > 0]                  # a constant slice is like no other
+    varied = [image.ravel() for image in thumbnails if image.std() > 0]     # a constant slice is like no other
     likeness = [np.corrcoef(one, other)[0, 1] for one, other in pairwise(varied)]
     return bool(likeness) and bool(np.median(likeness) > 0.9)
 
@@ -209,50 +199,65 @@ def enlarge(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return resize(mask.astype(np.float32), shape, order=1) > 0.5
 
 
-def regions(image: np.ndarray, settings: LungSettings) -> Regions:
-    smooth = ndi.gaussian_filter(np.clip(image, -1100, None), settings.smooth)
-    nothing = np.zeros(image.shape, dtype=bool)
-    if smooth.min() == smooth.max():
-        return Regions(nothing, nothing, nothing)
-    otsu = threshold_otsu(smooth)
-    # The opening cuts what only touches the patient: table, tubes, text.
-    bright, count = ndi.label(opening(smooth > otsu, 3))
-    if count == 0:
-        return Regions(nothing, nothing, nothing)
-    flesh = bright == np.argmax(sizes(bright))
-    body = opening(fill_holes(closing(flesh, 4)), 6)
-    dark = body & (smooth < otsu)
-    if dark.sum() < 30:
-        return Regions(body, nothing, nothing)
-    air, tissue = np.percentile(smooth[dark], 10), np.median(smooth[flesh])
-    level = (smooth - air) / (tissue - air)  # 0 air, 1 soft tissue
-    inside = erode(body, settings.skin)
-    aerated = opening(inside & (level < settings.air_level), 1)
-    diseased = opening(inside & (level < settings.lesion_level) & ~aerated, settings.rim)
-    return Regions(body, aerated, diseased)
+def _beyond(picture: Picture, shape: tuple[int, ...]) -> np.ndarray:
+    """What lies outside the field of view, on a working grid of ``shape``."""
+    return np.zeros(shape, bool) if picture.beyond is None else to_grid(picture.beyond, max(shape)) > 0.5
 
 
-def looks_like_ct(image: np.ndarray, region: Regions) -> bool | None:
-    """Whether the brightness inside the body is that of chest CT.
-
-    Muscle, fat and organs differ little there, compared with the way from air to tissue: half of them lie within a
-    range of .06 to .20 of it in every slice of MedSeg's two sets, and lung fills at most .56 of a body. MR makes fat
-    several times as bright as muscle, and photographs show all sorts of things.
+def regions(image: np.ndarray, beyond: np.ndarray, settings: LungSettings) -> Regions:
+    """What thresholds find in one slice.
 
     Args:
-        image: ``(h, w)`` slice on the working grid.
-        region: what thresholds found in it.
-
-    Returns:
-        None where there is too little aerated lung to tell.
+        image: ``(h, w)`` on the working grid, cleaned (:func:`covidseg.data.grey.clean`).
+        beyond: ``(h, w)`` bool, what lies outside the field of view.
     """
-    air, body = int(region.aerated.sum()), int(region.body.sum())
-    rest = image[region.body & ~region.aerated & ~region.diseased]
-    if not air or air < 0.02 * body or not len(rest):
-        return None
-    low, tissue, high = np.percentile(rest[::4], [25, 50, 75])
-    spread = (high - low) / max(tissue - np.percentile(image[region.aerated], 10), 1e-6)
-    return bool(spread < TISSUE_SPREAD and air < LUNG_SHARE * body)
+    ends = np.pad(beyond, 1, constant_values=True)
+    ends = (dilate(ends, 1)[1:-1, 1:-1] & ~beyond)
+    smooth = ndi.gaussian_filter(image, settings.smooth)
+    nothing = np.zeros(image.shape, dtype=bool)
+    if smooth.min() == smooth.max():
+        return Regions(nothing, nothing, nothing, ends)
+    otsu = threshold_otsu(smooth)
+    # The opening cuts what only touches the patient: table, tubes, text; but not a wall at the end of the view.
+    bright, count = ndi.label(opening((smooth > otsu) | beyond, 3) & ~beyond)
+    if count == 0:
+        return Regions(nothing, nothing, nothing, ends)
+    flesh = bright == np.argmax(sizes(bright))
+    body = opening(_closed_body(closing(flesh, 4), beyond, ends) | beyond, 6) & ~beyond
+    dark = body & (smooth < otsu)
+    if dark.sum() < 30:
+        return Regions(body, nothing, nothing, ends)
+    air, tissue = np.percentile(smooth[dark], 10), np.median(smooth[flesh])
+    level = (smooth - air) / (tissue - air)  # 0 air, 1 soft tissue
+    inside = erode(body | beyond, settings.skin) & body
+    aerated = opening(inside & (level < settings.air_level), 1)
+    diseased = opening(inside & (level < settings.lesion_level) & ~aerated, settings.rim)
+    return Regions(body, aerated, diseased, ends)
+
+
+def _closed_body(flesh: np.ndarray, beyond: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The body with all that flesh surrounds, also where the picture or the field of view ends inside a lung.
+
+    What is dark and reaches an end of the picture is air around the patient, or a lung that is cut off; the latter lies
+    for the most part inside the convex hull of what flesh there is.
+    """
+    body = fill_holes(flesh) & ~beyond
+    at_end = ends & ~body
+    if not at_end.any():
+        return body
+    rows, columns = (np.flatnonzero(flesh.any(axis=axis)) for axis in (1, 0))
+    box = np.zeros_like(flesh)
+    box[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] = True
+    labels, _ = ndi.label(~body & ~beyond)
+    pixels, hull = sizes(labels), None
+    for part in np.unique(labels[at_end]):
+        # The hull is dear, and most of the air around a patient lies outside even of the box around it.
+        if part and (labels[box] == part).sum() > CUT_LUNG * pixels[part]:
+            hull = convex_hull_image(flesh) if hull is None else hull
+            bay = labels == part
+            if (hull & bay).sum() > CUT_LUNG * pixels[part]:
+                body |= bay
+    return body
 
 
 def without_trachea(aerated: np.ndarray, body: np.ndarray) -> np.ndarray:

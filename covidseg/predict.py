@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from covidseg.data.chest import no_lung
 from covidseg.data.scan import Scan, read_scan, write_like
 from covidseg.errors import OutputError
 from covidseg.lungnet import make_lung_net, robust_lungs
-from covidseg.lungs import lung_masks, no_lung, with_bar
+from covidseg.lungs import lung_masks, with_bar
 from covidseg.preprocess import make_crops, uncrop
 from covidseg.profiles import REPORT, Profile, read_report
 from covidseg.segmenter import lesion_probabilities, make_segmenter
@@ -127,7 +128,7 @@ class Predictor:
     def _maps(self, scan: Scan, volume: bool | None, check: bool,
               progress: bool = False) -> Iterator[tuple[int, np.ndarray]]:
         """Number and lesion probability ``(rows, columns)`` of each slice with a lung, some slices at a time."""
-        lungs = lung_masks(scan.pixels, self.profile.lungs, volume, check=scan.path if check else None,
+        lungs = lung_masks(scan.pixels, self.profile.lungs, volume, check=scan if check else None,
                            progress=progress)                                                     # (S, H, W)
         found = np.flatnonzero(lungs.any(axis=(1, 2)))
         if not len(found):

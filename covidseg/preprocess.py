@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from covidseg.data.folder import Dataset
+from covidseg.data.grey import clean
 from covidseg.data.scan import read_mask, read_scan
 from covidseg.errors import DatasetError, SettingsError
 from covidseg.lungs import LungSettings, lung_masks
@@ -188,7 +189,8 @@ def make_crops(pixels: np.ndarray, lungs: np.ndarray, settings: PrepareSettings)
         settings: crop size and margin.
     """
     boxes = np.array([lung_box(lung, settings.margin) for lung in lungs]).reshape(-1, 4)
-    images = [crop(normalise(i, m), b, settings.size, 0.0) for i, m, b in zip(pixels, lungs, boxes, strict=True)]
+    images = [crop(normalise(clean(image).values, lung), box, settings.size, 0.0)
+              for image, lung, box in zip(pixels, lungs, boxes, strict=True)]
     shape = (len(boxes), settings.size, settings.size)
     return Crops(np.array(images, np.float32).reshape(shape), crop_masks(lungs, boxes, settings.size), boxes)
 
@@ -224,7 +226,7 @@ def weak_set(dataset: Dataset, settings: PrepareSettings = PrepareSettings(),
         if beyond:
             raise DatasetError(f"volume {case.id} has {len(scan.pixels)} slices, slice {beyond[0]} is labelled",
                                path=dataset.root, remedy="Slices count from 0; correct the label table")
-        lungs = lung_masks(scan.pixels, lung_settings, check=case.image if dataset.check else None)
+        lungs = lung_masks(scan.pixels, lung_settings, check=scan if dataset.check else None)
         keep = [k for k in sorted(case.labels) if lungs[k].mean() >= settings.least_lung]
         if keep:
             crops.append(make_crops(scan.pixels[keep], lungs[keep], settings))

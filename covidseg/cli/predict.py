@@ -86,15 +86,16 @@ def end(failed: CovidsegError | None, files: list[Path]) -> None:
 
 def lungs(inputs: Inputs, out: Out, volume: Volume = None, unchecked: Unchecked = False) -> None:
     """Writes threshold lung masks; no training needed."""
+    from covidseg.data.chest import no_lung
     from covidseg.data.scan import read_scan, write_like
-    from covidseg.lungs import lung_masks, no_lung
+    from covidseg.lungs import lung_masks
 
     files = files_of(inputs)
     targets = targets_of(out, files)
 
     def work(path: Path) -> str:
         scan = read_scan(path)
-        masks = lung_masks(scan.pixels, volume=volume, check=None if unchecked else path, progress=True)
+        masks = lung_masks(scan.pixels, volume=volume, check=None if unchecked else scan, progress=True)
         found = int(masks.any(axis=(1, 2)).sum())
         if not found:
             raise no_lung(path)

@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from covidseg.classifier import Classifier, Ensemble, slice_probabilities
 from covidseg.data.folder import Case, Dataset
+from covidseg.data.grey import clean
 from covidseg.data.scan import Scan, read_mask, read_scan
 from covidseg.errors import DatasetError
 from covidseg.evaluation.metrics import Scores, auc, confusion, figures, macro, micro
 from covidseg.evaluation.statistics import level_counts, reliability_sums
 from covidseg.gradcam import CamSettings, activation_maps
-from covidseg.lungs import is_volume, lung_masks
+from covidseg.lungs import is_volume, lung_masks, to_grid
 from covidseg.patches import patch_probabilities
 from covidseg.pipeline import Run
 from covidseg.preprocess import Crops, crop_masks, uncrop_all
@@ -275,7 +276,7 @@ def _opened(run: Run, test: Dataset) -> Iterator[tuple[Case, Truth, np.ndarray, 
     """Each scan of a test set: its truth, the slices with lung, their crops, and whether they are one volume."""
     for case in test.cases:
         truth = read_truth(Dataset(test.root, (case,)))[0]
-        volume = is_volume(truth.scan.pixels)
+        volume = is_volume([to_grid(clean(image).values, 32) for image in truth.scan.pixels])
         found, crops = run.crops(truth.scan.pixels, volume)
         if run.profile.true_lungs and case.lung is not None:
             true_lungs = read_mask(case.lung, like=truth.scan)[found]

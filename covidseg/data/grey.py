@@ -1,0 +1,112 @@
+"""What the grey values of a slice mean: which of them are picture, and which are padding, metal or faults.
+
+Scanners, converters and programs that resample fill what lies outside the field of view with a value of their own:
+-2000, -32768, 0, or the lowest grey level. Metal and dead voxels reach values that no tissue has. A threshold, a
+histogram or a correlation that takes them for picture is decided by them. :func:`clean` therefore comes before all of
+these. It knows no unit: a slice is judged by its own values alone, so that any gain and any offset give the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage as ndi
+from skimage.filters import threshold_otsu
+from skimage.measure import approximate_polygon, find_contours
+
+LOOK = 128               # side of the thinned picture that levels and padding are looked for in
+SAME = 0.015             # values this close, as a share of the range of tissue, are the same: JPEG rings a little
+BELOW, ABOVE = 0.2, 1.0  # of the way from air to tissue: darker or brighter than all else by more is no tissue
+LIKE_AIR = 0.1           # likewise: padding that is so close to air does no harm and stays
+LEAST_PADDING = 0.01     # share of a slice
+ROUND = 1.0              # pixels of the thinned picture by which the edge of a round field of view may stray
+CORNERS = 8              # a straight-edged field of view has no more
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A slice whose values can be compared with each other.
+
+    Attributes:
+        values: ``(H, W)``, the slice; padding has the level of air, and what no tissue can have is cut off. The same
+            array as the slice where there is nothing to do.
+        beyond: ``(H, W)`` bool, what lies outside the field of view; None where the field fills the slice or cannot be
+            told from air.
+    """
+
+    values: np.ndarray
+    beyond: np.ndarray | None = None
+
+
+def clean(image: np.ndarray) -> Picture:
+    """Recognises padding and cuts off values that no tissue has.
+
+    Padding is a region of one value that holds corners of the slice. It lies beyond the field of view if what it
+    leaves is round or has straight edges; otherwise it may be air, of which a display window leaves one value too.
+
+    Args:
+        image: ``(H, W)`` values of any unit, gain and offset.
+    """
+    step = max(1, max(image.shape) // LOOK)
+    small = image[::step, ::step].astype(np.float32)
+    value, spread = _corner_value(small)
+    beyond, padding = None, np.zeros(small.shape, bool)
+    for near in (0.0, spread):  # of one value exactly; else, as after lossy compression, nearly so
+        padding = _at_the_edge(np.abs(small - value) <= near)
+        if padding.mean() >= LEAST_PADDING and _is_field(~padding):
+            reach = ndi.binary_dilation(padding, iterations=2).repeat(step, axis=0).repeat(step, axis=1)
+            beyond = reach[:image.shape[0], :image.shape[1]] & (np.abs(image.astype(np.float32) - value) <= near)
+            break
+    inner = small[~padding]
+    if not len(inner) or inner.min() == inner.max():
+        return Picture(image)
+    low, high = np.percentile(inner, [0.5, 98])
+    bounded = np.clip(inner, low, high)
+    dark = bounded <= (threshold_otsu(bounded) if low < high else low)
+    air, tissue = np.percentile(bounded[dark], 10), high if dark.all() else np.median(bounded[~dark])
+    low, high = low - BELOW * (tissue - air), high + ABOVE * (tissue - air)
+    values = image
+    if beyond is not None and abs(value - air) > LIKE_AIR * (tissue - air):
+        values = np.where(beyond, np.float32(air), image)
+    if values.min() < low or values.max() > high:
+        values = np.clip(values, np.float32(low), np.float32(high))
+    return Picture(values, beyond)
+
+
+def _corner_value(small: np.ndarray) -> tuple[float, float]:
+    """The value that most corners of ``(h, w)`` have, and how far from it the same value may lie."""
+    corners = small[[0, 0, -1, -1], [0, -1, 0, -1]]
+    others = small[small != np.median(corners)]
+    near = SAME * float(np.subtract(*np.percentile(others, [98, 0.5]))) if len(others) else 0.0
+    alike = (np.abs(corners[:, None] - corners) <= near).sum(axis=1)
+    return float(corners[np.argmax(alike)]), near
+
+
+def _at_the_edge(mask: np.ndarray) -> np.ndarray:
+    """The components of ``(h, w)`` bool that reach the edge of the slice."""
+    labels, _ = ndi.label(mask)
+    edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    return np.isin(labels, np.unique(edge[edge > 0]))
+
+
+def _is_field(inside: np.ndarray) -> bool:
+    """Whether a region ``(h, w)`` bool can be a field of view: a disk, or a shape with few straight edges."""
+    inside = ndi.binary_fill_holes(inside)
+    labels, count = ndi.label(inside)
+    if count > 1:
+        inside = labels == np.argmax(np.bincount(labels.ravel())[1:]) + 1
+    outline = max(find_contours(np.pad(inside, 1).astype(float), 0.5), key=len, default=np.zeros((0, 2))) - 1
+    if len(outline) < 40:
+        return False
+    within = ((outline > 0.5) & (outline < np.array(inside.shape) - 1.5)).all(axis=1)   # not along the slice's edge
+    y, x = outline[within].T
+    if len(y) < 20:
+        return False
+    # A circle through the points, by least squares: y^2 + x^2 = 2 a y + 2 b x + c.
+    terms = np.stack([2 * y, 2 * x, np.ones(len(y))], axis=1)
+    a, b, c = np.linalg.lstsq(terms, y ** 2 + x ** 2, rcond=None)[0]
+    radius = np.sqrt(max(c + a ** 2 + b ** 2, 0))
+    if np.std(np.hypot(y - a, x - b) - radius) < ROUND and radius < 2 * max(inside.shape):
+        return True
+    return len(approximate_polygon(outline, 1.5)) - 1 <= CORNERS
