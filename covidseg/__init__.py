@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from covidseg.data.scan import read_mask as read_mask
     from covidseg.data.scan import read_scan as read_scan
     from covidseg.data.scan import write_like as write_like
-    from covidseg.lungs import lung_masks as lung_masks
     from covidseg.pipeline import open_run as open_run
     from covidseg.predict import load_predictor as load_predictor
+    from covidseg.predict import lung_masks as lung_masks
     from covidseg.predict import segment as segment
 
 __version__ = "0.1.0"
@@ -34,7 +34,7 @@ DISCLAIMER = "covidseg is teaching and research software, not a medical device: 
 
 # The public face; what is asked for is imported then, so that `import covidseg` costs nothing.
 _PLACES = {"read_scan": "data.scan", "read_mask": "data.scan", "write_like": "data.scan", "load_dataset": "data.folder",
-           "lung_masks": "lungs", "open_run": "pipeline", "load_predictor": "predict", "segment": "predict"}
+           "lung_masks": "predict", "open_run": "pipeline", "load_predictor": "predict", "segment": "predict"}
 __all__ = ["DISCLAIMER", "__version__", *_PLACES]
 
 

@@ -23,8 +23,8 @@ from covidseg.predict import Predictor
 from covidseg.store import file_hash, write_text
 
 Row = dict[str, str]  # one scan
-COLUMNS = ("name", "status", "error", "slices", "lesion_slices", "lesion_ml", "threshold", "nets", "scan_sha256",
-           "mask_sha256")
+FOUND = ("slices", "lung_slices", "lesion_slices", "lesion_ml", "warnings")
+COLUMNS = ("name", "status", "error", *FOUND, "threshold", "nets", "scan_sha256", "mask_sha256")
 # A part's table says more: what went wrong, and all that has to be the same for a result to be kept.
 PART_COLUMNS = (*COLUMNS, "fault", "probability_sha256", "covidseg", "volume")
 MADE = ("covidseg", "nets", "threshold", "volume")
@@ -118,12 +118,13 @@ class PartRun:
                 row |= dict.fromkeys(files, "")
                 found = self.predictor.predict_file(scan, target, self.threshold, files.get("probability_sha256"),
                                                     self.volume, progress=progress, check=self.check)
-                row |= {"slices": str(found.slices), "lesion_slices": str(found.lesion_slices),
-                        "lesion_ml": f"{found.lesion_ml:.3f}", **{key: file_hash(path) for key, path in files.items()}}
+                row |= {"slices": str(found.slices), "lung_slices": str(found.lung_slices),
+                        "lesion_slices": str(found.lesion_slices), "lesion_ml": f"{found.lesion_ml:.3f}",
+                        "warnings": "; ".join(found.warnings), **{key: file_hash(path) for key, path in files.items()}}
             row["status"] = "done"
         except CovidsegError as error:  # without its path, which would name folders of the machine
             row |= {"status": "failed", "error": type(error).__name__, "fault": error.fault,
-                    **dict.fromkeys(("slices", "lesion_slices", "lesion_ml"), "")}
+                    **dict.fromkeys(FOUND, "")}
             raise
         finally:
             self.write()

@@ -77,6 +77,10 @@ class ProcessError(CovidsegError):
     exit_code = 10
 
 
+class ScanWarning(UserWarning):
+    """A scan could be used, but a person should look at what was made of it."""
+
+
 def one_of(value: Any, known: Iterable[Any], what: str) -> None:
     """Checks a setting that names one of a few things.
 

@@ -97,6 +97,10 @@ class Lungs:
     masks: np.ndarray
     warnings: tuple[str, ...]
 
+    def slices(self) -> int:
+        """How many slices show lung."""
+        return int(self.masks.any(axis=(1, 2)).sum())
+
 
 def lung_masks(pixels: np.ndarray, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
                check: Scan | None = None, progress: bool = False) -> np.ndarray:
@@ -116,11 +120,11 @@ def lung_masks(pixels: np.ndarray, settings: LungSettings = LungSettings(), volu
         InputFileError: the slices do not look like chest CT (:func:`covidseg.data.chest.check_chest`).
         NoLungError: nothing in them can be lung.
     """
-    return threshold_lungs(pixels, settings, volume, check=check, progress=progress).masks
+    return survey_lungs(pixels, settings, volume, check=check, progress=progress).masks
 
 
-def threshold_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
-                    check: Scan | None = None, progress: bool = False) -> Lungs:
+def survey_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
+                 check: Scan | None = None, progress: bool = False) -> Lungs:
     """:func:`lung_masks`, with what is odd about them."""
     found, doubts, thumbnails = list[Regions](), [], []
     for image in with_bar(pixels, "lungs", progress):

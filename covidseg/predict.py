@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,10 @@ from torch import nn
 
 from covidseg.data.chest import no_lung
 from covidseg.data.scan import Scan, read_scan, write_like
-from covidseg.errors import OutputError
+from covidseg.errors import OutputError, ScanWarning
 from covidseg.lungnet import make_lung_net, robust_lungs
-from covidseg.lungs import lung_masks, with_bar
-from covidseg.preprocess import make_crops, uncrop
+from covidseg.lungs import Lungs, LungSettings, survey_lungs, with_bar
+from covidseg.preprocess import Crops, make_crops, uncrop
 from covidseg.profiles import REPORT, Profile, read_report
 from covidseg.segmenter import lesion_probabilities, make_segmenter
 from covidseg.store import fingerprint, load_arrays, load_net, net_arrays, save_arrays, write_with_hash
@@ -36,13 +36,17 @@ class Prediction:
 
     Attributes:
         slices: Of the scan.
+        lung_slices: How many of them show lung.
         lesion_slices: How many of them show a lesion.
-        lesion_ml: Volume of all lesions in millilitres, by the voxel size of the file.
+        lesion_ml: Volume of all lesions in millilitres, by the affine of the file.
+        warnings: What a person should know of the file and its lungs, one sentence each.
     """
 
     slices: int
+    lung_slices: int
     lesion_slices: int
     lesion_ml: float
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,23 @@ class Predictor:
             NoLungError: there is no lung in any slice.
         """
         maps = np.zeros(scan.pixels.shape, np.float32)
-        for k, p in self._maps(scan, volume, check):
+        for k, p in self._lesions(scan, lungs_of_scan(scan, self.profile.lungs, volume, check)):
             maps[k] = p
         return maps
+
+    def lungs(self, scan: Scan, volume: bool | None = None, *, check: bool = True, progress: bool = False) -> Lungs:
+        """The best lungs there are: threshold lungs, completed by the lung net; arguments, errors as elsewhere.
+
+        Without a lung net they stay as the threshold found them.
+        """
+        found = lungs_of_scan(scan, self.profile.lungs, volume, check, progress)
+        if self.lung_net is None:
+            return found
+        masks = np.zeros_like(found.masks)
+        for part, crops in self._completed(scan, found, "lung net", progress):
+            for k, lung, box in zip(part, crops.lungs, crops.boxes, strict=True):
+                masks[k] = uncrop(lung, box, masks[k].shape) > 0.5
+        return Lungs(masks, found.warnings)
 
     def predict_file(self, path: Path, target: Path, threshold: float | None = None,
                      probability_target: Path | None = None, volume: bool | None = None, *,
@@ -112,35 +130,80 @@ class Predictor:
         """
         level = self.profile.segmenter.threshold if threshold is None else threshold
         scan = read_scan(path)
+        found = lungs_of_scan(scan, self.profile.lungs, volume, check, progress)
         mask = np.zeros(scan.pixels.shape, bool)
         # The largest array of all, four bytes a voxel, is only made where it is wanted.
         maps = None if probability_target is None else np.zeros(scan.pixels.shape, np.float32)
-        for k, p in self._maps(scan, volume, check, progress):
+        for k, p in self._lesions(scan, found, progress):
             mask[k] = p >= level
             if maps is not None:
                 maps[k] = p
         if maps is not None and probability_target is not None:
             write_like(maps, scan.grid, probability_target)
         write_like(mask, scan.grid, target)
-        return Prediction(len(mask), int(mask.any(axis=(1, 2)).sum()),
-                          int(mask.sum()) * math.prod(scan.spacing) / 1000)
+        return Prediction(len(mask), found.slices(), int(mask.any(axis=(1, 2)).sum()),
+                          int(mask.sum()) * scan.grid.voxel_ml(), found.warnings)
 
-    def _maps(self, scan: Scan, volume: bool | None, check: bool,
-              progress: bool = False) -> Iterator[tuple[int, np.ndarray]]:
-        """Number and lesion probability ``(rows, columns)`` of each slice with a lung, some slices at a time."""
-        lungs = lung_masks(scan.pixels, self.profile.lungs, volume, check=scan if check else None,
-                           progress=progress)                                                     # (S, H, W)
-        found = np.flatnonzero(lungs.any(axis=(1, 2)))
-        if not len(found):
-            raise no_lung(scan.path)
-        lung_net, segmenter = self._nets
-        for part in with_bar(np.split(found, range(BATCH, len(found), BATCH)), "lesions", progress, "batch"):
+    def _lesions(self, scan: Scan, found: Lungs, progress: bool = False) -> Iterator[tuple[int, np.ndarray]]:
+        """Number and lesion probability ``(rows, columns)`` of each slice with a lung."""
+        for part, crops in self._completed(scan, found, "lesions", progress):
             with torch.inference_mode():
-                crops = make_crops(scan.pixels[part], lungs[part], self.profile.prepare)
-                completed = robust_lungs(lung_net, crops, self.profile.lung_net)
-                small = lesion_probabilities(segmenter, completed)                                # (B, size, size)
+                small = lesion_probabilities(self._nets[1], crops)                                # (B, size, size)
             for k, p, box in zip(part, small, crops.boxes, strict=True):
-                yield k, uncrop(p, box, lungs[k].shape)
+                yield k, uncrop(p, box, scan.pixels.shape[1:])
+
+    def _completed(self, scan: Scan, found: Lungs, what: str,
+                   progress: bool) -> Iterator[tuple[np.ndarray, Crops]]:
+        """Numbers of some slices with a lung at a time, and their crops with completed lungs."""
+        numbers = np.flatnonzero(found.masks.any(axis=(1, 2)))
+        for part in with_bar(np.split(numbers, range(BATCH, len(numbers), BATCH)), what, progress, "batch"):
+            with torch.inference_mode():
+                crops = make_crops(scan.pixels[part], found.masks[part], self.profile.prepare)
+                yield part, robust_lungs(self._nets[0], crops, self.profile.lung_net)
+
+
+def lungs_of_scan(scan: Scan, settings: LungSettings = LungSettings(), volume: bool | None = None, check: bool = True,
+               progress: bool = False) -> Lungs:
+    """Threshold lungs of a scan; at least one slice has some.
+
+    Raises:
+        InputFileError: the scan does not look like chest CT.
+        NoLungError: there is no lung in any slice.
+    """
+    found = survey_lungs(scan.pixels, settings, volume, check=scan if check else None, progress=progress)
+    if not found.slices():
+        raise no_lung(scan.path)
+    return found
+
+
+def lung_masks(scan: Scan | Path | str, predictor: Predictor | None = None, *, threshold_only: bool = False,
+               volume: bool | None = None, check: bool = True) -> np.ndarray:
+    """Lung masks of a scan: by threshold, completed by the lung net where disease hides the lung.
+
+    Args:
+        scan: a scan, or the path of its file.
+        predictor: the nets; by default those that come with the package, read once.
+        threshold_only: whether the net is left out.
+        volume: whether the slices are one body in order; by default that is measured.
+        check: whether the scan has to look like chest CT.
+
+    Returns:
+        ``(slices, rows, columns)`` bool, upright. What is odd about them is said by a :class:`ScanWarning`.
+
+    Raises:
+        InputFileError: the scan cannot be read, or does not look like chest CT.
+        NoLungError: there is no lung in any slice.
+    """
+    scan = scan if isinstance(scan, Scan) else read_scan(scan)
+    nets = None if threshold_only else predictor or shipped_predictor()
+    found = lungs_of_scan(scan, volume=volume, check=check) if nets is None else nets.lungs(scan, volume, check=check)
+    _warn(scan, found)
+    return found.masks
+
+
+def _warn(scan: Scan, found: Lungs) -> None:
+    for text in found.warnings:
+        warnings.warn(f"{scan.path.name}: {text}", ScanWarning, stacklevel=3)
 
 
 def segment(scan: Scan | Path | str, predictor: Predictor | None = None, *, volume: bool | None = None,
@@ -161,9 +224,14 @@ def segment(scan: Scan | Path | str, predictor: Predictor | None = None, *, volu
         InputFileError: the scan cannot be read, or does not look like chest CT.
         NoLungError: there is no lung in any slice.
     """
-    found = scan if isinstance(scan, Scan) else read_scan(scan)
-    nets = shipped_predictor() if predictor is None else predictor
-    return nets.probabilities(found, volume, check=check) >= nets.profile.segmenter.threshold
+    scan = scan if isinstance(scan, Scan) else read_scan(scan)
+    nets = predictor or shipped_predictor()
+    found = lungs_of_scan(scan, nets.profile.lungs, volume, check)
+    _warn(scan, found)
+    mask = np.zeros(scan.pixels.shape, bool)
+    for k, p in nets._lesions(scan, found):
+        mask[k] = p >= nets.profile.segmenter.threshold
+    return mask
 
 
 @functools.cache

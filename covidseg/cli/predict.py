@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -84,23 +84,30 @@ def end(failed: CovidsegError | None, files: list[Path]) -> None:
         raise typer.Exit(failed.exit_code)
 
 
-def lungs(inputs: Inputs, out: Out, volume: Volume = None, unchecked: Unchecked = False) -> None:
-    """Writes threshold lung masks; no training needed."""
-    from covidseg.data.chest import no_lung
+def warn(path: Path, warnings: Iterable[str]) -> None:
+    """Says what is odd about a scan."""
+    for text in warnings:
+        errors.print(f"[yellow]warning:[/yellow] {escape(path.name)}: {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def lungs(inputs: Inputs, out: Out, volume: Volume = None,
+          threshold_only: Annotated[bool, typer.Option(
+              "--threshold-only", help="Without the lung net, which adds what disease hides.")] = False,
+          unchecked: Unchecked = False) -> None:
+    """Writes lung masks: by threshold, completed by the lung net that comes with covidseg."""
     from covidseg.data.scan import read_scan, write_like
-    from covidseg.lungs import lung_masks
+    from covidseg.predict import lungs_of_scan, shipped_predictor
 
     files = files_of(inputs)
     targets = targets_of(out, files)
+    find = lungs_of_scan if threshold_only else shipped_predictor().lungs
 
     def work(path: Path) -> str:
         scan = read_scan(path)
-        masks = lung_masks(scan.pixels, volume=volume, check=None if unchecked else scan, progress=True)
-        found = int(masks.any(axis=(1, 2)).sum())
-        if not found:
-            raise no_lung(path)
-        write_like(masks, scan.grid, targets[path])
-        return f"lung in {found} of {len(masks)} slices, wrote {targets[path]}"
+        found = find(scan, volume=volume, check=not unchecked, progress=True)
+        write_like(found.masks, scan.grid, targets[path])
+        warn(path, found.warnings)
+        return f"lung in {found.slices()} of {len(found.masks)} slices, wrote {targets[path]}"
 
     end(each(files, work), files)
 
@@ -135,7 +142,8 @@ def predict(inputs: Inputs, out: Out,
 
     def predicted(path: Path) -> str:
         row, before = work.predict(path, progress=True)
-        found = f"lesion in {row['lesion_slices']} of {row['slices']} slices"
+        warn(path, row["warnings"].split("; ") if row["warnings"] else ())
+        found = f"lung in {row['lung_slices']} and lesion in {row['lesion_slices']} of {row['slices']} slices"
         return f"{found}, {'as predicted before in' if before else 'wrote'} {targets[path]}"
 
     console.print(DISCLAIMER)

@@ -21,11 +21,14 @@ from covidseg.errors import InputFileError, NoLungError
 TELLING = 0.02             # of the body is air at least, or the slice tells nothing
 MOST_AIR, LUNGS = 0.65, 0.1   # of the body is air at most in a chest, and in its fullest slices at least
 SOFT, SOFT_SHARE = (0.8, 1.2), 0.5  # fat to muscle, in levels from air 0 to tissue 1, and the least of the body there
+BRIGHT, BRIGHT_SHARE = 1.6, 0.12  # level of dense bone, and its share of the body at most
 TWO_LUNGS = 0.7            # of the air lies in the two largest regions at least
 HAZE = 1.0                 # times as much of the body lies between air and tissue as is air, at most
 ENCLOSED = 0.25            # of the air, at most, is the size of bright islands in it
 OUTSIDE = 0.12             # level of what surrounds the body, at most: it is air
 CLIPPED = 0.5              # of the air has the lowest value of the slice, at most, or nothing can be seen in lungs
+RUNS_OUT, LOPSIDED = 0.1, 0.15  # of the picture's edge is air at most, if so little of it is on the other side
+ALONE = 0.05               # of the lung is on the other side at most, where it counts as one lung
 SMALLEST_CM2 = 8.0         # of air in the fullest slice; a newborn's lungs have more
 
 
@@ -64,11 +67,15 @@ def doubt(image: np.ndarray, region: Regions) -> str | None:
         return "grey levels seem to be inverted, or negative values wrapped to positive ones: air is not the darkest"
     if (image[region.aerated] <= image.min()).mean() > CLIPPED:
         return "air has one value throughout, so that nothing can be seen in a lung"
-    if np.mean((level[rest] > SOFT[0]) & (level[rest] < SOFT[1])) < SOFT_SHARE:
+    soft = (level[rest] > SOFT[0]) & (level[rest] < SOFT[1])
+    if soft.mean() < SOFT_SHARE or (level[rest] > BRIGHT).mean() > BRIGHT_SHARE:
         return "brightness inside the body varies more than that of soft tissue in CT, as in MR or a photograph"
     pieces = np.sort(np.bincount(ndi.label(region.aerated)[0].ravel())[1:])
     if pieces[-2:].sum() < TWO_LUNGS * air or region.diseased.sum() > HAZE * air or air > MOST_AIR * body:
         return "what is dark has not the shape of lungs in a body"
+    if (region.aerated & region.ends).sum() > RUNS_OUT * region.ends.sum() \
+            and _smaller_side(region.aerated, region.body) < LOPSIDED:
+        return "what is dark lies on one side and runs out of the picture"
     return ""
 
 
@@ -126,17 +133,17 @@ def lung_warnings(lungs: Sequence[np.ndarray], regions: Sequence[Regions], volum
         warnings.append(f"no lung was found in slices {spans(gaps)}, between slices that have it")
     if cut := [k for k in found if (lungs[k] & ndi.binary_dilation(regions[k].ends, iterations=2)).sum() > 10]:
         warnings.append(f"the picture ends inside a lung in slices {spans(cut)}: what lies beyond is not seen")
-    alone = [k for k in found if _on_one_side(lungs[k], regions[k].body)]
+    alone = [k for k in found if _smaller_side(lungs[k], regions[k].body) < ALONE]
     if 2 * len(alone) > len(found):
         warnings.append(f"lung was found on one side only in slices {spans(alone)}: the other may be collapsed, "
                         "removed or without air, and is not looked at")
     return tuple(warnings)
 
 
-def _on_one_side(lung: np.ndarray, body: np.ndarray) -> bool:
-    """Whether less than a twentieth of the lung lies on one side of the body's middle."""
-    middle = int(np.flatnonzero(body.any(axis=0)).mean())
-    return bool(min(lung[:, :middle].sum(), lung[:, middle:].sum()) < 0.05 * lung.sum())
+def _smaller_side(lung: np.ndarray, body: np.ndarray) -> float:
+    """Share of the lung that lies on the side of the body's middle that has less of it."""
+    left = lung[:, :int(np.flatnonzero(body.any(axis=0)).mean())].sum() / lung.sum()
+    return float(min(left, 1 - left))
 
 
 def spans(numbers: Sequence[int]) -> str:

@@ -71,6 +71,10 @@ class Grid:
         slices, rows, columns = np.sqrt((upright[:3, :3] ** 2).sum(axis=0)).tolist()
         return slices, rows, columns
 
+    def voxel_ml(self) -> float:
+        """Volume of a voxel in millilitres; of a sheared grid, as a tilted gantry makes it, less than its sides say."""
+        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
+
 
 @dataclass(frozen=True)
 class Scan:
