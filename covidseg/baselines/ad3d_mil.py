@@ -16,18 +16,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from covidseg.augment import NO_PAINT
-from covidseg.baselines.maps import Judged, judge_crops, min_max, together
 from covidseg.baselines.slabs import SlabSettings
 from covidseg.baselines.training import Baseline, BaselineSettings
 from covidseg.baselines.trunk import GridPool, Trunk, convolution, initialise
 from covidseg.errors import SettingsError, one_of
-from covidseg.preprocess import Crops
 
 POOLINGS = ("attention", "max", "mean")
 CLAMP = 1e-5  # probabilities stay this far from 0 and 1
@@ -117,24 +114,3 @@ class Ad3dMil(Baseline):
         bag = instances.flatten(2).transpose(1, 2)                                       # (B, K, 32)
         lesion = self.attention(bag) * self.score(bag)[..., 0].sigmoid()                 # (B, K)
         return self.bag_logits(instances).sigmoid(), lesion.reshape(len(maps), 1, *instances.shape[2:])
-
-
-def ad3d_mil_maps(net: Ad3dMil, crops: Crops, *, volume: bool = True, verdict: bool = True,
-                  batch: int = 8, judged: Judged | None = None) -> np.ndarray:
-    """Lesion maps: attention times the instance's own probability, enlarged, scaled to [0, 1] in the lung.
-
-    Args:
-        volume: see :func:`covidseg.baselines.maps.judge_crops`. A volume is scaled as a whole; a 2D net scales
-            each slice.
-        verdict: slices in which the net finds no lesion stay empty: a map that is scaled by itself is as strong in
-            a healthy slice.
-        judged: what ``judge_crops`` said of the same crops, where that is known already.
-
-    Returns:
-        ``(N, S, S)`` float32 in [0, 1], 0 outside the lung.
-    """
-    probabilities, activation = judged or judge_crops(net, crops, volume=volume, batch=batch)
-    maps = min_max(activation, crops.lungs, together(net, volume))
-    if verdict:
-        maps[probabilities < 0.5] = 0
-    return maps

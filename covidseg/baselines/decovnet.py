@@ -22,16 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from covidseg.augment import NO_PAINT
-from covidseg.baselines.maps import Judged, judge_crops, min_max, parts, together
+from covidseg.baselines.maps import parts
 from covidseg.baselines.slabs import SlabSettings
 from covidseg.baselines.training import Baseline, BaselineSettings
 from covidseg.baselines.trunk import GridPool, Size, Trunk, convolution, initialise
 from covidseg.errors import SettingsError, one_of
-from covidseg.preprocess import Crops
 
 GRIDS: tuple[Size, ...] = ((16, 24, 36), (4, 12, 18), (1, 6, 9))  # before each convolution of the head
 WEIGHTS = ("gradient", "chain")
-METHODS = ("activation", "cam")
 
 
 @dataclass(frozen=True)
@@ -139,6 +137,11 @@ class DeCoVNet(Baseline):
         cam = torch.einsum("bc...,bc->b...", features, weights)
         return self.classify(features).softmax(dim=1)[:, 1], cam[:, None]
 
+    def outlines(self, maps: np.ndarray, images: np.ndarray, joint: bool) -> list[np.ndarray]:
+        """The published mask, 0 or 1: the top share of the map where the picture is bright enough; and the map."""
+        mask = keep_top(maps, self.settings.top, joint) & (images > self.settings.bright)
+        return [mask.astype(np.float32), maps]
+
 
 def keep_top(maps: np.ndarray, share: float, joint: bool) -> np.ndarray:
     """The highest ``share`` of the values of a volume or of each slice, but nothing that is 0: ``(N, S, S)`` bool."""
@@ -146,33 +149,3 @@ def keep_top(maps: np.ndarray, share: float, joint: bool) -> np.ndarray:
     for part in parts(maps, joint):
         keep[part] = (maps[part] > 0) & (maps[part] >= np.quantile(maps[part], 1 - share))
     return keep
-
-
-def decovnet_maps(net: DeCoVNet, crops: Crops, *, method: str = "cam", volume: bool = True, verdict: bool = True,
-                  batch: int = 8, judged: Judged | None = None) -> np.ndarray:
-    """Lesion maps.
-
-    Args:
-        method: ``activation`` is the class activation map, negative values cut off and scaled to [0, 1]; ``cam`` is a
-            mask, 0 or 1, of its top share where the picture is bright enough.
-        volume: see :func:`covidseg.baselines.maps.judge_crops`. Scale and top share are those of the volume; a 2D net
-            takes them from each slice.
-        verdict: slices in which the net finds no lesion stay empty (our choice): a map that is scaled by itself is
-            as strong in a healthy slice.
-        judged: what ``judge_crops`` said of the same crops, where that is known already.
-
-    Returns:
-        ``(N, S, S)`` float32 in [0, 1], 0 outside the lung.
-
-    Raises:
-        SettingsError: there is no such method.
-    """
-    one_of(method, METHODS, "map")
-    settings, joint = net.settings, together(net, volume)
-    probabilities, activation = judged or judge_crops(net, crops, volume=volume, batch=batch)
-    maps = min_max(activation.clip(0), crops.lungs, joint)
-    if method == "cam":
-        maps = (keep_top(maps, settings.top, joint) & (crops.images > settings.bright)).astype(np.float32)
-    if verdict:
-        maps[probabilities < 0.5] = 0
-    return maps

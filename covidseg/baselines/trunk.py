@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 Size = tuple[int, int, int]
 ONE: Size = (1, 1, 1)
+NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 def convolution(dims: int, inputs: int, outputs: int, kernel: Size, stride: Size = ONE, *,
@@ -31,11 +32,6 @@ def convolution(dims: int, inputs: int, outputs: int, kernel: Size, stride: Size
     if dims == 3:
         return nn.Conv3d(inputs, outputs, kernel, stride, (z // 2, y // 2, x // 2), bias=bias)
     return nn.Conv2d(inputs, outputs, (y, x), (stride[1], stride[2]), (y // 2, x // 2), bias=bias)
-
-
-def normalisation(dims: int, channels: int) -> nn.Module:
-    """Batch normalisation for 2D or 3D."""
-    return nn.BatchNorm3d(channels) if dims == 3 else nn.BatchNorm2d(channels)
 
 
 class GridPool(nn.Module):
@@ -63,10 +59,10 @@ class Bottleneck(nn.Module):
     def __init__(self, dims: int, inputs: int, inner: int, outputs: int, stride: Size = ONE) -> None:
         super().__init__()
         self.path = nn.Sequential(
-            convolution(dims, inputs, inner, (3, 1, 1)), normalisation(dims, inner), nn.ReLU(),
-            convolution(dims, inner, inner, (1, 3, 3), stride), normalisation(dims, inner), nn.ReLU(),
-            convolution(dims, inner, outputs, ONE), normalisation(dims, outputs))
-        self.shortcut = nn.Sequential(convolution(dims, inputs, outputs, ONE, stride), normalisation(dims, outputs))
+            convolution(dims, inputs, inner, (3, 1, 1)), NORM[dims](inner), nn.ReLU(),
+            convolution(dims, inner, inner, (1, 3, 3), stride), NORM[dims](inner), nn.ReLU(),
+            convolution(dims, inner, outputs, ONE), NORM[dims](outputs))
+        self.shortcut = nn.Sequential(convolution(dims, inputs, outputs, ONE, stride), NORM[dims](outputs))
 
     def forward(self, features: Tensor) -> Tensor:
         return (self.path(features) + self.shortcut(features)).relu()
@@ -82,7 +78,7 @@ class Trunk(nn.Module):
         super().__init__()
         pool = nn.MaxPool3d if dims == 3 else nn.MaxPool2d
         self.stem = nn.Sequential(
-            convolution(dims, inputs, 16, (5, 7, 7), (1, 2, 2)), normalisation(dims, 16), nn.ReLU(),
+            convolution(dims, inputs, 16, (5, 7, 7), (1, 2, 2)), NORM[dims](16), nn.ReLU(),
             pool((1, 3, 3)[-dims:], (1, 2, 2)[-dims:], (0, 1, 1)[-dims:]))
         self.res1 = Bottleneck(dims, 16, 16, 64)
         self.pool = nn.MaxPool3d((2, 1, 1), ceil_mode=True) if dims == 3 else nn.Identity()

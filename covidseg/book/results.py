@@ -233,11 +233,11 @@ def reliability_diagram(sums: Mapping[str, np.ndarray]) -> Figure:
     left, right = axes[0]
     left.plot([0, 1], [0, 1], linestyle=":", color="grey", label="calibrated")
     for k, (name, one) in enumerate(sums.items()):
-        found, edges = calibration(one), np.linspace(0, 1, len(one) + 1)
-        full = found.count > 0
-        left.plot(found.confidence[full], found.observed[full], marker="os^Dv"[k % 5], markersize=4,
+        (probability, observed), count = calibration(one), one[:, 2]
+        left.plot(probability[count > 0], observed[count > 0], marker="os^Dv"[k % 5], markersize=4,
                   color=CYCLE[k % len(CYCLE)], label=name)
-        right.stairs(np.maximum(found.count, 0.5), edges, baseline=0.5, color=CYCLE[k % len(CYCLE)], linewidth=1.8)
+        right.stairs(np.maximum(count, 0.5), np.linspace(0, 1, len(one) + 1), baseline=0.5,
+                     color=CYCLE[k % len(CYCLE)], linewidth=1.8)
     left.set(xlabel="probability of a lesion, mean of the bin", ylabel="true share of lesion", xlim=(-0.02, 1.02),
              ylim=(-0.02, 1.02), title="how often it is right")
     right.set(xlabel="probability of a lesion", ylabel="lung pixels", yscale="log", xlim=(0, 1), ylim=(0.5, None),

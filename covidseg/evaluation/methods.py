@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
 from torch import nn
 
-from covidseg.baselines.ad3d_mil import Ad3dMil, Ad3dMilSettings, ad3d_mil_maps
-from covidseg.baselines.decovnet import DeCoVNet, DeCoVNetSettings, decovnet_maps
-from covidseg.baselines.maps import judge_crops
+from covidseg.baselines.ad3d_mil import Ad3dMil, Ad3dMilSettings
+from covidseg.baselines.decovnet import DeCoVNet, DeCoVNetSettings
+from covidseg.baselines.maps import lesion_maps
 from covidseg.baselines.training import BaselineSettings, Net, train_baseline
 from covidseg.classifier import slice_probabilities
 from covidseg.errors import ArtifactError, one_of
@@ -124,19 +123,19 @@ def _grad_cam(run: Run, baselines: BaselineProfile) -> Trained:
                      {"classifier1": run.key("classifier1")}, [net])
 
 
-Draw = Callable[..., np.ndarray]  # (net, crops, volume=, judged=) to maps (N, S, S)
-
-
 def _baseline(run: Run, name: str, make: Callable[[], Net], settings: BaselineSettings,
-              outlines: list[tuple[str, float, Draw]]) -> Trained:
-    """An earlier system: its net, trained once and stored with the run, and its outlines.
+              *published: tuple[str, str, float]) -> Trained:
+    """An earlier system: its net, trained once and stored with the run; its map at a level answers.
+
+    A slice in which the net finds no lesion stays empty (our choice): a map that is scaled by itself is as strong in a
+    healthy slice.
 
     Args:
         run: where the net is stored.
         name: of the stage.
         make: makes the untrained net.
         settings: of the training.
-        outlines: title, threshold and maps of each; the last one answers.
+        published: the rows of the outlines that the net has besides.
     """
     key = fingerprint(run.key("weak"), settings, run.seed)
     form = net_form(make, run.device)
@@ -144,24 +143,23 @@ def _baseline(run: Run, name: str, make: Callable[[], Net], settings: BaselineSe
         make, run.weak(), settings, seed=run.seed, device=run.device, log=run.log, name=name))))
 
     def maps(crops: Crops, volume: bool) -> Maps:
-        judged = judge_crops(net, crops, volume=volume)
-        return judged[0], [draw(net, crops, volume=volume, judged=judged) for _, _, draw in outlines]
-    rows = [(title, "slice labels", threshold) for title, threshold, _ in outlines]
+        probability, found = lesion_maps(net, crops, volume=volume)
+        for each in found:
+            each[probability < 0.5] = 0
+        return probability, found
+    rows = [*published, ("map at a level", "slice labels", settings.outline)]
     return _on_lungs(run, Method(rows, maps), {name: key}, [net])
 
 
 def _decovnet(run: Run, baselines: BaselineProfile, dims: int = 2) -> Trained:
-    """Two outlines: the published rule, and the map cut at a level, which answers."""
     settings = baselines.decovnet if dims == 2 else baselines.decovnet_3d
-    return _baseline(run, f"decovnet{dims}d", partial(DeCoVNet, settings), settings, [
-        (f"top {settings.top:.0%} of the map", 0.5, partial(decovnet_maps, method="cam")),
-        ("map at a level", settings.outline, partial(decovnet_maps, method="activation"))])
+    return _baseline(run, f"decovnet{dims}d", partial(DeCoVNet, settings), settings,
+                     (f"top {settings.top:.0%} of the map", "slice labels", 0.5))
 
 
 def _ad3d_mil(run: Run, baselines: BaselineProfile, dims: int = 2) -> Trained:
     settings = baselines.ad3d_mil if dims == 2 else baselines.ad3d_mil_3d
-    return _baseline(run, f"ad3dmil{dims}d", partial(Ad3dMil, settings), settings,
-                     [("map at a level", settings.outline, ad3d_mil_maps)])
+    return _baseline(run, f"ad3dmil{dims}d", partial(Ad3dMil, settings), settings)
 
 
 def _ours(run: Run, baselines: BaselineProfile,

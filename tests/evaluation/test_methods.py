@@ -101,6 +101,8 @@ def test_maps_of_every_system(trained: dict[str, Trained], crops: Crops, name: s
             assert probability is not None
             assert probability.shape == (len(some),)
             assert ((probability >= 0) & (probability <= 1)).all()
+        if name in EARLIER:
+            assert not maps[-1][probability < 0.5].any(), "nothing is outlined where the net finds no lesion"
     for _, supervision, level in method.rows:
         assert supervision == {"otsu": "none", "masks": "pixel masks"}.get(name, "slice labels")
         assert np.isnan(level) if name == "otsu" else 0 < level < 1
