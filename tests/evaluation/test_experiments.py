@@ -45,8 +45,6 @@ from covidseg.evaluation.experiments import (
     strongest_earlier,
     table1,
     table_lines,
-    table_markdown,
-    volume_dice,
     volume_table,
 )
 from covidseg.evaluation.methods import PUBLISHED, SYSTEMS, BaselineProfile, System, Trained
@@ -152,9 +150,8 @@ def test_a_comparison_that_was_stopped_goes_on(results: list[Record], run: Run, 
 
 
 def hand_made(count: int = 1) -> Evaluation:
-    counts = np.tile([1, 2, 3, 4], (count, 1))
-    return Evaluation([StageResult("by hand", "none", 0.5, counts)], float("nan"), count,
-                      names=tuple(f"v:{k}" for k in range(count)))
+    row = StageResult("by hand", "none", 0.5, np.tile([1, 2, 3, 4], (count, 1)), np.zeros((10, 3)), np.zeros((101, 4)))
+    return Evaluation([row], float("nan"), count, names=tuple(f"v:{k}" for k in range(count)))
 
 
 @pytest.fixture
@@ -336,19 +333,14 @@ def test_lines_follow_from_the_counts() -> None:
 
 
 def test_dice_of_each_volume() -> None:
-    own = by_system(comparison(2))["extended"]
-    found = volume_dice(own)
-    assert list(found) == [f"v{k}" for k in range(5)]
-    for k, name in enumerate(found):
-        for seed, dice in enumerate(found[name]):
-            hit, false, miss, _ = counts(0.8, 60, seed=seed + 10)[2 * k:2 * k + 2].sum(axis=0)
-            assert dice == pytest.approx(2 * hit / (2 * hit + false + miss), nan_ok=True)
-    assert volume_dice(by_system(comparison(2, STACK))["extended"]) == {}
     table = volume_table(comparison(2))
     assert table is not None
-    assert [row[0] for row in table.rows] == [*found, "mean"]
-    ours = table.heads.index("extended")
-    assert table.rows[0][ours] == f"{found['v0'].mean():.2f}"
+    assert [row[0] for row in table.rows] == [*(f"v{k}" for k in range(5)), "mean"]
+    ours, dice = table.heads.index("extended"), []
+    for k in range(5):
+        pooled = [counts(0.8, 60, seed=seed + 10)[2 * k:2 * k + 2].sum(axis=0) for seed in (0, 1)]
+        dice.append(np.mean([2 * hit / (2 * hit + false + miss) for hit, false, miss, _ in pooled]))
+    assert [row[ours] for row in table.rows] == [f"{value:.2f}" for value in (*dice, np.mean(dice))]
     assert volume_table(comparison(2, STACK)) is None
     assert volume_table([]) is None
 
@@ -418,7 +410,7 @@ def test_a_test_set_without_a_lesion_has_dashes(recwarn: pytest.WarningsRecorder
     names = [f"v:{k}" for k in range(8)]
     lines = table_lines([record(name, 0, healthy, names) for name in ("otsu", "decovnet", "extended")])
     assert len(recwarn) == 0
-    row = table_markdown(lines).splitlines()[2]
+    row = table1(lines).markdown().splitlines()[2]
     assert row == "| Otsu in the lung, no learning | – | – | – | – | 1.000 | – | – | – |"
     assert len(differences(lines, "decovnet")) == 1
 
@@ -427,7 +419,7 @@ def test_a_test_set_without_a_lesion_has_dashes(recwarn: pytest.WarningsRecorder
 
 def cells(lines: Sequence[Line]) -> dict[str, list[str]]:
     """Rows of the Markdown table by title."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table_markdown(lines).splitlines()]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table1(lines).markdown().splitlines()]
     assert rows[0] == ["", *(" ".join(head.split()) for head in HEADS)]
     assert {len(row) for row in rows} == {1 + len(HEADS)}
     assert len({row[0] for row in rows}) == len(rows), "each title once"
@@ -443,7 +435,7 @@ def test_rows_show_the_figures_of_their_lines() -> None:
             assert cell == f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
         assert row[6] == f"{line.interval[0]:.3f} to {line.interval[1]:.3f}"
         assert row[7] == ("–" if line.key == "otsu" else "0.900 ± 0.100")
-    assert "±" not in table_markdown(table_lines(comparison(1))), "a single seed has no deviation"
+    assert "±" not in table1(table_lines(comparison(1))).markdown(), "a single seed has no deviation"
 
 
 def test_published_figures_stand_once_under_the_last_system_of_their_kind() -> None:
