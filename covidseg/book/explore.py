@@ -1,6 +1,6 @@
 """Sliders that redraw a picture: live in a notebook, and drawn beforehand where no kernel runs.
 
-:func:`explore` is given a function that draws and the values to choose from. In Jupyter and on Colab it shows
+:class:`Explorer` is given a function that draws and the values to choose from. In Jupyter and on Colab it shows
 ipywidgets, which draw when a slider moves. While the book is built (``COVIDSEG_STATIC=1``) it draws every choice at
 once and leaves plain HTML: pictures and range inputs, a dozen words of script and no library, so that the page works
 with no kernel and no network. Without JavaScript, and on paper, a selection of the pictures stands side by side.
@@ -60,11 +60,23 @@ def is_static() -> bool:
 
 
 class Explorer:
-    """A picture with sliders, see :func:`explore`. Shown when it is the value of a cell."""
+    """A picture that changes with sliders. Shown when it is the value of a cell.
 
-    def __init__(self, draw: Draw, controls: Mapping[str, Sequence[Any]], start: Mapping[str, Any],
+    Args:
+        draw: is called with one value of each control, in their order, and returns a figure, or a figure and a
+            caption.
+        controls: label of each slider (with its unit) -> the values that it offers, in order.
+        start: label -> value to begin with; the middle one if it is not named.
+        name: what is shown, for the description that screen readers read.
+
+    Raises:
+        SettingsError: no controls, no values, or a start that is not among them.
+    """
+
+    def __init__(self, draw: Draw, controls: Mapping[str, Sequence[Any]], *, start: Mapping[str, Any] | None = None,
                  name: str) -> None:
         self.draw, self.name = draw, name
+        start = start or {}
         self.controls = {label: list(values) for label, values in controls.items()}
         if not self.controls or not all(self.controls.values()):
             raise SettingsError("an explorer needs at least one control, and values for each",
@@ -142,33 +154,19 @@ class Explorer:
         display(HTML(self.page()) if is_static() else self.live())
 
 
-def explore(draw: Draw, controls: Mapping[str, Sequence[Any]], *, start: Mapping[str, Any] | None = None,
-            name: str) -> Explorer:
-    """A picture that changes with sliders.
-
-    Args:
-        draw: is called with one value of each control, in their order, and returns a figure, or a figure and a
-            caption.
-        controls: label of each slider (with its unit) -> the values that it offers, in order.
-        start: label -> value to begin with; the middle one if it is not named.
-        name: what is shown, for the description that screen readers read.
-
-    Raises:
-        SettingsError: no controls, no values, or a start that is not among them.
-    """
-    return Explorer(draw, controls, start or {}, name)
+explore = Explorer  # what a cell does
 
 
 def browse(images: np.ndarray, masks: Mapping[str, np.ndarray] | None = None, *, titles: Sequence[str] = (),
            spacing: tuple[float, float] | None = None, name: str = "slice", every: int = 1) -> Explorer:
-    """A slider through slices with outlines of masks.
+    """A slider through slices ``(S, H, W)``, HU or normalised, with outlines of masks: name -> ``(S, H, W)`` bool.
 
     Args:
-        images: ``(S, H, W)`` HU or normalised.
-        masks: name -> ``(S, H, W)`` bool.
+        images: the slices.
+        masks: of the slices.
         titles: text for each slice; default its number.
         spacing: millimetres between rows and columns.
-        name: what is shown, for the description that screen readers read.
+        name: as for :class:`Explorer`.
         every: 2 offers every second slice, and so on, which keeps a page small.
     """
     masks = masks or {}
