@@ -62,7 +62,7 @@ def judge_crops(net: Baseline, crops: Crops, *, volume: bool = True) -> tuple[np
         alone = np.repeat(np.arange(count)[:, None], slab.depth, axis=1)
         groups = windows(count, slab.depth, slab.step) if volume else alone              # (M, T)
         frames = np.tile(frame(crops.boxes), (count, 1)) if volume else crops.boxes
-        stacked = aligned(crops.images, crops.lungs, crops.boxes, frames, slab.size)     # (2, N, s, s)
+        stacked = aligned(crops, frames, slab.size)                                      # (2, N, s, s)
     verdicts, sums, seen = torch.zeros(count), torch.zeros_like(stacked[0]), torch.zeros(count)
     for start in range(0, len(groups), BATCH):
         index = torch.from_numpy(groups[start:start + BATCH])                            # (B, T)

@@ -1,9 +1,8 @@
 """The two experiments: all systems compared over several seeds (Table 1), and the method without one part (ablation).
 
 Each finished system or variant leaves a small JSON file, so that an experiment that was stopped goes on where it
-stopped. Table 1 is drawn up from such *records*, whether they were made a moment ago or come with the package
-(``results/``). The variants of an ablation live in one folder of stages: a stage that a change does not touch is
-trained once and shared.
+stopped. Table 1 is drawn up from such *records*, of a moment ago or from ``results/``. The variants of an ablation
+live in one folder of stages: a stage that a change does not touch is trained once and shared.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def measured_key(test: Dataset) -> str:
 
 def compare(run: Run, test: Dataset, names: list[str] | None = None, baselines: BaselineProfile = BaselineProfile(), *,
             progress: bool = False) -> list[Record]:
-    """Trains and measures the systems with the seed of a run.
+    """Trains and measures the systems with the seed of a run: what each of them reached, as JSON objects.
 
     Args:
         run: data, settings of the extended method, seed and folder.
@@ -51,9 +50,6 @@ def compare(run: Run, test: Dataset, names: list[str] | None = None, baselines: 
         names: keys of :data:`covidseg.evaluation.methods.SYSTEMS`; default all.
         baselines: settings of the earlier systems.
         progress: show a bar over the test volumes.
-
-    Returns:
-        What each system reached, as a JSON object.
     """
     names = system_names(names)
     paths = {name: run.folder / "table1" / f"{name}-{key}.json"
@@ -169,7 +165,7 @@ def table_lines(results: Sequence[Record]) -> list[Line]:
     lines = []
     for name, own in systems.items():
         counts, groups = counts_of(own), patients_of(own)
-        auc = np.array([np.nan if r["classifier_auc"] is None else r["classifier_auc"] for r in own])
+        auc = np.array([result["classifier_auc"] for result in own], float)  # of None it makes NaN
         seconds = [r["seconds"] for r in own if r["seconds"] is not None]
         pair: dict[str, Any] = {}
         if strongest is not None and name in OURS:

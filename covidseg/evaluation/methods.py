@@ -103,9 +103,8 @@ def _on_lungs(run: Run, method: Method, stages: dict[str, str], nets: Iterable[n
     """A system that needs the lungs and some stages and nets of its own."""
     run.weak()
     net = run.lung_net()
-    names = ["threshold", *([] if net is None else ["lung_net"]), "weak"]
-    return Trained(method, run, {name: run.key(name) for name in names} | stages,
-                   [*([] if net is None else [net]), *nets])
+    names, lungs = (["threshold", "weak"], []) if net is None else (["threshold", "lung_net", "weak"], [net])
+    return Trained(method, run, {name: run.key(name) for name in names} | stages, [*lungs, *nets])
 
 
 def _otsu(run: Run, baselines: BaselineProfile) -> Trained:
@@ -125,17 +124,10 @@ def _grad_cam(run: Run, baselines: BaselineProfile) -> Trained:
 
 def _baseline(run: Run, name: str, make: Callable[[], Net], settings: BaselineSettings,
               *published: tuple[str, str, float]) -> Trained:
-    """An earlier system: its net, trained once and stored with the run; its map at a level answers.
+    """An earlier system: its net, trained once and stored under a name; its map at a level answers.
 
     A slice in which the net finds no lesion stays empty (our choice): a map that is scaled by itself is as strong in a
-    healthy slice.
-
-    Args:
-        run: where the net is stored.
-        name: of the stage.
-        make: makes the untrained net.
-        settings: of the training.
-        published: the rows of the outlines that the net has besides.
+    healthy slice. ``published`` are the rows of the outlines that the net has besides.
     """
     key = fingerprint(run.key("weak"), settings, run.seed)
     form = net_form(make, run.device)

@@ -116,7 +116,7 @@ def spot_in_each_crop() -> Crops:
 
 def test_a_common_frame_lays_neighbours_on_each_other() -> None:
     crops = spot_in_each_crop()
-    picture, lung = aligned(crops.images, crops.lungs, crops.boxes, frame(crops.boxes), 80)
+    picture, lung = aligned(crops, frame(crops.boxes), 80)
     for one, mask in zip(picture, lung, strict=True):
         rows, columns = np.nonzero(one.numpy() > 0.6)
         assert (rows.min(), rows.max(), columns.min(), columns.max()) == (30, 33, 40, 43)

@@ -27,7 +27,6 @@ from covidseg.evaluation.tables import (
     evaluation_json,
     evaluation_markdown,
     figure,
-    over_seeds,
     scores_json,
     scores_table,
     seeds_markdown,
@@ -128,13 +127,6 @@ def row(name: str, dice: float | None, macro: float) -> dict:
 def result(*dices: float | None, seed: int = 0) -> dict:
     return {"system": "extended", "seed": seed, "slices": 7,
             "rows": [row(f"stage {k}", dice, 0.25) for k, dice in enumerate(dices)]}
-
-
-def test_figures_over_seeds_keep_their_rows() -> None:
-    found = over_seeds([result(0.1, 0.7), result(0.3, None)])
-    np.testing.assert_allclose(found["stage 0"][:, 0], [0.1, 0.3])
-    np.testing.assert_allclose(found["stage 1"][:, 0], [0.7, np.nan])
-    np.testing.assert_allclose(over_seeds([result(0.1)], "macro")["stage 0"], [[0.25, 0.5, 0.5, 0.5, 0.5]])
 
 
 def test_table_over_seeds() -> None:
