@@ -3,13 +3,12 @@
 A scan is a bag. The trunk's features, pooled to a coarse grid, are its instances; attention (Ilse et al., ICML 2018,
 eq. 8) weighs them to one vector, which a logistic unit judges. Layers, loss and the published schedule follow the
 paper and its public code; everything here was written anew. Two traps of that code are avoided: it comes with mean
-pooling switched on, where the paper is about attention, and it tests without switching batch normalisation to its
-running statistics.
+pooling switched on, and it tests without switching batch normalisation to its running statistics.
 
-The paper shows no lesion map. The one here multiplies how much attention an instance gets with how ill it looks by
-itself. What differs besides: slabs and the 2D port (:mod:`covidseg.baselines.slabs`), the schedule of the default
-settings, and the normalisation of the picture (theirs is (HU + 1024) / 1624). Their stop at the first fall of the
-validation accuracy is left out, since no label is held back here.
+The paper shows no lesion map: the one here multiplies how much attention an instance gets with how ill it looks by
+itself. What differs besides: slabs and the 2D port, the schedule of the default settings, and the normalisation of the
+picture (theirs is (HU + 1024) / 1624). Their stop at the first fall of the validation accuracy is left out, since no
+label is held back here.
 """
 
 from __future__ import annotations
@@ -83,10 +82,7 @@ class Ad3dMil(Baseline):
         return self.generator(self.trunk(maps[:, :1] * maps[:, 1:]))
 
     def attention(self, bag: Tensor) -> Tensor:
-        """Weights of the instances ``(B, K, 32)``: ``softmax_k(w' tanh(V x_k))``, ``(B, K)``.
-
-        They are even for ``mean`` and ``max``.
-        """
+        """Weights ``(B, K)`` of ``(B, K, 32)``, ``softmax_k(w' tanh(V x_k))``; even for ``mean`` and ``max``."""
         if self.settings.pooling != "attention":
             return bag.new_full(bag.shape[:2], 1 / bag.shape[1])
         return self.attend_w(self.attend_v(bag).tanh())[..., 0].softmax(dim=1)

@@ -21,10 +21,8 @@ BATCH = 8  # slices or slabs a pass
 def lesion_maps(net: Baseline, crops: Crops, *, volume: bool = True) -> tuple[np.ndarray, list[np.ndarray]]:
     """What a net says of slices, and a lesion map for each way in which it outlines lesions, the last one its answer.
 
-    Args:
-        crops: ``N`` slices.
-        volume: see :func:`judge_crops`. The maps of a volume are scaled as a whole; those of other slices, and of a 2D
-            net, each by itself, so that a map is as strong in a healthy slice.
+    The maps of a volume are scaled as a whole; those of other slices, and of a 2D net, each by itself. The arguments
+    are those of :func:`judge_crops`.
 
     Returns:
         Probability of a lesion of each slice ``(N,)``; maps ``(N, S, S)`` float32 in [0, 1], 0 outside the lung.
@@ -36,11 +34,10 @@ def lesion_maps(net: Baseline, crops: Crops, *, volume: bool = True) -> tuple[np
 
 @torch.no_grad()
 def judge_crops(net: Baseline, crops: Crops, *, volume: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Runs a net over slices.
-
-    A 2D net reads each slice. A 3D net reads slabs; what overlapping slabs say about a slice is averaged.
+    """Runs a net over slices. A 3D net reads slabs; what overlapping slabs say about a slice is averaged.
 
     Args:
+        net: of either system.
         crops: ``N`` slices; for a 3D net and ``volume`` they are one volume in order.
         volume: for a 3D net: False makes a slab of every slice by repeating it, for slices that are no volume.
 

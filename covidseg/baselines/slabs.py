@@ -29,8 +29,7 @@ class SlabSettings:
     Attributes:
         depth: Slices of a slab. The thicker, the fewer slabs are free of lesions.
         size: Side of a slab in pixels, all slices in one frame.
-        step: Slices from one slab to the next when a volume is read; maps of overlapping slabs are averaged. In
-            training slabs start at every slice.
+        step: Slices from one slab to the next when a volume is read. In training slabs start at every slice.
         gap: A run ends where the next labelled slice is more than this many usual steps away.
     """
 
@@ -54,7 +53,7 @@ class Slabs:
     Attributes:
         members: ``(M, T)`` int. Numbers of slices in the weak set, from the feet up.
         labels: ``(M,)`` int. 1 means that at least one of its slices has a lesion.
-        patients: ``(M,)`` str, for balanced sampling.
+        patients: ``(M,)`` str.
     """
 
     members: np.ndarray
@@ -66,7 +65,7 @@ class Slabs:
 
 
 def windows(count: int, depth: int, step: int) -> np.ndarray:
-    """Windows of ``depth`` out of ``count`` things in order, ``(M, depth)`` int; together they reach all of them.
+    """Windows of ``depth`` out of ``count`` things in order, ``(M, depth)`` int, that reach all of them.
 
     The last window ends with the last thing. Fewer things than ``depth`` give one window that repeats the last.
     """
@@ -118,7 +117,7 @@ def frame(boxes: np.ndarray) -> np.ndarray:
 
 
 def move(maps: Tensor, source: np.ndarray, target: np.ndarray, size: int, *, beyond: str = "border") -> Tensor:
-    """Resamples maps from one box of their slice to another, bilinear.
+    """Resamples maps from one box of their slice to another, bilinear: ``(N, size, size)`` float32.
 
     Args:
         maps: ``(N, S, S)`` float32.
@@ -126,9 +125,6 @@ def move(maps: Tensor, source: np.ndarray, target: np.ndarray, size: int, *, bey
         target: ``(N, 4)`` or ``(4,)`` the boxes wanted.
         size: side of the result in pixels.
         beyond: what lies outside the source: ``border`` goes on with its edge, ``zeros`` is 0.
-
-    Returns:
-        ``(N, size, size)`` float32.
     """
     here = torch.as_tensor(source, dtype=torch.float32)
     there = torch.as_tensor(target, dtype=torch.float32).expand_as(here)

@@ -1,9 +1,9 @@
 """What both systems share in training: settings, the interface of their nets, one loop.
 
 The published schedules (Adam at 1e-5, batches of one volume, tens of thousands of steps) are kept as ``PUBLISHED`` in
-each system's module, for whoever has the volumes and the days. The defaults train from scratch in minutes, with the
-same recipe as this project's own classifier, so that a comparison compares methods: AdamW with one cycle, balanced
-batches, flips and gain, painted vessels, averaged weights, as many slices seen.
+each system's module. The defaults train from scratch in minutes, with the recipe of this project's own classifier, so
+that a comparison compares methods: AdamW with one cycle, balanced batches, flips and gain, painted vessels, averaged
+weights, as many slices seen.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ class BaselineSettings:
         weight_decay: Weight decay of AdamW; at 0 it is Adam.
         schedule: Learning rate along the training, ``onecycle`` or ``constant``.
         paint: Vessels painted on lesion-free slices, in 2D only. No lesion is painted.
-        outline: Level at which a lesion map is cut, the same for all slices. It was chosen on the slices that this
-            project's own levels were chosen on.
+        outline: Level at which a lesion map is cut, chosen on the slices that this project's own levels were chosen on.
     """
 
     dims: int = 2
@@ -62,8 +61,7 @@ class BaselineSettings:
 class Baseline(nn.Module):
     """A net of a published system.
 
-    Inputs of all methods are ``(B, 2, S, S)`` in 2D and ``(B, 2, T, S, S)`` in 3D: the normalised picture and the
-    lung, 0 or 1.
+    Its inputs are ``(B, 2, S, S)`` in 2D and ``(B, 2, T, S, S)`` in 3D: the normalised picture and the lung, 0 or 1.
     """
 
     settings: BaselineSettings
@@ -77,7 +75,7 @@ class Baseline(nn.Module):
         raise NotImplementedError
 
     def outlines(self, maps: np.ndarray, images: np.ndarray, joint: bool) -> list[np.ndarray]:
-        """The maps to outline lesions by, the last one the answer, from activations scaled to [0, 1], ``(N, S, S)``.
+        """The maps to outline lesions by, the last one the answer, from maps ``(N, S, S)`` scaled to [0, 1].
 
         ``joint`` says whether they were scaled as one volume.
         """
@@ -88,10 +86,9 @@ Net = TypeVar("Net", bound=Baseline)
 
 
 def augment_slabs(maps: Tensor, generator: torch.Generator) -> Tensor:
-    """Random flips along all three axes, transpositions in the plane, and gain, offset and noise of each slab.
+    """Random flips along all axes, transpositions in the plane, and gain, offset and noise of each slab.
 
-    Args:
-        maps: ``(B, C, T, S, S)`` float; channel 0 is the picture, the others only move along.
+    Of ``(B, C, T, S, S)`` float channel 0 is the picture; the others only move along.
     """
     flips = [axis for axis in (2, 3, 4) if bool(torch.randint(2, (1,), generator=generator))]
     maps = maps.flip(flips)
@@ -124,14 +121,9 @@ def _slabs(data: WeakSet, settings: BaselineSettings) -> tuple[Slabs, Read]:
 
 def train_baseline(make: Callable[[], Net], data: WeakSet, settings: BaselineSettings, *, seed: int,
                    device: torch.device, log: Log, name: str) -> Net:
-    """Trains a net on slice labels, or on the labels of slabs.
+    """Trains a net on slice labels, or on the labels of slabs: the averaged net, in evaluation mode.
 
-    Args:
-        make: makes the untrained net; called after the seed is set.
-        name: of this training in the log.
-
-    Returns:
-        The averaged net, in evaluation mode.
+    ``make`` makes the untrained net and is called after the seed is set; ``name`` stands in the log.
 
     Raises:
         DatasetError: one of the two classes has no slab.

@@ -27,7 +27,7 @@ NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 def convolution(dims: int, inputs: int, outputs: int, kernel: Size, stride: Size = ONE, *,
                 bias: bool = False) -> nn.Module:
-    """A convolution that keeps the size up to its stride; ``kernel`` and ``stride`` are (z, y, x), odd kernels."""
+    """A convolution that keeps the size up to its stride; ``kernel`` (odd) and ``stride`` are (z, y, x)."""
     z, y, x = kernel
     if dims == 3:
         return nn.Conv3d(inputs, outputs, kernel, stride, (z // 2, y // 2, x // 2), bias=bias)
@@ -37,8 +37,8 @@ def convolution(dims: int, inputs: int, outputs: int, kernel: Size, stride: Size
 class GridPool(nn.Module):
     """Adaptive max pooling down to a grid, (z, y, x).
 
-    The published grids fit volumes of some hundred slices. An axis that is shorter than the grid stays as it is
-    (our choice): pooling it up would only repeat values, at many times the cost.
+    An axis that is shorter than the grid stays as it is (our choice): the published grids fit volumes of some hundred
+    slices, and pooling up would only repeat values, at many times the cost.
     """
 
     def __init__(self, dims: int, grid: Size) -> None:

@@ -1,9 +1,9 @@
 """Sliders that redraw a picture: live in a notebook, and drawn beforehand where no kernel runs.
 
-:class:`Explorer` is given a function that draws and the values to choose from. In Jupyter and on Colab it shows
-ipywidgets, which draw when a slider moves. While the book is built (``COVIDSEG_STATIC=1``) it draws every choice at
-once and leaves plain HTML: pictures and range inputs, a dozen words of script and no library, so that the page works
-with no kernel and no network. Without JavaScript, and on paper, a selection of the pictures stands side by side.
+In Jupyter and on Colab ipywidgets draw when a slider moves. While the book is built (``COVIDSEG_STATIC=1``) every
+choice is drawn at once and leaves plain HTML: pictures and range inputs, a dozen words of script and no library, so
+that the page works with no kernel and no network. Without JavaScript, and on paper, a selection of the pictures stands
+side by side.
 """
 
 from __future__ import annotations
@@ -161,13 +161,8 @@ def browse(images: np.ndarray, masks: Mapping[str, np.ndarray] | None = None, *,
            spacing: tuple[float, float] | None = None, name: str = "slice", every: int = 1) -> Explorer:
     """A slider through slices ``(S, H, W)``, HU or normalised, with outlines of masks: name -> ``(S, H, W)`` bool.
 
-    Args:
-        images: the slices.
-        masks: of the slices.
-        titles: text for each slice; default its number.
-        spacing: millimetres between rows and columns.
-        name: as for :class:`Explorer`.
-        every: 2 offers every second slice, and so on, which keeps a page small.
+    ``titles`` are texts for the first slices, default their numbers; ``spacing`` millimetres between rows and columns;
+    ``every`` = 2 offers every second slice, and so on, which keeps a page small.
     """
     masks = masks or {}
 

@@ -45,7 +45,7 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (2.6
                sharey: bool = False) -> tuple[Figure, np.ndarray]:
     """A figure with a grid of axes, ``(rows, columns)``; ``size`` is the width and height of one panel in inches.
 
-    The figure is closed for pyplot, so that a notebook shows it once, where it is the value of a cell.
+    It is closed for pyplot, so that a notebook shows it once, where it is the value of a cell.
     """
     figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False,
                                 sharey=sharey, layout="constrained")
@@ -60,16 +60,11 @@ def window(image: np.ndarray, centre: float = LUNG_WINDOW[0], width: float = LUN
 
 def draw_slice(axes: Axes, image: np.ndarray, spacing: tuple[float, float] | None = None, *, title: str = "",
                limits: tuple[float, float] | None = None, bar_mm: float = 50.0) -> None:
-    """Draws one upright slice.
+    """Draws one upright slice ``(H, W)``.
 
-    Args:
-        axes: where.
-        image: ``(H, W)`` in HU (shown at the lung window) or normalised (shown at ``NORMAL_RANGE``); values below
-            -20 occur in HU only, which is how the two are told apart.
-        spacing: millimetres between rows and columns; with it comes a scale bar.
-        title: above the slice.
-        limits: lowest and highest value shown, instead.
-        bar_mm: length of the scale bar in millimetres.
+    HU are shown at the lung window, normalised values at ``NORMAL_RANGE``; values below -20 occur in HU only, which is
+    how the two are told apart. ``limits`` are the lowest and highest value shown, instead. With ``spacing``,
+    millimetres between rows and columns, comes a scale bar.
     """
     if limits is None:
         centre, width = LUNG_WINDOW
@@ -144,10 +139,10 @@ def panels(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure,
 def show_slices(images: Sequence[np.ndarray], titles: Sequence[str] = (),
                 masks: Sequence[Mapping[str, np.ndarray]] = (), *, spacing: Any = None, columns: int = 4,
                 fill: float = 0.0, size: float = 2.5) -> Figure:
-    """Slices side by side, with outlines and a scale bar.
+    """Slices ``(H, W)`` side by side, with outlines and a scale bar.
 
     Args:
-        images: ``(H, W)`` each.
+        images: the slices.
         titles: of the first slices.
         masks: of the first slices, see :func:`overlay`.
         spacing: ``(row, column)`` millimetres for all, or a list with one such pair for each slice.

@@ -1,11 +1,9 @@
 """Results for the pages of the book: the recorded runs under ``results/``, and pictures of what was measured.
 
-Whatever a page says about real scans comes from these JSON files, and each of them names the command, versions, device,
-seeds and checksums of the data that it was made with. ``table1-*`` are comparisons of all systems, drawn up as tables
-by :mod:`covidseg.evaluation.experiments`; ``ablate-*`` are variants of the method; ``bench-*`` and ``faults`` are what
-`make bench` measured and what `make faults` tried.
-
-Functions that draw return a new figure in the look of :mod:`covidseg.book.figures`; none runs a net or opens a scan.
+Whatever a page says about real scans comes from these JSON files; each names the command, versions, device, seeds and
+checksums of the data that it was made with. ``table1-*`` are comparisons of all systems, ``ablate-*`` variants of the
+method, ``bench-*`` and ``faults`` what `make bench` measured and what `make faults` tried. Functions that draw return a
+new figure in the look of :mod:`covidseg.book.figures`; none runs a net or opens a scan.
 """
 
 from __future__ import annotations
@@ -176,11 +174,9 @@ def operating_curves(levels: Mapping[str, np.ndarray], answers: Mapping[str, np.
                      published: Mapping[str, tuple[float, float]] | None = None) -> Figure:
     """PPV against sensitivity as the level of the outline moves, over lines of equal Dice.
 
-    Args:
-        levels: title of a system -> ``(L, 4)`` counts at ascending levels, see
-            :func:`covidseg.evaluation.statistics.level_counts`; those of several seeds added up.
-        answers: title -> ``(4,)`` counts at the level that the system uses, drawn as a dot.
-        published: name -> sensitivity and PPV in a published table, drawn as diamonds.
+    ``levels`` are title of a system -> ``(L, 4)`` counts at ascending levels, see
+    :func:`covidseg.evaluation.statistics.level_counts`; ``answers`` title -> ``(4,)`` counts at its own level, drawn as
+    a dot; ``published`` name -> sensitivity and PPV in a published table, drawn as diamonds.
     """
     figure, axes = new_figure(1, 1, (6.2, 4.6))
     panel = axes[0, 0]
@@ -281,10 +277,7 @@ def growth_curves(points: Mapping[str, Mapping[str, Rows]], quantity: str = "sec
     """Time or memory of each stage against the number of slices and of pixels, on logarithmic axes.
 
     Every curve is divided by its first point, and the dotted line is linear growth: a curve below it grows more slowly.
-
-    Args:
-        points: stage -> ``slices`` or ``pixels`` -> measured rows.
-        quantity: ``seconds`` or ``memory_mb``.
+    ``points`` are stage -> ``slices`` or ``pixels`` -> measured rows; ``quantity`` is ``seconds`` or ``memory_mb``.
     """
     # What allocators hold in reserve hides a few megabytes; they count as this much.
     least = 1e-6 if quantity == "seconds" else 10.0

@@ -43,12 +43,9 @@ def split_folds(patients: np.ndarray, folds: int) -> np.ndarray:
 
 
 def cross_validated(run: Run, data: Dataset, *, folds: int = 5) -> Evaluation:
-    """Full slices, each predicted by a net that was trained on the other folds; measured as one row.
+    """Full slices of a set with masks, each predicted by a net trained on the other folds; measured as one row.
 
-    Args:
-        run: gives the lungs, the lesion-free slices, the segmenter's settings and the seed.
-        data: a set with lesion masks.
-        folds: number of nets.
+    The run gives the lungs, the lesion-free slices, the segmenter's settings and the seed.
 
     Raises:
         DatasetError: the set has no masks, too few slices, or no lesion outside one of the folds.

@@ -253,9 +253,6 @@ def measure(run: Run, test: Dataset, methods: Sequence[Method], *, progress: boo
         test: a folder with lesion masks. Slices in which no lung was found count with an empty prediction.
         methods: what is measured; each is asked once a scan, in their order.
         progress: show a bar over the test volumes.
-
-    Returns:
-        What was measured, for each method.
     """
     counted: list[list[list[StageResult]]] = [[] for _ in methods]  # of each method, scan by scan, its rows
     verdicts: list[list[np.ndarray]] = [[] for _ in methods]
@@ -292,13 +289,9 @@ def _joined(scans: Sequence[StageResult]) -> StageResult:
 
 
 def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, progress: bool = False) -> Evaluation:
-    """Measures the floor, all stages of a run and the upper bound, as one table.
+    """Measures the floor, all stages of a run (missing ones are trained) and the upper bound, as one table.
 
-    Args:
-        run: trained stages; missing ones are trained first.
-        test: a folder with lesion masks.
-        upper_bound: also train with true masks; default: if the training set has them.
-        progress: show a bar over the test volumes.
+    The upper bound is trained with true masks; by default it is if the training set has them.
     """
     if upper_bound is None:
         upper_bound = all(case.mask is not None for case in run.data.cases)

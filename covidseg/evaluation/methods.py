@@ -37,14 +37,9 @@ from covidseg.store import fingerprint, net_form
 
 @dataclass(frozen=True)
 class BaselineProfile:
-    """Settings of the earlier systems.
+    """Settings of the earlier systems: ported to single slices, and as published, on slabs.
 
-    Attributes:
-        grad_cam: The map of the classifiers as it is drawn without any later stage: last block, one scale.
-        decovnet: DeCoVNet, ported to single slices.
-        ad3d_mil: AD3D-MIL, ported to single slices.
-        decovnet_3d: DeCoVNet as published, on slabs.
-        ad3d_mil_3d: AD3D-MIL as published, on slabs.
+    ``grad_cam`` is the map of the classifiers as it is drawn without any later stage: last block, one scale.
     """
 
     grad_cam: CamSettings = field(default_factory=lambda: CamSettings(layer_share=0.0, outline=0.2))
@@ -93,7 +88,7 @@ class Trained:
             return None
 
     def history(self) -> list[dict[str, float]]:
-        """Losses along the system's own training, as ``loss_curves`` of the book draws them; empty if none was kept."""
+        """Losses along the system's own training; empty if none was kept."""
         stage, key = list(self.stages.items())[-1]
         found: list[dict[str, float]] = self.run.store.notes(stage, key).get("history", [])
         return found
@@ -170,12 +165,9 @@ def _masks(run: Run, baselines: BaselineProfile) -> Trained:
 
 @dataclass(frozen=True)
 class System:
-    """One of the systems that are compared.
+    """One of the systems that are compared: its title in the table, and what trains what is missing in a run.
 
-    Attributes:
-        title: For the table.
-        train: Trains what is missing in a run.
-        published: Name of its row in :data:`PUBLISHED`; empty if it has none.
+    ``published`` names its row in :data:`PUBLISHED`; empty if it has none.
     """
 
     title: str

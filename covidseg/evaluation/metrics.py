@@ -30,14 +30,9 @@ class Scores:
 
 
 def confusion(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Counts of true positive, false positive, false negative and true negative pixels of every slice.
+    """True positive, false positive, false negative and true negative pixels of every slice, ``(N, 4)`` int64.
 
-    Args:
-        prediction: ``(N, H, W)`` bool.
-        truth: ``(N, H, W)`` bool.
-
-    Returns:
-        ``(N, 4)`` int64.
+    Prediction and truth are ``(N, H, W)`` bool.
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
@@ -82,14 +77,8 @@ def macro(counts: np.ndarray) -> Scores:
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve: how often a positive scores higher than a negative, where equal scores count half.
 
+    Scores ``(N,)`` are on any scale, labels bool or 0 and 1. 0.5 is guessing; NaN if one of the classes is missing.
     It is computed from ranks, as the statistic of Mann and Whitney.
-
-    Args:
-        scores: ``(N,)``, on any scale.
-        labels: ``(N,)`` bool, or 0 and 1.
-
-    Returns:
-        A share in [0, 1]; 0.5 is guessing. NaN if one of the two classes is missing.
     """
     positive = np.asarray(labels) == 1
     positives, negatives = int(positive.sum()), int((~positive).sum())

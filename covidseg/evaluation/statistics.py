@@ -81,11 +81,9 @@ def bootstrap_difference(ours: np.ndarray, other: np.ndarray, figure: str = "dic
 def paired_test(ours: np.ndarray, other: np.ndarray, *, groups: np.ndarray | None = None) -> float:
     """Two-sided p-value of the signed rank test (Wilcoxon 1945) on the Dice of the slices with a lesion.
 
-    With ``groups`` one mean difference per group is ranked. Differences of 0 are left out, as in Wilcoxon's paper.
-
-    Returns:
-        p in (0, 1]; 1 if all differences are 0. NaN with fewer than :data:`FEWEST` slices (or groups) with a lesion,
-        where p could not fall below 0.05 whatever the systems do.
+    With ``groups`` one mean difference per group is ranked. Differences of 0 are left out, as in Wilcoxon's paper; p
+    is 1 if all are. NaN with fewer than :data:`FEWEST` slices (or groups) with a lesion, where p could not fall below
+    0.05 whatever the systems do.
     """
     ours, other = _same_slices(ours, other)
     difference = slice_dice(ours) - slice_dice(other)
@@ -101,10 +99,8 @@ def paired_test(ours: np.ndarray, other: np.ndarray, *, groups: np.ndarray | Non
 def dice_by_size(counts: np.ndarray, edges: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Slices with a lesion and their macro Dice (mean over seeds) by the area of the lesion in the slice.
 
-    Args:
-        counts: ``(N, 4)`` or ``(R, N, 4)``.
-        edges: ``K - 1`` ascending areas in pixels. ``[100, 1000]`` makes three bins: below 100, 100 to 999, and
-            from 1000 on.
+    ``edges`` are ``K - 1`` ascending areas in pixels: ``[100, 1000]`` makes three bins, below 100, 100 to 999, and from
+    1000 on.
 
     Returns:
         Number of slices, ``(K,)`` int, and Dice, ``(K,)`` in [0, 1], NaN in an empty bin.
@@ -118,7 +114,7 @@ def dice_by_size(counts: np.ndarray, edges: Sequence[float]) -> tuple[np.ndarray
 
 
 def reliability_sums(probabilities: np.ndarray, truth: np.ndarray, bins: int = 10) -> np.ndarray:
-    """What :func:`calibration` needs of one slice; add up those of several slices with ``+``.
+    """What :func:`calibration` needs of some pixels; add up those of several slices with ``+``.
 
     Pass the pixels of a region, ``reliability_sums(p[lungs], mask[lungs])``: all the sure pixels around the body would
     make every net look calibrated.
@@ -138,12 +134,9 @@ def reliability_sums(probabilities: np.ndarray, truth: np.ndarray, bins: int = 1
 
 
 def calibration(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reliability of lesion probabilities, from the added :func:`reliability_sums` of all slices.
+    """Mean probability and share of lesion pixels of each bin, ``(bins,)``, from :func:`reliability_sums` added up.
 
-    Guo et al. (ICML 2017) ask how often the likelier class is right; here the lesion's probability is checked.
-
-    Returns:
-        Mean probability and share of lesion pixels of each bin, ``(bins,)``; NaN in an empty bin.
+    NaN in an empty bin. Guo et al. (ICML 2017) ask how often the likelier class is right; here it is the lesion.
     """
     probability, lesion, count = sums.T
     return _ratio(probability, count), _ratio(lesion, count)
@@ -170,14 +163,7 @@ def level_counts(probabilities: np.ndarray, truth: np.ndarray, steps: int = 100)
 
 
 def at_sensitivity(levels: np.ndarray, sensitivity: float) -> int:
-    """The highest level at which at least that share of the lesions is marked.
-
-    Args:
-        levels: ``(L, 4)`` from :func:`level_counts`.
-
-    Returns:
-        Number of the level; 0, where everything is marked, if there is no other.
-    """
+    """Number of the highest level of :func:`level_counts` ``(L, 4)`` that marks at least that share of the lesions."""
     return int(np.flatnonzero(figures(levels)[:, 3] >= sensitivity)[-1])
 
 
