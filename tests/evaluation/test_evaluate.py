@@ -34,17 +34,16 @@ from covidseg.evaluation.evaluate import (
     training_truth,
     unseen_slices,
 )
-from covidseg.evaluation.metrics import confusion
 from covidseg.evaluation.statistics import reliability_sums
-from covidseg.gradcam import CamSettings
+from covidseg.gradcam import CamSettings, activation_maps
 from covidseg.lungnet import robust_lungs
 from covidseg.lungs import lung_masks
 from covidseg.patches import PatchNet, patch_probabilities
 from covidseg.pipeline import Run
 from covidseg.preprocess import Crops, PrepareSettings, crop_masks, make_crops, uncrop
-from covidseg.segmenter import make_segmenter, supervised_settings
+from covidseg.segmenter import lesion_probabilities, make_segmenter
 
-ROWS = ["Otsu in the lung", "Grad-CAM", "Patch MIL", "Fine label map", "Segmenter"]
+MEASURED = ["phantom_01", "phantom_02"]
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +53,20 @@ def tiny_run(tiny_phantom: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def measured(tiny_run: Run) -> Evaluation:
-    return evaluate_run(tiny_run, tiny_run.data.subset(["phantom_01", "phantom_02"]), upper_bound=False)
+    return evaluate_run(tiny_run, tiny_run.data.subset(MEASURED))
 
 
-def test_rows_come_in_the_order_of_the_stages_with_thresholds_fixed_without_masks(measured: Evaluation) -> None:
-    assert [stage.name for stage in measured.stages] == ROWS
-    assert [stage.supervision for stage in measured.stages] == ["none"] + 4 * ["slice labels"]
-    assert np.isnan(measured.stages[0].threshold), "Otsu's is found in each slice"
-    assert [stage.threshold for stage in measured.stages[1:]] == [
-        TINY.cam.outline, TINY.mil.threshold, 0.5, TINY.segmenter.threshold]
-
-
-def test_the_upper_bound_is_a_row_of_its_own_with_the_threshold_of_trusted_masks(tiny_run: Run) -> None:
-    result = evaluate_run(tiny_run, tiny_run.data.subset(["phantom_01"]))
-    assert [stage.name for stage in result.stages] == [*ROWS, "Segmenter, true masks"]
-    bound = result.stages[-1]
-    assert (bound.supervision, bound.threshold) == ("pixel masks", supervised_settings(TINY.segmenter).threshold)
-    assert bound.threshold == 0.5 != TINY.segmenter.threshold
-
-
-def test_every_full_slice_is_counted_in_every_row(measured: Evaluation, tiny_run: Run) -> None:
-    masks = [read_mask(case.mask) for case in tiny_run.data.subset(["phantom_01", "phantom_02"]).cases]
+def test_rows_come_in_the_order_of_the_stages_and_count_every_full_slice(measured: Evaluation, tiny_run: Run) -> None:
+    assert [(stage.name, stage.supervision, stage.threshold) for stage in measured.stages[1:]] == [
+        ("Grad-CAM", "slice labels", TINY.cam.outline), ("Patch MIL", "slice labels", TINY.mil.threshold),
+        ("Fine label map", "slice labels", 0.5), ("Segmenter", "slice labels", TINY.segmenter.threshold),
+        ("Segmenter, true masks", "pixel masks", 0.5)], "fixed without masks"
+    first = measured.stages[0]
+    assert (first.name, first.supervision) == ("Otsu in the lung", "none")
+    assert np.isnan(first.threshold), "found in each slice"
+    without = evaluate_run(tiny_run, tiny_run.data.subset(MEASURED[:1]), upper_bound=False)
+    assert [stage.name for stage in without.stages] == [stage.name for stage in measured.stages[:-1]]
+    masks = [read_mask(case.mask) for case in tiny_run.data.subset(MEASURED).cases]
     assert measured.slices == 20
     for stage in measured.stages:
         assert (stage.counts.sum(axis=1) == 128 * 128).all()
@@ -83,7 +75,7 @@ def test_every_full_slice_is_counted_in_every_row(measured: Evaluation, tiny_run
 
 def test_the_otsu_row_equals_a_direct_computation(measured: Evaluation, tiny_run: Run) -> None:
     counts = []
-    for case in tiny_run.data.subset(["phantom_01", "phantom_02"]).cases:
+    for case in tiny_run.data.subset(MEASURED).cases:
         pixels, mask = read_scan(case.image).pixels, read_mask(case.mask)
         for image, lung, truth in zip(pixels, lung_masks(pixels), mask, strict=True):
             found = np.zeros(truth.shape, bool)
@@ -256,19 +248,13 @@ def test_figures_are_those_of_the_best_round(tiny_run: Run, monkeypatch: pytest.
     run.rounds = lambda: [Round(float(k == best), 0.0, 0.0) for k in (1, 2)]  # type: ignore[method-assign]
     data = run.data.subset(["phantom_01"])
     result = evaluate_run(run, data, upper_bound=False)
-    found, crops = run.crops(read_scan(data.cases[0].image).pixels)
-    mask = read_mask(data.cases[0].mask)
 
     def counts(number: int) -> list[np.ndarray]:
-        cam = evaluate.believed_maps(run.classifier(number), crops, np.ones(len(crops), bool), TINY.cam)
-        rows = []
-        for maps, level in ((cam, TINY.cam.outline), (patch_probabilities(run.mil(number)[0], crops, cam),
-                                                      TINY.mil.threshold)):
-            predicted = np.zeros(mask.shape, bool)
-            for k, small, box in zip(found, maps, crops.boxes, strict=True):
-                predicted[k] = uncrop(small, box, mask.shape[1:]) >= level
-            rows.append(confusion(predicted, mask))
-        return rows
+        def maps(crops: Crops, volume: bool) -> tuple[None, list[np.ndarray]]:
+            cam = activation_maps(run.ensemble(number), crops, TINY.cam)
+            return None, [cam, patch_probabilities(run.mil(number)[0], crops, cam)]
+        rows = [("map", "slice labels", TINY.cam.outline), ("patches", "slice labels", TINY.mil.threshold)]
+        return [stage.counts for stage in measure(run, data, [Method(rows, maps)])[0].stages]
     mine, other = counts(best), counts(3 - best)
     for row, expected in zip(result.stages[1:3], mine, strict=True):
         np.testing.assert_array_equal(row.counts, expected)
@@ -316,19 +302,16 @@ def test_training_truth_lies_on_the_training_crops(tiny_run: Run) -> None:
 
 def test_lung_dice_of_a_finder(tiny_phantom: Path, tiny_run: Run, squares: Dataset) -> None:
     data = load_dataset(tiny_phantom).subset(["phantom_00"])
-    truth = read_mask(data.cases[0].lung)
-    pixels = read_scan(data.cases[0].image).pixels
+    truth, pixels = read_mask(data.cases[0].lung), read_scan(data.cases[0].image).pixels
     perfect = evaluate_lungs(data, lambda given: truth if np.array_equal(given, pixels) else ~truth)
     assert len(perfect.dice) > 5
     assert (perfect.dice == 1).all()
     assert (evaluate_lungs(data, lambda given: ~truth).dice == 0).all()
-    for finder, mask in ((everywhere, everywhere(pixels)), (lung_masks, lung_masks(pixels)),
-                         (tiny_run.lungs, tiny_run.lungs(pixels))):
-        result = evaluate_lungs(data, finder)
+    for result, mask in ((evaluate_lungs(data), lung_masks(pixels)),
+                         (evaluate_lungs(data, tiny_run.lungs), tiny_run.lungs(pixels))):
         for name, value in zip(result.names, result.dice, strict=True):
             a, b = truth[int(name.split(":")[1])], mask[int(name.split(":")[1])]
             assert value == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
-    assert evaluate_lungs(data).dice.tolist() == evaluate_lungs(data, lung_masks).dice.tolist()
     assert len(evaluate_lungs(squares).dice) == 0, "volumes without true lungs are skipped"
 
 
@@ -370,7 +353,7 @@ def test_a_slice_is_called_ill_from_one_half_on(untrained: SimpleNamespace, squa
 
 
 def test_the_lungs_are_measured_as_the_lesions_see_them(tiny_run: Run, measured: Evaluation) -> None:
-    data = tiny_run.data.subset(["phantom_01", "phantom_02"])
+    data = tiny_run.data.subset(MEASURED)
     assert measured.lung_shares() == pytest.approx(lesion_coverage(data, tiny_run.lungs))
     assert all(np.isnan(value) for value in replace(measured, lungs=None).lung_shares())
     nothing = replace(measured, lungs=np.array([[0, 5, 0, 15]])).lung_shares()
@@ -411,23 +394,23 @@ def test_methods_are_measured_apart_on_the_same_slices(untrained: SimpleNamespac
 
 
 def test_each_method_together_is_as_it_is_alone(tiny_run: Run, measured: Evaluation) -> None:
-    alone, = measure(tiny_run, tiny_run.data.subset(["phantom_01", "phantom_02"]), [stage_method(tiny_run)])
+    alone, = measure(tiny_run, tiny_run.data.subset(MEASURED), [stage_method(tiny_run)])
     assert (alone.classifier_auc, alone.names) == (measured.classifier_auc, measured.names)
-    for mine, other in zip(alone.stages, measured.stages[1:], strict=True):
+    for mine, other in zip(alone.stages, measured.stages[1:-1], strict=True):
         for a, b in zip(vars(mine).values(), vars(other).values(), strict=True):
             np.testing.assert_array_equal(a, b)
 
 
 def test_calibration_is_that_of_the_map_inside_the_lungs(tiny_run: Run, measured: Evaluation) -> None:
     expected = np.zeros((10, 3))
-    for case in tiny_run.data.subset(["phantom_01", "phantom_02"]).cases:
+    for case in tiny_run.data.subset(MEASURED).cases:
         pixels, mask = read_scan(case.image).pixels, read_mask(case.mask)
         found, crops = tiny_run.crops(pixels)
-        small = evaluate.lesion_probabilities(tiny_run.segmenter(), crops)
+        small = lesion_probabilities(tiny_run.segmenter(), crops)
         for k, each, lung, box in zip(found, small, crops.lungs, crops.boxes, strict=True):
             inside = uncrop(lung, box, mask.shape[1:]) > 0.5
             expected += reliability_sums(uncrop(each, box, mask.shape[1:])[inside], mask[k][inside])
-    np.testing.assert_allclose(measured.stages[-1].reliability, expected)
+    np.testing.assert_allclose(measured.stages[-2].reliability, expected)
     assert expected[:, 2].sum() == measured.lungs[:, :2].sum(), "pixels of the lungs, and no other"  # type: ignore[index]
 
 
@@ -452,7 +435,7 @@ def test_methods_are_told_what_is_a_volume(untrained: SimpleNamespace, squares: 
 
 
 def test_answers_slice_by_slice_are_those_that_were_measured(tiny_run: Run, measured: Evaluation) -> None:
-    unseen = unseen_slices(tiny_run, tiny_run.data.subset(["phantom_01", "phantom_02"]))
+    unseen = unseen_slices(tiny_run, tiny_run.data.subset(MEASURED))
     assert set(unseen.names) <= set(measured.names)
     assert len(unseen.names) == len(unseen.crops) == len(unseen.truth) == len(unseen.labels)
     assert unseen.patients.tolist() == [name.split(":")[0] for name in unseen.names]
@@ -468,7 +451,7 @@ def test_answers_slice_by_slice_are_those_that_were_measured(tiny_run: Run, meas
     np.testing.assert_array_equal(maps, unseen.maps(lambda crops, volume: method.maps(crops, volume)[1][-1]))
     # Back in the full slice they are the masks that were counted.
     rows = [measured.names.index(name) for name in unseen.names]
-    counts = measured.stages[-1].counts[rows]
+    counts = measured.stages[-2].counts[rows]
     for small, box, (hit, false, *_) in zip(maps, unseen.crops.boxes, counts, strict=True):
         full = uncrop(small, box, (128, 128)).clip(0, 1)
         assert (full >= method.rows[-1][2]).sum() == hit + false

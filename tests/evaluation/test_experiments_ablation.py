@@ -37,7 +37,7 @@ def test_settings_are_changed_by_name() -> None:
     for profile in PROFILES.values():
         assert VARIANTS["whole"].change(profile) == VARIANTS["pixel-masks"].change(profile) == profile
         curriculum = VARIANTS["no-curriculum"].change(profile).mil.curriculum
-        assert curriculum.weights == profile.mil.curriculum.weights[-1:] * len(curriculum.paces), "full weight throughout"
+        assert curriculum.weights == profile.mil.curriculum.weights[-1:] * len(curriculum.paces), "full weight"
         kept = [variant.change(profile) for variant in VARIANTS.values()]
         assert len(set(kept)) == len(kept) - 1, "each of the others is another profile"
     assert VARIANTS["faithful"].change(profile_named("full")) == profile_named("full", "faithful")
@@ -115,8 +115,8 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def evaluate(run: Run, test: Dataset, **rest: object) -> Evaluation:
         seen.append("true lungs" if run.profile.true_lungs else "found lungs")
-        stage = StageResult("Segmenter", "slice labels", 0.5, np.array([[1, 2, 3, 4]]), np.zeros((10, 3)), np.zeros((101, 4)))
-        return Evaluation([stage], float("nan"), 1)
+        counted = np.array([[1, 2, 3, 4]]), np.zeros((10, 3)), np.zeros((101, 4))
+        return Evaluation([StageResult("Segmenter", "slice labels", 0.5, *counted)], float("nan"), 1)
     monkeypatch.setattr(module, "VARIANTS", {name: VARIANTS[name] for name in ("whole", "true-lungs")})
     monkeypatch.setattr(module, "evaluate_run", evaluate)
     return seen
