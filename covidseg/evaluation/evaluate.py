@@ -288,7 +288,7 @@ def _joined(scans: Sequence[StageResult]) -> StageResult:
                    levels=np.sum([scan.levels for scan in scans], axis=0))
 
 
-def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, progress: bool = False) -> Evaluation:
+def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None) -> Evaluation:
     """Measures the floor, all stages of a run (missing ones are trained) and the upper bound, as one table.
 
     The upper bound is trained with true masks; by default it is if the training set has them.
@@ -296,7 +296,7 @@ def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, pr
     if upper_bound is None:
         upper_bound = all(case.mask is not None for case in run.data.cases)
     bound = [supervised_method(run, run.supervised(training_truth(run)))] if upper_bound else []
-    floor, stages, *rest = measure(run, test, [otsu_method(), stage_method(run), *bound], progress=progress)
+    floor, stages, *rest = measure(run, test, [otsu_method(), stage_method(run), *bound])
     return replace(stages, stages=[row for part in (floor, stages, *rest) for row in part.stages])
 
 

@@ -37,7 +37,7 @@ from covidseg.store import fingerprint, net_form
 
 @dataclass(frozen=True)
 class BaselineProfile:
-    """Settings of the earlier systems: ported to single slices, and as published, on slabs.
+    """Settings of the earlier systems: ported to single slices, and as published, on slabs (``_3d``).
 
     ``grad_cam`` is the map of the classifiers as it is drawn without any later stage: last block, one scale.
     """
