@@ -12,14 +12,14 @@ import pytest
 import torch
 from tiny import quiet, same_weights, toy
 
-from covidseg.augment import NO_PAINT
+from covidseg.augment import NO_PAINT, PaintSettings
 from covidseg.baselines import maps as module
 from covidseg.baselines.ad3d_mil import Ad3dMil, Ad3dMilSettings
 from covidseg.baselines.decovnet import DeCoVNet, DeCoVNetSettings
 from covidseg.baselines.maps import judge_crops, lesion_maps, min_max
 from covidseg.baselines.slabs import SlabSettings, volumes
 from covidseg.baselines.training import Baseline, BaselineSettings, augment_slabs, train_baseline
-from covidseg.errors import DatasetError
+from covidseg.errors import DatasetError, SettingsError
 from covidseg.evaluation.metrics import auc
 from covidseg.preprocess import Crops, WeakSet
 from covidseg.training import Log
@@ -240,3 +240,14 @@ def test_min_max_of_a_volume_and_of_each_slice() -> None:
     lungs = np.array([[[True, True], [False, True]]] * 2)
     assert min_max(maps, lungs, True).tolist() == [[[0.0, 0.5], [0.0, 0.25]], [[1.0, 1.0], [0.0, 1.0]]]
     assert min_max(maps, lungs, False).tolist() == [[[0.0, 1.0], [0.0, 0.5]], [[0.0, 0.0], [0.0, 0.0]]]
+
+
+@pytest.mark.parametrize(("settings", "wrong"), [
+    (SlabSettings, {"depth": 0}), (SlabSettings, {"depth": 4, "step": 5}), (SlabSettings, {"step": 0}),
+    (SlabSettings, {"size": 4}), (DeCoVNetSettings, {"dims": 4}), (DeCoVNetSettings, {"schedule": "steps"}),
+    (DeCoVNetSettings, {"paint": PaintSettings()}), (DeCoVNetSettings, {"top": 0.0}),
+    (DeCoVNetSettings, {"weights": "kernel"}), (Ad3dMilSettings, {"dims": 1}), (Ad3dMilSettings, {"pooling": "sum"}),
+    (Ad3dMilSettings, {"sides": (8, 8)}), (Ad3dMilSettings, {"sides": (8, 0, 4)})])
+def test_impossible_settings_are_refused(settings: type, wrong: dict) -> None:
+    with pytest.raises(SettingsError):
+        settings(**wrong)
