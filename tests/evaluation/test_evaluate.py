@@ -230,11 +230,12 @@ def test_maps_are_made_with_the_settings_of_the_run(untrained: SimpleNamespace, 
 
     def record(net: object, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
         used.append(settings)
-        return np.zeros(crops.images.shape, np.float32)
+        return np.ones(crops.images.shape, np.float32)
     monkeypatch.setattr(evaluate, "activation_maps", record)
-    monkeypatch.setattr(evaluate, "slice_probabilities", lambda net, crops: np.ones(len(crops), np.float32))
+    monkeypatch.setattr(evaluate, "slice_probabilities", lambda net, crops: np.array([0.5, 0.49, 1, 0], np.float32))
     untrained.profile.cam = CamSettings(top=77.0)
-    evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
+    result = evaluate_run(untrained, squares, upper_bound=False)  # type: ignore[arg-type]
+    assert result.stages[1].counts[:, :2].any(axis=1).tolist() == [True, False, True, False] * 2, "from one half on"
     assert len(used) == len(squares.cases), "once a volume: the fused row reuses the map of its own row"
     assert {settings.top for settings in used} == {77.0}
 
@@ -342,14 +343,6 @@ def test_coverage_by_hand(squares: Dataset, one_side: Dataset) -> None:
     write_like(np.zeros((4, 80, 80), bool), Grid((80, 80, 4), np.diag([-1.0, -1.0, 5.0, 1.0])), squares.cases[0].mask)
     undefined, masked = lesion_coverage(Dataset(squares.root, squares.cases[:1]), left_half)
     assert (np.isnan(undefined), masked) == (True, 0.5)
-
-
-def test_a_slice_is_called_ill_from_one_half_on(untrained: SimpleNamespace, squares: Dataset,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "slice_probabilities", lambda net, crops: np.array([0.5, 0.49, 1, 0], np.float32))
-    monkeypatch.setattr(evaluate, "activation_maps", lambda net, c, settings: np.ones(c.images.shape, np.float32))
-    row = evaluate_run(untrained, squares, upper_bound=False).stages[1]  # type: ignore[arg-type]
-    assert row.counts[:, :2].any(axis=1).tolist() == [True, False, True, False] * 2
 
 
 def test_the_lungs_are_measured_as_the_lesions_see_them(tiny_run: Run, measured: Evaluation) -> None:
