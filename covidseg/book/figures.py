@@ -121,9 +121,10 @@ def legend(figure: Figure, names: Sequence[str]) -> None:
 
 
 def draw_answer(axes: Axes, shown: np.ndarray, lung: np.ndarray) -> Any:
-    """Lays a map in [0, 1] over a slice as heat, or a bool mask as the prediction; returns what a colour bar needs."""
+    """Lays a map in [0, 1] over a slice, as :func:`draw_heat` does, or a bool mask as the prediction."""
     if shown.dtype == bool:
-        return overlay(axes, {"prediction": shown}, fill=0.3)
+        overlay(axes, {"prediction": shown}, fill=0.3)
+        return None
     return draw_heat(axes, shown, lung)
 
 

@@ -30,9 +30,14 @@ class Scores:
 
 
 def confusion(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """True positive, false positive, false negative and true negative pixels of every slice, ``(N, 4)`` int64.
+    """Counts of true positive, false positive, false negative and true negative pixels of every slice.
 
-    Prediction and truth are ``(N, H, W)`` bool.
+    Args:
+        prediction: ``(N, H, W)`` bool.
+        truth: ``(N, H, W)`` bool.
+
+    Returns:
+        ``(N, 4)`` int64.
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
