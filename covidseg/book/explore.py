@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from PIL import Image
 
 from covidseg.book.figures import draw_slice, legend, new_figure, overlay
 from covidseg.errors import SettingsError
@@ -114,9 +113,11 @@ class Explorer:
         for number, places in enumerate(itertools.product(*(range(n) for n in sizes))):
             figure, caption, choice = self.frame(places)
             description = "; ".join(filter(None, (self.name, choice, caption)))
+            # A fifth of the size of PNG for noisy pictures.
+            jpeg = base64.b64encode(_image(figure, "jpeg", pil_kwargs={"quality": 80})).decode()
             frames.append(f'<figure data-choice="{html.escape(choice)}"{" class=montage" * (number in montage)}'
                           f'{" hidden" * (number != first)}>'
-                          f'<img alt="{html.escape(description)}" src="data:image/jpeg;base64,{_jpeg(figure)}">'
+                          f'<img alt="{html.escape(description)}" src="data:image/jpeg;base64,{jpeg}">'
                           f"<figcaption>{html.escape(caption)}</figcaption></figure>")
         inputs = []
         for (label, values), place, stride in zip(self.controls.items(), self.at, strides, strict=True):
@@ -141,7 +142,7 @@ class Explorer:
 
         def draw(*_: Any) -> None:
             figure, text, _choice = self.frame([slider.value for slider in sliders])
-            picture.value, caption.value = _png(figure), html.escape(text)
+            picture.value, caption.value = _image(figure, "png"), html.escape(text)
 
         for slider in sliders:
             slider.observe(draw, names="value")
@@ -177,16 +178,9 @@ def browse(images: np.ndarray, masks: Mapping[str, np.ndarray] | None = None, *,
     return explore(draw, {"slice": range(0, len(images), every)}, name=name)
 
 
-def _png(figure: Figure) -> bytes:
-    """A figure as PNG; it is closed for pyplot, which else would keep every picture that was ever drawn."""
+def _image(figure: Figure, form: str, **options: Any) -> bytes:
+    """A figure as a picture file; it is closed for pyplot, which else would keep every one that was ever drawn."""
     raw = io.BytesIO()
-    figure.savefig(raw, format="png", dpi=DPI)
+    figure.savefig(raw, format=form, dpi=DPI, **options)
     plt.close(figure)
     return raw.getvalue()
-
-
-def _jpeg(figure: Figure) -> str:
-    """A figure as base64 JPEG: a fifth of the size of PNG for noisy pictures."""
-    small = io.BytesIO()
-    Image.open(io.BytesIO(_png(figure))).convert("RGB").save(small, format="jpeg", quality=80)
-    return base64.b64encode(small.getvalue()).decode()
