@@ -52,13 +52,14 @@ def compare(run: Run, test: Dataset, names: list[str] | None = None, baselines: 
         progress: show a bar over the test volumes.
     """
     names = system_names(names)
-    paths = {name: run.folder / "table1" / f"{name}-{key}.json"
-             for name, key in _keys(names, run, test, baselines).items()}
-    missing = [name for name in names if not paths[name].exists()]
+    key = fingerprint(run.key("segmenter"), asdict(baselines), run.seed, measured_key(test))
+    taught = [case.mask for case in run.data.cases if case.mask is not None]
+    keys = {name: fingerprint(key, *taught) if name == "masks" else key for name in names}
+    paths = {name: run.folder / "table1" / f"{name}-{keys[name]}.json" for name in names}
     trained: dict[str, Trained] = {}
-    for name in missing:
+    for name in [name for name in names if not paths[name].exists()]:
         run.log(f"system: {SYSTEMS[name].title}, seed {run.seed}")
-        if name == "masks" and any(case.mask is None for case in run.data.cases):  # the test set has some
+        if name == "masks" and len(taught) < len(run.data.cases):  # the test set has some
             result = cross_validated(run, test)
             write_text(paths[name], json.dumps(_result(name, run, None, result)) + "\n")
         else:
@@ -68,13 +69,6 @@ def compare(run: Run, test: Dataset, names: list[str] | None = None, baselines: 
         for (name, system), result in zip(trained.items(), results, strict=True):
             write_text(paths[name], json.dumps(_result(name, run, system, result)) + "\n")
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths.values()]
-
-
-def _keys(names: list[str], run: Run, test: Dataset, baselines: BaselineProfile) -> dict[str, str]:
-    """Key of what each system reaches, from all that it depends on."""
-    key = fingerprint(run.key("segmenter"), asdict(baselines), run.seed, measured_key(test))
-    taught = [case.mask for case in run.data.cases if case.mask is not None]
-    return {name: fingerprint(key, *taught) if name == "masks" else key for name in names}
 
 
 def _result(name: str, run: Run, trained: Trained | None, evaluation: Evaluation) -> Record:
