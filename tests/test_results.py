@@ -22,14 +22,25 @@ def read(name: str) -> dict:
     return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def shared_faults(content: dict, *keys: str) -> list[str]:
+    """What is missing from any record."""
+    files = {**content.get("test_data", {}), **content.get("data", {})}
+    return [f"no {key}" for key in ("command", "environment", "test_data", "data", "settings", *keys)
+            if not content.get(key)] + [f"{name} has no sha256" for name, digest in files.items() if len(digest) != 64]
+
+
+def row_faults(where: str, rows: list[dict]) -> list[str]:
+    """Rows whose two faces of one count differ: over pooled pixels IoU = Dice / (2 - Dice)."""
+    pairs = [(row["name"], row["micro"]["dice"], row["micro"]["iou"]) for row in rows]
+    return [f"{where}, {name}: IoU {iou} does not fit Dice {dice}" for name, dice, iou in pairs
+            if dice is not None and abs(iou - dice / (2 - dice)) > 2e-4]
+
+
 def faults(content: dict) -> list[str]:
     """What is missing from, or impossible in, a recorded comparison."""
-    found = [f"no {key}" for key in ("command", "environment", "test_data", "data", "settings", "rivals", "results")
-             if not content.get(key)]
+    found = shared_faults(content, "rivals", "results")
     found += [f"environment lacks {key}" for key in ("python", "packages", "device", "covidseg")
               if key not in content.get("environment", {})]
-    found += [f"{name} has no sha256" for name, digest in {**content.get("test_data", {}),
-                                                         **content.get("data", {})}.items() if len(digest) != 64]
     for result in content.get("results", []):
         where, counts = f"{result['system']} seed {result['seed']}", counts_of([result])[0]
         if len(counts) != result["slices"]:
@@ -39,11 +50,7 @@ def faults(content: dict) -> list[str]:
             for name in NAMES:
                 if answer[kind][name] is not None and abs(answer[kind][name] - getattr(scores, name)) > 6e-5:
                     found.append(f"{where}: {kind} {name} does not fit the counts")
-        for row in result["rows"]:
-            # Over pooled pixels Dice and IoU are two faces of one count: IoU = Dice / (2 - Dice).
-            dice, iou = row["micro"]["dice"], row["micro"]["iou"]
-            if dice is not None and abs(iou - dice / (2 - dice)) > 2e-4:
-                found.append(f"{where}, {row['name']}: IoU {iou} does not fit Dice {dice}")
+        found += row_faults(where, result["rows"])
     return found
 
 
@@ -122,18 +129,13 @@ DISCUSSED = {"whole", "threshold-lungs", "no-curriculum", "random-order", "rever
 
 def ablation_faults(content: dict) -> list[str]:
     """What is missing from, or impossible in, a recorded ablation."""
-    found = [f"no {key}" for key in ("command", "environment", "test_data", "data", "settings", "variants")
-             if not content.get(key)]
-    found += [f"{name} has no sha256" for name, digest in {**content.get("test_data", {}),
-                                                           **content.get("data", {})}.items() if len(digest) != 64]
+    found = shared_faults(content, "variants")
     names = [variant["name"] for variant in content.get("variants", [])]
     found += [f"{name} is missing" for name in sorted(DISCUSSED - set(names))]
     found += [f"{name} twice" for name in sorted({name for name in names if names.count(name) > 1})]
     for variant in content.get("variants", []):
-        for row in variant["rows"]:
-            dice, iou = row["micro"]["dice"], row["micro"]["iou"]
-            if dice is None or abs(iou - dice / (2 - dice)) > 2e-4:
-                found.append(f"{variant['name']}, {row['name']}: IoU {iou} does not fit Dice {dice}")
+        found += [f"{variant['name']} has no Dice"] * any(row["micro"]["dice"] is None for row in variant["rows"])
+        found += row_faults(variant["name"], variant["rows"])
     return found
 
 

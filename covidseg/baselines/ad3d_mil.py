@@ -3,31 +3,27 @@
 A scan is a bag. The trunk's features, pooled to a coarse grid, are its instances; attention (Ilse et al., ICML 2018,
 eq. 8) weighs them to one vector, which a logistic unit judges. Layers, loss and the published schedule follow the
 paper and its public code; everything here was written anew. Two traps of that code are avoided: it comes with mean
-pooling switched on, where the paper is about attention, and it tests without switching batch normalisation to its
-running statistics.
+pooling switched on, and it tests without switching batch normalisation to its running statistics.
 
-The paper shows no lesion map. The one here multiplies how much attention an instance gets with how ill it looks by
-itself. What differs besides: slabs and the 2D port (:mod:`covidseg.baselines.slabs`), the schedule of the default
-settings, and the normalisation of the picture (theirs is (HU + 1024) / 1624). Their stop at the first fall of the
-validation accuracy is left out, since no label is held back here.
+The paper shows no lesion map: the one here multiplies how much attention an instance gets with how ill it looks by
+itself. What differs besides: slabs and the 2D port, the schedule of the default settings, and the normalisation of the
+picture (theirs is (HU + 1024) / 1624). Their stop at the first fall of the validation accuracy is left out, since no
+label is held back here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from covidseg.augment import NO_PAINT
-from covidseg.baselines.maps import Judged, judge_crops, min_max, together
 from covidseg.baselines.slabs import SlabSettings
 from covidseg.baselines.training import Baseline, BaselineSettings
 from covidseg.baselines.trunk import GridPool, Trunk, convolution, initialise
 from covidseg.errors import SettingsError, one_of
-from covidseg.preprocess import Crops
 
 POOLINGS = ("attention", "max", "mean")
 CLAMP = 1e-5  # probabilities stay this far from 0 and 1
@@ -86,10 +82,7 @@ class Ad3dMil(Baseline):
         return self.generator(self.trunk(maps[:, :1] * maps[:, 1:]))
 
     def attention(self, bag: Tensor) -> Tensor:
-        """Weights of the instances ``(B, K, 32)``: ``softmax_k(w' tanh(V x_k))``, ``(B, K)``.
-
-        They are even for ``mean`` and ``max``.
-        """
+        """Weights ``(B, K)`` of ``(B, K, 32)``, ``softmax_k(w' tanh(V x_k))``; even for ``mean`` and ``max``."""
         if self.settings.pooling != "attention":
             return bag.new_full(bag.shape[:2], 1 / bag.shape[1])
         return self.attend_w(self.attend_v(bag).tanh())[..., 0].softmax(dim=1)
@@ -117,24 +110,3 @@ class Ad3dMil(Baseline):
         bag = instances.flatten(2).transpose(1, 2)                                       # (B, K, 32)
         lesion = self.attention(bag) * self.score(bag)[..., 0].sigmoid()                 # (B, K)
         return self.bag_logits(instances).sigmoid(), lesion.reshape(len(maps), 1, *instances.shape[2:])
-
-
-def ad3d_mil_maps(net: Ad3dMil, crops: Crops, *, volume: bool = True, verdict: bool = True,
-                  batch: int = 8, judged: Judged | None = None) -> np.ndarray:
-    """Lesion maps: attention times the instance's own probability, enlarged, scaled to [0, 1] in the lung.
-
-    Args:
-        volume: see :func:`covidseg.baselines.maps.judge_crops`. A volume is scaled as a whole; a 2D net scales
-            each slice.
-        verdict: slices in which the net finds no lesion stay empty: a map that is scaled by itself is as strong in
-            a healthy slice.
-        judged: what ``judge_crops`` said of the same crops, where that is known already.
-
-    Returns:
-        ``(N, S, S)`` float32 in [0, 1], 0 outside the lung.
-    """
-    probabilities, activation = judged or judge_crops(net, crops, volume=volume, batch=batch)
-    maps = min_max(activation, crops.lungs, together(net, volume))
-    if verdict:
-        maps[probabilities < 0.5] = 0
-    return maps

@@ -6,8 +6,7 @@ Layers and the published schedule follow the paper and its public code; everythi
 - slabs and the 2D port (:mod:`covidseg.baselines.slabs`), and the schedule of the default settings;
 - the normalisation of the picture (theirs is a window of -1200 to 600 HU);
 - a mask is empty outside the lung, and where the net finds no lesion;
-- their authors go on to choose one component of the map by where the lung mask breaks into pieces. The lungs of this
-  project are completed on purpose and do not break, so that step is left out.
+- no component of the map is chosen by where the lung mask breaks into pieces: the lungs here are completed.
 
 The paper counts a hit when the middle of a component lies in a lesion's box; an outline is more than it claims.
 """
@@ -22,16 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from covidseg.augment import NO_PAINT
-from covidseg.baselines.maps import Judged, judge_crops, min_max, parts, together
+from covidseg.baselines.maps import parts
 from covidseg.baselines.slabs import SlabSettings
 from covidseg.baselines.training import Baseline, BaselineSettings
 from covidseg.baselines.trunk import GridPool, Size, Trunk, convolution, initialise
 from covidseg.errors import SettingsError, one_of
-from covidseg.preprocess import Crops
 
 GRIDS: tuple[Size, ...] = ((16, 24, 36), (4, 12, 18), (1, 6, 9))  # before each convolution of the head
 WEIGHTS = ("gradient", "chain")
-METHODS = ("activation", "cam")
 
 
 @dataclass(frozen=True)
@@ -40,12 +37,11 @@ class DeCoVNetSettings(BaselineSettings):
 
     Attributes:
         dropout: Dropout in the head; the public code has the layer, at 0.
-        top: Share of the pixels (voxels of a volume, pixels of an unrelated slice) that the mask may hold.
-        bright: The mask leaves out what is darker than this; 0 is air, 1 soft tissue. The published 75 of 255 grey
-            levels are -671 HU, 0.24 of the way from lung's air (about -900 HU) to soft tissue (about 40 HU).
-        masked: Whether the picture outside the lung is set to air, as AD3D-MIL does. The publication leaves it; trained
-            on slices of nine volumes the net then learns the surroundings, and tells slices of another set apart no
-            better than by chance.
+        top: Share of the pixels (of a volume, or of an unrelated slice) that the published mask may hold.
+        bright: That mask leaves out what is darker; 0 is air, 1 soft tissue. The published 75 of 255 grey levels are
+            -671 HU, 0.24 of the way from lung's air (about -900 HU) to soft tissue (about 40 HU).
+        masked: Whether the picture outside the lung is set to air. The publication leaves it; trained on slices of
+            nine volumes the net then learns the surroundings, and tells other slices apart no better than by chance.
         weights: What each feature is worth in the map. ``chain`` is published; it takes the head for linear, and its
             sign comes out right or wrong by chance here. ``gradient`` asks the net itself (Selvaraju et al., ICCV
             2017, eq. 1).
@@ -76,8 +72,7 @@ PUBLISHED = DeCoVNetSettings(dims=3, slab=SlabSettings(depth=128, size=224, step
 class DeCoVNet(Baseline):
     """Trunk, head of three convolutions between adaptive max pools, and two linear layers with nothing between.
 
-    ``forward`` takes picture and lung, ``(B, 2, T, S, S)`` or ``(B, 2, S, S)``, and returns ``(B, 2)`` logits of
-    *no lesion* and *lesion*.
+    ``forward`` returns ``(B, 2)`` logits of *no lesion* and *lesion*.
     """
 
     def __init__(self, settings: DeCoVNetSettings = DeCoVNetSettings()) -> None:
@@ -114,9 +109,8 @@ class DeCoVNet(Baseline):
     def cam_weights(self) -> Tensor:
         """What each feature of the trunk is worth for *lesion*, ``(128,)``.
 
-        The head is no plain average, so the weights of a class activation map (Zhou et al., CVPR 2016) do not stand
-        in one layer: each kernel is averaged over its places and becomes a matrix; their product with the linear
-        layers leads from features to classes, as if nothing but averages lay between.
+        The head is no plain average, as class activation maps (Zhou et al., CVPR 2016) want it: each kernel is averaged
+        over its places to a matrix; their product with the linear layers leads from features to classes.
         """
         chain = self.classes.weight[1] @ self.hidden.weight                              # (32,)
         for layer in reversed([m for m in self.head if isinstance(m, nn.Conv2d | nn.Conv3d)]):
@@ -139,6 +133,11 @@ class DeCoVNet(Baseline):
         cam = torch.einsum("bc...,bc->b...", features, weights)
         return self.classify(features).softmax(dim=1)[:, 1], cam[:, None]
 
+    def outlines(self, maps: np.ndarray, images: np.ndarray, joint: bool) -> list[np.ndarray]:
+        """The published mask, 0 or 1: the top share of the map where the picture is bright enough; and the map."""
+        mask = keep_top(maps, self.settings.top, joint) & (images > self.settings.bright)
+        return [mask.astype(np.float32), maps]
+
 
 def keep_top(maps: np.ndarray, share: float, joint: bool) -> np.ndarray:
     """The highest ``share`` of the values of a volume or of each slice, but nothing that is 0: ``(N, S, S)`` bool."""
@@ -146,33 +145,3 @@ def keep_top(maps: np.ndarray, share: float, joint: bool) -> np.ndarray:
     for part in parts(maps, joint):
         keep[part] = (maps[part] > 0) & (maps[part] >= np.quantile(maps[part], 1 - share))
     return keep
-
-
-def decovnet_maps(net: DeCoVNet, crops: Crops, *, method: str = "cam", volume: bool = True, verdict: bool = True,
-                  batch: int = 8, judged: Judged | None = None) -> np.ndarray:
-    """Lesion maps.
-
-    Args:
-        method: ``activation`` is the class activation map, negative values cut off and scaled to [0, 1]; ``cam`` is a
-            mask, 0 or 1, of its top share where the picture is bright enough.
-        volume: see :func:`covidseg.baselines.maps.judge_crops`. Scale and top share are those of the volume; a 2D net
-            takes them from each slice.
-        verdict: slices in which the net finds no lesion stay empty (our choice): a map that is scaled by itself is
-            as strong in a healthy slice.
-        judged: what ``judge_crops`` said of the same crops, where that is known already.
-
-    Returns:
-        ``(N, S, S)`` float32 in [0, 1], 0 outside the lung.
-
-    Raises:
-        SettingsError: there is no such method.
-    """
-    one_of(method, METHODS, "map")
-    settings, joint = net.settings, together(net, volume)
-    probabilities, activation = judged or judge_crops(net, crops, volume=volume, batch=batch)
-    maps = min_max(activation.clip(0), crops.lungs, joint)
-    if method == "cam":
-        maps = (keep_top(maps, settings.top, joint) & (crops.images > settings.bright)).astype(np.float32)
-    if verdict:
-        maps[probabilities < 0.5] = 0
-    return maps

@@ -15,19 +15,31 @@ from covidseg.baselines.slabs import aligned, frame, move, windows
 from covidseg.baselines.training import Baseline
 from covidseg.preprocess import Crops
 
-Judged = tuple[np.ndarray, np.ndarray]  # probability of each slice (N,), activation (N, S, S)
+BATCH = 8  # slices or slabs a pass
+
+
+def lesion_maps(net: Baseline, crops: Crops, *, volume: bool = True) -> tuple[np.ndarray, list[np.ndarray]]:
+    """What a net says of slices, and a lesion map for each way in which it outlines lesions, the last one its answer.
+
+    The maps of a volume are scaled as a whole; those of other slices, and of a 2D net, each by itself. The arguments
+    are those of :func:`judge_crops`.
+
+    Returns:
+        Probability of a lesion of each slice ``(N,)``; maps ``(N, S, S)`` float32 in [0, 1], 0 outside the lung.
+    """
+    probability, activation = judge_crops(net, crops, volume=volume)
+    joint = net.settings.dims == 3 and volume
+    return probability, net.outlines(min_max(activation.clip(0), crops.lungs, joint), crops.images, joint)
 
 
 @torch.no_grad()
-def judge_crops(net: Baseline, crops: Crops, *, volume: bool = True, batch: int = 8) -> Judged:
-    """Runs a net over slices.
-
-    A 2D net reads each slice. A 3D net reads slabs; what overlapping slabs say about a slice is averaged.
+def judge_crops(net: Baseline, crops: Crops, *, volume: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Runs a net over slices. A 3D net reads slabs; what overlapping slabs say about a slice is averaged.
 
     Args:
+        net: of either system.
         crops: ``N`` slices; for a 3D net and ``volume`` they are one volume in order.
         volume: for a 3D net: False makes a slab of every slice by repeating it, for slices that are no volume.
-        batch: slices or slabs a pass.
 
     Returns:
         Probability of a lesion of each slice ``(N,)`` and its activation ``(N, S, S)``, both float32; the activation
@@ -47,10 +59,10 @@ def judge_crops(net: Baseline, crops: Crops, *, volume: bool = True, batch: int 
         alone = np.repeat(np.arange(count)[:, None], slab.depth, axis=1)
         groups = windows(count, slab.depth, slab.step) if volume else alone              # (M, T)
         frames = np.tile(frame(crops.boxes), (count, 1)) if volume else crops.boxes
-        stacked = aligned(crops.images, crops.lungs, crops.boxes, frames, slab.size)     # (2, N, s, s)
+        stacked = aligned(crops, frames, slab.size)                                      # (2, N, s, s)
     verdicts, sums, seen = torch.zeros(count), torch.zeros_like(stacked[0]), torch.zeros(count)
-    for start in range(0, len(groups), batch):
-        index = torch.from_numpy(groups[start:start + batch])                            # (B, T)
+    for start in range(0, len(groups), BATCH):
+        index = torch.from_numpy(groups[start:start + BATCH])                            # (B, T)
         p, activation = _judge(net, stacked[:, index].transpose(0, 1))                   # (B,), (B, T, s, s)
         flat = index.flatten()
         verdicts.index_add_(0, flat, p.repeat_interleave(index.shape[1]))
@@ -72,22 +84,13 @@ def _judge(net: Baseline, maps: Tensor) -> tuple[Tensor, Tensor]:
     return p.cpu(), (large if flat else large[:, 0]).cpu()
 
 
-def together(net: Baseline, volume: bool) -> bool:
-    """Whether slices are scaled together: those of a volume are; unrelated ones are each a volume of their own."""
-    return net.settings.dims == 3 and volume
-
-
 def parts(maps: np.ndarray, joint: bool) -> list[slice]:
     """The whole of ``(N, S, S)`` as one part, or each slice as a part of its own; no slice, no part."""
     return [slice(0, len(maps))] if joint and len(maps) else [slice(k, k + 1) for k in range(len(maps))]
 
 
 def min_max(maps: np.ndarray, lungs: np.ndarray, joint: bool) -> np.ndarray:
-    """Scales maps to [0, 1] by their least and greatest value in the lung, of all slices jointly or of each.
-
-    Args:
-        maps: ``(N, S, S)``.
-        lungs: ``(N, S, S)`` bool.
+    """Scales maps ``(N, S, S)`` to [0, 1] by their least and greatest value in the lung, jointly or slice by slice.
 
     Returns:
         ``(N, S, S)`` float32, 0 outside the lung and wherever a map is even.

@@ -1,8 +1,8 @@
 """Slabs: runs of consecutive slices of one volume with one label, what the 3D nets learn from.
 
 Both published systems learn from one label a volume, with as many healthy volumes as ill ones. Where every volume
-holds a lesion there is no healthy one, but its ends hold runs of lesion-free slices. A slab is ``T`` slices in order;
-it has a lesion if any of its slices has one. All slices of a slab are labelled.
+holds a lesion there is no healthy one, but its ends hold runs of lesion-free slices. A slab is ``T`` labelled slices in
+order; it has a lesion if any of its slices has one.
 
 Crops follow the lungs from slice to slice, so neighbours do not lie on each other. A slab needs one frame: the box
 around all crops of the volume, as the publications crop to the lungs' box. Nothing is resampled along z, since slice
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from covidseg.errors import DatasetError, SettingsError
-from covidseg.preprocess import WeakSet
+from covidseg.preprocess import Crops, WeakSet
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class SlabSettings:
     Attributes:
         depth: Slices of a slab. The thicker, the fewer slabs are free of lesions.
         size: Side of a slab in pixels, all slices in one frame.
-        step: Slices from one slab to the next when a volume is read; maps of overlapping slabs are averaged. In
-            training slabs start at every slice.
+        step: Slices from one slab to the next when a volume is read. In training slabs start at every slice.
         gap: A run ends where the next labelled slice is more than this many usual steps away.
     """
 
@@ -54,7 +53,7 @@ class Slabs:
     Attributes:
         members: ``(M, T)`` int. Numbers of slices in the weak set, from the feet up.
         labels: ``(M,)`` int. 1 means that at least one of its slices has a lesion.
-        patients: ``(M,)`` str, for balanced sampling.
+        patients: ``(M,)`` str.
     """
 
     members: np.ndarray
@@ -66,7 +65,7 @@ class Slabs:
 
 
 def windows(count: int, depth: int, step: int) -> np.ndarray:
-    """Windows of ``depth`` out of ``count`` things in order, ``(M, depth)`` int; together they reach all of them.
+    """Windows of ``depth`` out of ``count`` things in order, ``(M, depth)`` int, that reach all of them.
 
     The last window ends with the last thing. Fewer things than ``depth`` give one window that repeats the last.
     """
@@ -118,7 +117,7 @@ def frame(boxes: np.ndarray) -> np.ndarray:
 
 
 def move(maps: Tensor, source: np.ndarray, target: np.ndarray, size: int, *, beyond: str = "border") -> Tensor:
-    """Resamples maps from one box of their slice to another, bilinear.
+    """Resamples maps from one box of their slice to another, bilinear: ``(N, size, size)`` float32.
 
     Args:
         maps: ``(N, S, S)`` float32.
@@ -126,9 +125,6 @@ def move(maps: Tensor, source: np.ndarray, target: np.ndarray, size: int, *, bey
         target: ``(N, 4)`` or ``(4,)`` the boxes wanted.
         size: side of the result in pixels.
         beyond: what lies outside the source: ``border`` goes on with its edge, ``zeros`` is 0.
-
-    Returns:
-        ``(N, size, size)`` float32.
     """
     here = torch.as_tensor(source, dtype=torch.float32)
     there = torch.as_tensor(target, dtype=torch.float32).expand_as(here)
@@ -142,18 +138,10 @@ def move(maps: Tensor, source: np.ndarray, target: np.ndarray, size: int, *, bey
     return F.grid_sample(maps[:, None], grid.to(maps), padding_mode=beyond, align_corners=False)[:, 0]
 
 
-def aligned(images: np.ndarray, lungs: np.ndarray, boxes: np.ndarray, frames: np.ndarray, size: int) -> Tensor:
-    """Pictures and lungs in the frames wanted, ``(2, N, size, size)`` float32; the lungs are 0 or 1.
-
-    Args:
-        images: ``(N, S, S)`` normalised crops.
-        lungs: ``(N, S, S)`` bool.
-        boxes: ``(N, 4)``, where each crop lies in its slice: top, left, height, width.
-        frames: ``(N, 4)`` or ``(4,)``, the boxes wanted.
-        size: side of the result in pixels.
-    """
-    picture = move(torch.from_numpy(np.asarray(images, np.float32)), boxes, frames, size)
-    lung = move(torch.from_numpy(lungs.astype(np.float32)), boxes, frames, size, beyond="zeros")
+def aligned(crops: Crops, frames: np.ndarray, size: int) -> Tensor:
+    """Pictures and lungs in the frames wanted, ``(N, 4)`` or ``(4,)``: ``(2, N, size, size)`` float32, lungs 0 or 1."""
+    picture = move(torch.from_numpy(np.asarray(crops.images, np.float32)), crops.boxes, frames, size)
+    lung = move(torch.from_numpy(crops.lungs.astype(np.float32)), crops.boxes, frames, size, beyond="zeros")
     return torch.stack([picture, (lung > 0.5).float()])
 
 
@@ -163,4 +151,4 @@ def aligned_set(data: WeakSet, size: int) -> Tensor:
     frames = np.zeros_like(data.crops.boxes)
     for name in np.unique(volume):
         frames[volume == name] = frame(data.crops.boxes[volume == name])
-    return aligned(data.crops.images, data.crops.lungs, data.crops.boxes, frames, size)
+    return aligned(data.crops, frames, size)

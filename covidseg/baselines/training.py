@@ -1,9 +1,9 @@
 """What both systems share in training: settings, the interface of their nets, one loop.
 
 The published schedules (Adam at 1e-5, batches of one volume, tens of thousands of steps) are kept as ``PUBLISHED`` in
-each system's module, for whoever has the volumes and the days. The defaults train from scratch in minutes, with the
-same recipe as this project's own classifier, so that a comparison compares methods: AdamW with one cycle, balanced
-batches, flips and gain, painted vessels, averaged weights, as many slices seen.
+each system's module. The defaults train from scratch in minutes, with the recipe of this project's own classifier, so
+that a comparison compares methods: AdamW with one cycle, balanced batches, flips and gain, painted vessels, averaged
+weights, as many slices seen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from covidseg.augment import Painter, PaintSettings, augment, jitter
-from covidseg.baselines.slabs import SlabSettings, aligned_set, make_slabs
+from covidseg.baselines.slabs import Slabs, SlabSettings, aligned_set, make_slabs
 from covidseg.errors import SettingsError, one_of
 from covidseg.preprocess import WeakSet
 from covidseg.training import Batch, Log, Training
@@ -36,8 +36,7 @@ class BaselineSettings:
         weight_decay: Weight decay of AdamW; at 0 it is Adam.
         schedule: Learning rate along the training, ``onecycle`` or ``constant``.
         paint: Vessels painted on lesion-free slices, in 2D only. No lesion is painted.
-        outline: Level at which a lesion map is cut, the same for all slices. It was chosen on the slices that this
-            project's own levels were chosen on.
+        outline: Level at which a lesion map is cut, chosen on the slices that this project's own levels were chosen on.
     """
 
     dims: int = 2
@@ -62,8 +61,7 @@ class BaselineSettings:
 class Baseline(nn.Module):
     """A net of a published system.
 
-    Inputs of all methods are ``(B, 2, S, S)`` in 2D and ``(B, 2, T, S, S)`` in 3D: the normalised picture and the
-    lung, 0 or 1.
+    Its inputs are ``(B, 2, S, S)`` in 2D and ``(B, 2, T, S, S)`` in 3D: the normalised picture and the lung, 0 or 1.
     """
 
     settings: BaselineSettings
@@ -76,15 +74,21 @@ class Baseline(nn.Module):
         """Probability of a lesion ``(B,)`` and an activation ``(B, 1, ...)`` on the net's own grid, not scaled."""
         raise NotImplementedError
 
+    def outlines(self, maps: np.ndarray, images: np.ndarray, joint: bool) -> list[np.ndarray]:
+        """The maps to outline lesions by, the last one the answer, from maps ``(N, S, S)`` scaled to [0, 1].
+
+        ``joint`` says whether they were scaled as one volume.
+        """
+        return [maps]
+
 
 Net = TypeVar("Net", bound=Baseline)
 
 
 def augment_slabs(maps: Tensor, generator: torch.Generator) -> Tensor:
-    """Random flips along all three axes, transpositions in the plane, and gain, offset and noise of each slab.
+    """Random flips along all axes, transpositions in the plane, and gain, offset and noise of each slab.
 
-    Args:
-        maps: ``(B, C, T, S, S)`` float; channel 0 is the picture, the others only move along.
+    Of ``(B, C, T, S, S)`` float channel 0 is the picture; the others only move along.
     """
     flips = [axis for axis in (2, 3, 4) if bool(torch.randint(2, (1,), generator=generator))]
     maps = maps.flip(flips)
@@ -94,44 +98,32 @@ def augment_slabs(maps: Tensor, generator: torch.Generator) -> Tensor:
     return jitter(maps.reshape(b, c, t * s, s), generator).reshape(b, c, t, s, s)
 
 
-class _Slices:
-    """Batches of single slices with painted vessels, ``(B, 2, S, S)``."""
-
-    def __init__(self, data: WeakSet, settings: BaselineSettings) -> None:
-        self.labels, self.patients = data.labels, data.patients
-        self.stacked = [torch.from_numpy(np.asarray(part, np.float32)) for part in (data.crops.images,
-                                                                                  data.crops.lungs)]
-        self.painter = Painter(data.crops, settings.paint)
-
-    def __call__(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        maps = torch.stack([part[index] for part in self.stacked], dim=1)
-        free = torch.from_numpy(self.labels)[index] == 0
-        return augment(self.painter(maps, index, free, generator), generator)
+Read = Callable[[Tensor, torch.Generator], Tensor]  # numbers of examples (B,) to the batch that a net is shown
 
 
-class _Slabs:
-    """Batches of slabs, ``(B, 2, T, S, S)``. Vessels painted slice by slice would not go on in the next: none here."""
+def _slices(data: WeakSet, settings: BaselineSettings) -> tuple[WeakSet, Read]:
+    """Single slices with painted vessels, ``(B, 2, S, S)``."""
+    stacked = [torch.from_numpy(np.asarray(part, np.float32)) for part in (data.crops.images, data.crops.lungs)]
+    free, painter = torch.from_numpy(data.labels) == 0, Painter(data.crops, settings.paint)
 
-    def __init__(self, data: WeakSet, settings: BaselineSettings) -> None:
-        slabs = make_slabs(data, settings.slab)
-        self.labels, self.patients = slabs.labels, slabs.patients
-        self.members = torch.from_numpy(slabs.members)
-        self.stacked = aligned_set(data, settings.slab.size)
+    def read(index: Tensor, generator: torch.Generator) -> Tensor:
+        maps = torch.stack([part[index] for part in stacked], dim=1)
+        return augment(painter(maps, index, free[index], generator), generator)
+    return data, read
 
-    def __call__(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        return augment_slabs(self.stacked[:, self.members[index]].transpose(0, 1), generator)
+
+def _slabs(data: WeakSet, settings: BaselineSettings) -> tuple[Slabs, Read]:
+    """Slabs, ``(B, 2, T, S, S)``. Vessels painted slice by slice would not go on in the next: none here."""
+    slabs, stacked = make_slabs(data, settings.slab), aligned_set(data, settings.slab.size)
+    return slabs, lambda index, generator: augment_slabs(
+        stacked[:, torch.from_numpy(slabs.members)[index]].transpose(0, 1), generator)
 
 
 def train_baseline(make: Callable[[], Net], data: WeakSet, settings: BaselineSettings, *, seed: int,
                    device: torch.device, log: Log, name: str) -> Net:
-    """Trains a net on slice labels, or on the labels of slabs.
+    """Trains a net on slice labels, or on the labels of slabs: the averaged net, in evaluation mode.
 
-    Args:
-        make: makes the untrained net; called after the seed is set.
-        name: of this training in the log.
-
-    Returns:
-        The averaged net, in evaluation mode.
+    ``make`` makes the untrained net and is called after the seed is set; ``name`` stands in the log.
 
     Raises:
         DatasetError: one of the two classes has no slab.
@@ -139,13 +131,13 @@ def train_baseline(make: Callable[[], Net], data: WeakSet, settings: BaselineSet
     training = Training(name, settings, seed, device, log, weight_decay=settings.weight_decay,
                         cycle=settings.schedule == "onecycle")
     net = training.begin(make())
-    slices = _Slices(data, settings) if settings.dims == 2 else _Slabs(data, settings)
-    labels = torch.from_numpy(slices.labels).float()
+    examples, read = _slices(data, settings) if settings.dims == 2 else _slabs(data, settings)
+    labels = torch.from_numpy(examples.labels).float()
 
     def make_batch(index: Tensor) -> Batch:
-        return slices(index, training.generator), labels[index]
+        return read(index, training.generator), labels[index]
 
-    for maps, label in training.batches(make_batch, slices):     # (B, 2, S, S) or (B, 2, T, S, S), (B,)
+    for maps, label in training.batches(make_batch, examples):   # (B, 2, S, S) or (B, 2, T, S, S), (B,)
         loss = net.loss(maps, label)
         training.step(loss, loss=loss)
     return training.averaged()

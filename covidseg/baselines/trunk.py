@@ -22,27 +22,23 @@ from torch.nn import functional as F
 
 Size = tuple[int, int, int]
 ONE: Size = (1, 1, 1)
+NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 def convolution(dims: int, inputs: int, outputs: int, kernel: Size, stride: Size = ONE, *,
                 bias: bool = False) -> nn.Module:
-    """A convolution that keeps the size up to its stride; ``kernel`` and ``stride`` are (z, y, x), odd kernels."""
+    """A convolution that keeps the size up to its stride; ``kernel`` (odd) and ``stride`` are (z, y, x)."""
     z, y, x = kernel
     if dims == 3:
         return nn.Conv3d(inputs, outputs, kernel, stride, (z // 2, y // 2, x // 2), bias=bias)
     return nn.Conv2d(inputs, outputs, (y, x), (stride[1], stride[2]), (y // 2, x // 2), bias=bias)
 
 
-def normalisation(dims: int, channels: int) -> nn.Module:
-    """Batch normalisation for 2D or 3D."""
-    return nn.BatchNorm3d(channels) if dims == 3 else nn.BatchNorm2d(channels)
-
-
 class GridPool(nn.Module):
     """Adaptive max pooling down to a grid, (z, y, x).
 
-    The published grids fit volumes of some hundred slices. An axis that is shorter than the grid stays as it is
-    (our choice): pooling it up would only repeat values, at many times the cost.
+    An axis that is shorter than the grid stays as it is (our choice): the published grids fit volumes of some hundred
+    slices, and pooling up would only repeat values, at many times the cost.
     """
 
     def __init__(self, dims: int, grid: Size) -> None:
@@ -63,10 +59,10 @@ class Bottleneck(nn.Module):
     def __init__(self, dims: int, inputs: int, inner: int, outputs: int, stride: Size = ONE) -> None:
         super().__init__()
         self.path = nn.Sequential(
-            convolution(dims, inputs, inner, (3, 1, 1)), normalisation(dims, inner), nn.ReLU(),
-            convolution(dims, inner, inner, (1, 3, 3), stride), normalisation(dims, inner), nn.ReLU(),
-            convolution(dims, inner, outputs, ONE), normalisation(dims, outputs))
-        self.shortcut = nn.Sequential(convolution(dims, inputs, outputs, ONE, stride), normalisation(dims, outputs))
+            convolution(dims, inputs, inner, (3, 1, 1)), NORM[dims](inner), nn.ReLU(),
+            convolution(dims, inner, inner, (1, 3, 3), stride), NORM[dims](inner), nn.ReLU(),
+            convolution(dims, inner, outputs, ONE), NORM[dims](outputs))
+        self.shortcut = nn.Sequential(convolution(dims, inputs, outputs, ONE, stride), NORM[dims](outputs))
 
     def forward(self, features: Tensor) -> Tensor:
         return (self.path(features) + self.shortcut(features)).relu()
@@ -82,7 +78,7 @@ class Trunk(nn.Module):
         super().__init__()
         pool = nn.MaxPool3d if dims == 3 else nn.MaxPool2d
         self.stem = nn.Sequential(
-            convolution(dims, inputs, 16, (5, 7, 7), (1, 2, 2)), normalisation(dims, 16), nn.ReLU(),
+            convolution(dims, inputs, 16, (5, 7, 7), (1, 2, 2)), NORM[dims](16), nn.ReLU(),
             pool((1, 3, 3)[-dims:], (1, 2, 2)[-dims:], (0, 1, 1)[-dims:]))
         self.res1 = Bottleneck(dims, 16, 16, 64)
         self.pool = nn.MaxPool3d((2, 1, 1), ceil_mode=True) if dims == 3 else nn.Identity()

@@ -1,9 +1,9 @@
 """Sliders that redraw a picture: live in a notebook, and drawn beforehand where no kernel runs.
 
-:func:`explore` is given a function that draws and the values to choose from. In Jupyter and on Colab it shows
-ipywidgets, which draw when a slider moves. While the book is built (``COVIDSEG_STATIC=1``) it draws every choice at
-once and leaves plain HTML: pictures and range inputs, a dozen words of script and no library, so that the page works
-with no kernel and no network. Without JavaScript, and on paper, a selection of the pictures stands side by side.
+In Jupyter and on Colab ipywidgets draw when a slider moves. While the book is built (``COVIDSEG_STATIC=1``) every
+choice is drawn at once and leaves plain HTML: pictures and range inputs, a dozen words of script and no library, so
+that the page works with no kernel and no network. Without JavaScript, and on paper, a selection of the pictures stands
+side by side.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from PIL import Image
 
 from covidseg.book.figures import draw_slice, legend, new_figure, overlay
 from covidseg.errors import SettingsError
@@ -60,11 +59,23 @@ def is_static() -> bool:
 
 
 class Explorer:
-    """A picture with sliders, see :func:`explore`. Shown when it is the value of a cell."""
+    """A picture that changes with sliders. Shown when it is the value of a cell.
 
-    def __init__(self, draw: Draw, controls: Mapping[str, Sequence[Any]], start: Mapping[str, Any],
+    Args:
+        draw: is called with one value of each control, in their order, and returns a figure, or a figure and a
+            caption.
+        controls: label of each slider (with its unit) -> the values that it offers, in order.
+        start: label -> value to begin with; the middle one if it is not named.
+        name: what is shown, for the description that screen readers read.
+
+    Raises:
+        SettingsError: no controls, no values, or a start that is not among them.
+    """
+
+    def __init__(self, draw: Draw, controls: Mapping[str, Sequence[Any]], *, start: Mapping[str, Any] | None = None,
                  name: str) -> None:
         self.draw, self.name = draw, name
+        start = start or {}
         self.controls = {label: list(values) for label, values in controls.items()}
         if not self.controls or not all(self.controls.values()):
             raise SettingsError("an explorer needs at least one control, and values for each",
@@ -102,9 +113,11 @@ class Explorer:
         for number, places in enumerate(itertools.product(*(range(n) for n in sizes))):
             figure, caption, choice = self.frame(places)
             description = "; ".join(filter(None, (self.name, choice, caption)))
+            # A fifth of the size of PNG for noisy pictures.
+            jpeg = base64.b64encode(_image(figure, "jpeg", pil_kwargs={"quality": 80})).decode()
             frames.append(f'<figure data-choice="{html.escape(choice)}"{" class=montage" * (number in montage)}'
                           f'{" hidden" * (number != first)}>'
-                          f'<img alt="{html.escape(description)}" src="data:image/jpeg;base64,{_jpeg(figure)}">'
+                          f'<img alt="{html.escape(description)}" src="data:image/jpeg;base64,{jpeg}">'
                           f"<figcaption>{html.escape(caption)}</figcaption></figure>")
         inputs = []
         for (label, values), place, stride in zip(self.controls.items(), self.at, strides, strict=True):
@@ -129,7 +142,7 @@ class Explorer:
 
         def draw(*_: Any) -> None:
             figure, text, _choice = self.frame([slider.value for slider in sliders])
-            picture.value, caption.value = _png(figure), html.escape(text)
+            picture.value, caption.value = _image(figure, "png"), html.escape(text)
 
         for slider in sliders:
             slider.observe(draw, names="value")
@@ -142,34 +155,15 @@ class Explorer:
         display(HTML(self.page()) if is_static() else self.live())
 
 
-def explore(draw: Draw, controls: Mapping[str, Sequence[Any]], *, start: Mapping[str, Any] | None = None,
-            name: str) -> Explorer:
-    """A picture that changes with sliders.
-
-    Args:
-        draw: is called with one value of each control, in their order, and returns a figure, or a figure and a
-            caption.
-        controls: label of each slider (with its unit) -> the values that it offers, in order.
-        start: label -> value to begin with; the middle one if it is not named.
-        name: what is shown, for the description that screen readers read.
-
-    Raises:
-        SettingsError: no controls, no values, or a start that is not among them.
-    """
-    return Explorer(draw, controls, start or {}, name)
+explore = Explorer  # what a cell does
 
 
 def browse(images: np.ndarray, masks: Mapping[str, np.ndarray] | None = None, *, titles: Sequence[str] = (),
            spacing: tuple[float, float] | None = None, name: str = "slice", every: int = 1) -> Explorer:
-    """A slider through slices with outlines of masks.
+    """A slider through slices ``(S, H, W)``, HU or normalised, with outlines of masks: name -> ``(S, H, W)`` bool.
 
-    Args:
-        images: ``(S, H, W)`` HU or normalised.
-        masks: name -> ``(S, H, W)`` bool.
-        titles: text for each slice; default its number.
-        spacing: millimetres between rows and columns.
-        name: what is shown, for the description that screen readers read.
-        every: 2 offers every second slice, and so on, which keeps a page small.
+    ``titles`` are texts for the first slices, default their numbers; ``spacing`` millimetres between rows and columns;
+    ``every`` = 2 offers every second slice, and so on, which keeps a page small.
     """
     masks = masks or {}
 
@@ -184,16 +178,9 @@ def browse(images: np.ndarray, masks: Mapping[str, np.ndarray] | None = None, *,
     return explore(draw, {"slice": range(0, len(images), every)}, name=name)
 
 
-def _png(figure: Figure) -> bytes:
-    """A figure as PNG; it is closed for pyplot, which else would keep every picture that was ever drawn."""
+def _image(figure: Figure, form: str, **options: Any) -> bytes:
+    """A figure as a picture file; it is closed for pyplot, which else would keep every one that was ever drawn."""
     raw = io.BytesIO()
-    figure.savefig(raw, format="png", dpi=DPI)
+    figure.savefig(raw, format=form, dpi=DPI, **options)
     plt.close(figure)
     return raw.getvalue()
-
-
-def _jpeg(figure: Figure) -> str:
-    """A figure as base64 JPEG: a fifth of the size of PNG for noisy pictures."""
-    small = io.BytesIO()
-    Image.open(io.BytesIO(_png(figure))).convert("RGB").save(small, format="jpeg", quality=80)
-    return base64.b64encode(small.getvalue()).decode()

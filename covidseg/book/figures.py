@@ -1,9 +1,9 @@
 """Pictures: one look and one set of colours for every figure of the book.
 
-All functions return a new :class:`matplotlib.figure.Figure` (or draw on the axes that they are given) and change
-nothing else; only :func:`use_style` sets Matplotlib's defaults, when it is called. Slices are shown upright, as a
-radiologist looks at them: front of the patient on top, the patient's right on the left. The colours are those of
-Okabe and Ito, which people with colour-blindness can tell apart.
+All functions return a new :class:`matplotlib.figure.Figure` (or draw on the axes that they are given); only
+:func:`use_style` changes Matplotlib's defaults. Slices are shown upright, as a radiologist looks at them: front of the
+patient on top, the patient's right on the left. The colours are those of Okabe and Ito, which people with
+colour-blindness can tell apart.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (2.6
                sharey: bool = False) -> tuple[Figure, np.ndarray]:
     """A figure with a grid of axes, ``(rows, columns)``; ``size`` is the width and height of one panel in inches.
 
-    The figure is closed for pyplot, so that a notebook shows it once, where it is the value of a cell.
+    It is closed for pyplot, so that a notebook shows it once, where it is the value of a cell.
     """
     figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False,
                                 sharey=sharey, layout="constrained")
@@ -60,15 +60,11 @@ def window(image: np.ndarray, centre: float = LUNG_WINDOW[0], width: float = LUN
 
 def draw_slice(axes: Axes, image: np.ndarray, spacing: tuple[float, float] | None = None, *, title: str = "",
                limits: tuple[float, float] | None = None, bar_mm: float = 50.0) -> None:
-    """Draws one upright slice.
+    """Draws one upright slice ``(H, W)``.
 
-    Args:
-        axes: where.
-        image: ``(H, W)`` in HU (shown at the lung window) or normalised (shown at ``NORMAL_RANGE``); values below
-            -20 occur in HU only, which is how the two are told apart.
-        spacing: millimetres between rows and columns; with it comes a scale bar.
-        limits: lowest and highest value shown, instead.
-        bar_mm: length of the scale bar in millimetres.
+    HU are shown at the lung window, normalised values at ``NORMAL_RANGE``; values below -20 occur in HU only, which is
+    how the two are told apart. ``limits`` are the lowest and highest value shown, instead. With ``spacing``,
+    millimetres between rows and columns, comes a scale bar.
     """
     if limits is None:
         centre, width = LUNG_WINDOW
@@ -91,12 +87,9 @@ RIM: list[AbstractPathEffect] = [withStroke(linewidth=2.6, foreground="black", a
 
 
 def overlay(axes: Axes, masks: Mapping[str, np.ndarray], *, fill: float = 0.0) -> None:
-    """Draws outlines of masks over a slice, each in its fixed colour.
+    """Draws outlines of masks over a slice: name -> ``(H, W)`` bool; names outside ``COLORS`` get those of the cycle.
 
-    Args:
-        axes: with a slice on it.
-        masks: name -> ``(H, W)`` bool; names outside ``COLORS`` get colours of the cycle.
-        fill: opacity of the area inside, 0 for outlines alone.
+    ``fill`` is the opacity of the area inside, 0 for outlines alone.
     """
     for number, (name, mask) in enumerate(masks.items()):
         color = COLORS.get(name, CYCLE[number % len(CYCLE)])
@@ -127,30 +120,43 @@ def legend(figure: Figure, names: Sequence[str]) -> None:
     box.get_frame().set(facecolor="#333333", edgecolor="none", alpha=1)
 
 
+def draw_answer(axes: Axes, shown: np.ndarray, lung: np.ndarray) -> Any:
+    """Lays a map in [0, 1] over a slice, as :func:`draw_heat` does, or a bool mask as the prediction."""
+    if shown.dtype == bool:
+        overlay(axes, {"prediction": shown}, fill=0.3)
+        return None
+    return draw_heat(axes, shown, lung)
+
+
+def panels(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """A figure with that many panels, row by row."""
+    columns = min(columns, count)
+    figure, axes = new_figure(-(-count // columns), columns, size)
+    for panel in axes.flat[count:]:
+        panel.set_visible(False)
+    return figure, list(axes.flat[:count])
+
+
 def show_slices(images: Sequence[np.ndarray], titles: Sequence[str] = (),
                 masks: Sequence[Mapping[str, np.ndarray]] = (), *, spacing: Any = None, columns: int = 4,
                 fill: float = 0.0, size: float = 2.5) -> Figure:
-    """Slices side by side, with outlines and a scale bar.
+    """Slices ``(H, W)`` side by side, with outlines and a scale bar.
 
     Args:
-        images: ``(H, W)`` each.
-        titles: one for each slice, or none.
-        masks: one mapping for each slice (see :func:`overlay`), or none.
+        images: the slices.
+        titles: of the first slices.
+        masks: of the first slices, see :func:`overlay`.
         spacing: ``(row, column)`` millimetres for all, or a list with one such pair for each slice.
         columns: panels a row.
         fill: opacity of masks.
         size: width and height of a panel in inches.
     """
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    figure, axes = new_figure(rows, columns, (size, size + 0.2))
+    figure, axes = panels(len(images), columns, (size, size + 0.2))
     each = spacing if isinstance(spacing, list) else [spacing] * len(images)
-    for k, (panel, image) in enumerate(zip(axes.flat, images, strict=False)):
+    for k, (panel, image) in enumerate(zip(axes, images, strict=True)):
         draw_slice(panel, image, each[k], title=titles[k] if k < len(titles) else "")
         if k < len(masks):
             overlay(panel, masks[k], fill=fill)
-    for panel in axes.flat[len(images):]:
-        panel.set_visible(False)
     names = list(dict.fromkeys(name for one in masks for name in one))
     if names:
         legend(figure, names)
@@ -158,45 +164,28 @@ def show_slices(images: Sequence[np.ndarray], titles: Sequence[str] = (),
 
 
 def show_stages(image: np.ndarray, lung: np.ndarray, stages: Mapping[str, np.ndarray], truth: np.ndarray, *,
-                spacing: tuple[float, float] | None = None, columns: int = 4) -> Figure:
-    """What each stage makes of one slice: maps as heat, masks as outlines, and the truth on all of them.
-
-    Args:
-        image: ``(S, S)``, the slice.
-        lung: ``(S, S)`` bool.
-        stages: title -> ``(S, S)`` float map in [0, 1], or bool mask (drawn as ``prediction``).
-        truth: ``(S, S)`` bool.
-        spacing: millimetres between rows and columns.
-    """
-    columns = min(columns, len(stages) + 1)
-    rows = -(-(len(stages) + 1) // columns)
-    figure, axes = new_figure(rows, columns, (2.5, 2.7))
-    draw_slice(axes.flat[0], image, spacing, title="slice and truth")
-    overlay(axes.flat[0], {"lung": lung, "truth": truth})
+                columns: int = 4) -> Figure:
+    """What each stage makes of one slice: title -> ``(S, S)`` map in [0, 1] or bool mask, with the truth on all."""
+    figure, (first, *axes) = panels(len(stages) + 1, columns, (2.5, 2.7))
+    draw_slice(first, image, title="slice and truth")
+    overlay(first, {"lung": lung, "truth": truth})
     heat = None
-    for panel, (title, stage) in zip(axes.flat[1:], stages.items(), strict=False):
+    for panel, (title, stage) in zip(axes, stages.items(), strict=True):
         draw_slice(panel, image, title=title)
-        if stage.dtype == bool:
-            overlay(panel, {"prediction": stage}, fill=0.3)
-        else:
-            heat = draw_heat(panel, stage, lung)
+        heat = draw_answer(panel, stage, lung) or heat
         overlay(panel, {"truth": truth})
-    for panel in axes.flat[len(stages) + 1:]:
-        panel.set_visible(False)
     if heat is not None:
-        figure.colorbar(heat, ax=axes, shrink=0.6, label="probability or map value")
+        figure.colorbar(heat, ax=[first, *axes], shrink=0.6, label="probability or map value")
     masks = any(stage.dtype == bool for stage in stages.values())
     legend(figure, ["lung", "truth", *(["prediction"] if masks else [])])
     return figure
 
 
 def loss_curves(history: Sequence[Mapping[str, float]], title: str = "") -> Figure:
-    """Losses of a training against its steps.
+    """Losses of a training against its steps, from ``run.history("classifier1")`` or the like.
 
-    Args:
-        history: an entry for each line of the log, such as ``run.history("classifier1")``: ``step``, and the mean of
-            each loss since the entry before; in an ensemble also ``member``, each of which has a line of its own.
-        title: of the figure.
+    An entry holds ``step``, the mean of each loss since the entry before, and in an ensemble ``member``, each of which
+    has a line of its own.
     """
     figure, axes = new_figure(1, 1, (6.0, 3.0))
     panel = axes[0, 0]

@@ -62,10 +62,7 @@ def as_text(found: list[dict[str, Any]]) -> str:
 
 
 def quiz(name: str) -> None:
-    """Shows the quiz of a chapter: buttons that answer back, in notebooks and in the rendered page.
-
-    Args:
-        name: of the chapter, such as ``02_lungs``.
+    """Shows the quiz of a chapter, such as ``02_lungs``: buttons that answer back, in notebooks and in the page.
 
     Raises:
         SettingsError: there is no such quiz.

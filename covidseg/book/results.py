@@ -1,12 +1,9 @@
 """Results for the pages of the book: the recorded runs under ``results/``, and pictures of what was measured.
 
-Whatever a page says about real scans comes from these JSON files, and each of them names the command, versions, device,
-seeds and checksums of the data that it was made with. ``table1-*`` are comparisons of all systems, drawn up as tables
-by :mod:`covidseg.evaluation.experiments`; ``ablate-*`` are variants of the method; ``bench-*`` and ``faults`` are what
-`make bench` measured and what `make faults` tried.
-
-Functions that draw return a new figure and change nothing else, and share the look of :mod:`covidseg.book.figures`.
-What they draw is handed to them: no function here runs a net or opens a scan.
+Whatever a page says about real scans comes from these JSON files; each names the command, versions, device, seeds and
+checksums of the data that it was made with. ``table1-*`` are comparisons of all systems, ``ablate-*`` variants of the
+method, ``bench-*`` and ``faults`` what `make bench` measured and what `make faults` tried. Functions that draw return a
+new figure in the look of :mod:`covidseg.book.figures`; none runs a net or opens a scan.
 """
 
 from __future__ import annotations
@@ -20,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from covidseg.book.figures import CYCLE, HEAT, draw_heat, draw_slice, legend, new_figure, overlay
+from covidseg.book.figures import CYCLE, HEAT, draw_answer, draw_slice, legend, new_figure, overlay
 from covidseg.data.registry import data_root
 from covidseg.errors import ArtifactError
 from covidseg.evaluation import tables
@@ -69,12 +65,10 @@ def origin(record: Record) -> str:
 
 
 def bench_markdown(record: Record, kind: str = "comparisons") -> str:
-    """Table of a recorded benchmark, see ``tools/bench``.
+    """Table of a recorded benchmark, ``bench-*``, see ``tools/bench``.
 
-    Args:
-        record: a ``bench-*``.
-        kind: ``comparisons``, ratio first; ``limits``, figures that have to stay below a limit, without the exponents
-            of growth, which are drawn; or ``roofline``, training stages.
+    ``kind`` is ``comparisons``, ratio first; ``limits``, figures that have to stay below a limit, without the exponents
+    of growth, which are drawn; or ``roofline``, training stages.
     """
     rows = [row for section in record["sections"].values() for row in section.get(kind, [])]
 
@@ -101,12 +95,7 @@ def bench_markdown(record: Record, kind: str = "comparisons") -> str:
 
 
 def faults_markdown(record: Record, group: str) -> str:
-    """Table of one group of tried faults, see ``tools/faults``: what is wrong and what was typed, how it ended.
-
-    Args:
-        record: of all faults.
-        group: such as ``damaged files``.
-    """
+    """Table of one group of tried faults, see ``tools/faults``: what is wrong and what was typed, how it ended."""
     def cell(text: str) -> str:
         text = re.sub(r"\b([0-9a-f]{8})[0-9a-f]{24,}\b", r"\1…", text)  # of checksums the beginning will do
         text = re.sub(r"https?://[\w./-]*\w", r"`\g<0>`", text)        # made-up addresses, not to be links
@@ -130,46 +119,38 @@ def system_grid(images: Sequence[np.ndarray], lungs: Sequence[np.ndarray], truth
         lungs: ``(S, S)`` bool each.
         truths: ``(S, S)`` bool each.
         titles: of the slices.
-        systems: title -> for each slice a ``(S, S)`` map in [0, 1], drawn as heat, or a bool mask, drawn as outline.
+        systems: title -> for each slice a ``(S, S)`` map in [0, 1] or bool mask.
         notes: title -> for each slice a few characters for the corner of its panel, such as a Dice.
         size: width and height of a panel in inches.
     """
     figure, axes = new_figure(len(systems) + 1, len(images), (size, size))
-    rows: list[tuple[str, Sequence[np.ndarray] | None]] = [("slice and truth", None), *systems.items()]
-    heat, masks = None, False
-    for (name, shown), panels in zip(rows, axes, strict=True):
-        for k, (panel, image) in enumerate(zip(panels, images, strict=True)):
-            draw_slice(panel, image, title=titles[k] if shown is None else "")
+    heat = None
+    for name, row in zip(("slice and truth", *systems), axes, strict=True):
+        for k, (panel, image) in enumerate(zip(row, images, strict=True)):
+            draw_slice(panel, image, title="" if name in systems else titles[k])
             panel.title.set_fontsize(8)
-            if shown is not None and shown[k].dtype == bool:
-                overlay(panel, {"prediction": shown[k]}, fill=0.3)
-                masks = True
-            elif shown is not None:
-                heat = draw_heat(panel, shown[k], lungs[k])
+            if name in systems:
+                heat = draw_answer(panel, systems[name][k], lungs[k]) or heat
             overlay(panel, {"truth": truths[k]})
             if notes and name in notes:
                 panel.text(0.03, 0.03, notes[name][k], transform=panel.transAxes, color="white", fontsize=8,
                            va="bottom", bbox={"facecolor": "black", "alpha": 0.7, "edgecolor": "none", "pad": 1.5})
-        panels[0].set_axis_on()  # for its label; ticks and frame stay away
-        panels[0].set(xticks=[], yticks=[])
-        panels[0].spines[:].set_visible(False)
-        panels[0].set_ylabel(textwrap.fill(name, 17), fontsize=9)
+        row[0].set_axis_on()  # for its label; ticks and frame stay away
+        row[0].set(xticks=[], yticks=[])
+        row[0].spines[:].set_visible(False)
+        row[0].set_ylabel(textwrap.fill(name, 17), fontsize=9)
     if heat is not None:
         figure.colorbar(heat, ax=axes, shrink=0.4, label="map value")
+    masks = any(one.dtype == bool for shown in systems.values() for one in shown)
     legend(figure, ["truth", *(["prediction"] if masks else [])])
     # Room for what stands around the panels, which would shrink otherwise and leave gaps.
-    figure.set_size_inches(size * len(images) + 0.45 + 0.9 * (heat is not None), size * len(rows) + 0.7)
+    figure.set_size_inches(size * len(images) + 0.45 + 0.9 * (heat is not None), size * len(axes) + 0.7)
     figure.set_layout_engine("compressed", w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)  # for square panels
     return figure
 
 
 def interval_plot(lines: Sequence[Line], published: Mapping[str, float] | None = None) -> Figure:
-    """Micro Dice of every system: its interval as a bar, each seed as a dot, and what was published.
-
-    Args:
-        lines: from :func:`covidseg.evaluation.experiments.table_lines`.
-        published: title of a system -> published Dice of the system that it stands for.
-    """
+    """Micro Dice of every system: its interval as a bar, each seed as a dot, and what was published, by its title."""
     figure, axes = new_figure(1, 1, (7.2, 0.34 * len(lines) + 1.1))
     panel = axes[0, 0]
     for row, line in enumerate(lines):
@@ -193,11 +174,9 @@ def operating_curves(levels: Mapping[str, np.ndarray], answers: Mapping[str, np.
                      published: Mapping[str, tuple[float, float]] | None = None) -> Figure:
     """PPV against sensitivity as the level of the outline moves, over lines of equal Dice.
 
-    Args:
-        levels: title of a system -> ``(L, 4)`` counts at ascending levels, see
-            :func:`covidseg.evaluation.statistics.level_counts`; those of several seeds added up.
-        answers: title -> ``(4,)`` counts at the level that the system uses, drawn as a dot.
-        published: name -> sensitivity and PPV in a published table, drawn as diamonds.
+    ``levels`` are title of a system -> ``(L, 4)`` counts at ascending levels, see
+    :func:`covidseg.evaluation.statistics.level_counts`; ``answers`` title -> ``(4,)`` counts at its own level, drawn as
+    a dot; ``published`` name -> sensitivity and PPV in a published table, drawn as diamonds.
     """
     figure, axes = new_figure(1, 1, (6.2, 4.6))
     panel = axes[0, 0]
@@ -226,18 +205,17 @@ def operating_curves(levels: Mapping[str, np.ndarray], answers: Mapping[str, np.
 def reliability_diagram(sums: Mapping[str, np.ndarray]) -> Figure:
     """How often a lesion probability is right, and how many pixels got it.
 
-    Args:
-        sums: title -> ``(bins, 3)`` added :func:`covidseg.evaluation.statistics.reliability_sums`.
+    ``sums`` are title -> ``(bins, 3)`` added :func:`covidseg.evaluation.statistics.reliability_sums`.
     """
     figure, axes = new_figure(1, 2, (3.9, 3.5))
     left, right = axes[0]
     left.plot([0, 1], [0, 1], linestyle=":", color="grey", label="calibrated")
     for k, (name, one) in enumerate(sums.items()):
-        found, edges = calibration(one), np.linspace(0, 1, len(one) + 1)
-        full = found.count > 0
-        left.plot(found.confidence[full], found.observed[full], marker="os^Dv"[k % 5], markersize=4,
+        (probability, observed), count = calibration(one), one[:, 2]
+        left.plot(probability[count > 0], observed[count > 0], marker="os^Dv"[k % 5], markersize=4,
                   color=CYCLE[k % len(CYCLE)], label=name)
-        right.stairs(np.maximum(found.count, 0.5), edges, baseline=0.5, color=CYCLE[k % len(CYCLE)], linewidth=1.8)
+        right.stairs(np.maximum(count, 0.5), np.linspace(0, 1, len(one) + 1), baseline=0.5,
+                     color=CYCLE[k % len(CYCLE)], linewidth=1.8)
     left.set(xlabel="probability of a lesion, mean of the bin", ylabel="true share of lesion", xlim=(-0.02, 1.02),
              ylim=(-0.02, 1.02), title="how often it is right")
     right.set(xlabel="probability of a lesion", ylabel="lung pixels", yscale="log", xlim=(0, 1), ylim=(0.5, None),
@@ -249,10 +227,7 @@ def reliability_diagram(sums: Mapping[str, np.ndarray]) -> Figure:
 def size_table(dice: Mapping[str, np.ndarray], edges: Sequence[float], count: np.ndarray) -> Figure:
     """Macro Dice by size of the lesion as a coloured table, from :func:`covidseg.evaluation.statistics.dice_by_size`.
 
-    Args:
-        dice: title of a system -> ``(K,)`` in [0, 1]; NaN, an empty bin, stays white.
-        edges: the ``K - 1`` areas between the bins, in pixels.
-        count: ``(K,)`` slices in each bin.
+    ``dice`` are title of a system -> ``(K,)`` in [0, 1]; NaN, an empty bin, stays white.
     """
     values = np.array(list(dice.values()))                                               # (systems, K)
     figure, axes = new_figure(1, 1, (7.2, 0.34 * len(values) + 1.2))
@@ -278,11 +253,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def ratio_bars(rows: Rows) -> Figure:
-    """How many times as fast or as small covidseg is than each other way, with the goal where there was one.
-
-    Args:
-        rows: comparisons of a record; the axis is logarithmic, and 1 means no difference.
-    """
+    """How many times as fast or as small covidseg is than each other way, with the goal where there was one."""
     figure, axes = new_figure(1, 1, (7.4, 0.62 * len(rows) + 0.9))
     panel, places = axes[0, 0], np.arange(len(rows))
     panel.barh(places, [row["ratio"] for row in rows], 0.6, color=CYCLE[0])
@@ -306,10 +277,7 @@ def growth_curves(points: Mapping[str, Mapping[str, Rows]], quantity: str = "sec
     """Time or memory of each stage against the number of slices and of pixels, on logarithmic axes.
 
     Every curve is divided by its first point, and the dotted line is linear growth: a curve below it grows more slowly.
-
-    Args:
-        points: stage -> ``slices`` or ``pixels`` -> measured rows.
-        quantity: ``seconds`` or ``memory_mb``.
+    ``points`` are stage -> ``slices`` or ``pixels`` -> measured rows; ``quantity`` is ``seconds`` or ``memory_mb``.
     """
     # What allocators hold in reserve hides a few megabytes; they count as this much.
     least = 1e-6 if quantity == "seconds" else 10.0
@@ -323,9 +291,10 @@ def growth_curves(points: Mapping[str, Mapping[str, Rows]], quantity: str = "sec
         panel.plot([1, x[-1] / x[0]], [1, x[-1] / x[0]], ":", color="black", label="linear growth")
         panel.set(xscale="log", yscale="log")
         panel.yaxis.set_major_formatter("{x:g}")
-        ticks = x / x[0]
         labels = [str(row["slices"]) for row in rows] if kind == "slices" else [f"{row['side']}²" for row in rows]
-        _ticks(panel, ticks, labels)
+        panel.xaxis.set_major_locator(FixedLocator(list(x / x[0])))  # at the measured sizes and nowhere else
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.set_xticklabels(labels)
         panel.set_xlabel(f"slices, {rows[0]['side']}² pixels each" if kind == "slices" else
                          f"pixels of each of {rows[0]['slices']} slices")
     axes[0, 0].set_ylabel(("time" if quantity == "seconds" else "memory") + ", as a multiple of the smallest")
@@ -333,19 +302,8 @@ def growth_curves(points: Mapping[str, Mapping[str, Rows]], quantity: str = "sec
     return figure
 
 
-def _ticks(panel: Axes, places: np.ndarray, labels: Sequence[str]) -> None:
-    """Ticks at the measured sizes and nowhere else."""
-    panel.xaxis.set_major_locator(FixedLocator(list(places)))
-    panel.xaxis.set_minor_locator(NullLocator())
-    panel.set_xticklabels(labels)
-
-
 def roofline_bars(stages: Rows) -> Figure:
-    """Where the time of a training step goes: arithmetic, memory traffic of the layers, and all the rest.
-
-    Args:
-        stages: the roofline of a record.
-    """
+    """Where the time of a training step goes: arithmetic, memory traffic of the layers, and all the rest."""
     figure, axes = new_figure(1, 1, (7.0, 0.6 * len(stages) + 1.2))
     panel, places = axes[0, 0], np.arange(len(stages))
     arithmetic = np.array([row["arithmetic_ms"] for row in stages])

@@ -1,8 +1,8 @@
 """Lesion masks as the measure: the stages of a run, and any other method, counted on the same full slices.
 
 Every method sees the same slices and the same lungs, draws its outline at a threshold that is fixed in advance in the
-settings, and is counted by the same :class:`Tally`. Training code never imports this module: masks are for measuring,
-and for teaching the one net that stands for full supervision.
+settings, and is counted by the same code. Training code never imports this module: masks are for measuring, and for
+teaching the one net that stands for full supervision.
 """
 
 from __future__ import annotations
@@ -29,36 +29,32 @@ from covidseg.pipeline import Run
 from covidseg.preprocess import Crops, crop_masks, uncrop_all
 from covidseg.segmenter import fuse, lesion_probabilities, supervised_settings
 
-BINS = 10  # of the calibration
-STEPS = 100  # levels at which an outline could be drawn
-
-
 # --- the truth ------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Truth:
-    """Lesion masks of one scan, for measuring only. Training code never imports this.
+    """The lesion mask of one scan, for measuring only.
 
     Attributes:
+        case: The scan's entry in its data folder.
         scan: The picture.
         mask: ``(S, H, W)`` bool.
-        slices: ``(M,)`` int. The slices that are measured: the labelled ones, or all if none has a label.
+        slices: ``(M,)`` int. The slices that are measured: the labelled ones, or all if none has a label. A split
+            leaves only one side's labels in a stack of slices, and so decides what is measured.
     """
 
+    case: Case
     scan: Scan
     mask: np.ndarray
     slices: np.ndarray
 
 
-def read_truth(dataset: Dataset) -> list[Truth]:
-    """Reads scans and lesion masks of a data folder.
-
-    A split leaves only one side's labels in a stack of slices, and so decides what is measured.
+def read_truth(dataset: Dataset) -> Iterator[Truth]:
+    """Reads scans and lesion masks of a data folder, one scan after the other.
 
     Raises:
         DatasetError: a volume has no mask, or a label names a slice that it does not have.
     """
-    truths = []
     for case in dataset.cases:
         if case.mask is None:
             raise DatasetError(f"has no lesion mask for {case.id}", path=dataset.root,
@@ -69,8 +65,7 @@ def read_truth(dataset: Dataset) -> list[Truth]:
         if slices[-1] >= len(mask):
             raise DatasetError(f"volume {case.id} has {len(mask)} slices, slice {slices[-1]} is labelled",
                                path=dataset.root, remedy="Slices count from 0; correct the label table")
-        truths.append(Truth(scan, mask, slices))
-    return truths
+        yield Truth(case, scan, mask, slices)
 
 
 def training_truth(run: Run) -> np.ndarray:
@@ -79,13 +74,12 @@ def training_truth(run: Run) -> np.ndarray:
     Raises:
         DatasetError: the training set has no masks.
     """
-    truths = {case.id: truth.mask for case, truth in zip(run.data.cases, read_truth(run.data), strict=True)}
-    data = run.weak()
-    masks = []
+    masks = {truth.case.id: truth.mask for truth in read_truth(run.data)}
+    data, small = run.weak(), []
     for name, box in zip(data.names, data.crops.boxes, strict=True):
         volume, number = name.rsplit(":", 1)
-        masks.append(crop_masks(truths[volume][[int(number)]], box[None], run.profile.prepare.size)[0])
-    return np.array(masks)
+        small.append(crop_masks(masks[volume][[int(number)]], box[None], run.profile.prepare.size)[0])
+    return np.array(small)
 
 
 # --- what was measured ----------------------------------------------------------------------------------------------
@@ -108,8 +102,8 @@ class StageResult:
     supervision: str
     threshold: float
     counts: np.ndarray
-    reliability: np.ndarray | None = None
-    levels: np.ndarray | None = None
+    reliability: np.ndarray
+    levels: np.ndarray
 
     def macro(self) -> Scores:
         """Mean over slices with a lesion."""
@@ -139,10 +133,7 @@ class Evaluation:
     names: tuple[str, ...] = ()
 
     def lung_shares(self) -> tuple[float, float]:
-        """How much of all lesions lies inside the lungs that were found, and how much of the slices those take up.
-
-        NaN where lungs were not measured or there is no lesion.
-        """
+        """As :func:`lesion_coverage`, of the lungs that were found; NaN where they were not measured."""
         return _shares(np.zeros((1, 4)) if self.lungs is None else self.lungs)
 
 
@@ -151,34 +142,6 @@ def _shares(counts: np.ndarray) -> tuple[float, float]:
     hit, false, missed, rest = counts.sum(axis=0).tolist()
     lesion, pixels = hit + missed, hit + false + missed + rest
     return hit / lesion if lesion else float("nan"), (hit + false) / pixels if pixels else float("nan")
-
-
-class Tally:
-    """Adds up, slice by slice, what one outline gets right. All that is measured is counted here.
-
-    Args:
-        name: What makes the masks.
-        supervision: What it was taught with.
-        threshold: Lesion from this probability on; NaN for maps that are masks already.
-    """
-
-    def __init__(self, name: str, supervision: str, threshold: float) -> None:
-        self.row = name, supervision, threshold
-        self.counts: list[np.ndarray] = []
-        self.reliability = np.zeros((BINS, 3))
-        self.levels = np.zeros((STEPS + 1, 4), np.int64)
-
-    def add(self, probability: np.ndarray, mask: np.ndarray, lungs: np.ndarray) -> None:
-        """Counts full slices: lesion probability, true mask and lungs, ``(M, H, W)`` each, the last two bool."""
-        self.counts.append(confusion(probability >= cut_level(self.row[2]), mask))
-        self.reliability += reliability_sums(probability[lungs], mask[lungs], BINS)
-        self.levels += level_counts(probability, mask, STEPS)
-
-    def result(self, order: Sequence[int] | None = None) -> StageResult:
-        """The row. ``order`` says for each slice, as they were added, which place it takes; default the same."""
-        counts = np.concatenate(self.counts)
-        return StageResult(*self.row, counts if order is None else counts[np.argsort(order)], self.reliability,
-                           self.levels)
 
 
 def cut_level(threshold: float) -> float:
@@ -206,18 +169,9 @@ class Method:
 
 
 def believed_maps(net: Classifier | Ensemble, crops: Crops, ill: np.ndarray, settings: CamSettings) -> np.ndarray:
-    """Activation maps of the slices that the classifier calls ill, 0 in the others.
+    """Activation maps ``(N, S, S)`` float32 in [0, 1] of the slices that the classifiers call ill, 0 in the others.
 
     Each map is scaled to its own maximum, so that it would be as strong in a slice without a lesion.
-
-    Args:
-        net: the classifiers.
-        crops: ``N`` slices.
-        ill: ``(N,)`` bool, whether the classifiers call a slice ill.
-        settings: of the maps.
-
-    Returns:
-        ``(N, S, S)`` float32 in [0, 1].
     """
     maps = np.zeros(crops.images.shape, np.float32)
     if ill.any():
@@ -226,15 +180,7 @@ def believed_maps(net: Classifier | Ensemble, crops: Crops, ill: np.ndarray, set
 
 
 def otsu_in_lung(images: np.ndarray, lungs: np.ndarray) -> np.ndarray:
-    """The floor that needs no learning: Otsu's threshold inside the lung of each slice.
-
-    Args:
-        images: ``(N, S, S)`` normalised crops.
-        lungs: ``(N, S, S)`` bool.
-
-    Returns:
-        ``(N, S, S)`` float32, 0 or 1.
-    """
+    """Otsu's threshold inside the lung of each slice, ``(N, S, S)`` float32, 0 or 1."""
     result = np.zeros(images.shape, np.float32)
     for out, image, lung in zip(result, images, lungs, strict=True):
         values = image[lung]
@@ -244,7 +190,7 @@ def otsu_in_lung(images: np.ndarray, lungs: np.ndarray) -> np.ndarray:
 
 
 def otsu_method() -> Method:
-    """The floor: :func:`otsu_in_lung`."""
+    """The floor that needs no learning: :func:`otsu_in_lung`."""
     return Method([("Otsu in the lung", "none", float("nan"))],
                   lambda crops, volume: (None, [otsu_in_lung(crops.images, crops.lungs)]))
 
@@ -272,21 +218,32 @@ def supervised_method(run: Run, net: nn.Module) -> Method:
 
 # --- measuring ------------------------------------------------------------------------------------------------------
 
-def _opened(run: Run, test: Dataset) -> Iterator[tuple[Case, Truth, np.ndarray, Crops, bool]]:
-    """Each scan of a test set: its truth, the slices with lung, their crops, and whether they are one volume."""
-    for case in test.cases:
-        truth = read_truth(Dataset(test.root, (case,)))[0]
+@dataclass(frozen=True)
+class _Opened:
+    """A scan of a test set: its truth, numbers of the slices with lung ``(N,)``, their crops, and what is measured.
+
+    ``volume`` says whether the slices are one body in order, ``seen`` which crops are measured, ``(N,)`` bool.
+    """
+
+    truth: Truth
+    found: np.ndarray
+    crops: Crops
+    volume: bool
+    seen: np.ndarray
+
+    def full(self, maps: np.ndarray) -> np.ndarray:
+        """The measured slices in full, ``(M, H, W)`` float32, from maps of the crops ``(N, S, S)``."""
+        return uncrop_all(maps, self.crops.boxes, self.found, self.truth.mask.shape)[self.truth.slices]
+
+
+def _open(run: Run, test: Dataset) -> Iterator[_Opened]:
+    for truth in read_truth(test):
         volume = is_volume([to_grid(clean(image).values, 32) for image in truth.scan.pixels])
         found, crops = run.crops(truth.scan.pixels, volume)
-        if run.profile.true_lungs and case.lung is not None:
-            true_lungs = read_mask(case.lung, like=truth.scan)[found]
+        if run.profile.true_lungs and truth.case.lung is not None:
+            true_lungs = read_mask(truth.case.lung, like=truth.scan)[found]
             crops = replace(crops, lungs=crop_masks(true_lungs, crops.boxes, run.profile.prepare.size))
-        yield case, truth, found, crops, volume
-
-
-def _full(maps: np.ndarray, crops: Crops, found: np.ndarray, truth: Truth) -> np.ndarray:
-    """The measured slices in full, ``(M, H, W)`` float32, from maps of the crops ``(N, S, S)``."""
-    return uncrop_all(maps, crops.boxes, found, truth.mask.shape)[truth.slices]
+        yield _Opened(truth, found, crops, volume, np.isin(found, truth.slices))
 
 
 def measure(run: Run, test: Dataset, methods: Sequence[Method], *, progress: bool = False) -> list[Evaluation]:
@@ -295,47 +252,52 @@ def measure(run: Run, test: Dataset, methods: Sequence[Method], *, progress: boo
     Args:
         run: finds the lungs.
         test: a folder with lesion masks. Slices in which no lung was found count with an empty prediction.
-        methods: what is measured.
+        methods: what is measured; each is asked once a scan, in their order.
         progress: show a bar over the test volumes.
-
-    Returns:
-        What was measured, for each method.
     """
-    tallies = [[Tally(*row) for row in method.rows] for method in methods]
+    counted: list[list[list[StageResult]]] = [[] for _ in methods]  # of each method, scan by scan, its rows
     verdicts: list[list[np.ndarray]] = [[] for _ in methods]
     lung_counts, labels, names = list[np.ndarray](), list[np.ndarray](), list[str]()
-    for case, truth, found, crops, volume in tqdm(_opened(run, test), desc="measuring", unit="volume",
-                                                  total=len(test.cases), disable=not progress):
-        mask, lungs = truth.mask[truth.slices], _full(crops.lungs, crops, found, truth) > 0.5
-        seen = np.isin(found, truth.slices)  # (N,) bool: of the crops, those that are measured
-        labels.append(truth.mask[found[seen]].any(axis=(1, 2)))
+    for scan in tqdm(_open(run, test), desc="measuring", unit="volume", total=len(test.cases), disable=not progress):
+        truth, lungs = scan.truth, scan.full(scan.crops.lungs) > 0.5
+        mask = truth.mask[truth.slices]
+        labels.append(truth.mask[scan.found[scan.seen]].any(axis=(1, 2)))
         lung_counts.append(confusion(lungs, mask))
-        names += [f"{case.id}:{k}" for k in truth.slices]
-        for method, tally, verdict in zip(methods, tallies, verdicts, strict=True):
-            probability, maps = method.maps(crops, volume)
+        names += [f"{truth.case.id}:{k}" for k in truth.slices]
+        for method, rows, verdict in zip(methods, counted, verdicts, strict=True):
+            probability, maps = method.maps(scan.crops, scan.volume)
             if probability is not None:
-                verdict.append(probability[seen])
-            for row, small in zip(tally, maps, strict=True):
-                row.add(_full(small, crops, found, truth).clip(0, 1), mask, lungs)
+                verdict.append(probability[scan.seen])
+            rows.append([_counted(row, scan.full(small).clip(0, 1), mask, lungs)
+                         for row, small in zip(method.rows, maps, strict=True)])
     inside = np.concatenate(lung_counts)
     areas = [auc(np.concatenate(verdict), np.concatenate(labels)) if verdict else float("nan") for verdict in verdicts]
-    return [Evaluation([row.result() for row in tally], area, len(inside), inside, tuple(names))
-            for tally, area in zip(tallies, areas, strict=True)]
+    return [Evaluation([_joined(row) for row in zip(*rows, strict=True)], area, len(inside), inside, tuple(names))
+            for rows, area in zip(counted, areas, strict=True)]
 
 
-def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None, progress: bool = False) -> Evaluation:
-    """Measures the floor, all stages of a run and the upper bound, as one table.
+def _counted(row: tuple[str, str, float], maps: np.ndarray, mask: np.ndarray, lungs: np.ndarray) -> StageResult:
+    """What one outline gets right in some full slices ``(M, H, W)``. All that is measured is counted here."""
+    return StageResult(*row, confusion(maps >= cut_level(row[2]), mask), reliability_sums(maps[lungs], mask[lungs]),
+                       level_counts(maps, mask))
 
-    Args:
-        run: trained stages; missing ones are trained first.
-        test: a folder with lesion masks.
-        upper_bound: also train with true masks; default: if the training set has them.
-        progress: show a bar over the test volumes.
+
+def _joined(scans: Sequence[StageResult]) -> StageResult:
+    """One row from those of all scans."""
+    return replace(scans[0], counts=np.concatenate([scan.counts for scan in scans]),
+                   reliability=np.sum([scan.reliability for scan in scans], axis=0),
+                   levels=np.sum([scan.levels for scan in scans], axis=0))
+
+
+def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None) -> Evaluation:
+    """Measures the floor, all stages of a run (missing ones are trained) and the upper bound, as one table.
+
+    The upper bound is trained with true masks; by default it is if the training set has them.
     """
     if upper_bound is None:
         upper_bound = all(case.mask is not None for case in run.data.cases)
     bound = [supervised_method(run, run.supervised(training_truth(run)))] if upper_bound else []
-    floor, stages, *rest = measure(run, test, [otsu_method(), stage_method(run), *bound], progress=progress)
+    floor, stages, *rest = measure(run, test, [otsu_method(), stage_method(run), *bound])
     return replace(stages, stages=[row for part in (floor, stages, *rest) for row in part.stages])
 
 
@@ -347,15 +309,17 @@ class Unseen:
 
     Attributes:
         scans: Of each scan all crops in order, whether they are one volume, and which of them are measured.
-        crops: The ``N`` measured slices of all scans.
+        crops: The ``N`` measured slices of all scans in which lungs were found.
         truth: ``(N, S, S)`` bool.
         names: ``volume:slice`` of each.
+        patients: ``(N,)`` str.
     """
 
     scans: list[tuple[Crops, bool, np.ndarray]]
     crops: Crops
     truth: np.ndarray
     names: list[str]
+    patients: np.ndarray
 
     @property
     def labels(self) -> np.ndarray:
@@ -380,14 +344,15 @@ class Unseen:
 
 
 def unseen_slices(run: Run, test: Dataset) -> Unseen:
-    """Crops and truth of the measured slices of a test set in which lungs were found."""
-    scans, truths, names = list[tuple[Crops, bool, np.ndarray]](), list[np.ndarray](), list[str]()
-    for case, truth, found, crops, volume in _opened(run, test):
-        seen = np.isin(found, truth.slices)
-        scans.append((crops, volume, seen))
-        truths.append(crop_masks(truth.mask[found[seen]], crops.boxes[seen], run.profile.prepare.size))
-        names += [f"{case.id}:{k}" for k in found[seen]]
-    return Unseen(scans, join_crops([crops.take(seen) for crops, _, seen in scans]), np.concatenate(truths), names)
+    """Crops and truth of the measured slices of a test set."""
+    opened = list(_open(run, test))
+    numbers = [(scan.truth.case, k) for scan in opened for k in scan.found[scan.seen]]
+    return Unseen(
+        [(scan.crops, scan.volume, scan.seen) for scan in opened],
+        join_crops([scan.crops.take(scan.seen) for scan in opened]),
+        np.concatenate([crop_masks(scan.truth.mask[scan.found[scan.seen]], scan.crops.boxes[scan.seen],
+                                   run.profile.prepare.size) for scan in opened]),
+        [f"{case.id}:{k}" for case, k in numbers], np.array([case.patient for case, _ in numbers]))
 
 
 def join_crops(parts: Sequence[Crops]) -> Crops:
@@ -397,29 +362,22 @@ def join_crops(parts: Sequence[Crops]) -> Crops:
 
 # --- lungs ----------------------------------------------------------------------------------------------------------
 
-Finder = Callable[[np.ndarray], np.ndarray]
+Finder = Callable[[np.ndarray], np.ndarray]  # pixels (S, H, W) to lung masks of that shape
+LEAST_LUNG = 0.01  # share of a slice, for the Dice of its lungs to be judged
 
 
 @dataclass(frozen=True)
 class LungResult:
-    """Found lungs against true lungs.
-
-    Attributes:
-        dice: ``(N,)``, of each slice with lung.
-        names: ``volume:slice`` of each.
-    """
+    """Dice ``(N,)`` of found lungs against true lungs, and ``volume:slice`` of each slice."""
 
     dice: np.ndarray
     names: np.ndarray
 
 
-def evaluate_lungs(data: Dataset, find: Finder = lung_masks, *, least: float = 0.01) -> LungResult:
-    """Dice of lung masks on every slice of which at least ``least`` is lung; skips volumes without truth.
+def evaluate_lungs(data: Dataset, find: Finder = lung_masks) -> LungResult:
+    """Measures lung masks on every slice with at least ``LEAST_LUNG`` of true lung; skips volumes without truth.
 
-    Args:
-        data: a folder with lung masks.
-        find: makes lung masks ``(S, H, W)`` from pixels of that shape; default the threshold, or ``run.lungs``.
-        least: share of a slice.
+    ``find`` makes the masks: the threshold, or ``run.lungs``.
     """
     dice, names = [np.zeros(0)], list[str]()
     for case in data.cases:
@@ -427,7 +385,7 @@ def evaluate_lungs(data: Dataset, find: Finder = lung_masks, *, least: float = 0
             continue
         scan = read_scan(case.image)
         truth = read_mask(case.lung, like=scan)
-        judged = np.flatnonzero(truth.mean(axis=(1, 2)) >= least)
+        judged = np.flatnonzero(truth.mean(axis=(1, 2)) >= LEAST_LUNG)
         dice.append(figures(confusion(find(scan.pixels)[judged], truth[judged]))[:, 0])
         names += [f"{case.id}:{k}" for k in judged]
     return LungResult(np.concatenate(dice), np.array(names))
@@ -437,6 +395,7 @@ def lesion_coverage(data: Dataset, find: Finder = lung_masks) -> tuple[float, fl
     """How much of all lesions lies inside the lung masks, and how much of the slices they take up: two shares.
 
     A lesion outside the mask is lost for good, and a mask of everything loses none: the two belong together.
+    NaN without any lesion.
     """
     return _shares(np.concatenate([confusion(find(truth.scan.pixels)[truth.slices], truth.mask[truth.slices])
                                    for truth in read_truth(data)]))

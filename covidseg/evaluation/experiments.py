@@ -1,9 +1,8 @@
 """The two experiments: all systems compared over several seeds (Table 1), and the method without one part (ablation).
 
 Each finished system or variant leaves a small JSON file, so that an experiment that was stopped goes on where it
-stopped. Table 1 is drawn up from such *records*, whether they were made a moment ago or come with the package
-(``results/``). The variants of an ablation live in one folder of stages: a stage that a change does not touch is
-trained once and shared.
+stopped. Table 1 is drawn up from such *records*, of a moment ago or from ``results/``. The variants of an ablation
+live in one folder of stages: a stage that a change does not touch is trained once and shared.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from covidseg.evaluation.metrics import figures, macro
 from covidseg.evaluation.statistics import Difference, bootstrap_difference, bootstrap_interval, paired_test
 from covidseg.evaluation.tables import Record, Table, evaluation_json, figure, spread
 from covidseg.pipeline import Run
-from covidseg.profiles import Profile, faithful, repainted
+from covidseg.profiles import Profile, faithful
 from covidseg.store import fingerprint, write_text
 from covidseg.training import Log
 
@@ -33,7 +32,6 @@ OURS = ("faithful", "extended")
 
 
 # --- all systems, seed by seed --------------------------------------------------------------------------------------
-
 
 def measured_key(test: Dataset) -> str:
     """Key of a test set: its pictures, masks and lungs, and its labels, which decide what is measured."""
@@ -44,7 +42,7 @@ def measured_key(test: Dataset) -> str:
 
 def compare(run: Run, test: Dataset, names: list[str] | None = None, baselines: BaselineProfile = BaselineProfile(), *,
             progress: bool = False) -> list[Record]:
-    """Trains and measures the systems with the seed of a run.
+    """Trains and measures the systems with the seed of a run: what each of them reached, as JSON objects.
 
     Args:
         run: data, settings of the extended method, seed and folder.
@@ -52,18 +50,16 @@ def compare(run: Run, test: Dataset, names: list[str] | None = None, baselines: 
         names: keys of :data:`covidseg.evaluation.methods.SYSTEMS`; default all.
         baselines: settings of the earlier systems.
         progress: show a bar over the test volumes.
-
-    Returns:
-        What each system reached, as a JSON object.
     """
     names = system_names(names)
-    paths = {name: run.folder / "table1" / f"{name}-{key}.json"
-             for name, key in _keys(names, run, test, baselines).items()}
-    missing = [name for name in names if not paths[name].exists()]
+    key = fingerprint(run.key("segmenter"), asdict(baselines), run.seed, measured_key(test))
+    taught = [case.mask for case in run.data.cases if case.mask is not None]
+    keys = {name: fingerprint(key, *taught) if name == "masks" else key for name in names}
+    paths = {name: run.folder / "table1" / f"{name}-{keys[name]}.json" for name in names}
     trained: dict[str, Trained] = {}
-    for name in missing:
+    for name in [name for name in names if not paths[name].exists()]:
         run.log(f"system: {SYSTEMS[name].title}, seed {run.seed}")
-        if name == "masks" and any(case.mask is None for case in run.data.cases):  # the test set has some
+        if name == "masks" and len(taught) < len(run.data.cases):  # the test set has some
             result = cross_validated(run, test)
             write_text(paths[name], json.dumps(_result(name, run, None, result)) + "\n")
         else:
@@ -73,13 +69,6 @@ def compare(run: Run, test: Dataset, names: list[str] | None = None, baselines: 
         for (name, system), result in zip(trained.items(), results, strict=True):
             write_text(paths[name], json.dumps(_result(name, run, system, result)) + "\n")
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths.values()]
-
-
-def _keys(names: list[str], run: Run, test: Dataset, baselines: BaselineProfile) -> dict[str, str]:
-    """Key of what each system reaches, from all that it depends on."""
-    key = fingerprint(run.key("segmenter"), asdict(baselines), run.seed, measured_key(test))
-    taught = [case.mask for case in run.data.cases if case.mask is not None]
-    return {name: fingerprint(key, *taught) if name == "masks" else key for name in names}
 
 
 def _result(name: str, run: Run, trained: Trained | None, evaluation: Evaluation) -> Record:
@@ -94,8 +83,8 @@ def _result(name: str, run: Run, trained: Trained | None, evaluation: Evaluation
         **evaluation_json(evaluation),
         "counts": {slice_name: " ".join(str(n) for n in row)
                    for slice_name, row in zip(evaluation.names, answer.counts.tolist(), strict=True)},
-        "reliability": None if answer.reliability is None else answer.reliability.round(1).tolist(),
-        "levels": None if answer.levels is None else [" ".join(map(str, row[:2])) for row in answer.levels.tolist()],
+        "reliability": answer.reliability.round(1).tolist(),
+        "levels": [" ".join(map(str, row[:2])) for row in answer.levels.tolist()],
     }
 
 
@@ -116,18 +105,6 @@ def patients_of(results: Sequence[Record]) -> np.ndarray | None:
     """Volume of each slice, for drawing whole volumes; None for a single stack, whose patients nobody knows."""
     volumes = np.array([name.rsplit(":", 1)[0] for name in results[0]["counts"]])
     return volumes if len(np.unique(volumes)) > 1 else None
-
-
-def volume_dice(results: Sequence[Record]) -> dict[str, np.ndarray]:
-    """Dice of each volume of one system's answers, over the pooled pixels of the volume.
-
-    Returns:
-        Volume -> ``(seeds,)``, NaN where a volume has no lesion and nothing was marked; empty for a single stack.
-    """
-    counts, volumes = counts_of(results), patients_of(results)
-    if volumes is None:
-        return {}
-    return {name: figures(counts[:, volumes == name].sum(axis=1))[:, 0] for name in dict.fromkeys(volumes.tolist())}
 
 
 @dataclass(frozen=True)
@@ -182,7 +159,7 @@ def table_lines(results: Sequence[Record]) -> list[Line]:
     lines = []
     for name, own in systems.items():
         counts, groups = counts_of(own), patients_of(own)
-        auc = np.array([np.nan if r["classifier_auc"] is None else r["classifier_auc"] for r in own])
+        auc = np.array([result["classifier_auc"] for result in own], float)  # of None it makes NaN
         seconds = [r["seconds"] for r in own if r["seconds"] is not None]
         pair: dict[str, Any] = {}
         if strongest is not None and name in OURS:
@@ -204,11 +181,7 @@ def table1(lines: Sequence[Line], *, narrow: bool = False) -> Table:
     """Table 1: micro figures and macro Dice, means over seeds with their deviation.
 
     Under the last system of each kind stands what was published of it. The abstract does not say whether its figures
-    are micro or macro.
-
-    Args:
-        lines: from :func:`table_lines`.
-        narrow: for a terminal of 80 columns; leaves out all deviations but that of Dice.
+    are micro or macro. ``narrow`` is for a terminal of 80 columns and leaves out all deviations but that of Dice.
     """
     rows = []
     for k, line in enumerate(lines):
@@ -224,11 +197,6 @@ def table1(lines: Sequence[Line], *, narrow: bool = False) -> Table:
     return Table(("", *HEADS), "l" + "r" * len(HEADS), rows)
 
 
-def table_markdown(lines: Sequence[Line]) -> str:
-    """Table 1 for a page of the book."""
-    return table1(lines).markdown()
-
-
 def differences(lines: Sequence[Line], strongest: str) -> list[str]:
     """A sentence for each of our rows: how far ahead of the strongest earlier system, and how sure that is."""
     return [f"{line.title} against {SYSTEMS[strongest].title}: Dice {line.dice.mean:+.3f} ({line.dice.low:+.3f} to "
@@ -238,15 +206,16 @@ def differences(lines: Sequence[Line], strongest: str) -> list[str]:
 
 
 def volume_table(results: Sequence[Record]) -> Table | None:
-    """Dice of every volume and system, means over seeds; None for a single stack."""
-    dice = {name: {volume: float(np.mean(each)) for volume, each in volume_dice(own).items()}
-            for name, own in by_system(results).items()}
-    if not any(dice.values()):
+    """Dice of every volume and system, over the pooled pixels of the volume, means over seeds; None for a stack."""
+    volumes = patients_of(results) if results else None
+    if volumes is None:
         return None
-    means = {name: float(np.nanmean(list(each.values()))) for name, each in dice.items()}
-    rows = [[volume, *(figure(each[volume], ".2f") for each in dice.values())] for volume in next(iter(dice.values()))]
-    return Table(("volume", *(name.replace("-", "\n") for name in dice)), "l" + "r" * len(dice),
-                 [*rows, ["mean", *(figure(mean, ".2f") for mean in means.values())]])
+    systems, names = by_system(results), list(dict.fromkeys(volumes.tolist()))
+    dice = np.array([[figures(counts_of(own)[:, volumes == name].sum(axis=1))[:, 0].mean() for own in systems.values()]
+                     for name in names])                                                 # (volumes, systems)
+    return Table(("volume", *(name.replace("-", "\n") for name in systems)), "l" + "r" * len(systems), [
+        [name, *(figure(value, ".2f") for value in row)]
+        for name, row in zip([*names, "mean"], [*dice, np.nanmean(dice, axis=0)], strict=True)])
 
 
 def cost_markdown(lines: Sequence[Line]) -> str:
@@ -260,73 +229,51 @@ def cost_markdown(lines: Sequence[Line]) -> str:
 Change = Callable[[Profile], Profile]
 
 
-def _mil(**changes: Any) -> Change:
-    return lambda p: replace(p, mil=replace(p.mil, **changes))
+def changed(settings: Any, path: str, value: Any) -> Any:
+    """Settings of which one has another value; ``path`` names it, such as ``mil.curriculum.order``."""
+    name, _, rest = path.partition(".")
+    return replace(settings, **{name: changed(getattr(settings, name), rest, value) if rest else value})
 
 
-def _order(order: str) -> Change:
-    def change(p: Profile) -> Profile:
-        curriculum = replace(p.mil.curriculum, order=order)
-        if order == "none":  # all patches from the first step on, with full weight
-            curriculum = replace(curriculum, weights=(curriculum.weights[-1],) * len(curriculum.weights))
-        return replace(p, mil=replace(p.mil, curriculum=curriculum))
-    return change
-
-
-def _exchange(exchange: str) -> Change:
-    def change(p: Profile) -> Profile:
-        p = replace(p, mutual=replace(p.mutual, exchange=exchange))
-        # Patches that know nothing of the map get no bags from it, and their labels none of its votes.
-        return p if exchange != "none" else replace(p, mil=replace(p.mil, component_weight=0.0),
-                                                    fine=replace(p.fine, cam_share=0.0))
-    return change
-
-
-def _paint(**changes: Any) -> Change:
-    """Paint changed for patches and segmenter; without vessels they also go from the classifier's slices."""
-    def change(p: Profile) -> Profile:
-        if "vessels" in changes:
-            p = replace(p, classifier=replace(p.classifier, paint=replace(p.classifier.paint, vessels=0.0)))
-        return repainted(p, **changes)
+def _set(settings: dict[str, Any]) -> Change:
+    def change(profile: Profile) -> Profile:
+        for path, value in settings.items():
+            profile = changed(profile, path, value)
+        return profile
     return change
 
 
 @dataclass(frozen=True)
 class Variant:
-    """The method with one thing changed.
-
-    Attributes:
-        title: What was changed.
-        change: Makes the variant's settings.
-        measure: Trains and measures what is missing. The third argument says whether to train with the masks of the
-            training slices as well.
-    """
+    """The method with one thing changed: in words, and what makes the variant's settings."""
 
     title: str
     change: Change
-    measure: Callable[[Run, Dataset, bool | None], Evaluation] = lambda run, test, bound: evaluate_run(
-        run, test, upper_bound=bound)
 
 
 VARIANTS = {
-    "whole": Variant("the whole method", lambda p: p),
-    "threshold-lungs": Variant("threshold lungs, not completed",
-                               lambda p: replace(p, lung_net=replace(p.lung_net, steps=0))),
-    "no-curriculum": Variant("no curriculum: all patches at once", _order("none")),
-    "random-order": Variant("curriculum in random order", _order("random")),
-    "reversed-order": Variant("curriculum reversed: hardest first", _order("reversed")),
-    "patch-10": Variant("patches of 10 pixels", _mil(patch=10)),
-    "patch-grid": Variant("5 x 5 grid over each coarse component", _mil(reading="grid")),
-    "mean-pooling": Variant("mean pooling in place of attention", _mil(pooling="mean")),
-    "no-zeros": Variant("lesion-free slices not held at zero", _mil(zeros=0.0)),
-    "true-lungs": Variant("true lungs where the data has them", lambda p: replace(p, true_lungs=True)),
-    "no-exchange": Variant("no exchange: patches from slice labels alone", _exchange("none")),
-    "one-way": Variant("exchange one way: map to patches", _exchange("to_patches")),
-    "no-vessels": Variant("no painted vessels", _paint(vessels=0.0)),
+    "whole": Variant("the whole method", _set({})),
+    "threshold-lungs": Variant("threshold lungs, not completed", _set({"lung_net.steps": 0})),
+    "no-curriculum": Variant("no curriculum: all patches at once", _set(  # from the first step on, with full weight
+        {"mil.curriculum.order": "none", "mil.curriculum.weights": (1.0, 1.0, 1.0, 1.0)})),
+    "random-order": Variant("curriculum in random order", _set({"mil.curriculum.order": "random"})),
+    "reversed-order": Variant("curriculum reversed: hardest first", _set({"mil.curriculum.order": "reversed"})),
+    "patch-10": Variant("patches of 10 pixels", _set({"mil.patch": 10})),
+    "patch-grid": Variant("5 x 5 grid over each coarse component", _set({"mil.reading": "grid"})),
+    "mean-pooling": Variant("mean pooling in place of attention", _set({"mil.pooling": "mean"})),
+    "no-zeros": Variant("lesion-free slices not held at zero", _set({"mil.zeros": 0.0})),
+    "true-lungs": Variant("true lungs where the data has them", _set({"true_lungs": True})),
+    # Patches that know nothing of the map get no bags from it, and their labels none of its votes.
+    "no-exchange": Variant("no exchange: patches from slice labels alone", _set(
+        {"mutual.exchange": "none", "mil.component_weight": 0.0, "fine.cam_share": 0.0})),
+    "one-way": Variant("exchange one way: map to patches", _set({"mutual.exchange": "to_patches"})),
+    "no-vessels": Variant("no painted vessels", _set(
+        {"classifier.paint.vessels": 0.0, "mil.paint.vessels": 0.0, "segmenter.paint.vessels": 0.0})),
     "faithful": Variant("no painted lesions, vessels only (faithful)", faithful),
-    "no-paint": Variant("nothing painted", _paint(share=0.0, vessels=0.0)),
-    "pixel-masks": Variant("full supervision on the test set, 5-fold cross-validation", lambda p: p,
-                           lambda run, test, bound: cross_validated(run, test)),
+    "no-paint": Variant("nothing painted", _set(
+        {"classifier.paint.vessels": 0.0, "mil.paint.vessels": 0.0, "segmenter.paint.vessels": 0.0,
+         "mil.paint.share": 0.0, "segmenter.paint.share": 0.0})),
+    "pixel-masks": Variant("full supervision on the test set, 5-fold cross-validation", _set({})),
 }
 
 
@@ -341,16 +288,15 @@ def variant_names(names: list[str] | None) -> list[str]:
     return list(dict.fromkeys(names)) if names else list(VARIANTS)
 
 
-def ablate(run: Run, test: Dataset, names: list[str] | None = None, *, log: Log = print,
-           upper_bound: bool | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Trains and measures variants of a run, one after the other.
+def ablate(run: Run, test: Dataset, names: list[str] | None = None, *,
+           log: Log = print) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Trains and measures variants of a run, one after the other; ``whole`` with full supervision if there are masks.
 
     Args:
         run: data, settings, seed and folder of the whole method.
         test: measured slices, with masks.
         names: keys of :data:`VARIANTS`; default all.
         log: receives a line for each variant that is trained or left out.
-        upper_bound: also measure full supervision, in the variant ``whole`` only; needs masks of the training slices.
 
     Yields:
         Name of the variant, and what it reached as a JSON object.
@@ -368,7 +314,8 @@ def ablate(run: Run, test: Dataset, names: list[str] | None = None, *, log: Log 
             content = json.loads(path.read_text(encoding="utf-8"))
         else:
             log(f"ablation: {VARIANTS[name].title}")
-            result = VARIANTS[name].measure(variant, test, upper_bound if name == "whole" else False)
+            result = cross_validated(variant, test) if name == "pixel-masks" else evaluate_run(
+                variant, test, upper_bound=None if name == "whole" else False)
             content = {"name": name, "title": VARIANTS[name].title, **evaluation_json(result)}
             write_text(path, json.dumps(content, indent=2) + "\n")
         yield name, content

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
 from torch import nn
 
-from covidseg.baselines.ad3d_mil import Ad3dMil, Ad3dMilSettings, ad3d_mil_maps
-from covidseg.baselines.decovnet import DeCoVNet, DeCoVNetSettings, decovnet_maps
-from covidseg.baselines.maps import judge_crops
+from covidseg.baselines.ad3d_mil import Ad3dMil, Ad3dMilSettings
+from covidseg.baselines.decovnet import DeCoVNet, DeCoVNetSettings
+from covidseg.baselines.maps import lesion_maps
 from covidseg.baselines.training import BaselineSettings, Net, train_baseline
 from covidseg.classifier import slice_probabilities
 from covidseg.errors import ArtifactError, one_of
@@ -38,14 +37,9 @@ from covidseg.store import fingerprint, net_form
 
 @dataclass(frozen=True)
 class BaselineProfile:
-    """Settings of the earlier systems.
+    """Settings of the earlier systems: ported to single slices, and as published, on slabs (``_3d``).
 
-    Attributes:
-        grad_cam: The map of the classifiers as it is drawn without any later stage: last block, one scale.
-        decovnet: DeCoVNet, ported to single slices.
-        ad3d_mil: AD3D-MIL, ported to single slices.
-        decovnet_3d: DeCoVNet as published, on slabs.
-        ad3d_mil_3d: AD3D-MIL as published, on slabs.
+    ``grad_cam`` is the map of the classifiers as it is drawn without any later stage: last block, one scale.
     """
 
     grad_cam: CamSettings = field(default_factory=lambda: CamSettings(layer_share=0.0, outline=0.2))
@@ -94,7 +88,7 @@ class Trained:
             return None
 
     def history(self) -> list[dict[str, float]]:
-        """Losses along the system's own training, as ``loss_curves`` of the book draws them; empty if none was kept."""
+        """Losses along the system's own training; empty if none was kept."""
         stage, key = list(self.stages.items())[-1]
         found: list[dict[str, float]] = self.run.store.notes(stage, key).get("history", [])
         return found
@@ -104,9 +98,8 @@ def _on_lungs(run: Run, method: Method, stages: dict[str, str], nets: Iterable[n
     """A system that needs the lungs and some stages and nets of its own."""
     run.weak()
     net = run.lung_net()
-    names = ["threshold", *([] if net is None else ["lung_net"]), "weak"]
-    return Trained(method, run, {name: run.key(name) for name in names} | stages,
-                   [*([] if net is None else [net]), *nets])
+    names, lungs = (["threshold", "weak"], []) if net is None else (["threshold", "lung_net", "weak"], [net])
+    return Trained(method, run, {name: run.key(name) for name in names} | stages, [*lungs, *nets])
 
 
 def _otsu(run: Run, baselines: BaselineProfile) -> Trained:
@@ -124,19 +117,12 @@ def _grad_cam(run: Run, baselines: BaselineProfile) -> Trained:
                      {"classifier1": run.key("classifier1")}, [net])
 
 
-Draw = Callable[..., np.ndarray]  # (net, crops, volume=, judged=) to maps (N, S, S)
-
-
 def _baseline(run: Run, name: str, make: Callable[[], Net], settings: BaselineSettings,
-              outlines: list[tuple[str, float, Draw]]) -> Trained:
-    """An earlier system: its net, trained once and stored with the run, and its outlines.
+              *published: tuple[str, str, float]) -> Trained:
+    """An earlier system: its net, trained once and stored under a name; its map at a level answers.
 
-    Args:
-        run: where the net is stored.
-        name: of the stage.
-        make: makes the untrained net.
-        settings: of the training.
-        outlines: title, threshold and maps of each; the last one answers.
+    A slice in which the net finds no lesion stays empty (our choice): a map that is scaled by itself is as strong in a
+    healthy slice. ``published`` are the rows of the outlines that the net has besides.
     """
     key = fingerprint(run.key("weak"), settings, run.seed)
     form = net_form(make, run.device)
@@ -144,24 +130,23 @@ def _baseline(run: Run, name: str, make: Callable[[], Net], settings: BaselineSe
         make, run.weak(), settings, seed=run.seed, device=run.device, log=run.log, name=name))))
 
     def maps(crops: Crops, volume: bool) -> Maps:
-        judged = judge_crops(net, crops, volume=volume)
-        return judged[0], [draw(net, crops, volume=volume, judged=judged) for _, _, draw in outlines]
-    rows = [(title, "slice labels", threshold) for title, threshold, _ in outlines]
+        probability, found = lesion_maps(net, crops, volume=volume)
+        for each in found:
+            each[probability < 0.5] = 0
+        return probability, found
+    rows = [*published, ("map at a level", "slice labels", settings.outline)]
     return _on_lungs(run, Method(rows, maps), {name: key}, [net])
 
 
 def _decovnet(run: Run, baselines: BaselineProfile, dims: int = 2) -> Trained:
-    """Two outlines: the published rule, and the map cut at a level, which answers."""
     settings = baselines.decovnet if dims == 2 else baselines.decovnet_3d
-    return _baseline(run, f"decovnet{dims}d", partial(DeCoVNet, settings), settings, [
-        (f"top {settings.top:.0%} of the map", 0.5, partial(decovnet_maps, method="cam")),
-        ("map at a level", settings.outline, partial(decovnet_maps, method="activation"))])
+    return _baseline(run, f"decovnet{dims}d", partial(DeCoVNet, settings), settings,
+                     (f"top {settings.top:.0%} of the map", "slice labels", 0.5))
 
 
 def _ad3d_mil(run: Run, baselines: BaselineProfile, dims: int = 2) -> Trained:
     settings = baselines.ad3d_mil if dims == 2 else baselines.ad3d_mil_3d
-    return _baseline(run, f"ad3dmil{dims}d", partial(Ad3dMil, settings), settings,
-                     [("map at a level", settings.outline, ad3d_mil_maps)])
+    return _baseline(run, f"ad3dmil{dims}d", partial(Ad3dMil, settings), settings)
 
 
 def _ours(run: Run, baselines: BaselineProfile,
@@ -180,12 +165,9 @@ def _masks(run: Run, baselines: BaselineProfile) -> Trained:
 
 @dataclass(frozen=True)
 class System:
-    """One of the systems that are compared.
+    """One of the systems that are compared: its title in the table, and what trains what is missing in a run.
 
-    Attributes:
-        title: For the table.
-        train: Trains what is missing in a run.
-        published: Name of its row in :data:`PUBLISHED`; empty if it has none.
+    ``published`` names its row in :data:`PUBLISHED`; empty if it has none.
     """
 
     title: str

@@ -82,14 +82,8 @@ def macro(counts: np.ndarray) -> Scores:
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve: how often a positive scores higher than a negative, where equal scores count half.
 
+    Scores ``(N,)`` are on any scale, labels bool or 0 and 1. 0.5 is guessing; NaN if one of the classes is missing.
     It is computed from ranks, as the statistic of Mann and Whitney.
-
-    Args:
-        scores: ``(N,)``, on any scale.
-        labels: ``(N,)`` bool, or 0 and 1.
-
-    Returns:
-        A share in [0, 1]; 0.5 is guessing. NaN if one of the two classes is missing.
     """
     positive = np.asarray(labels) == 1
     positives, negatives = int(positive.sum()), int((~positive).sum())

@@ -1,15 +1,14 @@
 """How far a figure can be trusted: bootstrap intervals, paired comparison, lesion size and calibration.
 
-Everything but calibration is computed from the confusion counts of slices
-(:func:`covidseg.evaluation.metrics.confusion`), ``(N, 4)``, or ``(R, N, 4)`` for ``R`` seeds of one method, measured on
-the same slices in the same order. All functions raise ValueError for shapes that do not fit, slices that are not the
-same, and numbers out of range.
+Intervals and tests are computed from the confusion counts of slices (:func:`covidseg.evaluation.metrics.confusion`),
+``(N, 4)``, or ``(R, N, 4)`` for ``R`` seeds of one method, measured on the same slices in the same order. All functions
+raise ValueError for shapes that do not fit, slices that are not the same, and numbers out of range.
 
 **What an interval or p-value here leaves out.** Two kinds of chance move a figure: which slices were measured, and
 the seed of the training. Here only slices are drawn. The figure is averaged over the seeds that there are, and those
 stay as they are; show the spread over seeds beside the interval. Nor is it known how other hospitals or readers differ.
 Slices of one patient resemble each other: taken for independent, they make intervals too narrow and p-values too
-small. Name their patients in ``groups``, and whole patients are drawn or ranked.
+small. Name their patients in ``groups``, ``(N,)``, and whole patients are drawn or ranked.
 """
 
 from __future__ import annotations
@@ -23,24 +22,22 @@ from scipy.stats import wilcoxon
 from covidseg.evaluation.metrics import NAMES, figures
 
 FEWEST = 6  # with fewer, the smallest two-sided p-value of the signed rank test, 2 / 2^n, is above 0.05
+LEVEL = 0.95  # share of the draws inside an interval
 
 
-def slice_figures(counts: np.ndarray, figure: str = "dice") -> np.ndarray:
-    """Figure of each slice as :func:`covidseg.evaluation.metrics.macro` counts it, mean over seeds: ``(N,)`` in [0, 1].
+def slice_dice(counts: np.ndarray) -> np.ndarray:
+    """Dice of each slice, mean over seeds: ``(N,)`` in [0, 1]; 0 where nothing of a lesion was predicted.
 
-    Where nothing was predicted of a lesion it is 0. Without a lesion it is NaN, except for the specificity.
+    NaN without a lesion, as :func:`covidseg.evaluation.metrics.macro` counts it.
     """
     counts = _seeds(counts)
-    each = figures(counts)[..., _column(figure)]  # (R, N)
-    if figure == "specificity":
-        return each.mean(axis=0)
-    return np.where(_area(counts)[0] > 0, np.nan_to_num(each, nan=0.0).mean(axis=0), np.nan)
+    dice = np.nan_to_num(figures(counts)[..., 0], nan=0.0).mean(axis=0)
+    return np.where(_area(counts)[0] > 0, dice, np.nan)
 
 
-def bootstrap_interval(counts: np.ndarray, figure: str = "dice", average: str = "micro", *,
-                       groups: np.ndarray | None = None, level: float = 0.95, draws: int = 2000,
-                       seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of a figure over slices (Efron & Tibshirani 1993, section 13.3).
+def bootstrap_interval(counts: np.ndarray, figure: str = "dice", *, groups: np.ndarray | None = None,
+                       draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of a micro figure over slices (Efron & Tibshirani 1993, section 13.3).
 
     Each draw takes slices with replacement, as many as there are and the same ones in every seed. Draws in which the
     figure is undefined are left out. With few slices or groups (below about 20) the interval is too narrow.
@@ -48,9 +45,7 @@ def bootstrap_interval(counts: np.ndarray, figure: str = "dice", average: str = 
     Args:
         counts: ``(N, 4)`` or ``(R, N, 4)``.
         figure: one of :data:`covidseg.evaluation.metrics.NAMES`.
-        average: ``micro`` or ``macro``.
         groups: ``(N,)`` patient or volume of each slice, drawn as a whole; None draws single slices.
-        level: share of the draws inside the interval, in (0, 1).
         draws: how many; they take about 24 bytes x draws x N of memory.
         seed: of the draws, not of a training.
 
@@ -58,51 +53,40 @@ def bootstrap_interval(counts: np.ndarray, figure: str = "dice", average: str = 
         Lower and upper end; NaN if the figure is undefined or there are fewer than two slices or groups.
     """
     counts = _seeds(counts)
-    weights = _multiplicities(counts.shape[1], groups, draws, seed)
-    return _percentiles(_weighted_figure(counts, weights, figure, average), level)
+    return _ends(_drawn_figure(counts, _multiplicities(counts.shape[1], groups, draws, seed), figure))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one system is ahead of another, in [-1, 1].
-
-    Attributes:
-        mean: As measured, mean over seeds.
-        low: Lower end of the bootstrap interval.
-        high: Upper end of it.
-    """
+    """How far one system is ahead of another, in [-1, 1], mean over seeds: as measured, and the bootstrap interval."""
 
     mean: float
     low: float
     high: float
 
 
-def bootstrap_difference(ours: np.ndarray, other: np.ndarray, figure: str = "dice", average: str = "micro", *,
-                         groups: np.ndarray | None = None, level: float = 0.95, draws: int = 2000,
-                         seed: int = 0) -> Difference:
+def bootstrap_difference(ours: np.ndarray, other: np.ndarray, figure: str = "dice", *,
+                         groups: np.ndarray | None = None, draws: int = 2000, seed: int = 0) -> Difference:
     """Difference of two systems, paired: each draw takes the same slices for both, so that hard ones cancel out.
 
     The systems may differ in their number of seeds. All else is as for :func:`bootstrap_interval`.
     """
     ours, other = _same_slices(ours, other)
     weights = _multiplicities(ours.shape[1], groups, draws, seed)
-    observed, drawn = (_weighted_figure(ours, w, figure, average) - _weighted_figure(other, w, figure, average)
+    observed, drawn = (_drawn_figure(ours, w, figure) - _drawn_figure(other, w, figure)
                        for w in (np.ones((1, ours.shape[1])), weights))
-    return Difference(float(observed[0]), *_percentiles(drawn, level))
+    return Difference(float(observed[0]), *_ends(drawn))
 
 
 def paired_test(ours: np.ndarray, other: np.ndarray, *, groups: np.ndarray | None = None) -> float:
     """Two-sided p-value of the signed rank test (Wilcoxon 1945) on the Dice of the slices with a lesion.
 
-    The Dice of a slice is averaged over seeds; with ``groups``, ``(N,)``, one mean difference per group is ranked.
-    Differences of 0 are left out of the ranking, as in Wilcoxon's paper.
-
-    Returns:
-        p in (0, 1]; 1 if all differences are 0. NaN with fewer than :data:`FEWEST` slices (or groups) with a lesion,
-        where p could not fall below 0.05 whatever the systems do.
+    With ``groups`` one mean difference per group is ranked. Differences of 0 are left out, as in Wilcoxon's paper; p
+    is 1 if all are. NaN with fewer than :data:`FEWEST` slices (or groups) with a lesion, where p could not fall below
+    0.05 whatever the systems do.
     """
     ours, other = _same_slices(ours, other)
-    difference = slice_figures(ours) - slice_figures(other)
+    difference = slice_dice(ours) - slice_dice(other)
     known, which = ~np.isnan(difference), _group_numbers(len(difference), groups)
     size = np.bincount(which[known])
     difference = np.bincount(which[known], difference[known])[size > 0] / size[size > 0]
@@ -115,47 +99,22 @@ def paired_test(ours: np.ndarray, other: np.ndarray, *, groups: np.ndarray | Non
 def dice_by_size(counts: np.ndarray, edges: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Slices with a lesion and their macro Dice (mean over seeds) by the area of the lesion in the slice.
 
-    Args:
-        counts: ``(N, 4)`` or ``(R, N, 4)``.
-        edges: ``K - 1`` ascending areas in pixels. ``[100, 1000]`` makes three bins: below 100, 100 to 999, and
-            from 1000 on. The outer ones are open, so that no slice is lost.
+    ``edges`` are ``K - 1`` ascending areas in pixels: ``[100, 1000]`` makes three bins, below 100, 100 to 999, and from
+    1000 on.
 
     Returns:
         Number of slices, ``(K,)`` int, and Dice, ``(K,)`` in [0, 1], NaN in an empty bin.
     """
     if not (np.diff(edges) > 0).all():
         raise ValueError(f"edges {list(edges)} do not ascend")
-    dice = slice_figures(counts)
+    dice = slice_dice(counts)
     known, which = ~np.isnan(dice), np.digitize(_area(_seeds(counts))[0], edges)
     count = np.bincount(which[known], minlength=len(edges) + 1)
     return count, _ratio(np.bincount(which[known], dice[known], minlength=len(edges) + 1), count)
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Reliability of lesion probabilities (Guo et al., ICML 2017), per bin ``(bins,)``.
-
-    Guo et al. ask how often the likelier class is right; here it is the lesion's probability that is checked.
-
-    Attributes:
-        confidence: Mean probability; NaN in an empty bin.
-        observed: Share of lesion pixels; NaN in an empty bin.
-        count: Number of pixels, int.
-    """
-
-    confidence: np.ndarray
-    observed: np.ndarray
-    count: np.ndarray
-
-    @property
-    def error(self) -> float:
-        """Expected calibration error in [0, 1] (Guo et al. 2017, eq. 3); NaN without any pixel."""
-        gaps = np.nan_to_num(np.abs(self.observed - self.confidence), nan=0.0)
-        return float(_ratio(self.count @ gaps, self.count.sum()))
-
-
 def reliability_sums(probabilities: np.ndarray, truth: np.ndarray, bins: int = 10) -> np.ndarray:
-    """What :func:`calibration` needs of one slice; add up those of several slices with ``+``.
+    """What :func:`calibration` needs of some pixels; add up those of several slices with ``+``.
 
     Pass the pixels of a region, ``reliability_sums(p[lungs], mask[lungs])``: all the sure pixels around the body would
     make every net look calibrated.
@@ -174,10 +133,13 @@ def reliability_sums(probabilities: np.ndarray, truth: np.ndarray, bins: int = 1
     return np.stack([np.bincount(which, w, minlength=bins) for w in (p, truth.ravel(), np.ones_like(p))], axis=1)
 
 
-def calibration(sums: np.ndarray) -> Calibration:
-    """Reliability diagram from the added :func:`reliability_sums` of all slices; pixels weigh the same, as in micro."""
+def calibration(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean probability and share of lesion pixels of each bin, ``(bins,)``, from :func:`reliability_sums` added up.
+
+    NaN in an empty bin. Guo et al. (ICML 2017) ask how often the likelier class is right; here it is the lesion.
+    """
     probability, lesion, count = sums.T
-    return Calibration(_ratio(probability, count), _ratio(lesion, count), count.astype(np.int64))
+    return _ratio(probability, count), _ratio(lesion, count)
 
 
 def level_counts(probabilities: np.ndarray, truth: np.ndarray, steps: int = 100) -> np.ndarray:
@@ -201,14 +163,7 @@ def level_counts(probabilities: np.ndarray, truth: np.ndarray, steps: int = 100)
 
 
 def at_sensitivity(levels: np.ndarray, sensitivity: float) -> int:
-    """The highest level at which at least that share of the lesions is marked.
-
-    Args:
-        levels: ``(L, 4)`` from :func:`level_counts`.
-
-    Returns:
-        Number of the level; 0, where everything is marked, if there is no other.
-    """
+    """Number of the highest level of :func:`level_counts` ``(L, 4)`` that marks at least that share of the lesions."""
     return int(np.flatnonzero(figures(levels)[:, 3] >= sensitivity)[-1])
 
 
@@ -220,12 +175,6 @@ def _check_map(probabilities: np.ndarray, truth: np.ndarray, parts: int, what: s
                          f"wanted are equal shapes, a bool truth and at least one {what}")
     if not ((probabilities >= 0) & (probabilities <= 1)).all():
         raise ValueError("probabilities outside [0, 1] or NaN")
-
-
-def _column(figure: str) -> int:
-    if figure not in NAMES:
-        raise ValueError(f"figure {figure!r} is none of {', '.join(NAMES)}")
-    return NAMES.index(figure)
 
 
 def _area(counts: np.ndarray) -> np.ndarray:
@@ -266,6 +215,8 @@ def _group_numbers(slices: int, groups: np.ndarray | None) -> np.ndarray:
 
 def _multiplicities(slices: int, groups: np.ndarray | None, draws: int, seed: int) -> np.ndarray:
     """How often each draw takes each slice, ``(draws, N)`` float64; NaN if there is nothing to choose from."""
+    if draws < 1:
+        raise ValueError(f"{draws} draws: wanted is at least one")
     which = _group_numbers(slices, groups)
     units = which.max(initial=-1) + 1
     if units < 2:  # every draw would be the same, and the interval a point
@@ -273,20 +224,16 @@ def _multiplicities(slices: int, groups: np.ndarray | None, draws: int, seed: in
     return np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), draws)[:, which].astype(float)
 
 
-def _weighted_figure(counts: np.ndarray, weights: np.ndarray, figure: str, average: str) -> np.ndarray:
-    """Figure when slice n is there ``weights[d, n]`` times, mean over seeds, ``(draws,)``; all ones: as measured."""
-    if average == "micro":
-        return figures(weights @ counts)[..., _column(figure)].mean(axis=0)
-    if average == "macro":
-        each = slice_figures(counts, figure)
-        known = ~np.isnan(each)
-        return _ratio(weights @ np.where(known, each, 0.0), weights @ known)
-    raise ValueError(f"average {average!r} is neither micro nor macro")
+def _drawn_figure(counts: np.ndarray, weights: np.ndarray, figure: str) -> np.ndarray:
+    """Micro figure when slice n is there ``weights[d, n]`` times, mean over seeds, ``(draws,)``."""
+    if figure not in NAMES:
+        raise ValueError(f"figure {figure!r} is none of {', '.join(NAMES)}")
+    return figures(weights @ counts)[..., NAMES.index(figure)].mean(axis=0)
 
 
-def _percentiles(drawn: np.ndarray, level: float) -> tuple[float, float]:
-    if not 0 < level < 1 or not len(drawn):
-        raise ValueError(f"level {level} and {len(drawn)} draws: wanted are a level in (0, 1) and at least one draw")
+def _ends(drawn: np.ndarray) -> tuple[float, float]:
     drawn = drawn[~np.isnan(drawn)]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]).tolist() if len(drawn) else (np.nan, np.nan)
+    if not len(drawn):
+        return float("nan"), float("nan")
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     return low, high

@@ -105,58 +105,31 @@ def evaluation_markdown(evaluation: Evaluation) -> str:
 
 
 def scores_table(rows: Iterable[tuple[str, Mapping[str, float | None], Mapping[str, float | None]]]) -> Table:
-    """The five figures pooled over pixels (micro), and Dice and IoU averaged over slices (macro).
-
-    Args:
-        rows: name, micro and macro figures by their names.
-    """
+    """Rows of name, micro and macro figures by their names: five pooled over pixels, Dice and IoU also over slices."""
     return Table(("", "Dice", "IoU", "PPV", "sens.", "spec.", "macro\nDice", "macro\nIoU"), "l" + "r" * 7, [
         [name, *(figure(micro[each]) for each in NAMES), figure(macro["dice"]), figure(macro["iou"])]
         for name, micro, macro in rows])
 
 
-def over_seeds(results: Iterable[Record], average: str = "micro") -> dict[str, np.ndarray]:
-    """Figures of each stage of one system.
-
-    Args:
-        results: one for each seed.
-        average: ``micro`` or ``macro``.
-
-    Returns:
-        Name of the row -> ``(seeds, 5)``, figures in the order of :data:`covidseg.evaluation.metrics.NAMES`; NaN where
-        one is undefined.
-    """
-    rows: dict[str, list[list[float]]] = {}
-    for result in results:
-        for row in result["rows"]:
-            rows.setdefault(row["name"], []).append(
-                [float("nan") if row[average][name] is None else row[average][name] for name in NAMES])
-    return {name: np.array(values) for name, values in rows.items()}
-
-
 def seeds_markdown(results: Sequence[Record]) -> str:
     """Table of all stages of one system: mean and deviation over the seeds, micro figures and macro Dice."""
-    each = over_seeds(results, "macro")
+    rows: dict[str, list[list[float | None]]] = {}
+    for result in results:
+        for row in result["rows"]:
+            rows.setdefault(row["name"], []).append([*(row["micro"][name] for name in NAMES), row["macro"]["dice"]])
     return Table(("", *STAGE_HEADS), "l" + "r" * 6, [
-        [name, *(spread(column) for column in values.T), spread(each[name][:, 0])]
-        for name, values in over_seeds(results).items()]).markdown()
+        [name, *(spread(column) for column in np.array(seeds, float).T)]  # of None it makes NaN
+        for name, seeds in rows.items()]).markdown()
 
 
 def ablation_rows(results: Iterable[Record]) -> list[tuple[str, Record]]:
-    """Title and figures of each row of an ablation.
-
-    The stages of the whole method come first, then patches and segmenter of each variant.
-    """
+    """Title and figures of each row: all stages of the whole method, patches and segmenter of the variants."""
     return [(f"{result['title']}: {row['name']}", row) for result in results for row in result["rows"]
             if result["name"] == "whole" or row["name"] in ("Patch MIL", "Segmenter")]
 
 
 def ablation_markdown(records: Iterable[Record]) -> str:
-    """Table of an ablation for a page of the book.
-
-    Args:
-        records: the ablation, and more variants measured on the same slices with the same profile.
-    """
+    """Table of an ablation, and of more variants measured on the same slices with the same profile."""
     variants = [variant for record in records for variant in record["variants"]]
     return Table(("variant: stage", "Dice", "PPV", "sensitivity", "macro Dice"), "l" + "r" * 4, [
         [title, *(figure(row["micro"][name]) for name in ("dice", "ppv", "sensitivity")),

@@ -8,7 +8,6 @@ import torch
 from baselines.test_trunk import numbers_by_hand
 
 from covidseg.baselines.ad3d_mil import POOLINGS, Ad3dMil, Ad3dMilSettings
-from covidseg.errors import SettingsError
 
 pytestmark = pytest.mark.nets
 
@@ -90,9 +89,3 @@ def test_nothing_outside_the_lung_is_seen() -> None:
         assert torch.equal(one(maps), one(other))
         other[:, 0, 12] = 9
         assert not torch.equal(one(maps), one(other))
-
-
-@pytest.mark.parametrize("wrong", [{"pooling": "sum"}, {"sides": (8, 8)}, {"sides": (8, 0, 4)}, {"dims": 1}])
-def test_impossible_settings_are_refused(wrong: dict) -> None:
-    with pytest.raises(SettingsError):
-        Ad3dMilSettings(**wrong)

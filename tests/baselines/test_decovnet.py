@@ -8,18 +8,9 @@ import torch
 from baselines.test_trunk import numbers_by_hand
 from tiny import toy
 
-from covidseg.augment import PaintSettings
-from covidseg.baselines.decovnet import (
-    METHODS,
-    WEIGHTS,
-    DeCoVNet,
-    DeCoVNetSettings,
-    decovnet_maps,
-    keep_top,
-)
-from covidseg.baselines.maps import judge_crops
+from covidseg.baselines.decovnet import WEIGHTS, DeCoVNet, DeCoVNetSettings, keep_top
+from covidseg.baselines.maps import judge_crops, lesion_maps
 from covidseg.baselines.slabs import SlabSettings
-from covidseg.errors import SettingsError
 
 pytestmark = pytest.mark.nets
 
@@ -140,31 +131,11 @@ def test_masks_follow_from_the_activation() -> None:
     with torch.no_grad():  # an untrained map may be negative throughout: nothing would be left of it
         for weight in (one.classes.weight, one.hidden.weight, *(one.head[i].weight for i in (1, 4, 8))):
             weight.abs_()
-    soft = decovnet_maps(one, crops, method="activation", verdict=False)
-    raw = judge_crops(one, crops)[1]
-    for one_soft, one_raw, lung in zip(soft, np.maximum(raw, 0), crops.lungs, strict=True):
-        low, high = one_raw[lung].min(), one_raw[lung].max()
-        np.testing.assert_allclose(one_soft, np.where(lung, (one_raw - low) / (high - low), 0), atol=1e-5)
-    cam = decovnet_maps(one, crops, method="cam", verdict=False)
-    assert set(np.unique(cam)) == {0.0, 1.0}
-    assert (crops.images[cam > 0] > 0.15).all()
-    assert (cam.sum(axis=(1, 2)) <= 0.1 * 80 * 80 + 1).all()
+    mask, soft = lesion_maps(one, crops)[1]
+    assert set(np.unique(mask)) == {0.0, 1.0}
+    assert (crops.images[mask > 0] > 0.15).all()
+    assert (mask.sum(axis=(1, 2)) <= 0.1 * 80 * 80 + 1).all()
     for k in range(6):
-        darkest = soft[k][cam[k] > 0].min()
-        outside = (soft[k] > darkest) & (cam[k] == 0)
+        darkest = soft[k][mask[k] > 0].min()
+        outside = (soft[k] > darkest) & (mask[k] == 0)
         assert (crops.images[k][outside] <= 0.15).all(), "only darkness keeps a stronger pixel out"
-    assert cam.any()
-
-
-def test_an_unknown_map_is_refused() -> None:
-    data, _ = toy(2)
-    with pytest.raises(SettingsError, match="no map"):
-        decovnet_maps(net(), data.crops, method="grad")
-    assert METHODS[0] == "activation"
-
-
-@pytest.mark.parametrize("wrong", [{"dims": 4}, {"schedule": "steps"}, {"top": 0.0}, {"paint": PaintSettings()},
-                                   {"weights": "kernel"}])
-def test_impossible_settings_are_refused(wrong: dict) -> None:
-    with pytest.raises(SettingsError):
-        DeCoVNetSettings(**wrong)

@@ -12,13 +12,14 @@ import pytest
 import torch
 from tiny import quiet, same_weights, toy
 
-from covidseg.augment import NO_PAINT
-from covidseg.baselines.ad3d_mil import Ad3dMil, Ad3dMilSettings, ad3d_mil_maps
-from covidseg.baselines.decovnet import METHODS, DeCoVNet, DeCoVNetSettings, decovnet_maps
-from covidseg.baselines.maps import judge_crops, min_max
+from covidseg.augment import NO_PAINT, PaintSettings
+from covidseg.baselines import maps as module
+from covidseg.baselines.ad3d_mil import Ad3dMil, Ad3dMilSettings
+from covidseg.baselines.decovnet import DeCoVNet, DeCoVNetSettings
+from covidseg.baselines.maps import judge_crops, lesion_maps, min_max
 from covidseg.baselines.slabs import SlabSettings, volumes
 from covidseg.baselines.training import Baseline, BaselineSettings, augment_slabs, train_baseline
-from covidseg.errors import DatasetError
+from covidseg.errors import DatasetError, SettingsError
 from covidseg.evaluation.metrics import auc
 from covidseg.preprocess import Crops, WeakSet
 from covidseg.training import Log
@@ -32,19 +33,15 @@ SLAB = SlabSettings(depth=4, size=40, step=2)
 class System:
     net: Callable[[Any], Baseline]
     settings: Any
-    maps: Callable[..., np.ndarray]
 
     def train(self, data: WeakSet, settings: Any, *, seed: int = 0, log: Log = quiet) -> Any:
         return train_baseline(partial(self.net, settings), data, settings, seed=seed, device=torch.device("cpu"),
                               log=log, name="toy")
 
-    def probabilities(self, net: Any, crops: Crops, **how: bool) -> np.ndarray:
-        return judge_crops(net, crops, **how)[0]
-
 
 SYSTEMS = {
-    "decovnet": System(DeCoVNet, DeCoVNetSettings(slab=SLAB, batch=8), decovnet_maps),
-    "ad3d-mil": System(Ad3dMil, Ad3dMilSettings(slab=SLAB, batch=8), ad3d_mil_maps),
+    "decovnet": System(DeCoVNet, DeCoVNetSettings(slab=SLAB, batch=8)),
+    "ad3d-mil": System(Ad3dMil, Ad3dMilSettings(slab=SLAB, batch=8)),
 }
 both = pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS.keys())
 flat_and_deep = pytest.mark.parametrize("dims", [2, 3])
@@ -75,18 +72,13 @@ def test_the_2d_port_learns_disks_from_slice_labels_and_shows_them(system: Syste
     lines: list[str] = []
     net = system.train(data, replace(system.settings, steps=60), seed=1, log=lines.append)
     fresh, disks = toy(40, seed=9)
-    assert auc(system.probabilities(net, fresh.crops), fresh.labels) > 0.9
+    probabilities, found = lesion_maps(net, fresh.crops)
+    assert auc(probabilities, fresh.labels) > 0.9
     assert not net.training
     assert lines
     assert all(line.startswith("toy step") for line in lines)
-    how = {"method": "activation"} if isinstance(net, DeCoVNet) else {}
-    maps = system.maps(net, fresh.crops, verdict=False, **how)
-    verdict, judged = system.probabilities(net, fresh.crops) >= 0.5, system.maps(net, fresh.crops, **how)
-    assert not judged[~verdict].any(), "slices judged healthy stay empty"
-    assert np.array_equal(judged[verdict], maps[verdict])
-    assert maps[~verdict].any()
     ill = (fresh.labels == 1)[:, None, None] & fresh.crops.lungs
-    assert auc(maps[ill], disks[ill].astype(int)) > 0.75
+    assert auc(found[-1][ill], disks[ill].astype(int)) > 0.75
 
 
 @both
@@ -94,9 +86,9 @@ def test_the_3d_net_learns_from_slabs(system: System) -> None:
     data, _ = toy_volumes(6)
     net = system.train(data, replace(system.settings, dims=3, steps=60), seed=1)
     fresh, _ = toy_volumes(4, seed=9)
-    slices = over_volumes(lambda crops: system.probabilities(net, crops), fresh)
+    slices = over_volumes(lambda crops: judge_crops(net, crops)[0], fresh)
     assert auc(slices, fresh.labels) > 0.9
-    alone = system.probabilities(net, fresh.crops, volume=False)
+    alone = judge_crops(net, fresh.crops, volume=False)[0]
     assert auc(alone, fresh.labels) > 0.75, "a slice repeated to a slab is still a slice"
 
 
@@ -105,27 +97,23 @@ def test_the_3d_net_learns_from_slabs(system: System) -> None:
 def test_maps_lie_in_the_unit_interval_and_in_the_lung(system: System, dims: int) -> None:
     data, _ = toy_volumes(1)
     net = untrained(system, dims)
-    methods: list[dict] = [{}]
     if isinstance(net, DeCoVNet):
-        methods = [{"method": m} for m in METHODS]
         with torch.no_grad():  # an untrained map may be negative throughout: nothing would be left of it
             for weight in (net.classes.weight, net.hidden.weight, *(net.head[i].weight for i in (1, 4, 8))):
                 weight.abs_()
             net.classes.weight[0] = 0  # the gradient is that of lesion minus healthy
-    for how in methods:
-        for volume in (True, False):
-            maps = system.maps(net, data.crops, volume=volume, verdict=False, **how)
+    for volume in (True, False):
+        found = lesion_maps(net, data.crops, volume=volume)[1]
+        for maps in found:
             assert maps.shape == data.crops.images.shape
             assert maps.dtype == np.float32
             assert 0 <= maps.min() <= maps.max() <= 1
             assert (maps[~data.crops.lungs] == 0).all()
-            if how.get("method") in (None, "activation"):
-                tops = maps.max(axis=(1, 2))
-                assert maps.max() == pytest.approx(1), "a volume, or each slice, reaches the top"
-                assert (tops > 0.999).all() == (not volume or dims == 2)
-    empty = data.crops.take(np.zeros(0, int))
-    assert system.maps(net, empty).shape == (0, 40, 40)
-    assert system.probabilities(net, empty).shape == (0,)
+        tops = found[-1].max(axis=(1, 2))
+        assert tops.max() == pytest.approx(1), "a volume, or each slice, reaches the top"
+        assert (tops > 0.999).all() == (not volume or dims == 2)
+    probabilities, found = lesion_maps(net, data.crops.take(np.zeros(0, int)))
+    assert [len(one) for one in (probabilities, *found)] == [0] * (1 + len(found))
 
 
 @both
@@ -143,10 +131,10 @@ def test_training_repeats_bit_for_bit_with_the_seed(system: System, dims: int) -
 def test_tests_run_in_evaluation_mode_whatever_the_state_of_the_net(system: System, dims: int) -> None:
     data, _ = toy_volumes(1)
     net = untrained(system, dims)
-    expected = system.probabilities(net, data.crops)
+    expected = judge_crops(net, data.crops)[0]
     net.train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    np.testing.assert_array_equal(system.probabilities(net, data.crops), expected)
+    np.testing.assert_array_equal(judge_crops(net, data.crops)[0], expected)
     assert net.training, "the state comes back"
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items()), \
         "testing moves no running statistics"
@@ -161,12 +149,14 @@ def test_tests_run_in_evaluation_mode_whatever_the_state_of_the_net(system: Syst
 
 @both
 @flat_and_deep
-def test_results_do_not_depend_on_the_batch(system: System, dims: int) -> None:
+def test_results_do_not_depend_on_the_batch(system: System, dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
     data, _ = toy_volumes(1)
     net = untrained(system, dims)
     for volume in (True, False):
-        p, maps = judge_crops(net, data.crops, volume=volume, batch=32)
-        again, others = judge_crops(net, data.crops, volume=volume, batch=2)
+        monkeypatch.setattr(module, "BATCH", 32)
+        p, maps = judge_crops(net, data.crops, volume=volume)
+        monkeypatch.setattr(module, "BATCH", 2)
+        again, others = judge_crops(net, data.crops, volume=volume)
         np.testing.assert_allclose(p, again, atol=1e-5)
         np.testing.assert_allclose(maps, others, atol=1e-5)
 
@@ -250,3 +240,14 @@ def test_min_max_of_a_volume_and_of_each_slice() -> None:
     lungs = np.array([[[True, True], [False, True]]] * 2)
     assert min_max(maps, lungs, True).tolist() == [[[0.0, 0.5], [0.0, 0.25]], [[1.0, 1.0], [0.0, 1.0]]]
     assert min_max(maps, lungs, False).tolist() == [[[0.0, 1.0], [0.0, 0.5]], [[0.0, 0.0], [0.0, 0.0]]]
+
+
+@pytest.mark.parametrize(("settings", "wrong"), [
+    (SlabSettings, {"depth": 0}), (SlabSettings, {"depth": 4, "step": 5}), (SlabSettings, {"step": 0}),
+    (SlabSettings, {"size": 4}), (DeCoVNetSettings, {"dims": 4}), (DeCoVNetSettings, {"schedule": "steps"}),
+    (DeCoVNetSettings, {"paint": PaintSettings()}), (DeCoVNetSettings, {"top": 0.0}),
+    (DeCoVNetSettings, {"weights": "kernel"}), (Ad3dMilSettings, {"dims": 1}), (Ad3dMilSettings, {"pooling": "sum"}),
+    (Ad3dMilSettings, {"sides": (8, 8)}), (Ad3dMilSettings, {"sides": (8, 0, 4)})])
+def test_impossible_settings_are_refused(settings: type, wrong: dict) -> None:
+    with pytest.raises(SettingsError):
+        settings(**wrong)

@@ -8,13 +8,11 @@ import sys
 import matplotlib as mpl
 import numpy as np
 import pytest
+from book.conftest import SIDE, edge_colors
 from matplotlib import pyplot as plt
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from covidseg.book import figures
-
-SIDE = 40
 
 
 @pytest.fixture
@@ -23,24 +21,9 @@ def image() -> np.ndarray:
     return np.linspace(-1000, 100, SIDE * SIDE).reshape(SIDE, SIDE)
 
 
-@pytest.fixture
-def lung() -> np.ndarray:
-    mask = np.zeros((SIDE, SIDE), bool)
-    mask[5:35, 5:35] = True
-    return mask
-
-
-@pytest.fixture
-def lesion() -> np.ndarray:
-    mask = np.zeros((SIDE, SIDE), bool)
-    mask[10:20, 10:20] = True
-    return mask
-
-
 def outline_colors(figure: Figure) -> set[str]:
     """Colours of all contours in a figure."""
-    return {to_hex(color).upper() for axes in figure.axes for part in axes.collections
-            for color in np.atleast_2d(part.get_edgecolor())}
+    return set.union(*map(edge_colors, figure.axes))
 
 
 def luminance(color: str) -> float:

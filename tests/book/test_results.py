@@ -9,29 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from book.conftest import SIDE, edge_colors
 from matplotlib import pyplot as plt
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from covidseg.book import figures, results
 from covidseg.errors import ArtifactError
 from covidseg.evaluation.experiments import VARIANTS, Line, by_system
-
-SIDE = 20
-
-
-@pytest.fixture
-def lung() -> np.ndarray:
-    mask = np.zeros((SIDE, SIDE), bool)
-    mask[2:18, 2:18] = True
-    return mask
-
-
-@pytest.fixture
-def lesion() -> np.ndarray:
-    mask = np.zeros((SIDE, SIDE), bool)
-    mask[5:10, 5:10] = True
-    return mask
 
 
 def line(title: str, *dice: float, interval: tuple[float, float] = (0.1, 0.3)) -> Line:
@@ -94,13 +78,10 @@ def test_table_of_faults() -> None:
     assert found.splitlines()[2:] == [
         "| empty<br>`covidseg lungs x -o out` | 3 | x: is &lt;empty>. |",
         "| empty (**not caught**)<br>`covidseg lungs x -o out` | 3 | one\\|two im/\\*.nii |"]
-
-
-def test_addresses_and_checksums_in_the_table_of_faults() -> None:
     said = f"error: https://a.example/b.zip: has the md5 {'0123456789abcdef' * 2}, expected {'f' * 64}. Wait."
-    row = {"group": "a", "fault": "changed", "command": "x", "said": [said], "exit_code": 5, "met": True}
-    assert results.faults_markdown({"faults": [row]}, "a").endswith(
+    assert results.faults_markdown({"faults": [row(said=[said])]}, "a").endswith(
         "| `https://a.example/b.zip`: has the md5 01234567…, expected ffffffff…. Wait. |")
+
 
 
 # --- systems ----------------------------------------------------------------------------------------------------
@@ -114,10 +95,8 @@ def test_grid_has_a_row_for_each_system_and_a_column_for_each_slice(lung: np.nda
     assert [panel.get_title() for panel in panels.flat] == ["a", "b", "", "", "", ""]
     assert texts(figure) == ["0.50", "0.00"]
     assert [panel.get_ylabel() for panel in panels.flat] == ["slice and truth", "", "mask", "", "map", ""]
-    colors = [{to_hex(c).upper() for part in panel.collections for c in np.atleast_2d(part.get_edgecolor())}
-              for panel in panels.flat]
     truth, found = figures.COLORS["truth"], figures.COLORS["prediction"]
-    assert colors == [{truth}, {truth}, {truth, found}, {truth}, {truth}, {truth}]
+    assert [edge_colors(panel) for panel in panels.flat] == [{truth}, {truth}, {truth, found}, *[{truth}] * 3]
     assert (panels[2, 0].images[1].get_alpha()[~lung] == 0).all()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["truth", "prediction"]
     assert plt.get_fignums() == []

@@ -547,7 +547,7 @@ def test_volumes_without_a_mask_are_not_measured(tiny_phantom: Path, tmp_path: P
     assert "1 of 4 volumes of measured" in capsys.readouterr().out.replace("\n", " ")
     shutil.rmtree(test / "mask")
     with pytest.raises(DatasetError, match="no lesion mask"):
-        read_truth(measured_on("unused", str(test))[0])
+        next(read_truth(measured_on("unused", str(test))[0]))
 
 
 def test_one_name_stands_for_both_sets_of_the_published_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ def test_maps_of_every_system(trained: dict[str, Trained], crops: Crops, name: s
             assert probability is not None
             assert probability.shape == (len(some),)
             assert ((probability >= 0) & (probability <= 1)).all()
+        if name in EARLIER:
+            assert not maps[-1][probability < 0.5].any(), "nothing is outlined where the net finds no lesion"
     for _, supervision, level in method.rows:
         assert supervision == {"otsu": "none", "masks": "pixel masks"}.get(name, "slice labels")
         assert np.isnan(level) if name == "otsu" else 0 < level < 1
@@ -192,20 +194,16 @@ def test_other_settings_or_another_seed_train_that_net_again(trained: dict[str, 
     second = SYSTEMS[name].train(folder_of(run, folder, lines), others)
     assert {line.split(" step ")[0] for line in lines} == {OWN[name][0][0]}
     assert not same_weights(second.nets[-1], trained[name].nets[-1])
-    for another in EARLIER:
-        if another != name:
-            lines.clear()
-            SYSTEMS[another].train(folder_of(run, folder, lines), others)
-            assert lines == [], "the others are as they were"
-    first = SYSTEMS[name].train(folder_of(run, folder, lines), TINY_BASELINES)
-    assert same_weights(first.nets[-1], trained[name].nets[-1]), "both are kept"
+    lines.clear()
+    for another in EARLIER:  # those of the others are as they were, and of this one both are kept
+        SYSTEMS[another].train(folder_of(run, folder, lines), others if another != name else TINY_BASELINES)
     assert lines == []
     seeded = folder_of(run, folder, lines, seed=1)
     seeded.weak = run.weak  # type: ignore[method-assign]
     seeded.lung_net = run.lung_net  # type: ignore[method-assign]
     other = SYSTEMS[name].train(seeded, TINY_BASELINES)
     assert lines
-    assert not same_weights(other.nets[-1], first.nets[-1])
+    assert not same_weights(other.nets[-1], trained[name].nets[-1])
 
 
 def test_faithful_and_extended_share_the_stages_before_the_patches(trained: dict[str, Trained], run: Run) -> None:
@@ -236,18 +234,14 @@ def test_costs_are_those_of_the_stages_and_nets_that_were_stored(trained: dict[s
         "history", [])
 
 
-def test_without_a_stage_that_was_deleted_the_seconds_are_unknown(run: Run, trained: dict[str, Trained],
-                                                                  tmp_path: Path) -> None:
+def test_what_is_not_there_has_no_cost(run: Run, trained: dict[str, Trained], tmp_path: Path) -> None:
     folder, lines = Path(shutil.copytree(run.folder, tmp_path / "run")), list[str]()
     (folder / "stages" / stored(trained["extended"], "cam1").name).unlink()
     again = SYSTEMS["extended"].train(folder_of(run, folder, lines), TINY_BASELINES)
     assert again.seconds() is None
     assert again.parameters() == trained["extended"].parameters()
     assert lines == [], "nothing is trained for it"
-
-
-def test_without_a_lung_net_there_is_nothing_of_it(run: Run, tmp_path: Path) -> None:
-    bare = folder_of(run, tmp_path, profile=replace(TINY, lung_net=replace(TINY.lung_net, steps=0)))
+    bare = folder_of(run, tmp_path / "bare", profile=replace(TINY, lung_net=replace(TINY.lung_net, steps=0)))
     floor = SYSTEMS["otsu"].train(bare, TINY_BASELINES)
     assert list(floor.stages) == ["threshold", "weak"]
     assert (floor.nets, floor.parameters()) == ([], 0)

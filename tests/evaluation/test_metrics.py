@@ -214,9 +214,8 @@ def test_auc_is_how_often_a_positive_scores_higher(drawn):
 
 def test_truth_of_the_phantom(tiny_phantom):
     data = load_dataset(tiny_phantom)
-    truths = read_truth(data)
-    assert [t.scan.path for t in truths] == [c.image for c in data.cases]
-    for truth, case in zip(truths, data.cases, strict=True):
+    for truth, case in zip(read_truth(data), data.cases, strict=True):
+        assert (truth.case, truth.scan.path) == (case, case.image)
         assert truth.mask.shape == truth.scan.pixels.shape
         assert truth.mask.dtype == bool
         assert truth.slices.tolist() == list(range(10))
@@ -238,12 +237,12 @@ def test_labelled_slices_are_measured_or_all_if_there_are_none(tiny_phantom):
 
 def test_a_label_beyond_the_volume_is_refused(tiny_phantom):
     data = load_dataset(tiny_phantom)
-    assert read_truth(relabelled(data, {9: 1}))[0].slices.tolist() == [9]
+    assert next(read_truth(relabelled(data, {9: 1}))).slices.tolist() == [9]
     with pytest.raises(DatasetError, match=r"phantom_00 has 10 slices, slice 10 is labelled.*from 0"):
-        read_truth(relabelled(data, {3: 1, 10: 0}))
+        next(read_truth(relabelled(data, {3: 1, 10: 0})))
 
 
 def test_truth_needs_masks(tmp_path):
     write_like(np.zeros((2, 8, 8), np.int16), Grid((8, 8, 2), np.eye(4)), tmp_path / "im" / "a.nii.gz")
     with pytest.raises(DatasetError, match="no lesion mask for a"):
-        read_truth(load_dataset(tmp_path, need_labels=False))
+        next(read_truth(load_dataset(tmp_path, need_labels=False)))
