@@ -1,12 +1,8 @@
 """Downloads that can be trusted, and archives that are opened only when they are harmless.
 
-:func:`fetch` lets pooch bring one file: over https, into a temporary file, under its final name only when complete.
-Pooch is given two parts. :class:`ResumingDownloader` goes on where an earlier download broke off, so that a bad line
-costs nothing but time. :func:`check_file` compares size and checksum before anybody uses the file.
-
-A file whose publisher states no checksum is trusted at first use: its sha256 is kept in ``NAME.sha256`` beside it,
-and every later download has to match. That notices a later change, but not a fault in the first download; the
-archive's own CRCs are tested for that.
+Pooch brings a file over https and gives it its name only when it is complete. A file whose publisher states no checksum
+is trusted at first use: its sha256 is kept in ``NAME.sha256`` beside it, and every later download has to match. That
+notices a later change, but not a fault in the first download; the archive's own CRCs are tested for that.
 """
 
 from __future__ import annotations
@@ -24,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from lzma import LZMAError
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from urllib.parse import urljoin
 
 import pooch
@@ -62,16 +59,8 @@ class DownloadSettings:
     max_bytes: int = 16 << 30
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """A file on disk that passed its check.
-
-    Attributes:
-        path: Where it is.
-        checked: What it was checked against: ``"published md5"``, ``"published sha256"``, ``"first download"``,
-            or ``"nothing: this is the first download"``.
-        new: Whether it was downloaded just now.
-    """
+class Fetched(NamedTuple):
+    """A file on disk that passed its check, what it was checked against, and whether it was downloaded just now."""
 
     path: Path
     checked: str
@@ -83,8 +72,8 @@ def fetch(remote: RemoteFile, folder: str | Path, settings: DownloadSettings | N
 
     Args:
         remote: address, name, size and checksum of the file.
-        folder: target folder, made if it is missing. NAME is written there, and NAME.sha256 where no checksum is
-            published. NAME.part and NAME.part.json hold an unfinished download.
+        folder: made if it is missing. Beside the file it holds NAME.sha256 where no checksum is published, and
+            NAME.part and NAME.part.json while the download is unfinished.
         settings: patience and limits.
 
     Raises:
@@ -92,22 +81,18 @@ def fetch(remote: RemoteFile, folder: str | Path, settings: DownloadSettings | N
         OutputError: the folder cannot be written.
     """
     check_address(remote.url)
-    folder = Path(folder)
-    target = folder / remote.name
-    downloader = ResumingDownloader(remote, folder, settings or DownloadSettings())
-
-    def check(_: str, action: str, __: object) -> Fetched:
-        try:
-            return Fetched(target, check_file(target, remote), new=action == "download")
-        except DownloadError:
-            if action == "download":  # a file that was there before is not ours to delete
-                target.unlink()
-            raise
-
+    target = Path(folder) / remote.name
+    new = not target.exists()
+    downloader = ResumingDownloader(remote, target.parent, settings or DownloadSettings())
     pooch.get_logger().setLevel("WARNING")  # the command line says itself what was downloaded
     try:
         # No hash for pooch, which would replace a file that has changed on disk; the check refuses that.
-        return pooch.retrieve(remote.url, None, remote.name, folder.absolute(), processor=check, downloader=downloader)
+        pooch.retrieve(remote.url, None, remote.name, target.parent.absolute(), downloader=downloader)
+        return Fetched(target, check_file(target, remote), new)
+    except DownloadError:
+        if new:  # a file that was there before is not ours to delete
+            target.unlink(missing_ok=True)
+        raise
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DownloadError("the disk is full; what has arrived is kept", path=downloader.part,
@@ -117,15 +102,7 @@ def fetch(remote: RemoteFile, folder: str | Path, settings: DownloadSettings | N
 
 
 def check_file(path: Path, remote: RemoteFile) -> str:
-    """Checks a complete file against its published checksum, or against that of its first download.
-
-    Returns:
-        What it was checked against, see :class:`Fetched`.
-
-    Raises:
-        DownloadError: the size or checksum is another, or an archive without a published checksum is damaged.
-        OutputError: the checksum of the first download cannot be kept.
-    """
+    """Checks a complete file against its published checksum, or that of its first download; says which of them."""
     if remote.size and path.stat().st_size != remote.size:
         raise DownloadError(f"{remote.name} has {path.stat().st_size} bytes, expected {remote.size}", path=path,
                             remedy="Delete it if it is still there and download again")
@@ -164,11 +141,7 @@ def _record(path: Path) -> Path:
 class ResumingDownloader:
     """A downloader for pooch that goes on where an earlier one broke off (``Range`` and ``If-Range``, RFC 9110).
 
-    Attributes:
-        remote: The file to bring.
-        part: Where it grows until it is complete, NAME.part.
-        notes: Address and version of the file that the part belongs to, NAME.part.json.
-        settings: Patience and limits.
+    The file grows in NAME.part; NAME.part.json notes address and version of the file that the part belongs to.
     """
 
     def __init__(self, remote: RemoteFile, folder: Path, settings: DownloadSettings) -> None:
@@ -293,15 +266,7 @@ def check_zip(path: str | Path) -> None:
 
 
 def unpack(archive: str | Path, folder: str | Path, settings: UnpackSettings | None = None) -> list[Path]:
-    """Unpacks a zip archive into a folder, or refuses it as a whole before anything is written.
-
-    Args:
-        archive: the zip file.
-        folder: where to. Nothing is written outside.
-        settings: limits on size and number of files.
-
-    Returns:
-        The files, in the archive's order.
+    """Unpacks a zip archive into a folder, or refuses it as a whole before anything is written; gives its files.
 
     Raises:
         DownloadError: not a zip, damaged, encrypted, with paths or links that leave the folder, or a zip bomb.
