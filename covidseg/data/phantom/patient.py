@@ -84,11 +84,7 @@ def _breath(settings: PhantomSettings, index: int) -> float:
 
 
 def make_patient(settings: PhantomSettings, index: int) -> PhantomPatient:
-    """Makes one patient; the result depends on ``settings`` and ``index`` alone.
-
-    Args:
-        settings: what to make.
-        index: 0 .. ``settings.patients - 1``.
+    """Makes patient ``index``, counted from 0; the result depends on ``settings`` and ``index`` alone.
 
     Raises:
         SettingsError: there is no such patient.
@@ -151,14 +147,6 @@ def write_phantom(folder: str | Path, settings: PhantomSettings | None = None, *
 
     A finished folder of the same settings is left as it is. The set is built beside its target and moved there
     when complete, so that a crash leaves no half folder.
-
-    Args:
-        folder: target; it must not exist, be empty, or hold a phantom of the same settings.
-        settings: what to make; the default settings if None.
-        progress: print a line for each patient.
-
-    Returns:
-        The folder.
 
     Raises:
         DatasetError: the folder holds something else, or a phantom of other settings or with files missing.
