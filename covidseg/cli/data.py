@@ -31,7 +31,7 @@ def list_sets() -> None:
     for item in load_registry().values():
         size = f"{item.megabytes} MB" if item.megabytes else "none, generated"
         table.add_row(item.name, item.title, item.licence, size, state(item))
-    console.print(table, highlight=False)
+    console.print(table)
     print(f"Data folder: {cache_root()}")
 
 
@@ -151,7 +151,7 @@ def _show(report: FolderReport) -> None:
         outlines = " ".join(kind for kind, there in (("lung", v.lung), ("mask", v.mask)) if there) or "none"
         table.add_row(v.id, v.patient, " ".join(map(str, v.shape)), " ".join(f"{s:.2f}" for s in v.spacing),
                       values, f"{v.lesion}/{v.free}/{v.unlabelled}", outlines, str(len(v.faults)))
-    console.print(table, highlight=False)
+    console.print(table)
     lesion, free = sum(v.lesion for v in report.volumes), sum(v.free for v in report.volumes)
     print(f"{len(report.volumes)} volumes of {len({v.patient for v in report.volumes})} patients, "
           f"{lesion} slices with a lesion, {free} without")

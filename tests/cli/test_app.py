@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from covidseg import DISCLAIMER, __version__
 from covidseg.cli import app, main
-from covidseg.cli.common import PAIRS, measured_on, sides
+from covidseg.cli.measure import PAIRS, measured_on, sides
 from covidseg.data.folder import load_dataset
 from covidseg.data.registry import load_registry
 from covidseg.data.scan import read_scan, write_like
