@@ -22,35 +22,20 @@ MOSMED_OUTLINED = range(255, 305)
 
 @dataclass(frozen=True)
 class VolumeReport:
-    """What is known of one volume; of a scan that cannot be read that is little.
+    """What is known of one volume; of a scan that cannot be read that is little."""
 
-    Attributes:
-        id: Its name in the label table.
-        patient: Name of the patient whose scan it is.
-        shape: ``(slices, rows, columns)``.
-        spacing: Millimetres between slices, rows and columns.
-        unit: ``HU`` or ``display``.
-        value_range: Lowest and highest stored value.
-        lesion: Number of slices labelled as having a lesion.
-        free: Number of slices labelled free of lesions.
-        unlabelled: Number of slices without a label.
-        lung: Whether a true lung mask is there.
-        mask: Whether a true lesion mask is there.
-        faults: What is wrong, one sentence each.
-    """
-
-    id: str
-    patient: str
-    shape: tuple[int, ...] = ()
-    spacing: tuple[float, ...] = ()
-    unit: str = ""
-    value_range: tuple[float, ...] = ()
-    lesion: int = 0
-    free: int = 0
-    unlabelled: int = 0
-    lung: bool = False
-    mask: bool = False
-    faults: tuple[str, ...] = ()
+    id: str       # as in the label table
+    patient: str  # whose scan it is
+    shape: tuple[int, ...] = ()      # (slices, rows, columns)
+    spacing: tuple[float, ...] = ()  # mm between slices, rows and columns
+    unit: str = ""                   # HU or display
+    value_range: tuple[float, ...] = ()  # lowest and highest stored value
+    lesion: int = 0      # slices labelled as having a lesion
+    free: int = 0        # slices labelled free of lesions
+    unlabelled: int = 0  # slices without a label
+    lung: bool = False   # whether a true lung mask is there
+    mask: bool = False   # whether a true lesion mask is there
+    faults: tuple[str, ...] = ()  # what is wrong, one sentence each
 
 
 @dataclass(frozen=True)

@@ -38,25 +38,15 @@ PASSING = (requests.ConnectionError, requests.Timeout, requests.exceptions.Chunk
 
 @dataclass(frozen=True)
 class DownloadSettings:
-    """How patient a download is and how much it may bring.
+    """How patient a download is and how much it may bring."""
 
-    Attributes:
-        retries: Attempts in a row that bring nothing new before the download is given up, at least 1.
-        backoff: Seconds before the second attempt. They double each time, up to ``longest_wait``.
-        longest_wait: Most seconds between two attempts.
-        timeout: Seconds without an answer that count as a broken line.
-        chunk: Bytes written at a time. As much may be lost when the line breaks.
-        spare: Bytes to leave free on the disk.
-        max_bytes: Largest size of a file of which neither the register nor the server states the size.
-    """
-
-    retries: int = 5
-    backoff: float = 1.0
-    longest_wait: float = 60.0
-    timeout: float = 30.0
-    chunk: int = 1 << 16
-    spare: int = 64 << 20
-    max_bytes: int = 16 << 30
+    retries: int = 5            # attempts in a row that bring nothing new before it is given up, at least 1
+    backoff: float = 1.0        # seconds before the second attempt; they double each time
+    longest_wait: float = 60.0  # most seconds between two attempts
+    timeout: float = 30.0       # seconds without an answer that count as a broken line
+    chunk: int = 1 << 16        # bytes written at a time; as much may be lost when the line breaks
+    spare: int = 64 << 20       # bytes to leave free on the disk
+    max_bytes: int = 16 << 30   # of a file of which neither the register nor the server states the size
 
 
 class Fetched(NamedTuple):
@@ -200,7 +190,8 @@ class ResumingDownloader:
                                     remedy="The file may have moved: see the page that `covidseg data info` names")
             done = have if code == 206 else 0
             total = done + int(said["Content-Length"]) if said.get("Content-Length", "").isdigit() else None
-            self._refuse(done, total)
+            if total is not None:
+                self._refuse(total, total - done)
             tag = said.get("ETag", "W/")  # a weak one does not stand for the very bytes
             mark = said.get("Last-Modified", "") if tag.startswith("W/") else tag
             self.notes.write_text(json.dumps({"url": remote.url, "mark": mark}), encoding="utf-8")
@@ -218,14 +209,12 @@ class ResumingDownloader:
         if total is not None and done != total:
             raise requests.ConnectionError(f"the line broke after {done} of {total} bytes")
 
-    def _refuse(self, have: int, total: int | None) -> None:
+    def _refuse(self, total: int, missing: int) -> None:
         """Refuses a file of another size than the published one, or too large for the disk, before it is sent."""
-        if total is None:
-            return
         if self.remote.size not in (0, total):
             raise DownloadError(f"{self.remote.name} has {total} bytes at its source, expected {self.remote.size}",
                                 path=self.remote.url, remedy=NOT_THE_FILE)
-        missing, free = total - have, shutil.disk_usage(self.part.parent).free
+        free = shutil.disk_usage(self.part.parent).free
         if free < missing + self.settings.spare:
             raise DownloadError(
                 f"{self.remote.name} needs {missing >> 20} MB more, the disk has {free >> 20} MB free",
@@ -242,15 +231,10 @@ def _stay_encrypted(answer: requests.Response, **_: object) -> None:
 
 @dataclass(frozen=True)
 class UnpackSettings:
-    """How much an archive may hold. The ratio is not limited: an honest mask compresses a thousandfold.
+    """How much an archive may hold. The ratio is not limited: an honest mask compresses a thousandfold."""
 
-    Attributes:
-        max_bytes: Bytes that an archive may unpack to. More is refused as a zip bomb.
-        max_members: Files and folders that an archive may hold.
-    """
-
-    max_bytes: int = 16 << 30
-    max_members: int = 5000
+    max_bytes: int = 16 << 30  # that it may unpack to; more is refused as a zip bomb
+    max_members: int = 5000    # files and folders
 
 
 def check_zip(path: str | Path) -> None:

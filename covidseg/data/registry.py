@@ -29,54 +29,33 @@ LOCAL = [("http", host) for host in ("localhost", "127.0.0.1", "::1")]
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a data set, as its publisher offers it.
+    """One file of a data set, as its publisher offers it."""
 
-    Attributes:
-        name: File name on disk.
-        url: Https address.
-        checksum: ``"md5:..."`` or ``"sha256:..."`` as published, empty where none has been.
-        size: Bytes, 0 where unknown.
-        role: ``image``, ``lung``, ``mask`` or ``extra``.
-        optional: Whether it is fetched only on demand.
-    """
-
-    name: str
-    url: str
-    checksum: str
-    size: int
-    role: str
-    optional: bool = False
+    name: str      # on disk
+    url: str       # https
+    checksum: str  # "md5:..." or "sha256:..." as published, empty where none has been
+    size: int      # bytes, 0 where unknown
+    role: str      # one of ROLES
+    optional: bool = False  # whether it is fetched only on demand
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One data set of the register.
+    """One data set of the register. Text is empty where there is none."""
 
-    Attributes:
-        name: Short name, as in ``covidseg data get NAME``.
-        kind: ``download``, ``by-hand`` or ``generated``.
-        layout: ``volumes``, ``stacks`` or ``mosmed``: how the published files lie.
-        doi: Empty if there is none.
-        page: Address of the publisher's page, empty if there is none.
-        licence_file: File in ``data/licences`` with a summary of the licence.
-        megabytes: Rounded size of the download, 0 where there is none.
-        note: What a user should know.
-        same_patient: Groups of volumes that are scans of one patient.
-    """
-
-    name: str
+    name: str    # as in `covidseg data get NAME`
     title: str
-    kind: str
-    layout: str
+    kind: str    # one of KINDS
+    layout: str  # one of LAYOUTS: how the published files lie
     doi: str
-    page: str
+    page: str    # address of the publisher's page
     licence: str
-    licence_file: str
-    megabytes: int
+    licence_file: str  # in data/licences, a summary of it
+    megabytes: int     # rounded size of the download, 0 where there is none
     citation: str
-    note: str
+    note: str    # what a user should know
     files: tuple[RemoteFile, ...] = ()
-    same_patient: tuple[tuple[str, ...], ...] = ()
+    same_patient: tuple[tuple[str, ...], ...] = ()  # groups of volumes that are scans of one patient
 
     def patient_of(self, volume: str) -> str:
         """The patient of a volume: the group's first volume, or the volume itself.

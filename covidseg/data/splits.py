@@ -19,19 +19,12 @@ PARTS = ("train", "val", "test", "left_out")
 
 @dataclass(frozen=True)
 class Split:
-    """A split that was read and found consistent.
+    """A split that was read and found consistent: by volumes or, for a stack, by slices; the other table is empty."""
 
-    Attributes:
-        name: File name without ``.csv``.
-        volumes: Volume -> part; empty for a split by slices.
-        patients: Volume -> patient.
-        slices: Slice number in the published file -> part; empty for a split by volumes.
-    """
-
-    name: str
-    volumes: dict[str, str]
-    patients: dict[str, str]
-    slices: dict[int, str]
+    name: str                 # file name without .csv
+    volumes: dict[str, str]   # volume -> part
+    patients: dict[str, str]  # volume -> patient
+    slices: dict[int, str]    # slice number in the published file -> part
 
     def part(self, name: str) -> list[str] | list[int]:
         """Volumes, or slice numbers, of a part, in the order of the file.

@@ -34,29 +34,17 @@ LOOKALIKES = ("crowded_vessels", "dependent_density", "motion", "nodules")
 
 @dataclass(frozen=True)
 class PhantomPatient:
-    """One patient: a volume and the whole truth about it. Arrays are upright, ``(slices, rows, columns)``.
+    """One patient: a volume and the whole truth about it. Arrays are upright, ``(slices, rows, columns)``."""
 
-    Attributes:
-        id: Name, as in ``slice_labels.csv``.
-        hu: ``int16``, HU.
-        lung: ``bool``, healthy and diseased lung; mediastinum and trachea are not part of it.
-        mask: ``bool``, lesions; part of ``lung``.
-        kind: ``uint8``, 0 none, 1 ground glass, 2 consolidation, 3 crazy paving.
-        spacing: Millimetres between slices, rows and columns.
-        healthy: Whether the patient has no lesion at all.
-        lookalikes: Kinds of look-alike in the volume, of :data:`LOOKALIKES`.
-        lookalike_slices: For each of them, the slices in which it is most plainly seen.
-    """
-
-    id: str
-    hu: Array
-    lung: Array
-    mask: Array
-    kind: Array
-    spacing: tuple[float, float, float]
-    healthy: bool
-    lookalikes: tuple[str, ...]
-    lookalike_slices: dict[str, tuple[int, ...]]
+    id: str      # as in slice_labels.csv
+    hu: Array    # int16, HU
+    lung: Array  # bool, healthy and diseased lung; mediastinum and trachea are not part of it
+    mask: Array  # bool, lesions; part of the lung
+    kind: Array  # uint8, 0 none, 1 ground glass, 2 consolidation, 3 crazy paving
+    spacing: tuple[float, float, float]  # mm between slices, rows and columns
+    healthy: bool  # no lesion at all
+    lookalikes: tuple[str, ...]  # kinds in the volume, of LOOKALIKES
+    lookalike_slices: dict[str, tuple[int, ...]]  # for each of them, the slices in which it is most plainly seen
 
     def labels(self) -> Array:
         """``(slices,)`` int: 1 where the lesion covers at least MIN_LESION_AREA_MM2, otherwise 0."""
