@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -19,9 +19,10 @@ from typer.testing import CliRunner, Result
 from covidseg import DISCLAIMER, __version__
 from covidseg.cli import app, main
 from covidseg.cli.measure import PAIRS, measured_on, sides
-from covidseg.data.folder import load_dataset
+from covidseg.data.folder import VOLUME_COLUMNS, load_dataset, write_table
 from covidseg.data.registry import load_registry
-from covidseg.data.scan import read_scan, write_like
+from covidseg.data.scan import Grid, read_scan, write_like
+from covidseg.data.splits import read_split
 from covidseg.errors import DatasetError, InputFileError
 from covidseg.evaluation.evaluate import read_truth
 from covidseg.evaluation.experiments import differences, strongest_earlier, table_lines
@@ -29,7 +30,7 @@ from covidseg.evaluation.methods import BASELINE_PROFILES, SYSTEMS
 from covidseg.lungs import lung_masks
 from covidseg.pipeline import Run, find_lungs, write_run
 from covidseg.predict import export_run, load_predictor
-from covidseg.preprocess import uncrop
+from covidseg.preprocess import uncrop_all
 from covidseg.profiles import PROFILES
 
 SCAN = "phantom_01.nii.gz"
@@ -81,148 +82,99 @@ def stored(path: Path) -> np.ndarray:
     return np.asarray(nib.load(path).dataobj)
 
 
-# One way to each exit code; a code is (arguments, what the message has to name).
+# --- faults -----------------------------------------------------------------------------------------------------------
 
-def nothing_to_export(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    return ["export", root, "-o", root / "out"], "run.json"
+@dataclass(frozen=True)
+class Place:
+    """Where a fault is played: a folder of its own, which is the working directory, a data set and a trained run."""
 
+    root: Path
+    phantom: Path
+    run: Run
 
-def damaged_run_to_export(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    copy = Path(shutil.copytree(run.folder, root / "copy"))
-    path = copy / "stages" / stage_name(run, "segmenter")
-    path.write_bytes(path.read_bytes()[:-8] + b"\xff" * 8)
-    return ["export", copy, "-o", root / "out"], path.name
+    @property
+    def scan(self) -> Path:
+        return self.phantom / "im" / SCAN
 
+    def write(self, name: str, content: bytes = b"in the way") -> str:
+        (self.root / name).write_bytes(content)
+        return name
 
-def damaged_report_to_export(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    copy = Path(shutil.copytree(run.folder, root / "copy"))
-    (copy / "run.json").write_text("{")
-    return ["export", copy, "-o", root / "out"], "run.json"
+    def save(self, name: str, array: np.ndarray, *turn: float) -> str:
+        nib.save(nib.Nifti1Image(array, np.diag([*(turn or (1, 1, 1)), 1.0])), self.root / name)
+        return name
 
+    def copy(self, spoiled: str = "", content: bytes = b"{") -> str:
+        """A copy of the run, one file of which is spoiled."""
+        folder = Path(shutil.copytree(self.run.folder, self.root / "copy"))
+        if spoiled:
+            (folder / spoiled).write_bytes(content)
+        return "copy"
 
-def export_onto_itself(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    copy = Path(shutil.copytree(run.folder, root / "copy"))
-    return ["export", copy, "-o", root / "copy"], "overwrite the run"
+    def segmenter(self) -> str:
+        return f"stages/{stage_name(self.run, 'segmenter')}"
 
+    def predict(self, *arguments: object) -> list[object]:
+        return ["predict", "--run", self.run.folder, "-o", "out", *arguments]
 
-def missing_scan(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    return ["lungs", root / "nothing.nii.gz", "-o", root / "out"], "nothing.nii.gz"
+    def reproduce(self, *arguments: str) -> list[object]:
+        return ["reproduce", "--data", self.phantom, "--test", self.phantom, "--out", "out", *arguments]
 
+    def train(self, *arguments: object) -> list[object]:
+        return ["train", "--data", self.phantom, "--out", "run", *arguments]
 
-def broken_scan(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    (root / "broken.nii.gz").write_bytes((phantom / "im" / SCAN).read_bytes()[:5000])
-    return ["predict", "--run", run.folder, root / "broken.nii.gz", "-o", root / "out"], "broken.nii.gz"
-
-
-def no_run(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    return ["predict", "--run", root, phantom / "im" / SCAN, "-o", root / "out"], "run.json"
-
-
-def other_shape(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    mask = save(np.ones((4, 4, 4), np.uint8), root / "mask.nii.gz")
-    return ["evaluate", mask, phantom / "mask" / SCAN], "mask.nii.gz"
-
-
-def empty_folder(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    (root / "empty").mkdir()
-    return ["train", "--data", root / "empty", "--out", root / "run"], "holds no scans"
+    def water(self) -> str:
+        return self.save("water.nii.gz", np.random.default_rng(0).normal(40, 5, (64, 64, 2)).astype(np.int16))
 
 
-def no_split(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    return ["train", "--data", phantom, "--out", root / "run", "--part", "train"], "no split"
+BLANK = np.zeros((9, 9, 3), np.uint8)
+# At least one way to each exit code that needs no network: the code, what the message has to name, and the command.
+FAULTS: dict[str, tuple[int, str, Callable[[Place], list[object]]]] = {
+    "missing scan": (3, "nothing.nii.gz", lambda p: ["lungs", "nothing.nii.gz", "-o", "out"]),
+    "broken scan": (3, "broken.nii", lambda p: p.predict(p.write("broken.nii.gz", p.scan.read_bytes()[:5000]))),
+    "no run": (3, "run.json", lambda p: ["predict", "--run", ".", p.scan, "-o", "out"]),
+    "no run to export": (3, "run.json", lambda p: ["export", ".", "-o", "out"]),
+    "other shape": (3, "has shape", lambda p: ["evaluate", p.save("m.nii", BLANK[:4]), p.save("t.nii", BLANK)]),
+    "other affine": (3, "affine", lambda p: ["evaluate", p.save("m.nii", BLANK, -1, 1, 1), p.save("t.nii", BLANK)]),
+    "empty folder": (4, "holds no scans", lambda p: ["train", "--data", p.run.folder / "stages", "--out", "run"]),
+    "no split": (4, "no split", lambda p: p.train("--part", "train")),
+    "no split to reproduce": (4, "no split", lambda p: ["reproduce", "--data", p.phantom, "--out", "out"]),
+    "nothing to merge": (4, "no reports", lambda p: ["merge", "out"]),
+    "damaged weights": (6, "segmenter-", lambda p: ["predict", "--run", p.copy(p.segmenter()), p.scan, "-o", "out"]),
+    "damaged run to export": (6, "segmenter-", lambda p: ["export", p.copy(p.segmenter()), "-o", "out"]),
+    "damaged report": (6, "run.json", lambda p: ["export", p.copy("run.json"), "-o", "out"]),
+    "no lung": (7, "water.nii.gz", lambda p: ["lungs", p.water(), "-o", "out"]),
+    "no lung to predict": (7, "water.nii.gz", lambda p: p.predict(p.water())),
+    "cannot write": (8, "cannot be written", lambda p: ["lungs", p.scan, "-o", f"{p.write('file')}/out"]),
+    "cannot store": (8, "cannot be written", lambda p: ["train", "--data", p.phantom, "--out", p.write("file")]),
+    "export onto itself": (8, "overwrite the run", lambda p: ["export", p.copy(), "-o", "copy"]),
+    "part 0": (9, "part", lambda p: p.predict(p.scan, "--part=0/4")),
+    "part 5 of 4": (9, "part", lambda p: p.predict(p.scan, "--part=5/4")),
+    "part x": (9, "part", lambda p: p.predict(p.scan, "--part=x")),
+    "part in one file": (9, "one file", lambda p: p.predict(p.scan, "-o", "out.nii", "--part=1/2")),
+    "two in one file": (9, "one.nii", lambda p: ["lungs", p.scan, p.scan.with_name("phantom_00.nii.gz"), "-o",
+                                                 "one.nii"]),
+    "two of one name": (9, SCAN, lambda p: ["lungs", p.scan, p.write(SCAN), "-o", "out"]),
+    "onto the scan": (9, SCAN, lambda p: ["lungs", p.write(SCAN, p.scan.read_bytes()), "-o", SCAN]),
+    "beside the scan": (9, SCAN, lambda p: ["lungs", p.write(SCAN, p.scan.read_bytes()), "-o", "."]),
+    "no such profile": (9, "'slow'", lambda p: p.train("--profile", "slow")),
+    "no such method": (9, "'newest'", lambda p: p.train("--method", "newest")),
+    "no such device": (9, "'banana'", lambda p: p.train("--device", "banana")),
+    "no such profile to reproduce": (9, "'slow'", lambda p: p.reproduce("--profile", "slow")),
+    "no such system": (9, "'decov-net'", lambda p: p.reproduce("--systems", "otsu,decov-net")),
+    **{f"seeds {seeds!r}": (9, f"'{seeds}' is no list of different seeds",
+                            lambda p, seeds=seeds: p.reproduce(f"--seeds={seeds}"))  # type: ignore[misc]
+       for seeds in ("", "one", "0,", "0,,1", "-1", "0,0", "1.5", "0;1")},
+}
 
 
-def damaged_weights(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    copy = Path(shutil.copytree(run.folder, root / "copy"))
-    path = copy / "stages" / stage_name(run, "segmenter")
-    path.write_bytes(path.read_bytes()[:-8] + b"\xff" * 8)
-    return ["predict", "--run", copy, phantom / "im" / SCAN, "-o", root / "out"], path.name
-
-
-def no_lung(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    rng = np.random.default_rng(0)
-    empty = save(rng.normal(40, 5, (64, 64, 2)).astype(np.int16), root / "water.nii.gz")
-    return ["lungs", empty, "-o", root / "out"], "water.nii.gz"
-
-
-def no_lung_to_predict(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    _, name = no_lung(root, phantom, run)
-    return ["predict", "--run", run.folder, root / name, "-o", root / "out"], name
-
-
-def cannot_write(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    (root / "file").write_text("in the way")
-    return ["lungs", phantom / "im" / SCAN, "-o", root / "file" / "out"], "cannot be written"
-
-
-def cannot_store(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    (root / "file").write_text("in the way")
-    return ["train", "--data", phantom, "--out", root / "file"], "cannot be written"
-
-
-def no_such_profile(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    return ["train", "--data", phantom, "--out", root / "run", "--profile", "slow"], "'slow'"
-
-
-def no_such_method(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    return ["train", "--data", phantom, "--out", root / "run", "--method", "newest"], "'newest'"
-
-
-def reproduce(root: Path, phantom: Path, *options: str) -> list[object]:
-    return ["reproduce", "--data", phantom, "--test", phantom, "--out", root / "out", *options]
-
-
-def no_such_profile_to_reproduce(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    return reproduce(root, phantom, "--profile", "slow"), "'slow'"
-
-
-def no_such_system(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    return reproduce(root, phantom, "--systems", "otsu,decov-net"), "'decov-net'"
-
-
-def no_such_seed(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    return reproduce(root, phantom, "--seeds", "0,one"), "'0,one'"
-
-
-def no_split_to_reproduce(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    return ["reproduce", "--data", phantom, "--out", root / "out"], "no split"
-
-
-def predict_part(root: Path, phantom: Path, run: Run, part: str) -> tuple[list[object], str]:
-    return ["predict", "--run", run.folder, phantom / "im", "-o", root / "out", f"--part={part}"], "part"
-
-
-def part_0(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    return predict_part(root, phantom, run, "0/4")
-
-
-def part_5_of_4(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    return predict_part(root, phantom, run, "5/4")
-
-
-def part_x(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    return predict_part(root, phantom, run, "x")
-
-
-def part_in_one_file(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    return ["predict", "--run", run.folder, phantom / "im" / SCAN, "-o", root / "out.nii", "--part=1/2"], "one file"
-
-
-def nothing_to_merge(root: Path, phantom: Path, run: Run) -> tuple[list[object], str]:
-    return ["merge", root / "out"], "no reports"
-
-
-@pytest.mark.parametrize(("code", "case"), [
-    (9, part_0), (9, part_5_of_4), (9, part_x), (9, part_in_one_file), (4, nothing_to_merge),
-    (3, missing_scan), (3, broken_scan), (3, no_run), (3, other_shape), (4, empty_folder), (4, no_split),
-    (6, damaged_weights), (7, no_lung), (7, no_lung_to_predict), (8, cannot_write), (8, cannot_store),
-    (9, no_such_profile), (9, no_such_method), (9, no_such_profile_to_reproduce),
-    (9, no_such_system), (9, no_such_seed), (4, no_split_to_reproduce),
-    (3, nothing_to_export), (6, damaged_run_to_export), (6, damaged_report_to_export), (8, export_onto_itself)])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_ends_with_one_line_and_its_code(
-        code: int, case: object, tmp_path: Path, tiny_phantom: Path, tiny_run: Run,
-        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments, named = case(tmp_path, tiny_phantom, tiny_run)  # type: ignore[operator]
+        fault: str, tmp_path: Path, tiny_phantom: Path, tiny_run: Run, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    code, named, command = FAULTS[fault]
+    arguments = command(Place(tmp_path, tiny_phantom, tiny_run))
+    before = {path: path.read_bytes() for path in tmp_path.glob("*") if path.is_file()}
     assert run_main(monkeypatch, *arguments) == code
     message = capsys.readouterr().err
     assert message.startswith("error: ")
@@ -230,14 +182,7 @@ def test_every_fault_ends_with_one_line_and_its_code(
     assert named in message
     assert "Traceback" not in message
     assert {path.name for path in tmp_path.glob("out/*")} <= {"parts", "predictions.csv"}, "no result"
-
-
-def test_several_scans_do_not_fit_into_one_file(tiny_phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
-    scans = [tiny_phantom / "im" / f"phantom_0{k}.nii.gz" for k in (0, 1)]
-    assert run_main(monkeypatch, "lungs", *scans, "-o", tmp_path / "one.nii.gz") == 9
-    assert "one.nii.gz" in capsys.readouterr().err
-    assert not (tmp_path / "one.nii.gz").exists()
+    assert {path: path.read_bytes() for path in tmp_path.glob("*") if path.is_file()} == before, "nothing is replaced"
 
 
 def test_wrong_usage_has_code_2_and_success_0(monkeypatch: pytest.MonkeyPatch,
@@ -248,17 +193,10 @@ def test_wrong_usage_has_code_2_and_success_0(monkeypatch: pytest.MonkeyPatch,
     assert __version__ in capsys.readouterr().out
 
 
-def test_debug_shows_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["covidseg", "--debug", "lungs", f"{tmp_path}/x.nii.gz", "-o", f"{tmp_path}/o"])
+def test_debug_shows_the_trace_and_is_off_again_in_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputFileError):
-        main()
-
-
-def test_debug_is_off_again_in_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["covidseg", "--debug", "lungs", f"{tmp_path}/x.nii.gz", "-o", f"{tmp_path}/o"])
-    with pytest.raises(InputFileError):
-        main()
-    assert run_main(monkeypatch, "lungs", tmp_path / "x.nii.gz", "-o", tmp_path / "o") == 3
+        run_main(monkeypatch, "--debug", "lungs", "x.nii.gz", "-o", "out")
+    assert run_main(monkeypatch, "lungs", "x.nii.gz", "-o", "out") == 3
 
 
 def test_threads_that_wait_sleep_unless_the_user_wants_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -594,26 +532,11 @@ def test_reproduce_on_the_split_of_a_registered_set(tiny_phantom: Path, tmp_path
     assert sorted(path.name for path in folder.iterdir()) == ["seed1", "seed3", "table1.json"]
     assert not list(folder.glob("seed*/run.json")), "without the extended method there is no run to predict with"
     assert not list(folder.glob("seed*/stages/segmenter-*"))
-    trained = set(content["data"])
-    with (Path(__file__).parents[2] / "data" / "splits" / "phantom.csv").open(encoding="utf-8") as stream:
-        sides = {row["volume"]: row["split"] for row in csv.DictReader(stream)}
-    assert {sides[name] for name in trained} == {"train"}
-    assert len(trained) == list(sides.values()).count("train")
+    split = read_split("phantom")
+    assert set(content["data"]) == set(split.part("train"))
     measured = {name.split(":")[0] for result in content["results"] for name in result["counts"]}
-    assert {sides[name] for name in measured} == {"test"}
-    assert {name for name in content["test_data"]} == {f"{name}.nii.gz" for name in measured}
-
-
-@pytest.mark.parametrize("seeds", ["", "one", "0,", "0,,1", "-1", "0,0", "1.5", "0;1"])
-def test_seeds_are_numbers_with_commas(tiny_phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                       capsys: pytest.CaptureFixture[str], seeds: str) -> None:
-    code = run_main(monkeypatch, "reproduce", "--data", tiny_phantom, "--test", tiny_phantom, "--out",
-                    tmp_path / "out", f"--seeds={seeds}")
-    assert code == 9
-    message = capsys.readouterr().err
-    assert f"'{seeds}' is no list of different seeds" in message
-    assert "--seeds 0,1,2" in message
-    assert not (tmp_path / "out").exists(), "before anything is trained"
+    assert measured == set(split.part("test"))
+    assert set(content["test_data"]) == {f"{name}.nii.gz" for name in measured}
 
 
 @pytest.fixture
@@ -672,34 +595,23 @@ def test_undefined_figures_are_null_not_nan(tmp_path: Path) -> None:
     assert set(inside["micro"].values()) == {None}
 
 
-def test_a_mask_of_another_affine_is_refused(drawn: tuple[Path, Path, Path], tmp_path: Path,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    nib.save(nib.Nifti1Image(stored(drawn[0]), np.diag([-1.0, 1.0, 1.0, 1.0])), tmp_path / "turned.nii.gz")
-    assert run_main(monkeypatch, "evaluate", tmp_path / "turned.nii.gz", drawn[1]) == 3
-
-
 @pytest.fixture
 def real_slices(realct: Path, tmp_path: Path) -> Path:
     """A data folder with a few slices of two real volumes that carry both labels."""
-    folder = tmp_path / "real"
-    with (realct / "medseg9" / "slice_labels.csv").open(newline="", encoding="utf-8") as stream:
-        table = list(csv.DictReader(stream))
-    rows = [["volume", "slice", "has_lesion"]]
-    for volume in sorted({row["volume"] for row in table}):
-        labels = {int(r["slice"]): int(r["has_lesion"]) for r in table if r["volume"] == volume}
-        scan = read_scan(realct / "medseg9" / "im" / f"{volume}.nii.gz")
-        middle = sorted(labels, key=lambda k: abs(k - len(scan.pixels) / 2))
-        chosen = [[k for k in middle if labels[k] == label][:4] for label in (0, 1)]
-        if len(rows) > 1 + 8 or min(map(len, chosen)) < 4:
+    rows: list[tuple[str, int, int]] = []
+    for case in load_dataset(realct / "medseg9").cases:
+        scan = read_scan(case.image)
+        middle = sorted(case.labels, key=lambda k: abs(k - len(scan.pixels) / 2))
+        chosen = [[k for k in middle if case.labels[k] == label][:4] for label in (0, 1)]
+        if len(rows) == 16 or min(map(len, chosen)) < 4:
             continue
         kept = sorted(chosen[0] + chosen[1])
-        (folder / "im").mkdir(parents=True, exist_ok=True)
-        upright = np.transpose(scan.pixels[kept], (2, 1, 0))
-        nib.save(nib.Nifti1Image(upright, np.diag([-1.0, -1.0, 5.0, 1.0])), folder / "im" / f"{volume}.nii.gz")
-        rows += [[volume, str(k), str(labels[old])] for k, old in enumerate(kept)]
-    with (folder / "slice_labels.csv").open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows(rows)
-    return folder
+        _, height, width = scan.pixels.shape
+        write_like(scan.pixels[kept], Grid((width, height, len(kept)), np.diag((-1.0, -1.0, 5.0, 1.0))),
+                   tmp_path / "real" / "im" / f"{case.id}.nii.gz")
+        rows += [(case.id, k, case.labels[old]) for k, old in enumerate(kept)]
+    write_table(tmp_path / "real" / "slice_labels.csv", VOLUME_COLUMNS, rows)
+    return tmp_path / "real"
 
 
 @pytest.mark.slow
@@ -719,35 +631,9 @@ def test_real_scans_run_through(real_slices: Path, tmp_path: Path) -> None:
     for scan in scans:
         pixels = read_scan(scan).pixels
         found, crops = find_lungs(pixels, predictor.lung_net, predictor.profile)
-        masks = np.zeros(pixels.shape, bool)  # the lung net's, which complete those of the threshold
-        for k, mask, box in zip(found, crops.lungs, crops.boxes, strict=True):
-            masks[k] = uncrop(mask, box, pixels.shape[1:]) > 0
-        lung = np.transpose(masks, (2, 1, 0))
+        # The lung net's masks, which complete those of the threshold.
+        lung = np.transpose(uncrop_all(crops.lungs, crops.boxes, found, pixels.shape) > 0, (2, 1, 0))
         maps = stored(tmp_path / "out" / f"{scan.name.removesuffix('.nii.gz')}_probability.nii.gz")
         assert stored(tmp_path / "out" / scan.name).shape == maps.shape == lung.shape
         assert (maps[~lung] == 0).all()
         assert (maps[lung] > 0).mean() > 0.9
-
-
-def test_a_result_never_replaces_a_scan(tiny_phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scan = Path(shutil.copy(tiny_phantom / "im" / SCAN, tmp_path / SCAN))
-    before = scan.read_bytes()
-    for out in (tmp_path, scan):
-        assert run_main(monkeypatch, "lungs", scan, "-o", out) == 9
-    assert scan.read_bytes() == before
-
-
-def test_results_of_the_same_name_are_refused(tiny_phantom: Path, tmp_path: Path,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "other").mkdir()
-    again = shutil.copy(tiny_phantom / "im" / SCAN, tmp_path / "other" / SCAN)
-    assert run_main(monkeypatch, "lungs", tiny_phantom / "im" / SCAN, again, "-o", tmp_path / "out") == 9
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_device_that_is_not_there_is_one_line(tiny_phantom: Path, tmp_path: Path,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for device in ("cuda", "banana"):
-        code = run_main(monkeypatch, "train", "--data", tiny_phantom, "--out", tmp_path / "r", "--device", device)
-        assert code == 9
