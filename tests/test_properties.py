@@ -106,18 +106,6 @@ def test_any_file_is_read_as_it_is_and_written_back(stored: Stored) -> None:
         assert faults_of_reading(read_scan(stored.save(Path(folder))), stored) == []
 
 
-@pytest.mark.parametrize("codes", ORIENTATIONS)
-def test_every_orientation_in_every_type(codes: str, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    for number, dtype in enumerate(TYPES):
-        pixels = rng.integers(0, 100, (2, 3, 4)).astype(dtype)
-        scaling = [None, (2.0, -1024.0), (0.1, 3.0)][number % 3]
-        stored = Stored(f"{number}.nii{'.gz' * (number % 2)}", pixels, codes, scaling, False)
-        scan = read_scan(stored.save(tmp_path))
-        assert same(scan.pixels, stored.values())
-        assert same(read_scan(write_like(scan.pixels, scan.grid, tmp_path / "back.nii")).pixels, scan.pixels)
-
-
 def test_the_comparison_of_readers_fires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
     stored = Stored("scan.nii", pixels, "LPI", None, False)
