@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import json
 import zipfile
 from pathlib import Path
 
@@ -68,29 +69,31 @@ def fill_mosmed(root: Path) -> Path:
 
 
 def fill_registry(server: Server, path: Path) -> None:
-    """A register of three small sets in the layout of the real ones, served by ``server``; writes it as TOML."""
+    """A register of small sets in the layout of the real ones, served by ``server``; writes it as TOML."""
     volumes = {"1": volume(1, (1, 2)), "2": volume(2, (0,)), "3": volume(3, (3,))}
-    for index, (name, folder) in enumerate((("rp_im.zip", "rp_im"), ("rp_lung_msk.zip", "rp_lung_msk"),
-                                            ("rp_msk.zip", "rp_msk"))):
-        members = {f"{folder}/{v}.nii.gz": nifti(arrays[index]) for v, arrays in volumes.items()}
-        server.add(name, zipped({f"{folder}/": b"", f"__MACOSX/{folder}/._1.nii.gz": b"side file", **members}))
     image, _, mask = volume(7, (0, 2, 3, 4), slices=5)
-    stack = {"tr_im.nii.gz": nifti(image), "tr_mask.nii.gz": nifti(mask), "val_im.nii.gz": nifti(image[:1])}
-    for name, body in stack.items():
-        server.add(name, body)
-    common = 'doi = "10.0/x"\npage = "https://example.org"\nlicence = "CC0 1.0"\nlicence_file = "cc0-1.0.txt"\n' \
-             'megabytes = 1\ncitation = "Somebody, 2021."\nnote = "Fake."\n'
-    text = f'[medseg2]\ntitle = "fake volumes"\nkind = "download"\nlayout = "volumes"\n{common}' \
-           'same_patient = [["2", "3"]]\n'
-    for name, role in (("rp_im.zip", "image"), ("rp_lung_msk.zip", "lung"), ("rp_msk.zip", "mask")):
-        text += f'[[medseg2.files]]\nname = "{name}"\nurl = "{server.root}/{name}"\nchecksum = ""\nsize = 0\n' \
-                f'role = "{role}"\n'
-    text += f'[medseg1]\ntitle = "fake stack"\nkind = "download"\nlayout = "stacks"\n{common}'
-    for name, role in (("tr_im.nii.gz", "image"), ("tr_mask.nii.gz", "mask"), ("val_im.nii.gz", "extra")):
-        text += f'[[medseg1.files]]\nname = "{name}"\nurl = "{server.root}/{name}"\n' \
-                f'checksum = "{md5(stack[name])}"\nsize = {len(stack[name])}\nrole = "{role}"\n' \
-                f'optional = {str(role == "extra").lower()}\n'
-    by_hand = common.replace("cc0-1.0.txt", "cc-by-nc-nd-3.0.txt")
-    text += f'[mosmed]\ntitle = "by hand"\nkind = "by-hand"\nlayout = "mosmed"\n{by_hand}'
-    text += f'[phantom]\ntitle = "made here"\nkind = "generated"\nlayout = "volumes"\n{common}'
+    stack = {("tr_im.nii.gz", "image"): nifti(image), ("tr_mask.nii.gz", "mask"): nifti(mask),
+             ("val_im.nii.gz", "extra"): nifti(image[:1])}
+    archives = {}
+    for index, (stem, role) in enumerate((("rp_im", "image"), ("rp_lung_msk", "lung"), ("rp_msk", "mask"))):
+        members = {f"{stem}/{v}.nii.gz": nifti(arrays[index]) for v, arrays in volumes.items()}
+        archives[f"{stem}.zip", role] = zipped({f"{stem}/": b"", f"__MACOSX/{stem}/._1.nii.gz": b"side file"} | members)
+    text = ""
+    for name, kind, layout, files in (("medseg2", "download", "volumes", archives),
+                                      ("medseg1", "download", "stacks", stack),
+                                      ("mosmed", "by-hand", "mosmed", {}), ("phantom", "generated", "volumes", {})):
+        text += f"[{name}]\n" + _lines(
+            title="Fake", kind=kind, layout=layout, doi="10.0/x", page="https://example.org", licence="CC0 1.0",
+            licence_file="cc-by-nc-nd-3.0.txt" if name == "mosmed" else "cc0-1.0.txt", megabytes=1,
+            citation="Somebody, 2021.", note="Fake.", same_patient=[["2", "3"]] if name == "medseg2" else [])
+        for (file, role), body in files.items():
+            server.add(file, body)
+            published = {"checksum": md5(body), "size": len(body)} if files is stack else {"checksum": "", "size": 0}
+            text += f"[[{name}.files]]\n" + _lines(name=file, url=f"{server.root}/{file}", role=role,
+                                                   optional=role == "extra", **published)
     path.write_text(text, encoding="utf-8")
+
+
+def _lines(**table: object) -> str:
+    """A table of TOML; strings, numbers and lists are written as in JSON."""
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
