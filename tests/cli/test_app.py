@@ -7,13 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from tiny import STAGES, TINY, TINY_BASELINES, all_stages, finished_run, quiet, stage_name
+from tiny import STAGES, TINY, TINY_BASELINES, finished_run, stage_name
 from typer.testing import CliRunner, Result
 
 from covidseg import DISCLAIMER, __version__
@@ -28,18 +28,24 @@ from covidseg.evaluation.evaluate import read_truth
 from covidseg.evaluation.experiments import differences, strongest_earlier, table_lines
 from covidseg.evaluation.methods import BASELINE_PROFILES, SYSTEMS
 from covidseg.lungs import lung_masks
-from covidseg.pipeline import Run, find_lungs, write_run
-from covidseg.predict import export_run, load_predictor
+from covidseg.pipeline import Run, find_lungs
+from covidseg.predict import load_predictor
 from covidseg.preprocess import uncrop_all
 from covidseg.profiles import PROFILES
 
 SCAN = "phantom_01.nii.gz"
 ROOT = Path(__file__).resolve().parents[2]
+Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
 def tiny_run(tiny_phantom: Path) -> Run:
     return finished_run(tiny_phantom)
+
+
+@pytest.fixture
+def scan(tiny_phantom: Path) -> Path:
+    return tiny_phantom / "im" / SCAN
 
 
 @pytest.fixture(autouse=True)
@@ -58,12 +64,15 @@ def flat(text: str) -> str:
     return "".join(text.split())
 
 
-def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The exit code of the installed command."""
-    monkeypatch.setattr(sys, "argv", ["covidseg", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return int(stopped.value.code or 0)
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the installed command; gives its exit code, its output and its errors."""
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["covidseg", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return int(stopped.value.code or 0), *capsys.readouterr()
+    return run
 
 
 def strict(text: str) -> dict:
@@ -169,14 +178,13 @@ FAULTS: dict[str, tuple[int, str, Callable[[Place], list[object]]]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_every_fault_ends_with_one_line_and_its_code(
-        fault: str, tmp_path: Path, tiny_phantom: Path, tiny_run: Run, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
-    code, named, command = FAULTS[fault]
-    arguments = command(Place(tmp_path, tiny_phantom, tiny_run))
+def test_every_fault_ends_with_one_line_and_its_code(fault: str, tmp_path: Path, tiny_phantom: Path, tiny_run: Run,
+                                                     command: Command) -> None:
+    code, named, arguments = FAULTS[fault]
+    asked = arguments(Place(tmp_path, tiny_phantom, tiny_run))
     before = {path: path.read_bytes() for path in tmp_path.glob("*") if path.is_file()}
-    assert run_main(monkeypatch, *arguments) == code
-    message = capsys.readouterr().err
+    ended, _, message = command(*asked)
+    assert ended == code
     assert message.startswith("error: ")
     assert len(message.strip().splitlines()) == 1
     assert named in message
@@ -185,18 +193,15 @@ def test_every_fault_ends_with_one_line_and_its_code(
     assert {path: path.read_bytes() for path in tmp_path.glob("*") if path.is_file()} == before, "nothing is replaced"
 
 
-def test_wrong_usage_has_code_2_and_success_0(monkeypatch: pytest.MonkeyPatch,
-                                              capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_main(monkeypatch, "lungs") == 2
-    assert run_main(monkeypatch, "predict", "--threshold", "1.5") == 2
-    assert run_main(monkeypatch, "--version") == 0
-    assert __version__ in capsys.readouterr().out
+def test_wrong_usage_has_code_2_and_success_0(command: Command) -> None:
+    assert command("lungs")[0] == command("predict", "--threshold", "1.5")[0] == 2
+    assert command("--version") == (0, f"covidseg {__version__}\n", "")
 
 
-def test_debug_shows_the_trace_and_is_off_again_in_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_shows_the_trace_and_is_off_again_in_the_next_call(command: Command) -> None:
     with pytest.raises(InputFileError):
-        run_main(monkeypatch, "--debug", "lungs", "x.nii.gz", "-o", "out")
-    assert run_main(monkeypatch, "lungs", "x.nii.gz", "-o", "out") == 3
+        command("--debug", "lungs", "x.nii.gz", "-o", "out")
+    assert command("lungs", "x.nii.gz", "-o", "out")[0] == 3
 
 
 def test_threads_that_wait_sleep_unless_the_user_wants_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,64 +216,53 @@ def test_threads_that_wait_sleep_unless_the_user_wants_otherwise(monkeypatch: py
         assert done.stdout.split() == [after, "False"], done.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["lungs"], ["train"], ["predict"], ["merge"], ["export"], ["evaluate"],
-                                     ["reproduce"], ["ablate"], ["data"]])
-def test_help_works_everywhere(command: list[str]) -> None:
-    result = invoke(*command, "--help")
+@pytest.mark.parametrize("name", [[], "lungs", "train", "predict", "merge", "export", "evaluate", "reproduce", "ablate",
+                                  "data"])
+def test_help_works_everywhere(name: str) -> None:
+    result = invoke(*([name] if name else []), "--help")
     assert result.exit_code == 0
     assert "Usage" in result.output
-    if not command:
-        assert flat(DISCLAIMER[:40]) in flat(result.output)
+    assert name or flat(DISCLAIMER[:40]) in flat(result.output)
 
 
-def test_lungs_writes_a_mask_that_lies_on_the_scan(tiny_phantom: Path, tmp_path: Path) -> None:
-    result = invoke("lungs", tiny_phantom / "im" / SCAN, "-o", tmp_path / "out")
+def test_lungs_writes_masks_that_lie_on_the_scans(tiny_phantom: Path, scan: Path, tmp_path: Path) -> None:
+    result = invoke("lungs", tiny_phantom / "im", "-o", tmp_path / "all")
     assert result.exit_code == 0
-    given, mask = nib.load(tiny_phantom / "im" / SCAN), nib.load(tmp_path / "out" / SCAN)
+    assert flat("lung in") in flat(result.output)
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [f"phantom_0{k}.nii.gz" for k in range(4)]
+    given, mask = nib.load(scan), nib.load(tmp_path / "all" / SCAN)
     assert mask.shape == given.shape
     np.testing.assert_allclose(mask.affine, given.affine)
-    assert set(np.unique(stored(tmp_path / "out" / SCAN))) == {0, 1}
-    scan = read_scan(tiny_phantom / "im" / SCAN)
-    expected = write_like(lung_masks(scan.pixels), scan.grid, tmp_path / "expected.nii.gz")
-    assert np.array_equal(stored(tmp_path / "out" / SCAN), stored(expected))
-    assert flat("lung in") in flat(result.output)
+    read = read_scan(scan)
+    expected = stored(write_like(lung_masks(read.pixels), read.grid, tmp_path / "expected.nii.gz"))
+    assert set(np.unique(expected)) == {0, 1}
+    assert np.array_equal(stored(tmp_path / "all" / SCAN), expected)
+    assert invoke("lungs", scan, "-o", tmp_path / "named.nii").exit_code == 0
+    assert np.array_equal(stored(tmp_path / "named.nii"), expected)
 
 
-def test_lungs_of_a_folder_and_as_a_named_file(tiny_phantom: Path, tmp_path: Path) -> None:
-    assert invoke("lungs", tiny_phantom / "im", "-o", tmp_path / "all").exit_code == 0
-    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [f"phantom_0{k}.nii.gz" for k in range(4)]
-    assert invoke("lungs", tiny_phantom / "im" / SCAN, "-o", tmp_path / "named.nii").exit_code == 0
-    assert np.array_equal(stored(tmp_path / "named.nii"), stored(tmp_path / "all" / SCAN))
-
-
-@pytest.mark.parametrize("command", ["lungs", "predict"])
-def test_a_bad_file_is_reported_and_the_others_go_on(command: str, tiny_phantom: Path, tmp_path: Path, tiny_run: Run,
-                                                     monkeypatch: pytest.MonkeyPatch,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
-    scans = tmp_path / "scans"
-    scans.mkdir()
-    for name in ("a.nii.gz", "c.nii.gz"):
-        shutil.copy(tiny_phantom / "im" / SCAN, scans / name)
-    (scans / "b.nii.gz").write_bytes(b"not a scan")
-    extra = ["--run", tiny_run.folder] if command == "predict" else []
-    assert run_main(monkeypatch, command, scans, *extra, "-o", tmp_path / "out") == 3
-    output = capsys.readouterr()
-    assert output.err.startswith("error: ")
-    assert "b.nii.gz" in output.err
-    assert "[1/3]" in output.out
-    assert "[3/3]" in output.out
+@pytest.mark.parametrize("name", ["lungs", "predict"])
+def test_a_bad_file_is_reported_and_the_others_go_on(name: str, scan: Path, tmp_path: Path, tiny_run: Run,
+                                                     command: Command) -> None:
+    (tmp_path / "scans").mkdir()
+    for file in ("a.nii.gz", "c.nii.gz"):
+        shutil.copy(scan, tmp_path / "scans" / file)
+    (tmp_path / "scans" / "b.nii.gz").write_bytes(b"not a scan")
+    extra = ["--run", tiny_run.folder] if name == "predict" else []
+    code, output, errors = command(name, tmp_path / "scans", *extra, "-o", tmp_path / "out")
+    assert code == 3
+    assert errors.startswith("error: ")
+    assert "b.nii.gz" in errors
+    assert "[1/3]" in output
+    assert "[3/3]" in output
     assert sorted(p.name for p in (tmp_path / "out").glob("*.nii.gz")) == ["a.nii.gz", "c.nii.gz"]
 
 
-def test_names_with_brackets_are_printed_as_they_are(tiny_phantom: Path, tmp_path: Path,
-                                                     monkeypatch: pytest.MonkeyPatch,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_with_brackets_are_printed_as_they_are(scan: Path, tmp_path: Path, command: Command) -> None:
     """Square brackets are markup to the console; in file names they are just letters."""
-    shutil.copy(tiny_phantom / "im" / SCAN, tmp_path / "x[bold].nii.gz")
-    assert run_main(monkeypatch, "lungs", tmp_path / "x[bold].nii.gz", "-o", tmp_path / "out") == 0
-    assert "x[bold].nii.gz" in capsys.readouterr().out
-    assert run_main(monkeypatch, "lungs", tmp_path / "y[red].nii.gz", "-o", tmp_path / "out") == 3
-    assert "y[red].nii.gz" in capsys.readouterr().err
+    shutil.copy(scan, tmp_path / "x[bold].nii.gz")
+    assert "x[bold].nii.gz" in command("lungs", "x[bold].nii.gz", "-o", "out")[1]
+    assert "y[red].nii.gz" in command("lungs", "y[red].nii.gz", "-o", "out")[2]
 
 
 def test_train_predict_evaluate_in_a_row(tiny_phantom: Path, tiny_run: Run, tmp_path: Path) -> None:
@@ -322,45 +316,32 @@ def test_an_exported_run_predicts_as_the_run(tiny_phantom: Path, tiny_run: Run, 
     assert stored(tmp_path / "a" / "phantom_01_probability.nii.gz").any()
 
 
-def test_without_a_run_the_nets_of_the_package_predict(tiny_phantom: Path, tiny_run: Run, tmp_path: Path,
+def test_without_a_run_the_nets_of_the_package_predict(scan: Path, tiny_run: Run, tmp_path: Path, command: Command,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nets with a segmenter of their own stand in for those of the package, so that it shows which ones were used."""
-    run = Run(tiny_run.data, replace(TINY, segmenter=replace(TINY.segmenter, steps=1)), 0,
-              Path(shutil.copytree(tiny_run.folder, tmp_path / "run")), "cpu", quiet)
-    all_stages(run)
-    write_run(run, "a test")
-    export_run(run.folder, tmp_path / "shipped")
-    monkeypatch.setattr("covidseg.predict.SHIPPED", tmp_path / "shipped")
-    scan = tiny_phantom / "im" / SCAN
-    assert invoke("predict", scan, "-o", tmp_path / "default", "--probability").exit_code == 0
-    assert invoke("predict", scan, "--run", run.folder, "-o", tmp_path / "same", "--probability").exit_code == 0
-    assert invoke("predict", scan, "--run", tiny_run.folder, "-o", tmp_path / "other", "--probability").exit_code == 0
-    default, same, other = (stored(tmp_path / name / "phantom_01_probability.nii.gz")
-                            for name in ("default", "same", "other"))
-    assert np.array_equal(default, same)
-    assert not np.array_equal(default, other), "a run that is named goes before"
-
-
-def test_nets_of_the_package_that_are_not_there(tiny_phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("covidseg.predict.SHIPPED", tiny_run.folder)
+    assert command("predict", scan, "-o", "default", "--probability")[0] == 0
     monkeypatch.setattr("covidseg.predict.SHIPPED", tmp_path / "weights")
-    assert run_main(monkeypatch, "predict", tiny_phantom / "im" / SCAN, "-o", tmp_path / "out") == 3
-    assert "weights" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    code, _, errors = command("predict", scan, "-o", "none")
+    assert code == 3
+    assert "weights" in errors
+    assert not (tmp_path / "none").exists()
+    assert command("predict", scan, "--run", tiny_run.folder, "-o", "named", "--probability")[0] == 0
+    default, named = (stored(tmp_path / name / "phantom_01_probability.nii.gz") for name in ("default", "named"))
+    assert np.array_equal(default, named)
 
 
-@pytest.mark.parametrize("command", ["lungs", "predict"])
-def test_volume_or_stack_reaches_the_lungs(command: str, tiny_phantom: Path, tiny_run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["lungs", "predict"])
+def test_volume_or_stack_reaches_the_lungs(name: str, tiny_phantom: Path, tiny_run: Run, tmp_path: Path) -> None:
     """One slice without lung parts the volume: as one body it has no lung below it, as a stack it has."""
     scan = read_scan(tiny_phantom / "im" / "phantom_00.nii.gz")
     pixels = scan.pixels.copy()
     pixels[1] = 40
     path = write_like(pixels, scan.grid, tmp_path / "parted.nii.gz")
-    extra = ["--run", tiny_run.folder, "--probability"] if command == "predict" else []
+    extra = ["--run", tiny_run.folder, "--probability"] if name == "predict" else []
     slices = {}
     for choice in ("--volume", "--stack", None):
         out = tmp_path / f"out{choice}"
-        assert invoke(command, path, *extra, *([choice] if choice else []), "-o", out).exit_code == 0
+        assert invoke(name, path, *extra, *([choice] if choice else []), "-o", out).exit_code == 0
         result = read_scan(out / ("parted_probability.nii.gz" if extra else "parted.nii.gz")).pixels
         slices[choice] = np.flatnonzero((result > 0).any(axis=(1, 2))).tolist()
     assert slices["--volume"] == slices[None] == list(range(2, 10))
@@ -557,27 +538,21 @@ def drawn(tmp_path: Path) -> tuple[Path, Path, Path]:
             save(lung, tmp_path / "l.nii.gz"))
 
 
-def test_evaluate_against_figures_by_hand(drawn: tuple[Path, Path, Path]) -> None:
-    table = invoke("evaluate", drawn[0], drawn[1])
+def test_evaluate_against_figures_by_hand(drawn: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    prediction, truth, lung = drawn
+    table = invoke("evaluate", prediction, truth)
     assert table.exit_code == 0
     assert "0.400" in table.output
     assert "not a medical device" in " ".join(table.output.split())
-    result = invoke("evaluate", drawn[0], drawn[1], "--json", "-")
-    content = strict(result.output)
     # 10 hits, 10 false alarms, 10 + 10 missed, 70 + 100 + 90 rest.
-    assert content == {
+    assert strict(invoke("evaluate", prediction, truth, "--json", "-").output) == {
         "slices": 3,
         "micro": {"dice": 0.4, "iou": 0.25, "ppv": 0.5, "sensitivity": 0.3333, "specificity": round(260 / 270, 4)},
         "macro": {"dice": 0.25, "iou": 0.1667, "ppv": 0.25, "sensitivity": 0.25,
                   "specificity": round((70 / 80 + 1 + 1) / 3, 4)}}
-
-
-def test_evaluate_inside_a_lung_mask_by_hand(drawn: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    result = invoke("evaluate", drawn[0], drawn[1], "--lungs", drawn[2], "--json", tmp_path / "deep" / "s.json")
-    assert result.exit_code == 0
-    content = strict((tmp_path / "deep" / "s.json").read_text())
-    # Slices 0 and 2, 50 pixels each: 10 hits, 10 false alarms, 10 + 5 missed, 20 + 45 rest.
-    assert content == {
+    # In the lung: slices 0 and 2, 50 pixels each: 10 hits, 10 false alarms, 10 + 5 missed, 20 + 45 rest.
+    assert invoke("evaluate", prediction, truth, "--lungs", lung, "--json", tmp_path / "deep/s.json").exit_code == 0
+    assert strict((tmp_path / "deep/s.json").read_text()) == {
         "slices": 2,
         "micro": {"dice": round(20 / 45, 4), "iou": round(10 / 35, 4), "ppv": 0.5, "sensitivity": 0.4,
                   "specificity": round(65 / 75, 4)},
