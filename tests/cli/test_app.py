@@ -407,17 +407,24 @@ def check_table(folder: Path, systems: list[str], seeds: list[int], slices: int)
     return content
 
 
+def copied(phantom: Path, folder: Path, volumes: dict[int, int]) -> Path:
+    """A data folder of volumes of the phantom: for each its number there and its number here."""
+    lines = (phantom / "slice_labels.csv").read_text(encoding="utf-8").splitlines()
+    table = lines[:1]
+    for new, old in ((f"phantom_{new:02d}", f"phantom_{old:02d}") for new, old in volumes.items()):
+        for part in ("im", "mask"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            shutil.copy(phantom / part / f"{old}.nii.gz", folder / part / f"{new}.nii.gz")
+        table += [line.replace(old, new) for line in lines if line.startswith(old)]
+    (folder / "slice_labels.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
+    return folder
+
+
 def test_reproduce_on_a_folder_of_its_own(tiny_phantom: Path, tiny_run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     shutil.copytree(tiny_run.folder, folder / "seed0")
     (folder / "seed0" / "run.json").unlink()
-    test = tmp_path / "measured"
-    for part in ("im", "mask"):
-        (test / part).mkdir(parents=True)
-        shutil.copy(tiny_phantom / part / SCAN, test / part)
-    lines = (tiny_phantom / "slice_labels.csv").read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if line.startswith(("volume", "phantom_01"))]
-    (test / "slice_labels.csv").write_text("\n".join(kept))
+    test = copied(tiny_phantom, tmp_path / "measured", {1: 1})
     command = ["reproduce", "--data", tiny_phantom, "--test", test, "--out", folder, "--device", "cpu"]
     result = invoke(*command)
     assert result.exit_code == 0
@@ -487,16 +494,7 @@ def test_one_name_stands_for_both_sets_of_the_published_table(monkeypatch: pytes
 def test_reproduce_on_the_split_of_a_registered_set(tiny_phantom: Path, tmp_path: Path,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     """The split names twelve volumes: the four of the tiny phantom stand in for them, three times over."""
-    cache = tmp_path / "cache" / "phantom"
-    lines = (tiny_phantom / "slice_labels.csv").read_text(encoding="utf-8").splitlines()
-    table = lines[:1]
-    for k in range(12):
-        old, new = f"phantom_{k % 4:02d}", f"phantom_{k:02d}"
-        for part in ("im", "mask"):
-            (cache / part).mkdir(parents=True, exist_ok=True)
-            shutil.copy(tiny_phantom / part / f"{old}.nii.gz", cache / part / f"{new}.nii.gz")
-        table += [line.replace(old, new) for line in lines if line.startswith(old)]
-    (cache / "slice_labels.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
+    cache = copied(tiny_phantom, tmp_path / "cache" / "phantom", {k: k % 4 for k in range(12)})
     monkeypatch.setattr("covidseg.pipeline.resolve", lambda name: cache)
     command = ["reproduce", "--data", "phantom", "--device", "cpu", "--systems", "decovnet,otsu"]
     assert invoke(*command, "--seeds", "3").exit_code == 0

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from covidseg.cli import data as commands
 from covidseg.cli.data import app
-from covidseg.data import registry
+from covidseg.data import phantom, registry
 from covidseg.data.fetch import DownloadSettings
 from covidseg.data.folder import load_dataset
 from covidseg.data.registry import entry, is_present, load_registry, resolve
@@ -156,12 +156,8 @@ def test_targets_in_use_are_left_alone(server: Server, tmp_path: Path) -> None:
 
 
 def test_phantom_is_written_where_asked(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from covidseg.data import phantom
-
     small = phantom.PhantomSettings(patients=2, slices=8, size=64, vessel_targets=20)
-    write = phantom.write_phantom
-    monkeypatch.setattr(phantom, "write_phantom", lambda folder, progress=False: write(folder, small,
-                                                                                       progress=progress))
+    monkeypatch.setattr(phantom, "write_phantom", partial(phantom.write_phantom, settings=small))
     assert run("get", "phantom", "--to", tmp_path / "ph").exception is None
     assert len(load_dataset(tmp_path / "ph").cases) == 2
     assert not cache.exists()
