@@ -12,7 +12,9 @@ from rich.markup import escape
 
 from covidseg import DISCLAIMER
 from covidseg.cli.common import Device, Unchecked, console, errors, state
+from covidseg.data.scan import SUFFIXES, read_scan, scan_id, write_like
 from covidseg.errors import CovidsegError, InputFileError, SettingsError
+from covidseg.lungs import lung_masks, no_lung
 
 Inputs = Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or folders of them.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder, or a .nii.gz file for one scan.")]
@@ -22,15 +24,11 @@ Volume = Annotated[bool | None, typer.Option(
 
 def is_file(out: Path) -> bool:
     """Whether ``-o`` names one file, and not a folder."""
-    from covidseg.data.scan import SUFFIXES
-
     return out.name.lower().endswith(SUFFIXES)
 
 
 def targets_of(out: Path, sources: list[Path]) -> dict[Path, Path]:
     """Where each result goes: ``out`` itself if it is named like a file, else ``out/NAME.nii.gz``."""
-    from covidseg.data.scan import scan_id
-
     if is_file(out) and len(sources) > 1:
         raise SettingsError("several inputs cannot be written to one file", path=out, remedy="Name a folder after -o")
     targets = {source: out if is_file(out) else out / f"{scan_id(source)}.nii.gz" for source in sources}
@@ -80,9 +78,6 @@ def end(failed: CovidsegError | None, files: list[Path]) -> None:
 
 def lungs(inputs: Inputs, out: Out, volume: Volume = None, unchecked: Unchecked = False) -> None:
     """Writes threshold lung masks; no training needed."""
-    from covidseg.data.scan import read_scan, write_like
-    from covidseg.lungs import lung_masks, no_lung
-
     files = files_of(inputs)
     targets = targets_of(out, files)
 

@@ -31,23 +31,14 @@ STACK_COLUMNS = ("position", "has_lesion")
 
 @dataclass(frozen=True)
 class Case:
-    """One volume or stack of a data folder, with the files of its true masks if there are any.
+    """One volume or stack of a data folder."""
 
-    Attributes:
-        id: Its name in ``slice_labels.csv``.
-        image: The CT file.
-        labels: For each labelled slice, 1 if it has a lesion, otherwise 0.
-        patient: Name of the patient whose scan it is.
-        lung: The true lung mask.
-        mask: The true lesion mask.
-    """
-
-    id: str
-    image: Path
-    labels: dict[int, int]
-    patient: str
-    lung: Path | None = None
-    mask: Path | None = None
+    id: str       # as in slice_labels.csv
+    image: Path   # the CT file
+    labels: dict[int, int]  # for each labelled slice, 1 if it has a lesion, otherwise 0
+    patient: str  # whose scan it is
+    lung: Path | None = None  # the true lung mask, if there is one
+    mask: Path | None = None  # the true lesion mask, if there is one
 
 
 @dataclass(frozen=True)
@@ -59,11 +50,7 @@ class Dataset:
     check: bool = True
 
     def subset(self, ids: list[str]) -> Dataset:
-        """The same folder reduced to some volumes, in the order given.
-
-        Raises:
-            DatasetError: A name is not in the folder.
-        """
+        """The same folder reduced to some volumes, in the order given; an unknown one is a DatasetError."""
         by_id = {case.id: case for case in self.cases}
         if missing := [i for i in ids if i not in by_id]:
             raise DatasetError(f"has no volume {', '.join(missing)}", path=self.root,
@@ -111,18 +98,15 @@ def _volume_cases(root: Path, images: list[Path], labelled: bool) -> tuple[Case,
                            remedy="Add the scans or remove their lines")
     return tuple(
         Case(i := scan_id(image), image, labels.get(i, {}), patients.get(i, i),
-             _if_there(root / "lung" / image.name), _if_there(root / "mask" / image.name))
+             *(path if (path := root / kind / image.name).exists() else None for kind in ("lung", "mask")))
         for image in images)
 
 
 def _stack_case(image: Path, labelled: bool) -> Case:
     name = image.name.removesuffix("_im.nii.gz")
     labels, _ = _read_labels(image.with_name(f"{name}_slices.csv"), name) if labelled else ({}, {})
-    return Case(name, image, labels.get(name, {}), name, mask=_if_there(image.with_name(f"{name}_mask.nii.gz")))
-
-
-def _if_there(path: Path) -> Path | None:
-    return path if path.exists() else None
+    mask = image.with_name(f"{name}_mask.nii.gz")
+    return Case(name, image, labels.get(name, {}), name, mask=mask if mask.exists() else None)
 
 
 def _read_labels(table: Path, stack: str | None = None) -> tuple[dict[str, dict[int, int]], dict[str, str]]:
@@ -138,22 +122,23 @@ def _read_labels(table: Path, stack: str | None = None) -> tuple[dict[str, dict[
     labels: dict[str, dict[int, int]] = {}
     patients: dict[str, str] = {}
     for number, row in rows:
-        volume = row["volume"] if stack is None else stack
-        if stack is None and not volume:  # also of a line that ends before this column
-            raise DatasetError(f"line {number} names no volume", path=table, remedy="Correct the line")
+        volume, fault, remedy = row["volume"] if stack is None else stack, "", "Correct the line"
         index, label = slice_number(row[columns[-2]]), slice_number(row["has_lesion"])
-        if index is None or label not in (0, 1):
-            raise DatasetError(f"line {number}: {columns[-2]} must be a slice number and has_lesion 0 or 1", path=table,
-                               remedy="Correct the line")
-        if index in labels.setdefault(volume, {}):
-            of_volume = f" of volume {volume}" if stack is None else ""
-            raise DatasetError(f"line {number} labels slice {index}{of_volume} a second time", path=table,
-                               remedy="Keep one line for each slice")
-        labels[volume][index] = label
         patient = (row.get("patient") if stack is None else None) or volume
-        if patients.setdefault(volume, patient) != patient:
-            raise DatasetError(f"line {number} gives volume {volume} to another patient than the lines before",
-                               path=table, remedy="One volume belongs to one patient; correct the table")
+        if not volume:  # also of a line that ends before this column
+            fault = " names no volume"
+        elif index is None or label not in (0, 1):
+            fault = f": {columns[-2]} must be a slice number and has_lesion 0 or 1"
+        elif index in labels.setdefault(volume, {}):
+            fault = f" labels slice {index}{f' of volume {volume}' if stack is None else ''} a second time"
+            remedy = "Keep one line for each slice"
+        elif patients.setdefault(volume, patient) != patient:
+            fault = f" gives volume {volume} to another patient than the lines before"
+            remedy = "One volume belongs to one patient; correct the table"
+        else:
+            labels[volume][index] = label
+        if fault:
+            raise DatasetError(f"line {number}{fault}", path=table, remedy=remedy)
     return labels, patients
 
 

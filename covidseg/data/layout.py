@@ -51,8 +51,7 @@ def get_dataset(item: Entry, folder: str | Path, *, everything: bool = False, no
         note: called with a line for every file, and for everything that was not as expected but could be settled.
 
     Raises:
-        DownloadError: a file cannot be downloaded, or is another than the published one.
-        CovidsegError: whatever :func:`lay_out` refuses.
+        CovidsegError: whatever :func:`covidseg.data.fetch.fetch` or :func:`lay_out` refuses.
     """
     folder = Path(folder)
     fetched: dict[str, Fetched] = {}

@@ -42,17 +42,11 @@ DEFLATE = 1032           # times smaller than its content is the most that a com
 
 @dataclass(frozen=True)
 class Grid:
-    """How a file lays out its voxels: all that is needed to write a result that fits the input.
+    """How a file lays out its voxels: all that is needed to write a result that fits the input."""
 
-    Attributes:
-        shape: Stored array shape, three axes (a two-dimensional file counts as one slice).
-        affine: ``(4, 4)`` matrix from voxel indices to millimetres.
-        two_dimensional: Whether the file itself has only two axes.
-    """
-
-    shape: tuple[int, int, int]
-    affine: np.ndarray
-    two_dimensional: bool = False
+    shape: tuple[int, int, int]    # of the stored array; a two-dimensional file counts as one slice
+    affine: np.ndarray             # (4, 4) matrix from voxel indices to millimetres
+    two_dimensional: bool = False  # whether the file itself has only two axes
 
     def to_upright(self) -> np.ndarray:
         """nibabel orientation transform from the stored axes to the upright ones, ``(3, 2)``."""
@@ -73,21 +67,15 @@ class Grid:
 class Scan:
     """One CT file, upright.
 
-    Attributes:
-        pixels: ``(slices, rows, columns)`` in the stored type, usually ``int16`` HU or ``uint8`` display values.
-        spacing: Millimetres between slices, rows and columns.
-        value_range: Lowest and highest stored value.
-        unit: ``"HU"`` where values go clearly below water (0 HU), otherwise ``"display"`` (0..255 grey levels).
-        path: Where it was read from.
-        grid: Layout of the file, for writing results with :func:`write_like`.
+    ``unit`` is ``"HU"`` where values go clearly below water (0 HU), otherwise ``"display"`` (0..255 grey levels).
     """
 
-    pixels: np.ndarray
-    spacing: tuple[float, float, float]
-    value_range: tuple[float, float]
+    pixels: np.ndarray  # (slices, rows, columns) in the stored type, usually int16 HU or uint8 display values
+    spacing: tuple[float, float, float]  # mm between slices, rows and columns
+    value_range: tuple[float, float]     # lowest and highest stored value
     unit: str
-    path: Path
-    grid: Grid
+    path: Path  # where it was read from
+    grid: Grid  # layout of the file, for writing results with write_like
 
 
 def scan_id(path: str | Path) -> str:
@@ -213,47 +201,47 @@ def read_header(path: Path, affine: np.ndarray | None = None) -> Header:
         InputFileError: the file is missing, not NIfTI, not one grey-value volume, has no usable affine, or is far too
             small for the voxels that it announces.
     """
+    def refusal(fault: str, remedy: str) -> InputFileError:
+        return InputFileError(fault, path=path, remedy=remedy)
+
     if not path.exists():
-        raise InputFileError("no such file", path=path, remedy="Check the spelling of the path")
+        raise refusal("no such file", "Check the spelling of the path")
     if path.is_dir():
-        raise InputFileError("is a folder, not a scan", path=path, remedy="Name the NIfTI files inside it")
+        raise refusal("is a folder, not a scan", "Name the NIfTI files inside it")
     if not path.name.lower().endswith(SUFFIXES):
-        raise InputFileError("is not a NIfTI file (.nii or .nii.gz)", path=path,
-                             remedy="Convert DICOM series or pictures to NIfTI first, for instance with dcm2niix")
+        raise refusal("is not a NIfTI file (.nii or .nii.gz)",
+                      "Convert DICOM series or pictures to NIfTI first, for instance with dcm2niix")
     with _faults(path):
         # Not nib.load, which takes some NIfTI files for surfaces of a brain and then reads XML.
         kind = nib.Nifti2Image if nib.Nifti2Image.path_maybe_image(path)[0] else nib.Nifti1Image
         image: Any = kind.from_filename(path)
         proxy, shape = image.dataobj, tuple(int(n) for n in image.shape)
     if proxy.dtype.kind not in "iuf":
-        raise InputFileError("holds colour or complex voxels", path=path, remedy="Give a grey-value CT")
+        raise refusal("holds colour or complex voxels", "Give a grey-value CT")
     whole, two_dimensional = shape, len(shape) == 2
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if two_dimensional:
         shape = (*shape, 1)
     if min(shape, default=0) < 1:
-        raise InputFileError(f"has shape {whole}, which is no voxel at all", path=path,
-                             remedy="Export or convert it again")
+        raise refusal(f"has shape {whole}, which is no voxel at all", "Export or convert it again")
     if len(shape) != 3:
-        raise InputFileError(f"has shape {whole}, not one volume", path=path,
-                             remedy="Split series over time into one file each")
+        raise refusal(f"has shape {whole}, not one volume", "Split series over time into one file each")
     # Without either code nibabel makes an affine up.
     invented = affine is None and not image.header["sform_code"] and not image.header["qform_code"]
     affine = np.asarray(image.affine if affine is None else affine, dtype=np.float64)
     if invented or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9 \
             or np.isnan(io_orientation(affine)).any():
-        raise InputFileError("has no usable affine, so its orientation and spacing are unknown", path=path,
-                             remedy="Export it again with orientation, or set the affine with nibabel")
+        raise refusal("has no usable affine, so its orientation and spacing are unknown",
+                      "Export it again with orientation, or set the affine with nibabel")
+    respace = "Correct the spacing in its header (in mm), or export it again"
     # The affine may be whole all the same; but then one of the two is damaged, and nobody knows which.
     if not np.isfinite(image.header["pixdim"][1:1 + len(whole)]).all():
-        raise InputFileError("has a spacing that is not a number", path=path,
-                             remedy="Correct the spacing in its header (in mm), or export it again")
+        raise refusal("has a spacing that is not a number", respace)
     grid = Grid((shape[0], shape[1], shape[2]), affine, two_dimensional)
     if not all(SPACING[0] <= step <= SPACING[1] for step in grid.spacing()):
-        raise InputFileError(
-            f"has voxels of {' x '.join(f'{step:.3g}' for step in grid.spacing())} mm, which no CT has", path=path,
-            remedy="Correct the spacing in its header (in mm), or export it again")
+        steps = " x ".join(f"{step:.3g}" for step in grid.spacing())
+        raise refusal(f"has voxels of {steps} mm, which no CT has", respace)
     header = Header(path, grid, proxy.dtype, int(proxy.offset), float(proxy.slope), float(proxy.inter))
     with _faults(path):
         size, wanted = path.stat().st_size, header.offset + header.stored.itemsize * math.prod(grid.shape)

@@ -27,11 +27,7 @@ class Split:
     slices: dict[int, str]    # slice number in the published file -> part
 
     def part(self, name: str) -> list[str] | list[int]:
-        """Volumes, or slice numbers, of a part, in the order of the file.
-
-        Raises:
-            DatasetError: the part has an unknown name or is empty.
-        """
+        """Volumes, or slice numbers, of a part, in the order of the file; not for an unknown or empty part."""
         if name not in PARTS:
             raise DatasetError(f"there is no part '{name}' of a split", remedy=f"Parts are {', '.join(PARTS)}")
         found: list[str] | list[int] = [v for v, part in self.volumes.items() if part == name] or \

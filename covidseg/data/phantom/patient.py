@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from covidseg.data.folder import VOLUME_COLUMNS, write_table
-from covidseg.data.phantom.anatomy import Array, Frame, apply_scanner, coverage, lung_tissue, make_chest, make_frame
+from covidseg.data.phantom.anatomy import Array, apply_scanner, coverage, lung_tissue, make_chest, make_frame
 from covidseg.data.phantom.lesions import (
     MIN_LESION_AREA_MM2,
     Lesions,
@@ -94,7 +94,8 @@ def make_patient(settings: PhantomSettings, index: int) -> PhantomPatient:
     if "dependent_density" in wanted:
         added = dependent_density(rng, settings, f, lung)
         tissue += added
-        seen["dependent_density"] = _slices_with(added > 60, f, 100)
+        area = (added > 60).sum(axis=(1, 2)) * f.spacing[1] * f.spacing[2]
+        seen["dependent_density"] = tuple(np.flatnonzero(area >= 100).tolist())  # mm^2
     none = Lesions(tissue, np.zeros(f.shape, dtype=bool), np.zeros(f.shape, dtype=np.uint8))
     lesions = none if healthy else add_lesions(rng, settings, f, chest, tissue)
     air = lesions.tissue  # HU inside the lungs, completed in place
@@ -122,12 +123,6 @@ def make_patient(settings: PhantomSettings, index: int) -> PhantomPatient:
     return PhantomPatient(f"phantom_{index:02d}", np.clip(np.rint(hu), -1024, 3071).astype(np.int16),
                           lung & (tubes.trunk < 0.5) | lesions.mask, lesions.mask, lesions.kind, f.spacing, healthy,
                           tuple(sorted(seen)), seen)
-
-
-def _slices_with(where: Array, f: Frame, area: float) -> tuple[int, ...]:
-    """Slices in which ``where`` covers at least ``area`` mm^2."""
-    covered = where.sum(axis=(1, 2)) * f.spacing[1] * f.spacing[2]
-    return tuple(np.flatnonzero(covered >= area).tolist())
 
 
 def write_phantom(folder: str | Path, settings: PhantomSettings | None = None, *, progress: bool = False) -> Path:

@@ -91,18 +91,6 @@ def draw_tubes(field: Array, starts: Array, ends: Array, radii: Array, spacing: 
             np.maximum(view, np.clip(0.5 + (radii[i] - gap) / pixel, 0, 1) * strength[i], out=view)
 
 
-def draw_airways(wall: Array, lumen: Array, tree: Tree, spacing: tuple[float, float, float], slab: float,
-                 offset: Array) -> None:
-    """Draws the bronchi that run beside the larger branches of ``tree``, in the direction ``offset`` ``(3,)``."""
-    thick = np.flatnonzero(tree.radius > 1.9)
-    thick = thick[thick > 0]
-    radius = tree.radius[thick]
-    shift = offset * (1.85 * radius + 0.9)[:, None]
-    starts, ends = tree.nodes[tree.parent[thick]] + shift, tree.nodes[thick] + shift
-    draw_tubes(wall, starts, ends, 0.85 * radius + 0.9, spacing, slab)
-    draw_tubes(lumen, starts, ends, 0.85 * radius, spacing, slab)
-
-
 class Branches(NamedTuple):
     """All tubes of one patient, each ``(S, H, W)`` float32, the share 0..1 of a voxel."""
 
@@ -135,7 +123,12 @@ def grow_branches(rng: np.random.Generator, f: Frame, chest: Chest, targets: int
         ends = (chosen + rng.uniform(-0.5, 0.5, chosen.shape)) * np.array(f.spacing)
         tree = grow_tree(rng, hilum, ends, tip=rng.uniform(0.55, 0.7))
         draw_tubes(vessels, tree.nodes[tree.parent[1:]], tree.nodes[1:], tree.radius[1:], f.spacing, slab)
-        draw_airways(wall, lumen, tree, f.spacing, slab, offset)
+        thick = 1 + np.flatnonzero(tree.radius[1:] > 1.9)  # larger branches have bronchi beside them
+        radius = tree.radius[thick]
+        shift = offset * (1.85 * radius + 0.9)[:, None]
+        starts, bronchi = tree.nodes[tree.parent[thick]] + shift, tree.nodes[thick] + shift
+        draw_tubes(wall, starts, bronchi, 0.85 * radius + 0.9, f.spacing, slab)
+        draw_tubes(lumen, starts, bronchi, 0.85 * radius, f.spacing, slab)
         _main_airway(wall, trunk, f, carina, hilum, 6.0)
     _main_airway(wall, trunk, f, carina, above, 8.5)
     return Branches(vessels, wall * (1 - np.maximum(lumen, trunk)), lumen, trunk, tuple(sorted(crowd)))
