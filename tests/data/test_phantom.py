@@ -78,16 +78,7 @@ def test_knobs_turn_the_difficulty():
 
 
 @pytest.mark.slow
-def test_lesion_share_and_kinds(patients):
-    share = [p.mask[k].sum() / p.lung[k].sum() for p in patients for k in np.flatnonzero(p.labels())]
-    assert 0.12 < np.mean(share) < 0.22
-    count = np.array([sum((p.kind == kind).sum() for p in patients) for kind in KINDS])
-    assert count.argmax() == 0  # ground glass is the most frequent
-    assert (count > 0.05 * count.sum()).all()
-
-
-@pytest.mark.slow
-def test_densities_of_kinds_and_lung(patients):
+def test_share_and_densities_of_kinds_and_lung(patients):
     def cores(kind: int) -> np.ndarray:
         """Mean HU of the connected lesions of one kind, without their soft edges."""
         means = []
@@ -98,6 +89,11 @@ def test_densities_of_kinds_and_lung(patients):
         assert len(means) > 10
         return np.array(means)
 
+    share = [p.mask[k].sum() / p.lung[k].sum() for p in patients for k in np.flatnonzero(p.labels())]
+    assert 0.12 < np.mean(share) < 0.22
+    count = np.array([sum((p.kind == kind).sum() for p in patients) for kind in KINDS])
+    assert count.argmax() == 0  # ground glass is the most frequent
+    assert (count > 0.05 * count.sum()).all()
     glass, solid, crazy = cores(GROUND_GLASS), cores(CONSOLIDATION), cores(CRAZY_PAVING)
     assert np.quantile(glass, 0.05) > -760
     assert np.quantile(glass, 0.95) < -400
