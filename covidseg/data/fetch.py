@@ -32,8 +32,6 @@ from covidseg.data.registry import RemoteFile, check_address
 from covidseg.errors import DownloadError, OutputError
 
 NOT_THE_FILE = "The file there is not the one covidseg knows: do not use it"
-# Faults that another attempt may not meet.
-PASSING = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 
 @dataclass(frozen=True)
@@ -103,11 +101,12 @@ def check_file(path: Path, remote: RemoteFile) -> str:
     else:
         if remote.name.endswith(".zip"):
             check_zip(path)
-        origin, checked = f"seen at the first download, in {_record(path).name}", "first download"
+        origin, checked = f"seen at the first download, in {path.name}.sha256", "first download"
     found = pooch.file_hash(str(path), alg=algorithm)
     if expected is None:
         # The layout of sha256sum, so that `sha256sum -c` understands it too.
-        write_whole(_record(path), lambda temporary: temporary.write_text(f"{found}  {remote.name}\n", "utf-8"))
+        write_whole(path.with_name(f"{path.name}.sha256"),
+                    lambda temporary: temporary.write_text(f"{found}  {remote.name}\n", "utf-8"))
         return "nothing: this is the first download"
     if found != expected:
         raise DownloadError(f"{remote.name} has the {algorithm} {found}, expected {expected} ({origin})", path=path,
@@ -118,12 +117,8 @@ def check_file(path: Path, remote: RemoteFile) -> str:
 
 def first_checksum(path: Path) -> str | None:
     """The sha256 that a file had at its first download; None before it, empty if the record is."""
-    record = _record(path)
+    record = path.with_name(f"{path.name}.sha256")
     return "".join(record.read_text(encoding="utf-8").split()[:1]) if record.exists() else None
-
-
-def _record(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
 
 
 # --- one download ---------------------------------------------------------------------------------------------------
@@ -148,7 +143,7 @@ class ResumingDownloader:
             except requests.exceptions.SSLError as error:
                 raise DownloadError(f"the server could not prove who it is ({error})", path=url,
                                     remedy="Check the clock and the network; never switch the check off") from error
-            except PASSING as error:
+            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
                 have = self._kept()[0]
                 failures, furthest = 0 if have > furthest else failures + 1, max(furthest, have)
                 if failures >= self.settings.retries:
@@ -238,11 +233,7 @@ class UnpackSettings:
 
 
 def check_zip(path: str | Path) -> None:
-    """Reads a zip archive to its end and compares every CRC; a trap is refused before it is read.
-
-    Raises:
-        DownloadError: it is not a zip archive, is damaged, or is one that :func:`unpack` would refuse.
-    """
+    """Reads a zip archive to its end and compares every CRC; refuses what :func:`unpack` would refuse."""
     with _open_zip(Path(path), UnpackSettings(), "is not a usable zip archive") as archive:
         bad = archive.testzip()
     if bad is not None:
@@ -276,7 +267,9 @@ def _open_zip(path: Path, settings: UnpackSettings, fault: str) -> Iterator[zipf
     """Opens an archive that holds no trap; every way in which a damaged one fails becomes a DownloadError."""
     try:
         with zipfile.ZipFile(path) as archive:
-            _refuse_traps(path, archive.infolist(), settings)
+            if trap := _trap(archive.infolist(), settings):
+                raise DownloadError(trap, path=path,
+                                    remedy="Do not use this archive: it is damaged or made to do harm")
             yield archive
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OverflowError, struct.error,
             zlib.error, LZMAError, OSError) as error:
@@ -287,22 +280,20 @@ def _open_zip(path: Path, settings: UnpackSettings, fault: str) -> Iterator[zipf
         raise DownloadError(f"{fault} ({error})", path=path, remedy="Delete it and download again") from error
 
 
-def _refuse_traps(path: Path, members: list[zipfile.ZipInfo], settings: UnpackSettings) -> None:
-    """Looks through an archive's directory for anything that an archive of scans has no reason to hold."""
-    def refuse(fault: str) -> DownloadError:
-        return DownloadError(fault, path=path, remedy="Do not use this archive: it is damaged or made to do harm")
-
+def _trap(members: list[zipfile.ZipInfo], settings: UnpackSettings) -> str:
+    """What an archive's directory says that an archive of scans has no reason to say; empty if there is nothing."""
     seen = set[str]()
     for name, mode in ((member.filename, member.external_attr >> 16) for member in members):
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0] or "\0" in name:
-            raise refuse(f"holds a path that leaves its folder: {name!r}")
+            return f"holds a path that leaves its folder: {name!r}"
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise refuse(f"holds a {'link' if stat.S_ISLNK(mode) else 'device'}: {name!r}")
+            return f"holds a {'link' if stat.S_ISLNK(mode) else 'device'}: {name!r}"
         if name.casefold() in seen:
-            raise refuse(f"holds the path {name!r} twice")
+            return f"holds the path {name!r} twice"
         seen.add(name.casefold())
     if len(members) > settings.max_members:
-        raise refuse(f"holds {len(members)} files, more than {settings.max_members}")
-    if (total := sum(member.file_size for member in members)) > settings.max_bytes:
-        raise refuse(f"unpacks to {total >> 20} MB, more than {settings.max_bytes >> 20} MB (a zip bomb?)")
+        return f"holds {len(members)} files, more than {settings.max_members}"
+    total = sum(member.file_size for member in members)
+    too_large = f"unpacks to {total >> 20} MB, more than {settings.max_bytes >> 20} MB (a zip bomb?)"
+    return too_large if total > settings.max_bytes else ""

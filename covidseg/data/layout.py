@@ -44,11 +44,8 @@ def has_lesion(mask: np.ndarray) -> np.ndarray:
 def get_dataset(item: Entry, folder: str | Path, *, everything: bool = False, note: Note = print) -> None:
     """Downloads, checks, unpacks and lays out a data set whose licence has been accepted.
 
-    Args:
-        item: the data set.
-        folder: data folder. The published files go to ``downloads/`` inside it.
-        everything: whether to fetch the optional files too.
-        note: called with a line for every file, and for everything that was not as expected but could be settled.
+    The published files go to ``downloads/`` in the folder, with ``everything`` the optional ones too. ``note`` is told
+    of every file, and of everything that was not as expected but could be settled.
 
     Raises:
         CovidsegError: whatever :func:`covidseg.data.fetch.fetch` or :func:`lay_out` refuses.

@@ -178,7 +178,6 @@ def resolve(name_or_dir: str | Path) -> Path:
 
     Raises:
         DatasetError: a known data set that has not been fetched, or neither a known name nor a folder.
-        OutputError: the phantom cannot be written.
     """
     register = load_registry()
     name = str(name_or_dir)
