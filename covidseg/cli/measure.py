@@ -71,14 +71,7 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
               deterministic: Deterministic = False, unchecked: Unchecked = False) -> None:
     """Trains all systems on the same slice labels, measures them on the same slices, and prints Table 1."""
     from covidseg.devices import use_deterministic_kernels
-    from covidseg.evaluation.experiments import (
-        compare,
-        differences,
-        strongest_earlier,
-        table1,
-        table_lines,
-        volume_table,
-    )
+    from covidseg.evaluation import experiments
     from covidseg.evaluation.methods import BASELINE_PROFILES, system_names
     from covidseg.pipeline import open_run, write_run
     from covidseg.store import write_text
@@ -95,20 +88,20 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
     for seed in _numbers(seeds):
         run = open_run(data, profile, seed, folder / f"seed{seed}", "train" if test is None else None, device,
                        check=not unchecked, log=console.print)
-        results += compare(run, testing, names, BASELINE_PROFILES[profile], progress=True)
+        results += experiments.compare(run, testing, names, BASELINE_PROFILES[profile], progress=True)
         if "extended" in names:  # so that `covidseg predict --run` and `covidseg export` take the folder
             write_run(run, f"{command} (seed {seed})")
         console.print(f"seed {seed} done after {time.monotonic() - start:.0f} s")
     content = {**recorded(command, testing, tested, run, start), "rivals": asdict(BASELINE_PROFILES[profile]),
                "results": results}
     write_text(folder / "table1.json", json.dumps(content, indent=1) + "\n")
-    lines, strongest = table_lines(results), strongest_earlier(results)
-    console.print(table1(lines, narrow=True).rich(
+    lines, strongest = experiments.table_lines(results), experiments.strongest_earlier(results)
+    console.print(experiments.table1(lines, narrow=True).rich(
         f"trained on slice labels of {Path(data).name}, measured on {tested}: {results[0]['slices']} full slices, "
         f"profile {profile}, seeds {seeds}"))
-    if (volumes := volume_table(results)) is not None:
+    if (volumes := experiments.volume_table(results)) is not None:
         console.print(volumes.rich("Dice of each volume"))
-    for sentence in differences(lines, strongest) if strongest else []:
+    for sentence in experiments.differences(lines, strongest) if strongest else []:
         console.print(sentence, soft_wrap=True)
     console.print(f"report in {folder / 'table1.json'}")
 
