@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import zipfile
 from pathlib import Path
@@ -41,6 +42,26 @@ def nifti(upright: np.ndarray, affine: np.ndarray = PUBLISHED) -> bytes:
         if np.sign(affine[axis, axis]) != expected:
             stored = np.flip(stored, axis)
     return gzip.compress(nib.Nifti1Image(np.ascontiguousarray(stored), affine).to_bytes(), mtime=0)
+
+
+# One letter of each pair, in every order: the 48 ways to lay a volume out along its axes.
+ORIENTATIONS = ["".join(letters) for order in itertools.permutations(("RL", "AP", "IS"))
+                for letters in itertools.product(*order)]
+MM = {"R": 0.7, "L": 0.7, "A": 0.8, "P": 0.8, "I": 5.0, "S": 5.0}
+
+
+def oriented(upright: np.ndarray, codes: str) -> tuple[np.ndarray, np.ndarray]:
+    """An upright volume as a file of that orientation holds it, and its affine: by indexing alone, no nibabel.
+
+    A letter names the direction in which an axis counts upwards; NIfTI's world axes point to L->R, P->A, I->S.
+    """
+    array = upright.transpose(["ISAPRL".index(c) // 2 for c in codes])
+    array = array[tuple(slice(None, None, 1 if c in "SPL" else -1) for c in codes)]
+    affine = np.zeros((4, 4))
+    affine[:, 3] = (-10, 20, 30, 1)
+    for axis, c in enumerate(codes):
+        affine["RLAPIS".index(c) // 2, axis] = MM[c] * (1 if c in "RAS" else -1)
+    return array, affine
 
 
 def volume(seed: int, lesion_slices: tuple[int, ...], slices: int = 4, size: int = 64,

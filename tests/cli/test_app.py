@@ -28,9 +28,7 @@ from covidseg.evaluation.evaluate import read_truth
 from covidseg.evaluation.experiments import differences, strongest_earlier, table_lines
 from covidseg.evaluation.methods import BASELINE_PROFILES, SYSTEMS
 from covidseg.lungs import lung_masks
-from covidseg.pipeline import Run, find_lungs
-from covidseg.predict import load_predictor
-from covidseg.preprocess import uncrop_all
+from covidseg.pipeline import Run
 from covidseg.profiles import PROFILES
 
 SCAN = "phantom_01.nii.gz"
@@ -126,11 +124,11 @@ class Place:
     def predict(self, *arguments: object) -> list[object]:
         return ["predict", "--run", self.run.folder, "-o", "out", *arguments]
 
-    def reproduce(self, *arguments: str) -> list[object]:
-        return ["reproduce", "--data", self.phantom, "--test", self.phantom, "--out", "out", *arguments]
-
     def train(self, *arguments: object) -> list[object]:
         return ["train", "--data", self.phantom, "--out", "run", *arguments]
+
+    def reproduce(self, *arguments: str) -> list[object]:
+        return ["reproduce", "--data", self.phantom, "--test", self.phantom, "--out", "out", *arguments]
 
     def water(self) -> str:
         return self.save("water.nii.gz", np.random.default_rng(0).normal(40, 5, (64, 64, 2)).astype(np.int16))
@@ -560,45 +558,27 @@ def test_undefined_figures_are_null_not_nan(tmp_path: Path) -> None:
     assert set(inside["micro"].values()) == {None}
 
 
-@pytest.fixture
-def real_slices(realct: Path, tmp_path: Path) -> Path:
-    """A data folder with a few slices of two real volumes that carry both labels."""
+@pytest.mark.slow
+@pytest.mark.realct
+def test_a_few_slices_of_real_scans_run_through(realct: Path, tmp_path: Path) -> None:
+    """What lungs and probabilities of real scans have to be like is in the tests of those modules."""
     rows: list[tuple[str, int, int]] = []
-    for case in load_dataset(realct / "medseg9").cases:
+    for case in load_dataset(realct / "medseg9").cases[:2]:
         scan = read_scan(case.image)
         middle = sorted(case.labels, key=lambda k: abs(k - len(scan.pixels) / 2))
-        chosen = [[k for k in middle if case.labels[k] == label][:4] for label in (0, 1)]
-        if len(rows) == 16 or min(map(len, chosen)) < 4:
-            continue
-        kept = sorted(chosen[0] + chosen[1])
+        kept = sorted(k for label in (0, 1) for k in [k for k in middle if case.labels[k] == label][:4])
         _, height, width = scan.pixels.shape
         write_like(scan.pixels[kept], Grid((width, height, len(kept)), np.diag((-1.0, -1.0, 5.0, 1.0))),
                    tmp_path / "real" / "im" / f"{case.id}.nii.gz")
         rows += [(case.id, k, case.labels[old]) for k, old in enumerate(kept)]
     write_table(tmp_path / "real" / "slice_labels.csv", VOLUME_COLUMNS, rows)
-    return tmp_path / "real"
-
-
-@pytest.mark.slow
-@pytest.mark.realct
-def test_real_scans_run_through(real_slices: Path, tmp_path: Path) -> None:
-    scans = sorted((real_slices / "im").iterdir())
-    assert len(scans) == 2
+    assert len(rows) == 16
+    scans = sorted((tmp_path / "real" / "im").iterdir())
     assert invoke("lungs", *scans, "-o", tmp_path / "lungs").exit_code == 0
-    for scan in scans:
-        share = (stored(tmp_path / "lungs" / scan.name) > 0).mean(axis=(0, 1))
-        assert (share > 0.02).mean() >= 0.5  # at the ends of a volume there is hardly any lung
-        assert share.max() < 0.6
-    assert invoke("train", "--data", real_slices, "--out", tmp_path / "run", "--device", "cpu").exit_code == 0
+    assert invoke("train", "--data", tmp_path / "real", "--out", tmp_path / "run", "--device", "cpu").exit_code == 0
     result = invoke("predict", "--run", tmp_path / "run", *scans, "-o", tmp_path / "out", "--probability")
     assert result.exit_code == 0
-    predictor = load_predictor(tmp_path / "run")
-    for scan in scans:
-        pixels = read_scan(scan).pixels
-        found, crops = find_lungs(pixels, predictor.lung_net, predictor.profile)
-        # The lung net's masks, which complete those of the threshold.
-        lung = np.transpose(uncrop_all(crops.lungs, crops.boxes, found, pixels.shape) > 0, (2, 1, 0))
-        maps = stored(tmp_path / "out" / f"{scan.name.removesuffix('.nii.gz')}_probability.nii.gz")
-        assert stored(tmp_path / "out" / scan.name).shape == maps.shape == lung.shape
-        assert (maps[~lung] == 0).all()
-        assert (maps[lung] > 0).mean() > 0.9
+    for scan_path in scans:
+        maps = stored(tmp_path / "out" / f"{scan_path.name.removesuffix('.nii.gz')}_probability.nii.gz")
+        assert maps.shape == stored(tmp_path / "out" / scan_path.name).shape == stored(scan_path).shape
+        assert maps.any()

@@ -12,38 +12,17 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from data_server import ORIENTATIONS, oriented
 
 from covidseg.data.scan import Grid, read_mask, read_scan, scan_id, write_like
 from covidseg.errors import CovidsegError, InputFileError, OutputError, SettingsError
 
-# One letter of each pair, in every order: the 48 ways to lay a volume out along its axes.
-PAIRS = ("RL", "AP", "IS")
-ORIENTATIONS = ["".join(letters) for order in itertools.permutations(PAIRS) for letters in itertools.product(*order)]
-MM = {"R": 0.7, "L": 0.7, "A": 0.8, "P": 0.8, "I": 5.0, "S": 5.0}
 UPRIGHT_SHAPE = (4, 5, 6)  # slices, rows, columns
 
 
 def upright_volume(dtype: type = np.int16) -> np.ndarray:
     """Distinct values, so that a swapped or flipped axis cannot go unseen."""
     return (np.arange(np.prod(UPRIGHT_SHAPE)).reshape(UPRIGHT_SHAPE) * 3 - 250).astype(dtype)
-
-
-def stored(codes: str) -> tuple[np.ndarray, np.ndarray]:
-    """The upright volume as a file of that orientation holds it, and its affine: by indexing alone, no nibabel.
-
-    A letter names the direction in which an axis counts upwards; NIfTI's world axes point to L->R, P->A, I->S.
-    """
-    volume = upright_volume()
-    axis_of = {"I": 0, "S": 0, "A": 1, "P": 1, "R": 2, "L": 2}
-    upwards = {"S", "P", "L"}  # directions in which the upright axes count
-    array = volume.transpose([axis_of[c] for c in codes])
-    array = array[tuple(slice(None) if c in upwards else slice(None, None, -1) for c in codes)]
-    affine = np.zeros((4, 4))
-    affine[:, 3] = (-10, 20, 30, 1)
-    for axis, c in enumerate(codes):
-        world = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}[c]
-        affine[world, axis] = MM[c] * (1 if c in "RAS" else -1)
-    return array, affine
 
 
 AFFINE = np.diag((-0.7, -0.8, 5.0, 1.0))
@@ -74,7 +53,7 @@ def noise(shape: tuple[int, ...] = (20, 20, 10)) -> np.ndarray:
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
 def test_every_orientation_is_read_upright_and_written_back_as_it_was(tmp_path, codes):
-    array, affine = stored(codes)
+    array, affine = oriented(upright_volume(), codes)
     path = save(tmp_path / "scan.nii.gz", array, affine)
     assert "".join(nib.aff2axcodes(nib.load(path).affine)) == codes  # the test's own affine is right
     scan = read_scan(path)
