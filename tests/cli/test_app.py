@@ -80,8 +80,8 @@ def strict(text: str) -> dict:
     return json.loads(text, parse_constant=refuse)
 
 
-def save(array: np.ndarray, path: Path) -> Path:
-    nib.save(nib.Nifti1Image(array, np.eye(4)), path)
+def save(array: np.ndarray, path: Path, *turn: float) -> Path:
+    nib.save(nib.Nifti1Image(array, np.diag([*(turn or (1, 1, 1)), 1])), path)
     return path
 
 
@@ -107,15 +107,11 @@ class Place:
         (self.root / name).write_bytes(content)
         return name
 
-    def save(self, name: str, array: np.ndarray, *turn: float) -> str:
-        nib.save(nib.Nifti1Image(array, np.diag([*(turn or (1, 1, 1)), 1.0])), self.root / name)
-        return name
-
-    def copy(self, spoiled: str = "", content: bytes = b"{") -> str:
+    def copy(self, spoiled: str = "") -> str:
         """A copy of the run, one file of which is spoiled."""
         folder = Path(shutil.copytree(self.run.folder, self.root / "copy"))
         if spoiled:
-            (folder / spoiled).write_bytes(content)
+            (folder / spoiled).write_bytes(b"{")
         return "copy"
 
     def segmenter(self) -> str:
@@ -130,8 +126,9 @@ class Place:
     def reproduce(self, *arguments: str) -> list[object]:
         return ["reproduce", "--data", self.phantom, "--test", self.phantom, "--out", "out", *arguments]
 
-    def water(self) -> str:
-        return self.save("water.nii.gz", np.random.default_rng(0).normal(40, 5, (64, 64, 2)).astype(np.int16))
+    def water(self) -> Path:
+        noise = np.random.default_rng(0).normal(40, 5, (64, 64, 2))
+        return save(noise.astype(np.int16), self.root / "water.nii.gz")
 
 
 BLANK = np.zeros((9, 9, 3), np.uint8)
@@ -141,8 +138,10 @@ FAULTS: dict[str, tuple[int, str, Callable[[Place], list[object]]]] = {
     "broken scan": (3, "broken.nii", lambda p: p.predict(p.write("broken.nii.gz", p.scan.read_bytes()[:5000]))),
     "no run": (3, "run.json", lambda p: ["predict", "--run", ".", p.scan, "-o", "out"]),
     "no run to export": (3, "run.json", lambda p: ["export", ".", "-o", "out"]),
-    "other shape": (3, "has shape", lambda p: ["evaluate", p.save("m.nii", BLANK[:4]), p.save("t.nii", BLANK)]),
-    "other affine": (3, "affine", lambda p: ["evaluate", p.save("m.nii", BLANK, -1, 1, 1), p.save("t.nii", BLANK)]),
+    "other shape": (3, "has shape", lambda p: [
+        "evaluate", save(BLANK[:4], p.root / "m.nii"), save(BLANK, p.root / "t.nii")]),
+    "other affine": (3, "affine", lambda p: [
+        "evaluate", save(BLANK, p.root / "m.nii", -1, 1, 1), save(BLANK, p.root / "t.nii")]),
     "empty folder": (4, "holds no scans", lambda p: ["train", "--data", p.run.folder / "stages", "--out", "run"]),
     "no split": (4, "no split", lambda p: p.train("--part", "train")),
     "no split to reproduce": (4, "no split", lambda p: ["reproduce", "--data", p.phantom, "--out", "out"]),
@@ -239,18 +238,14 @@ def test_lungs_writes_masks_that_lie_on_the_scans(tiny_phantom: Path, scan: Path
     assert np.array_equal(stored(tmp_path / "named.nii"), expected)
 
 
-@pytest.mark.parametrize("name", ["lungs", "predict"])
-def test_a_bad_file_is_reported_and_the_others_go_on(name: str, scan: Path, tmp_path: Path, tiny_run: Run,
-                                                     command: Command) -> None:
+def test_a_bad_file_is_reported_and_the_others_go_on(scan: Path, tmp_path: Path, command: Command) -> None:
     (tmp_path / "scans").mkdir()
     for file in ("a.nii.gz", "c.nii.gz"):
         shutil.copy(scan, tmp_path / "scans" / file)
     (tmp_path / "scans" / "b.nii.gz").write_bytes(b"not a scan")
-    extra = ["--run", tiny_run.folder] if name == "predict" else []
-    code, output, errors = command(name, tmp_path / "scans", *extra, "-o", tmp_path / "out")
+    code, output, errors = command("lungs", "scans", "-o", "out")
     assert code == 3
-    assert errors.startswith("error: ")
-    assert "b.nii.gz" in errors
+    assert errors.startswith("error: scans/b.nii.gz")
     assert "[1/3]" in output
     assert "[3/3]" in output
     assert sorted(p.name for p in (tmp_path / "out").glob("*.nii.gz")) == ["a.nii.gz", "c.nii.gz"]
