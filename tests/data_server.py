@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import itertools
+import json
 import zipfile
 from pathlib import Path
 
@@ -42,6 +44,26 @@ def nifti(upright: np.ndarray, affine: np.ndarray = PUBLISHED) -> bytes:
     return gzip.compress(nib.Nifti1Image(np.ascontiguousarray(stored), affine).to_bytes(), mtime=0)
 
 
+# One letter of each pair, in every order: the 48 ways to lay a volume out along its axes.
+ORIENTATIONS = ["".join(letters) for order in itertools.permutations(("RL", "AP", "IS"))
+                for letters in itertools.product(*order)]
+MM = {"R": 0.7, "L": 0.7, "A": 0.8, "P": 0.8, "I": 5.0, "S": 5.0}
+
+
+def oriented(upright: np.ndarray, codes: str) -> tuple[np.ndarray, np.ndarray]:
+    """An upright volume as a file of that orientation holds it, and its affine: by indexing alone, no nibabel.
+
+    A letter names the direction in which an axis counts upwards; NIfTI's world axes point to L->R, P->A, I->S.
+    """
+    array = upright.transpose(["ISAPRL".index(c) // 2 for c in codes])
+    array = array[tuple(slice(None, None, 1 if c in "SPL" else -1) for c in codes)]
+    affine = np.zeros((4, 4))
+    affine[:, 3] = (-10, 20, 30, 1)
+    for axis, c in enumerate(codes):
+        affine["RLAPIS".index(c) // 2, axis] = MM[c] * (1 if c in "RAS" else -1)
+    return array, affine
+
+
 def volume(seed: int, lesion_slices: tuple[int, ...], slices: int = 4, size: int = 64,
            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """CT (int16 HU), lung and lesion mask (uint8, lesion label 2), ``(S, H, W)`` upright; the lesion is 4 x 4."""
@@ -68,29 +90,31 @@ def fill_mosmed(root: Path) -> Path:
 
 
 def fill_registry(server: Server, path: Path) -> None:
-    """A register of three small sets in the layout of the real ones, served by ``server``; writes it as TOML."""
+    """A register of small sets in the layout of the real ones, served by ``server``; writes it as TOML."""
     volumes = {"1": volume(1, (1, 2)), "2": volume(2, (0,)), "3": volume(3, (3,))}
-    for index, (name, folder) in enumerate((("rp_im.zip", "rp_im"), ("rp_lung_msk.zip", "rp_lung_msk"),
-                                            ("rp_msk.zip", "rp_msk"))):
-        members = {f"{folder}/{v}.nii.gz": nifti(arrays[index]) for v, arrays in volumes.items()}
-        server.add(name, zipped({f"{folder}/": b"", f"__MACOSX/{folder}/._1.nii.gz": b"side file", **members}))
     image, _, mask = volume(7, (0, 2, 3, 4), slices=5)
-    stack = {"tr_im.nii.gz": nifti(image), "tr_mask.nii.gz": nifti(mask), "val_im.nii.gz": nifti(image[:1])}
-    for name, body in stack.items():
-        server.add(name, body)
-    common = 'doi = "10.0/x"\npage = "https://example.org"\nlicence = "CC0 1.0"\nlicence_file = "cc0-1.0.txt"\n' \
-             'megabytes = 1\ncitation = "Somebody, 2021."\nnote = "Fake."\n'
-    text = f'[medseg2]\ntitle = "fake volumes"\nkind = "download"\nlayout = "volumes"\n{common}' \
-           'same_patient = [["2", "3"]]\n'
-    for name, role in (("rp_im.zip", "image"), ("rp_lung_msk.zip", "lung"), ("rp_msk.zip", "mask")):
-        text += f'[[medseg2.files]]\nname = "{name}"\nurl = "{server.root}/{name}"\nchecksum = ""\nsize = 0\n' \
-                f'role = "{role}"\n'
-    text += f'[medseg1]\ntitle = "fake stack"\nkind = "download"\nlayout = "stacks"\n{common}'
-    for name, role in (("tr_im.nii.gz", "image"), ("tr_mask.nii.gz", "mask"), ("val_im.nii.gz", "extra")):
-        text += f'[[medseg1.files]]\nname = "{name}"\nurl = "{server.root}/{name}"\n' \
-                f'checksum = "{md5(stack[name])}"\nsize = {len(stack[name])}\nrole = "{role}"\n' \
-                f'optional = {str(role == "extra").lower()}\n'
-    by_hand = common.replace("cc0-1.0.txt", "cc-by-nc-nd-3.0.txt")
-    text += f'[mosmed]\ntitle = "by hand"\nkind = "by-hand"\nlayout = "mosmed"\n{by_hand}'
-    text += f'[phantom]\ntitle = "made here"\nkind = "generated"\nlayout = "volumes"\n{common}'
+    stack = {("tr_im.nii.gz", "image"): nifti(image), ("tr_mask.nii.gz", "mask"): nifti(mask),
+             ("val_im.nii.gz", "extra"): nifti(image[:1])}
+    archives = {}
+    for index, (stem, role) in enumerate((("rp_im", "image"), ("rp_lung_msk", "lung"), ("rp_msk", "mask"))):
+        members = {f"{stem}/{v}.nii.gz": nifti(arrays[index]) for v, arrays in volumes.items()}
+        archives[f"{stem}.zip", role] = zipped({f"{stem}/": b"", f"__MACOSX/{stem}/._1.nii.gz": b"side file"} | members)
+    text = ""
+    for name, kind, layout, files in (("medseg2", "download", "volumes", archives),
+                                      ("medseg1", "download", "stacks", stack),
+                                      ("mosmed", "by-hand", "mosmed", {}), ("phantom", "generated", "volumes", {})):
+        text += f"[{name}]\n" + _lines(
+            title="Fake", kind=kind, layout=layout, doi="10.0/x", page="https://example.org", licence="CC0 1.0",
+            licence_file="cc-by-nc-nd-3.0.txt" if name == "mosmed" else "cc0-1.0.txt", megabytes=1,
+            citation="Somebody, 2021.", note="Fake.", same_patient=[["2", "3"]] if name == "medseg2" else [])
+        for (file, role), body in files.items():
+            server.add(file, body)
+            published = {"checksum": md5(body), "size": len(body)} if files is stack else {"checksum": "", "size": 0}
+            text += f"[[{name}.files]]\n" + _lines(name=file, url=f"{server.root}/{file}", role=role,
+                                                   optional=role == "extra", **published)
     path.write_text(text, encoding="utf-8")
+
+
+def _lines(**table: object) -> str:
+    """A table of TOML; strings, numbers and lists are written as in JSON."""
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())

@@ -30,7 +30,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an
 
 def _version(wanted: bool) -> None:
     if wanted:
-        console.print(f"covidseg {__version__}", highlight=False)
+        console.print(f"covidseg {__version__}")
         raise typer.Exit
 
 
@@ -53,29 +53,22 @@ def train(data: Annotated[str, typer.Option(help="A data folder, or a name from 
           deterministic: Deterministic = False, unchecked: Unchecked = False) -> None:
     """Trains all stages on slice labels. With several GPUs: torchrun --nproc-per-node 2 -m covidseg train ..."""
     from covidseg.devices import is_first, joined, pick_device, use_deterministic_kernels
+    from covidseg.pipeline import open_run, write_run
 
     if deterministic:
         use_deterministic_kernels()
     with joined(pick_device(device)):
         console.quiet = not is_first()
-        _train(data, out, profile, method, seed, device, None if part == "all" else part, not unchecked)
-
-
-def _train(data: str, out: Path, profile: str, method: str, seed: int, device: str, part: str | None,
-           check: bool) -> None:
-    from covidseg.pipeline import open_run, write_run
-
-    start = time.monotonic()
-    run = open_run(data, profile, seed, out, part, device, method=method, check=check,
-                   log=lambda line: console.print(line, highlight=False))
-    volumes = sum(bool(case.labels) for case in run.data.cases)
-    console.print(f"{DISCLAIMER}\ntraining on {run.data.labels()} labelled slices of {volumes} volumes, "
-                  f"profile {profile}, {method}, seed {seed}, {run.device}", highlight=False)
-    run.segmenter()
-    name = Path(data).name
-    write_run(run, f"covidseg train --data {name} --profile {profile} --method {method} --seed {seed}"
-                   + ("" if check else " --unchecked"))
-    console.print(f"run finished in {time.monotonic() - start:.0f} s, in {out}", highlight=False)
+        start = time.monotonic()
+        run = open_run(data, profile, seed, out, None if part == "all" else part, device, method=method,
+                       check=not unchecked, log=console.print)
+        volumes = sum(bool(case.labels) for case in run.data.cases)
+        console.print(f"{DISCLAIMER}\ntraining on {run.data.labels()} labelled slices of {volumes} volumes, "
+                      f"profile {profile}, {method}, seed {seed}, {run.device}")
+        run.segmenter()
+        write_run(run, f"covidseg train --data {Path(data).name} --profile {profile} --method {method} --seed {seed}"
+                       f"{' --unchecked' * unchecked}")
+        console.print(f"run finished in {time.monotonic() - start:.0f} s, in {out}")
 
 
 @app.command("export")
@@ -86,7 +79,7 @@ def export_command(run: Annotated[Path, typer.Argument(help="Folder written by `
 
     files = export_run(run, out)
     size = sum(path.stat().st_size for path in files)
-    console.print(f"{len(files)} files, {size / 1e6:.1f} MB, in {out}", highlight=False)
+    console.print(f"{len(files)} files, {size / 1e6:.1f} MB, in {out}")
 
 
 def main() -> None:
@@ -99,5 +92,5 @@ def main() -> None:
     except CovidsegError as error:
         if state["debug"]:
             raise
-        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)

@@ -1,8 +1,4 @@
-"""``covidseg data``: list, describe, fetch and check data sets.
-
-Mounted by the main command line, which turns every :class:`covidseg.errors.CovidsegError` into one line and an
-exit code; here they are just raised.
-"""
+"""``covidseg data``: list, describe, fetch and check data sets."""
 
 from __future__ import annotations
 
@@ -13,12 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from covidseg import DISCLAIMER
-from covidseg.cli.common import Unchecked
-from covidseg.data.check import FolderReport, check_folder, check_mosmed, raise_faults
+from covidseg.cli.common import Unchecked, console
+from covidseg.data.check import FolderReport, check_folder, check_mosmed
 from covidseg.data.fetch import first_checksum
 from covidseg.data.layout import get_dataset, lay_out_mosmed
 from covidseg.data.registry import Entry, cache_root, entry, home, is_present, load_registry
@@ -29,11 +24,6 @@ app = typer.Typer(no_args_is_help=True, help="List, describe, fetch and check da
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a data set, see `covidseg data list`.")]
 
 
-def _console() -> Console:
-    # Made anew for each command: standard output may have been redirected since the import.
-    return Console(soft_wrap=True, highlight=False)
-
-
 @app.command("list")
 def list_sets() -> None:
     """Show which data sets there are and which are present."""
@@ -41,8 +31,7 @@ def list_sets() -> None:
     for item in load_registry().values():
         size = f"{item.megabytes} MB" if item.megabytes else "none, generated"
         table.add_row(item.name, item.title, item.licence, size, state(item))
-    # Tables fit themselves to the window, so no soft wrap here.
-    Console(highlight=False).print(table)
+    console.print(table)
     print(f"Data folder: {cache_root()}")
 
 
@@ -59,29 +48,22 @@ def state(item: Entry) -> str:
 @app.command()
 def info(name: Name) -> None:
     """Describe a data set: source, licence, files, checksums, how to cite it."""
-    item, out = entry(name), _console()
+    item = entry(name)
     rows = [("name", item.name), ("title", item.title), ("DOI", f"https://doi.org/{item.doi}" if item.doi else ""),
             ("page", item.page), ("licence", item.licence),
             ("size", f"about {item.megabytes} MB" if item.megabytes else ""), ("cite as", item.citation),
             ("note", item.note), ("state", f"{state(item)} in {home(item.name)}")]
     for label, text in rows:
         if text:
-            out.print(f"{label + ':':<9}{text}", markup=False)
+            print(f"{label + ':':<9}{text}")
     for remote in item.files:
-        checksum = _checksum_state(item, remote.name, remote.checksum)
-        out.print(f"file:    {remote.name} ({remote.role}{', optional' if remote.optional else ''})\n"
-                  f"         {remote.url}\n         {checksum}", markup=False)
-    print()
-    print(item.licence_text())
-
-
-def _checksum_state(item: Entry, name: str, checksum: str) -> str:
-    if checksum:
-        return f"{checksum} (published)"
-    seen = first_checksum(home(item.name) / "downloads" / name)
-    if seen is not None:
-        return f"sha256:{seen} (no checksum is published; this one was seen at the first download)"
-    return "no checksum is published: the first download will be recorded and every later one compared with it"
+        seen = first_checksum(home(name) / "downloads" / remote.name)
+        checksum = f"{remote.checksum} (published)" if remote.checksum else \
+            f"sha256:{seen} (no checksum is published; this one was seen at the first download)" if seen is not None \
+            else "no checksum is published: the first download will be recorded and every later one compared with it"
+        print(f"file:    {remote.name} ({remote.role}{', optional' if remote.optional else ''})\n"
+              f"         {remote.url}\n         {checksum}")
+    print(f"\n{item.licence_text()}")
 
 
 @app.command()
@@ -101,23 +83,24 @@ def get(
         from covidseg.data.phantom import write_phantom  # here, so that other commands need not load the generator
 
         write_phantom(folder, progress=True)
-    elif item.kind == "by-hand":
-        if not _take_by_hand(item, folder):
-            return
     else:
-        _accept_licence(item, yes)
-        get_dataset(item, folder, everything=everything)
-    print(f"{name} is ready in {folder}")
-    print(DISCLAIMER)
-
-
-def _print_licence(item: Entry) -> None:
-    print(f"{item.title}\n\nLicence: {item.licence}\n\n{item.licence_text()}\n\nPlease cite: {item.citation}\n")
+        print(f"{item.title}\n\nLicence: {item.licence}\n\n{item.licence_text()}\n\nPlease cite: {item.citation}\n")
+        if item.kind == "by-hand" and not (folder / "studies").is_dir():
+            _explain(item, folder)
+            return
+        if item.kind == "by-hand":
+            report = check_mosmed(folder)
+            _show(report)
+            report.raise_faults()
+            lay_out_mosmed(folder)
+        else:
+            _accept_licence(item, yes)
+            get_dataset(item, folder, everything=everything)
+    print(f"{name} is ready in {folder}\n{DISCLAIMER}")
 
 
 def _accept_licence(item: Entry, yes: bool) -> None:
-    """Shows the licence and has it accepted; a refusal, or nobody to ask, is a DownloadError."""
-    _print_licence(item)
+    """Has the licence accepted that was shown; a refusal, or nobody to ask, is a DownloadError."""
     if yes:
         print("Licence accepted by --yes.")
     elif not _interactive():
@@ -131,15 +114,8 @@ def _interactive() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def _take_by_hand(item: Entry, folder: Path) -> bool:
-    """Explains how to fetch the set, or lays it out once it has been; says whether it is ready."""
-    _print_licence(item)
-    if (folder / "studies").is_dir():
-        report = check_mosmed(folder)
-        _show(report)
-        raise_faults(report)
-        lay_out_mosmed(folder)
-        return True
+def _explain(item: Entry, folder: Path) -> None:
+    """How to fetch a set by hand."""
     target = "" if folder == home(item.name) else f" --to {shlex.quote(str(folder))}"
     print(f"""covidseg cannot download this set for you (about {item.megabytes // 1000} GB). By hand:
 
@@ -149,7 +125,6 @@ def _take_by_hand(item: Entry, folder: Path) -> bool:
      {folder / 'masks'}/study_0255_mask.nii.gz ... (50 outlines)
 3. Run `covidseg data get {item.name}{target}` again: it checks the files and writes the slice labels
    of the studies that have any.""")
-    return False
 
 
 @app.command()
@@ -165,7 +140,7 @@ def check(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A data fol
                           "volumes": [vars(v) for v in report.volumes]}, indent=1))
     else:
         _show(report)
-    raise_faults(report)
+    report.raise_faults()
 
 
 def _show(report: FolderReport) -> None:
@@ -176,7 +151,7 @@ def _show(report: FolderReport) -> None:
         outlines = " ".join(kind for kind, there in (("lung", v.lung), ("mask", v.mask)) if there) or "none"
         table.add_row(v.id, v.patient, " ".join(map(str, v.shape)), " ".join(f"{s:.2f}" for s in v.spacing),
                       values, f"{v.lesion}/{v.free}/{v.unlabelled}", outlines, str(len(v.faults)))
-    Console(highlight=False).print(table)
+    console.print(table)
     lesion, free = sum(v.lesion for v in report.volumes), sum(v.free for v in report.volumes)
     print(f"{len(report.volumes)} volumes of {len({v.patient for v in report.volumes})} patients, "
           f"{lesion} slices with a lesion, {free} without")

@@ -6,27 +6,26 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
 from covidseg import DISCLAIMER
-from covidseg.cli.common import (
-    Data,
-    Deterministic,
-    Device,
-    Method,
-    Profile,
-    Seed,
-    Test,
-    Unchecked,
-    console,
-    measured_on,
-    recorded,
-    sides,
-)
+from covidseg.cli.common import Deterministic, Device, Method, Profile, Seed, Unchecked, console
 from covidseg.errors import SettingsError
+
+if TYPE_CHECKING:
+    from covidseg.data.folder import Dataset
+    from covidseg.pipeline import Run
+
+Data = Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`; `medseg` trains on "
+                                        "medseg2 and measures on medseg1.")]
+Test = Annotated[str | None, typer.Option(
+    help="Folder or name to measure on; default: the test side of the set's own split.")]
+
+# Names that stand for two sets, one to train on and one to measure on: MedSeg's second and first, as in Table 1.
+PAIRS = {"medseg": ("medseg2", "medseg1")}
 
 
 def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NIfTI).")],
@@ -72,14 +71,7 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
               deterministic: Deterministic = False, unchecked: Unchecked = False) -> None:
     """Trains all systems on the same slice labels, measures them on the same slices, and prints Table 1."""
     from covidseg.devices import use_deterministic_kernels
-    from covidseg.evaluation.experiments import (
-        compare,
-        differences,
-        strongest_earlier,
-        table1,
-        table_lines,
-        volume_table,
-    )
+    from covidseg.evaluation import experiments
     from covidseg.evaluation.methods import BASELINE_PROFILES, system_names
     from covidseg.pipeline import open_run, write_run
     from covidseg.store import write_text
@@ -95,23 +87,23 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
     console.print(DISCLAIMER)
     for seed in _numbers(seeds):
         run = open_run(data, profile, seed, folder / f"seed{seed}", "train" if test is None else None, device,
-                       check=not unchecked, log=lambda line: console.print(line, highlight=False))
-        results += compare(run, testing, names, BASELINE_PROFILES[profile], progress=True)
+                       check=not unchecked, log=console.print)
+        results += experiments.compare(run, testing, names, BASELINE_PROFILES[profile], progress=True)
         if "extended" in names:  # so that `covidseg predict --run` and `covidseg export` take the folder
             write_run(run, f"{command} (seed {seed})")
-        console.print(f"seed {seed} done after {time.monotonic() - start:.0f} s", highlight=False)
+        console.print(f"seed {seed} done after {time.monotonic() - start:.0f} s")
     content = {**recorded(command, testing, tested, run, start), "rivals": asdict(BASELINE_PROFILES[profile]),
                "results": results}
     write_text(folder / "table1.json", json.dumps(content, indent=1) + "\n")
-    lines, strongest = table_lines(results), strongest_earlier(results)
-    console.print(table1(lines, narrow=True).rich(
+    lines, strongest = experiments.table_lines(results), experiments.strongest_earlier(results)
+    console.print(experiments.table1(lines, narrow=True).rich(
         f"trained on slice labels of {Path(data).name}, measured on {tested}: {results[0]['slices']} full slices, "
         f"profile {profile}, seeds {seeds}"))
-    if (volumes := volume_table(results)) is not None:
+    if (volumes := experiments.volume_table(results)) is not None:
         console.print(volumes.rich("Dice of each volume"))
-    for sentence in differences(lines, strongest) if strongest else []:
-        console.print(sentence, highlight=False, soft_wrap=True)
-    console.print(f"report in {folder / 'table1.json'}", highlight=False)
+    for sentence in experiments.differences(lines, strongest) if strongest else []:
+        console.print(sentence, soft_wrap=True)
+    console.print(f"report in {folder / 'table1.json'}")
 
 
 def _command(name: str, data: str, test: str | None, unchecked: bool, **options: str | None) -> str:
@@ -122,11 +114,7 @@ def _command(name: str, data: str, test: str | None, unchecked: bool, **options:
 
 
 def _numbers(text: str) -> list[int]:
-    """``0,1,2`` as numbers.
-
-    Raises:
-        SettingsError: it is something else.
-    """
+    """``0,1,2`` as numbers; a SettingsError for anything else."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
@@ -155,15 +143,54 @@ def ablate_command(
     testing, tested = measured_on(data, test)
     start = time.monotonic()
     run = open_run(data, profile, seed, folder, "train" if test is None else None, device, method=method,
-                   check=not unchecked, log=lambda line: console.print(line, highlight=False))
+                   check=not unchecked, log=console.print)
     console.print(DISCLAIMER)
     results = []
     for name, result in ablate(run, testing, asked, log=run.log):
-        console.print(f"{name} done after {time.monotonic() - start:.0f} s", highlight=False, markup=False)
+        console.print(f"{name} done after {time.monotonic() - start:.0f} s", markup=False)
         results.append(result)
     table = scores_table((title, row["micro"], row["macro"]) for title, row in ablation_rows(results))
     console.print(table.rich(f"trained on {Path(data).name}, measured on {tested}, {method}, seed {seed}"))
     command = _command("ablate", data, test, unchecked, only=only, profile=profile, method=method, seed=str(seed))
     content = {**recorded(command, testing, tested, run, start), "seed": seed, "variants": results}
     write_text(folder / "ablation.json", json.dumps(content, indent=2) + "\n")
-    console.print(f"report in {folder / 'ablation.json'}", highlight=False)
+    console.print(f"report in {folder / 'ablation.json'}")
+
+
+# --- what is measured, and what a recorded result says of itself -----------------------------------------------------
+
+def sides(data: str, test: str | None) -> tuple[str, str | None]:
+    """Training set and measured set; a name of :data:`PAIRS` stands for both, unless it is a folder."""
+    if data in PAIRS and not Path(data).is_dir():
+        first, second = PAIRS[data]
+        return first, test or second
+    return data, test
+
+
+def measured_on(data: str, test: str | None) -> tuple[Dataset, str]:
+    """What to measure on and its name: ``test``, or by default the test side of the split of ``data``.
+
+    Volumes without a lesion mask are left out (most of MosMedData's), unless none has one, which is an error later on.
+    """
+    from covidseg.pipeline import open_data
+
+    if test is None:
+        return open_data(data, "test"), f"{Path(data).name} (test side)"
+    found = open_data(test)
+    masked = [case.id for case in found.cases if case.mask is not None] or [case.id for case in found.cases]
+    if left_out := len(found.cases) - len(masked):
+        console.print(f"{left_out} of {len(found.cases)} volumes of {Path(test).name} have no lesion mask and are not "
+                      "measured")
+    return found.subset(masked), Path(test).name
+
+
+def recorded(command: str, testing: Dataset, tested: str, run: Run, start: float) -> dict[str, Any]:
+    """What every recorded result says about how it was made; nothing that names the machine or a folder on it."""
+    from covidseg.profiles import profile_json
+    from covidseg.store import environment, file_hash
+
+    return {"note": DISCLAIMER, "command": command, "test": tested, "seconds": round(time.monotonic() - start, 1),
+            "environment": environment(run.device), "settings": profile_json(run.profile),
+            "data": {case.id: file_hash(case.image) for case in run.data.cases},
+            "test_data": {path.name: file_hash(path) for case in testing.cases
+                          for path in (case.image, case.mask) if path is not None}}

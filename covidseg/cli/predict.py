@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from covidseg import DISCLAIMER
 from covidseg.cli.common import Device, Unchecked, console, errors, state
+from covidseg.data.scan import SUFFIXES, read_scan, scan_id, write_like
 from covidseg.errors import CovidsegError, InputFileError, SettingsError
 
 Inputs = Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or folders of them.")]
@@ -22,19 +23,11 @@ Volume = Annotated[bool | None, typer.Option(
 
 def is_file(out: Path) -> bool:
     """Whether ``-o`` names one file, and not a folder."""
-    from covidseg.data.scan import SUFFIXES
-
     return out.name.lower().endswith(SUFFIXES)
 
 
 def targets_of(out: Path, sources: list[Path]) -> dict[Path, Path]:
-    """Where each result goes: ``out`` itself if it is named like a file, else ``out/NAME.nii.gz``.
-
-    Raises:
-        SettingsError: a result would replace a scan, or two results would have the same name.
-    """
-    from covidseg.data.scan import scan_id
-
+    """Where each result goes: ``out`` itself if it is named like a file, else ``out/NAME.nii.gz``."""
     if is_file(out) and len(sources) > 1:
         raise SettingsError("several inputs cannot be written to one file", path=out, remedy="Name a folder after -o")
     targets = {source: out if is_file(out) else out / f"{scan_id(source)}.nii.gz" for source in sources}
@@ -53,10 +46,10 @@ def files_of(sources: list[Path]) -> list[Path]:
     """Files as given; folders stand for the NIfTI files in them."""
     files: list[Path] = []
     for source in sources:
-        inside = [p for p in sorted(source.iterdir()) if is_file(p)] if source.is_dir() else []
-        if source.is_dir() and not inside:
+        found = [p for p in sorted(source.iterdir()) if is_file(p)] if source.is_dir() else [source]
+        if not found:
             raise InputFileError("holds no NIfTI files", path=source, remedy="Name .nii or .nii.gz files")
-        files += inside or [source]
+        files += found
     return files
 
 
@@ -65,23 +58,21 @@ def each(files: list[Path], work: Callable[[Path], str]) -> CovidsegError | None
     failed: CovidsegError | None = None
     for number, path in enumerate(files, start=1):
         try:
-            console.print(f"[{number}/{len(files)}] {path.name}: {work(path)}", highlight=False, markup=False,
+            console.print(f"[{number}/{len(files)}] {path.name}: {work(path)}", markup=False,
                           soft_wrap=True)
         except CovidsegError as error:
             if state["debug"]:
                 raise
             if len(files) > 1:  # a single one is reported when the program ends
-                errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+                errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
             failed = error
     return failed
 
 
 def end(failed: CovidsegError | None, files: list[Path]) -> None:
     """Ends with the exit code of an error, if there was one."""
-    if failed is not None and len(files) == 1:
-        raise failed
     if failed is not None:
-        raise typer.Exit(failed.exit_code)
+        raise failed if len(files) == 1 else typer.Exit(failed.exit_code)
 
 
 def warn(path: Path, warnings: Iterable[str]) -> None:
@@ -95,7 +86,6 @@ def lungs(inputs: Inputs, out: Out, volume: Volume = None,
               "--threshold-only", help="Without the lung net, which adds what disease hides.")] = False,
           unchecked: Unchecked = False) -> None:
     """Writes lung masks: by threshold, completed by the lung net that comes with covidseg."""
-    from covidseg.data.scan import read_scan, write_like
     from covidseg.predict import lungs_of_scan, shipped_predictor
 
     files = files_of(inputs)
@@ -159,5 +149,4 @@ def merge(out: Annotated[Path, typer.Argument(help="Folder that all parts of `co
 
     rows = merge_parts(out)
     failed = sum(row["status"] == "failed" for row in rows)
-    console.print(f"{len(rows)} scans{f', {failed} of them failed' if failed else ''}, in {out / 'predictions.csv'}",
-                  highlight=False)
+    console.print(f"{len(rows)} scans{f', {failed} of them failed' if failed else ''}, in {out / 'predictions.csv'}")

@@ -22,46 +22,25 @@ MOSMED_OUTLINED = range(255, 305)
 
 @dataclass(frozen=True)
 class VolumeReport:
-    """What is known of one volume.
+    """What is known of one volume; of a scan that cannot be read that is little."""
 
-    Attributes:
-        id: Its name in the label table.
-        patient: Name of the patient whose scan it is.
-        shape: ``(slices, rows, columns)``, empty if the scan cannot be read.
-        spacing: Millimetres between slices, rows and columns.
-        unit: ``HU``, ``display``, or empty if the scan cannot be read.
-        value_range: Lowest and highest stored value.
-        lesion: Number of slices labelled as having a lesion.
-        free: Number of slices labelled free of lesions.
-        unlabelled: Number of slices without a label.
-        lung: Whether a true lung mask is there.
-        mask: Whether a true lesion mask is there.
-        faults: What is wrong, one sentence each.
-    """
-
-    id: str
-    patient: str
-    shape: tuple[int, ...] = ()
-    spacing: tuple[float, ...] = ()
-    unit: str = ""
-    value_range: tuple[float, ...] = ()
-    lesion: int = 0
-    free: int = 0
-    unlabelled: int = 0
-    lung: bool = False
-    mask: bool = False
-    faults: tuple[str, ...] = ()
+    id: str       # as in the label table
+    patient: str  # whose scan it is
+    shape: tuple[int, ...] = ()      # (slices, rows, columns)
+    spacing: tuple[float, ...] = ()  # mm between slices, rows and columns
+    unit: str = ""                   # HU or display
+    value_range: tuple[float, ...] = ()  # lowest and highest stored value
+    lesion: int = 0      # slices labelled as having a lesion
+    free: int = 0        # slices labelled free of lesions
+    unlabelled: int = 0  # slices without a label
+    lung: bool = False   # whether a true lung mask is there
+    mask: bool = False   # whether a true lesion mask is there
+    faults: tuple[str, ...] = ()  # what is wrong, one sentence each
 
 
 @dataclass(frozen=True)
 class FolderReport:
-    """What is known of a data folder.
-
-    Attributes:
-        root: The folder.
-        volumes: Reports of its volumes.
-        faults: What is wrong with the folder as a whole, one sentence each.
-    """
+    """What is known of a data folder and its volumes; ``faults`` are those of the folder as a whole."""
 
     root: Path
     volumes: tuple[VolumeReport, ...]
@@ -70,6 +49,12 @@ class FolderReport:
     def all_faults(self) -> list[str]:
         """Every fault, with the volume it concerns in front."""
         return [*self.faults, *(f"{v.id}: {fault}" for v in self.volumes for fault in v.faults)]
+
+    def raise_faults(self) -> None:
+        """Counts the faults in a DatasetError, if there are any."""
+        if faults := self.all_faults():
+            raise DatasetError(f"{len(faults)} fault{'s' if len(faults) > 1 else ''} found", path=self.root,
+                               remedy="Correct what is listed above and check again")
 
 
 def check_folder(root: str | Path, unit: str | None = None, *, anatomy: bool = True) -> FolderReport:
@@ -92,7 +77,7 @@ def check_folder(root: str | Path, unit: str | None = None, *, anatomy: bool = T
     try:
         cases = load_dataset(root).cases
     except DatasetError as error:
-        cases = load_dataset(root, use_labels=False).cases  # its scans can be checked all the same
+        cases = load_dataset(root, labels=False).cases  # its scans can be checked all the same
         faults.append(str(error))
     else:
         faults += [f"{case.id}: no slice has a line in the label table, so training leaves the volume out"
@@ -114,7 +99,10 @@ def _check_case(case: Case, unit: str | None, anatomy: bool) -> VolumeReport:
     if scan.value_range[0] == scan.value_range[1]:
         faults.append(f"every voxel has the value {scan.value_range[0]:g}")
     elif anatomy:
-        faults += _check_anatomy(scan)
+        try:
+            lung_masks(scan.pixels, check=scan)
+        except (InputFileError, NoLungError) as error:
+            faults.append(str(error))
     if outside := [index for index in case.labels if index >= count]:
         faults.append(f"slices {_shorten(outside)} are labelled, but the last slice is {count - 1}")
     for kind, path in (("lung", case.lung), ("mask", case.mask)):
@@ -124,15 +112,6 @@ def _check_case(case: Case, unit: str | None, anatomy: bool) -> VolumeReport:
     return VolumeReport(case.id, case.patient, scan.pixels.shape, scan.spacing, scan.unit, scan.value_range,
                         sum(inside), len(inside) - sum(inside), count - len(inside),
                         case.lung is not None, case.mask is not None, tuple(faults))
-
-
-def _check_anatomy(scan: Scan) -> list[str]:
-    """Whether it looks like chest CT."""
-    try:
-        lung_masks(scan.pixels, check=scan)
-    except (InputFileError, NoLungError) as error:
-        return [str(error)]
-    return []
 
 
 def _check_mask(kind: str, path: Path, scan: Scan, labels: dict[int, int]) -> list[str]:
@@ -145,28 +124,16 @@ def _check_mask(kind: str, path: Path, scan: Scan, labels: dict[int, int]) -> li
     drawn, clear = mask.sum(axis=(1, 2)), has_lesion(mask)
     missed = [index for index, label in labels.items() if index < len(mask) and not label and clear[index]]
     void = [index for index, label in labels.items() if index < len(mask) and label and not drawn[index]]
-    faults = []
-    if missed:
-        faults.append(f"slices {_shorten(missed)} are labelled free of lesions, but the mask shows some")
-    if void:
-        faults.append(f"slices {_shorten(void)} are labelled as having a lesion, but the mask shows none")
-    return faults
+    return [f"slices {_shorten(slices)} are labelled {fault}" for slices, fault in (
+        (missed, "free of lesions, but the mask shows some"),
+        (void, "as having a lesion, but the mask shows none")) if slices]
 
 
-def check_mosmed(root: str | Path, unit: str | None = None, *, anatomy: bool = True) -> FolderReport:
+def check_mosmed(root: Path, unit: str | None = None, *, anatomy: bool = True) -> FolderReport:
     """Checks that MosMedData was unpacked completely and in its published layout; opens the outlined studies only.
 
-    Args:
-        root: its folder, with ``studies`` and ``masks``.
-        unit: ``HU`` or ``display`` where all scans have to have it.
-        anatomy: whether scans have to look like chest CT.
-
-    Raises:
-        DatasetError: there is no folder ``studies``.
+    Arguments are those of :func:`check_folder`.
     """
-    root = Path(root)
-    if not (root / "studies").is_dir():
-        raise DatasetError("holds no folder `studies`", path=root, remedy="See `covidseg data get mosmed`")
     faults = []
     studies: dict[int, Path] = {}
     for grade, expected in MOSMED_STUDIES.items():
@@ -197,15 +164,3 @@ def check_mosmed(root: str | Path, unit: str | None = None, *, anatomy: bool = T
 def _shorten(numbers: list[int], most: int = 8) -> str:
     text = ", ".join(str(n) for n in sorted(numbers)[:most])
     return text + (f" and {len(numbers) - most} more" if len(numbers) > most else "")
-
-
-def raise_faults(report: FolderReport) -> None:
-    """Turns a report with faults into an error that counts them.
-
-    Raises:
-        DatasetError: anything is wrong.
-    """
-    faults = report.all_faults()
-    if faults:
-        raise DatasetError(f"{len(faults)} fault{'s' if len(faults) > 1 else ''} found", path=report.root,
-                           remedy="Correct what is listed above and check again")

@@ -1,12 +1,8 @@
 """Downloads that can be trusted, and archives that are opened only when they are harmless.
 
-:func:`fetch` lets pooch bring one file: over https, into a temporary file, under its final name only when complete.
-Pooch is given two parts. :class:`ResumingDownloader` goes on where an earlier download broke off, so that a bad line
-costs nothing but time. :func:`check_file` compares size and checksum before anybody uses the file.
-
-A file whose publisher states no checksum is trusted at first use: its sha256 is kept in ``NAME.sha256`` beside it,
-and every later download has to match. That notices a later change, but not a fault in the first download; the
-archive's own CRCs are tested for that.
+Pooch brings a file over https and gives it its name only when it is complete. A file whose publisher states no checksum
+is trusted at first use: its sha256 is kept in ``NAME.sha256`` beside it, and every later download has to match. That
+notices a later change, but not a fault in the first download; the archive's own CRCs are tested for that.
 """
 
 from __future__ import annotations
@@ -24,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from lzma import LZMAError
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from urllib.parse import urljoin
 
 import pooch
@@ -35,43 +32,23 @@ from covidseg.data.registry import RemoteFile, check_address
 from covidseg.errors import DownloadError, OutputError
 
 NOT_THE_FILE = "The file there is not the one covidseg knows: do not use it"
-# Faults that another attempt may not meet.
-PASSING = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 
 @dataclass(frozen=True)
 class DownloadSettings:
-    """How patient a download is and how much it may bring.
+    """How patient a download is and how much it may bring."""
 
-    Attributes:
-        retries: Attempts in a row that bring nothing new before the download is given up, at least 1.
-        backoff: Seconds before the second attempt. They double each time, up to ``longest_wait``.
-        longest_wait: Most seconds between two attempts.
-        timeout: Seconds without an answer that count as a broken line.
-        chunk: Bytes written at a time. As much may be lost when the line breaks.
-        spare: Bytes to leave free on the disk.
-        max_bytes: Largest size of a file of which neither the register nor the server states the size.
-    """
-
-    retries: int = 5
-    backoff: float = 1.0
-    longest_wait: float = 60.0
-    timeout: float = 30.0
-    chunk: int = 1 << 16
-    spare: int = 64 << 20
-    max_bytes: int = 16 << 30
+    retries: int = 5            # attempts in a row that bring nothing new before it is given up, at least 1
+    backoff: float = 1.0        # seconds before the second attempt; they double each time
+    longest_wait: float = 60.0  # most seconds between two attempts
+    timeout: float = 30.0       # seconds without an answer that count as a broken line
+    chunk: int = 1 << 16        # bytes written at a time; as much may be lost when the line breaks
+    spare: int = 64 << 20       # bytes to leave free on the disk
+    max_bytes: int = 16 << 30   # of a file of which neither the register nor the server states the size
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """A file on disk that passed its check.
-
-    Attributes:
-        path: Where it is.
-        checked: What it was checked against: ``"published md5"``, ``"published sha256"``, ``"first download"``,
-            or ``"nothing: this is the first download"``.
-        new: Whether it was downloaded just now.
-    """
+class Fetched(NamedTuple):
+    """A file on disk that passed its check, what it was checked against, and whether it was downloaded just now."""
 
     path: Path
     checked: str
@@ -83,8 +60,8 @@ def fetch(remote: RemoteFile, folder: str | Path, settings: DownloadSettings | N
 
     Args:
         remote: address, name, size and checksum of the file.
-        folder: target folder, made if it is missing. NAME is written there, and NAME.sha256 where no checksum is
-            published. NAME.part and NAME.part.json hold an unfinished download.
+        folder: made if it is missing. Beside the file it holds NAME.sha256 where no checksum is published, and
+            NAME.part and NAME.part.json while the download is unfinished.
         settings: patience and limits.
 
     Raises:
@@ -92,22 +69,18 @@ def fetch(remote: RemoteFile, folder: str | Path, settings: DownloadSettings | N
         OutputError: the folder cannot be written.
     """
     check_address(remote.url)
-    folder = Path(folder)
-    target = folder / remote.name
-    downloader = ResumingDownloader(remote, folder, settings or DownloadSettings())
-
-    def check(_: str, action: str, __: object) -> Fetched:
-        try:
-            return Fetched(target, check_file(target, remote), new=action == "download")
-        except DownloadError:
-            if action == "download":  # a file that was there before is not ours to delete
-                target.unlink()
-            raise
-
+    target = Path(folder) / remote.name
+    new = not target.exists()
+    downloader = ResumingDownloader(remote, target.parent, settings or DownloadSettings())
     pooch.get_logger().setLevel("WARNING")  # the command line says itself what was downloaded
     try:
         # No hash for pooch, which would replace a file that has changed on disk; the check refuses that.
-        return pooch.retrieve(remote.url, None, remote.name, folder.absolute(), processor=check, downloader=downloader)
+        pooch.retrieve(remote.url, None, remote.name, target.parent.absolute(), downloader=downloader)
+        return Fetched(target, check_file(target, remote), new)
+    except DownloadError:
+        if new:  # a file that was there before is not ours to delete
+            target.unlink(missing_ok=True)
+        raise
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DownloadError("the disk is full; what has arrived is kept", path=downloader.part,
@@ -117,15 +90,7 @@ def fetch(remote: RemoteFile, folder: str | Path, settings: DownloadSettings | N
 
 
 def check_file(path: Path, remote: RemoteFile) -> str:
-    """Checks a complete file against its published checksum, or against that of its first download.
-
-    Returns:
-        What it was checked against, see :class:`Fetched`.
-
-    Raises:
-        DownloadError: the size or checksum is another, or an archive without a published checksum is damaged.
-        OutputError: the checksum of the first download cannot be kept.
-    """
+    """Checks a complete file against its published checksum, or that of its first download; says which of them."""
     if remote.size and path.stat().st_size != remote.size:
         raise DownloadError(f"{remote.name} has {path.stat().st_size} bytes, expected {remote.size}", path=path,
                             remedy="Delete it if it is still there and download again")
@@ -136,11 +101,12 @@ def check_file(path: Path, remote: RemoteFile) -> str:
     else:
         if remote.name.endswith(".zip"):
             check_zip(path)
-        origin, checked = f"seen at the first download, in {_record(path).name}", "first download"
+        origin, checked = f"seen at the first download, in {path.name}.sha256", "first download"
     found = pooch.file_hash(str(path), alg=algorithm)
     if expected is None:
         # The layout of sha256sum, so that `sha256sum -c` understands it too.
-        write_whole(_record(path), lambda temporary: temporary.write_text(f"{found}  {remote.name}\n", "utf-8"))
+        write_whole(path.with_name(f"{path.name}.sha256"),
+                    lambda temporary: temporary.write_text(f"{found}  {remote.name}\n", "utf-8"))
         return "nothing: this is the first download"
     if found != expected:
         raise DownloadError(f"{remote.name} has the {algorithm} {found}, expected {expected} ({origin})", path=path,
@@ -151,12 +117,8 @@ def check_file(path: Path, remote: RemoteFile) -> str:
 
 def first_checksum(path: Path) -> str | None:
     """The sha256 that a file had at its first download; None before it, empty if the record is."""
-    record = _record(path)
+    record = path.with_name(f"{path.name}.sha256")
     return "".join(record.read_text(encoding="utf-8").split()[:1]) if record.exists() else None
-
-
-def _record(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
 
 
 # --- one download ---------------------------------------------------------------------------------------------------
@@ -164,11 +126,7 @@ def _record(path: Path) -> Path:
 class ResumingDownloader:
     """A downloader for pooch that goes on where an earlier one broke off (``Range`` and ``If-Range``, RFC 9110).
 
-    Attributes:
-        remote: The file to bring.
-        part: Where it grows until it is complete, NAME.part.
-        notes: Address and version of the file that the part belongs to, NAME.part.json.
-        settings: Patience and limits.
+    The file grows in NAME.part; NAME.part.json notes address and version of the file that the part belongs to.
     """
 
     def __init__(self, remote: RemoteFile, folder: Path, settings: DownloadSettings) -> None:
@@ -185,7 +143,7 @@ class ResumingDownloader:
             except requests.exceptions.SSLError as error:
                 raise DownloadError(f"the server could not prove who it is ({error})", path=url,
                                     remedy="Check the clock and the network; never switch the check off") from error
-            except PASSING as error:
+            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
                 have = self._kept()[0]
                 failures, furthest = 0 if have > furthest else failures + 1, max(furthest, have)
                 if failures >= self.settings.retries:
@@ -227,7 +185,8 @@ class ResumingDownloader:
                                     remedy="The file may have moved: see the page that `covidseg data info` names")
             done = have if code == 206 else 0
             total = done + int(said["Content-Length"]) if said.get("Content-Length", "").isdigit() else None
-            self._refuse(done, total)
+            if total is not None:
+                self._refuse(total, total - done)
             tag = said.get("ETag", "W/")  # a weak one does not stand for the very bytes
             mark = said.get("Last-Modified", "") if tag.startswith("W/") else tag
             self.notes.write_text(json.dumps({"url": remote.url, "mark": mark}), encoding="utf-8")
@@ -245,14 +204,12 @@ class ResumingDownloader:
         if total is not None and done != total:
             raise requests.ConnectionError(f"the line broke after {done} of {total} bytes")
 
-    def _refuse(self, have: int, total: int | None) -> None:
+    def _refuse(self, total: int, missing: int) -> None:
         """Refuses a file of another size than the published one, or too large for the disk, before it is sent."""
-        if total is None:
-            return
         if self.remote.size not in (0, total):
             raise DownloadError(f"{self.remote.name} has {total} bytes at its source, expected {self.remote.size}",
                                 path=self.remote.url, remedy=NOT_THE_FILE)
-        missing, free = total - have, shutil.disk_usage(self.part.parent).free
+        free = shutil.disk_usage(self.part.parent).free
         if free < missing + self.settings.spare:
             raise DownloadError(
                 f"{self.remote.name} needs {missing >> 20} MB more, the disk has {free >> 20} MB free",
@@ -269,23 +226,14 @@ def _stay_encrypted(answer: requests.Response, **_: object) -> None:
 
 @dataclass(frozen=True)
 class UnpackSettings:
-    """How much an archive may hold. The ratio is not limited: an honest mask compresses a thousandfold.
+    """How much an archive may hold. The ratio is not limited: an honest mask compresses a thousandfold."""
 
-    Attributes:
-        max_bytes: Bytes that an archive may unpack to. More is refused as a zip bomb.
-        max_members: Files and folders that an archive may hold.
-    """
-
-    max_bytes: int = 16 << 30
-    max_members: int = 5000
+    max_bytes: int = 16 << 30  # that it may unpack to; more is refused as a zip bomb
+    max_members: int = 5000    # files and folders
 
 
 def check_zip(path: str | Path) -> None:
-    """Reads a zip archive to its end and compares every CRC; a trap is refused before it is read.
-
-    Raises:
-        DownloadError: it is not a zip archive, is damaged, or is one that :func:`unpack` would refuse.
-    """
+    """Reads a zip archive to its end and compares every CRC; refuses what :func:`unpack` would refuse."""
     with _open_zip(Path(path), UnpackSettings(), "is not a usable zip archive") as archive:
         bad = archive.testzip()
     if bad is not None:
@@ -293,15 +241,7 @@ def check_zip(path: str | Path) -> None:
 
 
 def unpack(archive: str | Path, folder: str | Path, settings: UnpackSettings | None = None) -> list[Path]:
-    """Unpacks a zip archive into a folder, or refuses it as a whole before anything is written.
-
-    Args:
-        archive: the zip file.
-        folder: where to. Nothing is written outside.
-        settings: limits on size and number of files.
-
-    Returns:
-        The files, in the archive's order.
+    """Unpacks a zip archive into a folder, or refuses it as a whole before anything is written; gives its files.
 
     Raises:
         DownloadError: not a zip, damaged, encrypted, with paths or links that leave the folder, or a zip bomb.
@@ -327,7 +267,9 @@ def _open_zip(path: Path, settings: UnpackSettings, fault: str) -> Iterator[zipf
     """Opens an archive that holds no trap; every way in which a damaged one fails becomes a DownloadError."""
     try:
         with zipfile.ZipFile(path) as archive:
-            _refuse_traps(path, archive.infolist(), settings)
+            if trap := _trap(archive.infolist(), settings):
+                raise DownloadError(trap, path=path,
+                                    remedy="Do not use this archive: it is damaged or made to do harm")
             yield archive
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OverflowError, struct.error,
             zlib.error, LZMAError, OSError) as error:
@@ -338,22 +280,20 @@ def _open_zip(path: Path, settings: UnpackSettings, fault: str) -> Iterator[zipf
         raise DownloadError(f"{fault} ({error})", path=path, remedy="Delete it and download again") from error
 
 
-def _refuse_traps(path: Path, members: list[zipfile.ZipInfo], settings: UnpackSettings) -> None:
-    """Looks through an archive's directory for anything that an archive of scans has no reason to hold."""
-    def refuse(fault: str) -> DownloadError:
-        return DownloadError(fault, path=path, remedy="Do not use this archive: it is damaged or made to do harm")
-
+def _trap(members: list[zipfile.ZipInfo], settings: UnpackSettings) -> str:
+    """What an archive's directory says that an archive of scans has no reason to say; empty if there is nothing."""
     seen = set[str]()
     for name, mode in ((member.filename, member.external_attr >> 16) for member in members):
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0] or "\0" in name:
-            raise refuse(f"holds a path that leaves its folder: {name!r}")
+            return f"holds a path that leaves its folder: {name!r}"
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise refuse(f"holds a {'link' if stat.S_ISLNK(mode) else 'device'}: {name!r}")
+            return f"holds a {'link' if stat.S_ISLNK(mode) else 'device'}: {name!r}"
         if name.casefold() in seen:
-            raise refuse(f"holds the path {name!r} twice")
+            return f"holds the path {name!r} twice"
         seen.add(name.casefold())
     if len(members) > settings.max_members:
-        raise refuse(f"holds {len(members)} files, more than {settings.max_members}")
-    if (total := sum(member.file_size for member in members)) > settings.max_bytes:
-        raise refuse(f"unpacks to {total >> 20} MB, more than {settings.max_bytes >> 20} MB (a zip bomb?)")
+        return f"holds {len(members)} files, more than {settings.max_members}"
+    total = sum(member.file_size for member in members)
+    too_large = f"unpacks to {total >> 20} MB, more than {settings.max_bytes >> 20} MB (a zip bomb?)"
+    return too_large if total > settings.max_bytes else ""

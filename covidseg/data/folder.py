@@ -16,7 +16,7 @@ volume; volumes of one patient never end up on two sides of a split. Weak traini
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,48 +31,28 @@ STACK_COLUMNS = ("position", "has_lesion")
 
 @dataclass(frozen=True)
 class Case:
-    """One volume or stack of a data folder.
+    """One volume or stack of a data folder."""
 
-    Attributes:
-        id: Its name in ``slice_labels.csv``.
-        image: The CT file.
-        labels: For each labelled slice, 1 if it has a lesion, otherwise 0. Slices without a label are absent.
-        patient: Name of the patient whose scan it is.
-        lung: The true lung mask, if the folder has one.
-        mask: The true lesion mask, if the folder has one.
-    """
-
-    id: str
-    image: Path
-    labels: dict[int, int]
-    patient: str
-    lung: Path | None = None
-    mask: Path | None = None
+    id: str       # as in slice_labels.csv
+    image: Path   # the CT file
+    labels: dict[int, int]  # for each labelled slice, 1 if it has a lesion, otherwise 0
+    patient: str  # whose scan it is
+    lung: Path | None = None  # the true lung mask, if there is one
+    mask: Path | None = None  # the true lesion mask, if there is one
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data folder, read but not yet loaded: paths and labels only.
-
-    Attributes:
-        root: The folder.
-        cases: Its volumes.
-        check: Whether training refuses scans that do not look like chest CT.
-    """
+    """A data folder: paths and labels only. With ``check`` training refuses what does not look like chest CT."""
 
     root: Path
     cases: tuple[Case, ...]
     check: bool = True
 
     def subset(self, ids: list[str]) -> Dataset:
-        """The same folder reduced to some volumes, in the order given.
-
-        Raises:
-            DatasetError: A name is not in the folder.
-        """
+        """The same folder reduced to some volumes, in the order given; an unknown one is a DatasetError."""
         by_id = {case.id: case for case in self.cases}
-        missing = [i for i in ids if i not in by_id]
-        if missing:
+        if missing := [i for i in ids if i not in by_id]:
             raise DatasetError(f"has no volume {', '.join(missing)}", path=self.root,
                                remedy=f"It holds {', '.join(by_id)}")
         return replace(self, cases=tuple(by_id[i] for i in ids))
@@ -82,7 +62,7 @@ class Dataset:
         return sum(len(case.labels) for case in self.cases)
 
 
-def load_dataset(root: str | Path, *, need_labels: bool = True, use_labels: bool = True) -> Dataset:
+def load_dataset(root: str | Path, *, labels: bool = True) -> Dataset:
     """Reads the layout of a data folder and checks it against its label table.
 
     Besides the layout above, a folder of stacks as MedSeg publishes them is understood:
@@ -90,8 +70,7 @@ def load_dataset(root: str | Path, *, need_labels: bool = True, use_labels: bool
 
     Args:
         root: the folder.
-        need_labels: whether a missing label table is an error (it is for training, not for prediction).
-        use_labels: whether to read the label table at all; without it, a faulty one does no harm.
+        labels: whether to read the label tables; if not, one that is missing or faulty does no harm.
 
     Raises:
         DatasetError: the folder, its images or its label table are missing or contradict each other.
@@ -101,56 +80,37 @@ def load_dataset(root: str | Path, *, need_labels: bool = True, use_labels: bool
         raise DatasetError("no such data folder", path=root, remedy="Run `covidseg data list` to see what there is")
     images = sorted(p for p in (root / "im").glob("*") if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
     ids = [scan_id(p) for p in images]
-    twice = sorted({i for i in ids if ids.count(i) > 1})
-    if twice:
+    if twice := sorted({i for i in ids if ids.count(i) > 1}):
         raise DatasetError(f"holds {twice[0]} both as .nii and as .nii.gz", path=root / "im", remedy="Keep one of them")
-
-    def labelled(table: Path) -> bool:
-        """Whether a label table is to be read."""
-        return use_labels and (need_labels or table.exists())
-
     if images:
-        return Dataset(root, _volume_cases(root, images, labelled))
-    stacks = sorted(root.glob("*_im.nii.gz"))
-    if stacks:
-        return Dataset(root, _stack_cases(stacks, labelled))
+        return Dataset(root, _volume_cases(root, images, labels))
+    if stacks := sorted(root.glob("*_im.nii.gz")):
+        return Dataset(root, tuple(_stack_case(image, labels) for image in stacks))
     raise DatasetError("holds no scans", path=root,
                        remedy="Expected im/*.nii.gz and slice_labels.csv, or NAME_im.nii.gz and NAME_slices.csv")
 
 
-def _volume_cases(root: Path, images: list[Path], labelled: Callable[[Path], bool]) -> tuple[Case, ...]:
+def _volume_cases(root: Path, images: list[Path], labelled: bool) -> tuple[Case, ...]:
     table = root / "slice_labels.csv"
-    labels, patients = _read_labels(table) if labelled(table) else ({}, {})
+    labels, patients = _read_labels(table) if labelled else ({}, {})
     if unknown := sorted(set(labels) - {scan_id(p) for p in images}):
         raise DatasetError(f"names volumes that im/ does not hold: {', '.join(unknown)}", path=table,
                            remedy="Add the scans or remove their lines")
     return tuple(
         Case(i := scan_id(image), image, labels.get(i, {}), patients.get(i, i),
-             _if_there(root / "lung" / image.name), _if_there(root / "mask" / image.name))
+             *(path if (path := root / kind / image.name).exists() else None for kind in ("lung", "mask")))
         for image in images)
 
 
-def _stack_cases(stacks: list[Path], labelled: Callable[[Path], bool]) -> tuple[Case, ...]:
-    cases = []
-    for image in stacks:
-        name = image.name.removesuffix("_im.nii.gz")
-        table = image.with_name(f"{name}_slices.csv")
-        labels, _ = _read_labels(table, name) if labelled(table) else ({}, {})
-        cases.append(Case(name, image, labels.get(name, {}), name,
-                          mask=_if_there(image.with_name(f"{name}_mask.nii.gz"))))
-    return tuple(cases)
-
-
-def _if_there(path: Path) -> Path | None:
-    return path if path.exists() else None
+def _stack_case(image: Path, labelled: bool) -> Case:
+    name = image.name.removesuffix("_im.nii.gz")
+    labels, _ = _read_labels(image.with_name(f"{name}_slices.csv"), name) if labelled else ({}, {})
+    mask = image.with_name(f"{name}_mask.nii.gz")
+    return Case(name, image, labels.get(name, {}), name, mask=mask if mask.exists() else None)
 
 
 def _read_labels(table: Path, stack: str | None = None) -> tuple[dict[str, dict[int, int]], dict[str, str]]:
-    """Reads a label table, of many volumes or of the one stack named.
-
-    Returns:
-        Labels of the slices of each volume, and the patient of each volume; a stack has no one patient.
-    """
+    """Labels of the slices of each volume of a table, and its patient; a table of one stack names no volume."""
     columns = VOLUME_COLUMNS if stack is None else STACK_COLUMNS
     if not table.exists():
         raise DatasetError("no such label table", path=table,
@@ -162,33 +122,30 @@ def _read_labels(table: Path, stack: str | None = None) -> tuple[dict[str, dict[
     labels: dict[str, dict[int, int]] = {}
     patients: dict[str, str] = {}
     for number, row in rows:
-        volume = row["volume"] if stack is None else stack
-        if stack is None and not volume:  # also of a line that ends before this column
-            raise DatasetError(f"line {number} names no volume", path=table, remedy="Correct the line")
+        volume, fault, remedy = row["volume"] if stack is None else stack, "", "Correct the line"
         index, label = slice_number(row[columns[-2]]), slice_number(row["has_lesion"])
-        if index is None or label not in (0, 1):
-            raise DatasetError(f"line {number}: {columns[-2]} must be a slice number and has_lesion 0 or 1", path=table,
-                               remedy="Correct the line")
-        if index in labels.setdefault(volume, {}):
-            of_volume = f" of volume {volume}" if stack is None else ""
-            raise DatasetError(f"line {number} labels slice {index}{of_volume} a second time", path=table,
-                               remedy="Keep one line for each slice")
-        labels[volume][index] = label
         patient = (row.get("patient") if stack is None else None) or volume
-        if patients.setdefault(volume, patient) != patient:
-            raise DatasetError(f"line {number} gives volume {volume} to another patient than the lines before",
-                               path=table, remedy="One volume belongs to one patient; correct the table")
+        if not volume:  # also of a line that ends before this column
+            fault = " names no volume"
+        elif index is None or label not in (0, 1):
+            fault = f": {columns[-2]} must be a slice number and has_lesion 0 or 1"
+        elif index in labels.setdefault(volume, {}):
+            fault = f" labels slice {index}{f' of volume {volume}' if stack is None else ''} a second time"
+            remedy = "Keep one line for each slice"
+        elif patients.setdefault(volume, patient) != patient:
+            fault = f" gives volume {volume} to another patient than the lines before"
+            remedy = "One volume belongs to one patient; correct the table"
+        else:
+            labels[volume][index] = label
+        if fault:
+            raise DatasetError(f"line {number}{fault}", path=table, remedy=remedy)
     return labels, patients
 
 
 # --- CSV tables -----------------------------------------------------------------------------------------------------
 
 def read_table(table: Path) -> tuple[set[str], list[tuple[int, dict[str, str]]]]:
-    """Names of the columns of a CSV table, and its lines with their numbers; cells that a line lacks are None.
-
-    Raises:
-        DatasetError: it cannot be read or is no CSV in UTF-8.
-    """
+    """Names of the columns of a CSV table, and its lines with their numbers; cells that a line lacks are None."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
@@ -198,11 +155,7 @@ def read_table(table: Path) -> tuple[set[str], list[tuple[int, dict[str, str]]]]
 
 
 def write_table(table: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Writes a CSV table that appears only when complete.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Writes a CSV table that appears only when complete."""
     with whole_file(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream, lineterminator="\n").writerows([columns, *rows])
 

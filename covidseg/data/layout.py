@@ -21,7 +21,7 @@ import numpy as np
 from nibabel.orientations import apply_orientation
 
 from covidseg.atomic import write_whole
-from covidseg.data.fetch import DownloadSettings, Fetched, fetch, unpack, writing_to
+from covidseg.data.fetch import Fetched, fetch, unpack, writing_to
 from covidseg.data.folder import STACK_COLUMNS, VOLUME_COLUMNS, write_table
 from covidseg.data.registry import Entry
 from covidseg.data.scan import SUFFIXES, Grid, Header, read_header, read_mask, read_voxels, scan_id, write_like
@@ -35,42 +35,27 @@ Note = Callable[[str], None]
 
 
 def has_lesion(mask: np.ndarray) -> np.ndarray:
-    """Slice labels from outlines.
-
-    Args:
-        mask: ``(S, H, W)`` bool.
-
-    Returns:
-        ``(S,)`` bool: at least 40 lesion pixels per 512 x 512.
-    """
+    """Slice labels ``(S,)`` bool from outlines ``(S, H, W)`` bool: at least 40 lesion pixels per 512 x 512."""
     least = LESION_PIXELS * mask.shape[1] * mask.shape[2] / REFERENCE_AREA
     counts = mask.sum(axis=(1, 2))  # (S,)
     return (counts >= least) & (counts > 0)
 
 
-def get_dataset(item: Entry, folder: str | Path, settings: DownloadSettings | None = None, *,
-                everything: bool = False, note: Note = print) -> None:
+def get_dataset(item: Entry, folder: str | Path, *, everything: bool = False, note: Note = print) -> None:
     """Downloads, checks, unpacks and lays out a data set whose licence has been accepted.
 
-    Args:
-        item: the data set.
-        folder: data folder. The published files go to ``downloads/`` inside it.
-        settings: patience and limits of the downloads.
-        everything: whether to fetch the optional files too.
-        note: called with a line for every file, and for everything that was not as expected but could be settled.
+    The published files go to ``downloads/`` in the folder, with ``everything`` the optional ones too. ``note`` is told
+    of every file, and of everything that was not as expected but could be settled.
 
     Raises:
-        DownloadError: a file cannot be downloaded, is another than the published one, or is a damaged archive.
-        DatasetError: images and outlines do not belong together, or the folder holds other scans.
-        InputFileError: a scan cannot be read.
-        OutputError: the folder cannot be written.
+        CovidsegError: whatever :func:`covidseg.data.fetch.fetch` or :func:`lay_out` refuses.
     """
     folder = Path(folder)
     fetched: dict[str, Fetched] = {}
     for remote in item.files:
         if remote.optional and not everything:
             continue
-        fetched[remote.name] = done = fetch(remote, folder / "downloads", settings)
+        fetched[remote.name] = done = fetch(remote, folder / "downloads")
         note(f"{remote.name}: {'downloaded' if done.new else 'already there'}, checked against {done.checked}")
         if not remote.checksum:
             note(f"  Note: no checksum is published for {remote.name}. Its sha256 is kept in {remote.name}.sha256; "
@@ -83,13 +68,7 @@ def get_dataset(item: Entry, folder: str | Path, settings: DownloadSettings | No
 
 
 def lay_out(item: Entry, files: dict[str, Path], folder: str | Path, note: Note = lambda line: None) -> None:
-    """Lays the fetched files of a data set out in a data folder.
-
-    Args:
-        item: the data set.
-        files: the fetched file of each role (``image``, ``lung``, ``mask``).
-        folder: the data folder.
-        note: called with a line for everything that was not as expected but could be settled.
+    """Lays the fetched file of each role (``image``, ``lung``, ``mask``) out in a data folder.
 
     Raises:
         DownloadError: an archive is damaged or a trap.
@@ -103,10 +82,13 @@ def lay_out(item: Entry, files: dict[str, Path], folder: str | Path, note: Note 
         if item.layout == "stacks":
             _lay_out_stack(files["image"], files["mask"], folder, note)
             return
-        # Inside the target, so that moving a file is a rename on one disk.
+        # Inside the target, so that the files need not be copied from one disk to another.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unpack-") as work:
             found = {role: _scans(unpack(path, Path(work) / role)) for role, path in files.items()}
-            _lay_out_volumes(item, found, folder, note)
+            _check_archives(found, folder)
+            names = sorted(found["image"], key=lambda name: (int(name), "") if name.isdigit() else (math.inf, name))
+            _lay_out_volumes({name: {role: found[role][name] for role in found} for name in names}, folder, note,
+                             item.patient_of)
 
 
 def _scans(paths: Iterable[Path]) -> dict[str, Path]:
@@ -122,46 +104,51 @@ def _scans(paths: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
-def _lay_out_volumes(item: Entry, found: dict[str, dict[str, Path]], folder: Path, note: Note) -> None:
-    images, lungs, masks = (found.get(role, {}) for role in ("image", "lung", "mask"))
+def _check_archives(found: dict[str, dict[str, Path]], folder: Path) -> None:
+    """Refuses archives that do not belong together, or not to what the folder holds already."""
+    images = found.get("image", {})
     if not images:
         raise DatasetError("the archive of images holds no NIfTI file", path=folder, remedy="Download it again")
-    for role, volumes in (("lung", lungs), ("mask", masks)):
-        if odd := sorted(set(volumes) ^ set(images)):
+    for role in ("lung", "mask"):
+        if odd := sorted(set(found.get(role, {})) ^ set(images)):
             raise DatasetError(f"volumes {', '.join(odd)} have an image or a {role} but not both", path=folder,
                                remedy="Download the archives again")
-    foreign = {scan_id(p) for p in (folder / "im").glob("*")} - set(images)
-    if foreign:
+    if foreign := {scan_id(p) for p in (folder / "im").glob("*")} - set(images):
         raise DatasetError(f"holds other scans already: {', '.join(sorted(foreign))}", path=folder / "im",
                            remedy="Choose an empty folder with --to")
+
+
+def _lay_out_volumes(volumes: dict[str, dict[str, Path]], folder: Path, note: Note,
+                     patient_of: Callable[[str], str] = str) -> None:
+    """Puts image and outlines of each volume in their places; a volume without a lesion mask has no lesion."""
     rows: list[tuple[str, int, int, str]] = []
-    for volume in sorted(images, key=lambda name: (int(name), "") if name.isdigit() else (math.inf, name)):
-        image = folder / "im" / images[volume].name
-        _put(images[volume], image)
-        _put(lungs[volume], folder / "lung" / image.name, like=image, note=note)
-        _put(masks[volume], folder / "mask" / image.name, like=image, note=note)
-        labels = has_lesion(read_mask(folder / "mask" / image.name))
-        rows += [(volume, index, int(label), item.patient_of(volume)) for index, label in enumerate(labels)]
+    for volume, files in volumes.items():
+        image = folder / "im" / files["image"].name
+        _put(files["image"], image)
+        for role in sorted(files.keys() & {"lung", "mask"}):
+            _put(files[role], folder / role / image.name, like=image, note=note)
+        labels = has_lesion(read_mask(folder / "mask" / image.name)) if "mask" in files else \
+            np.zeros(len(_stored_slices(image)), dtype=bool)
+        rows += [(volume, index, int(label), patient_of(volume)) for index, label in enumerate(labels)]
     write_table(folder / "slice_labels.csv", (*VOLUME_COLUMNS, "patient"), rows)
 
 
 def _lay_out_stack(image: Path, mask: Path, folder: Path, note: Note) -> None:
     name = image.name.removesuffix("_im.nii.gz")
     placed, outlines = folder / image.name, folder / f"{name}_mask.nii.gz"
-    _put(image, placed, move=False)
-    _put(mask, outlines, like=placed, note=note, move=False)
+    _put(image, placed)
+    _put(mask, outlines, like=placed, note=note)
     position, label = STACK_COLUMNS
     write_table(folder / f"{name}_slices.csv", (position, "medseg100_slice", label),
                 [(upright, stored, int(lesion)) for upright, (stored, lesion)
-                 in enumerate(zip(_stored_slices(_header(placed)), has_lesion(read_mask(outlines)), strict=True))])
+                 in enumerate(zip(_stored_slices(placed), has_lesion(read_mask(outlines)), strict=True))])
 
 
 def lay_out_mosmed(folder: str | Path) -> None:
     """Lays out the part of MosMedData that slice labels follow for, beside the publisher's own folders.
 
     These are the normal studies (CT-0), in which no slice has a lesion, and the 50 with outlines. The other 806
-    have a grade for the whole study, which says nothing about a single slice. Scans are linked, not copied, where
-    the file system can.
+    have a grade for the whole study, which says nothing about a single slice.
 
     Args:
         folder: holds ``studies/CT-*/study_NNNN.nii.gz`` and ``masks/study_NNNN_mask.nii.gz``.
@@ -177,50 +164,35 @@ def lay_out_mosmed(folder: str | Path) -> None:
     if lonely := sorted(set(masks) - set(studies)):
         raise DatasetError(f"outlines without a study: {', '.join(lonely)}", path=folder / "masks",
                            remedy="Add the studies or remove the outlines")
-    labelled = [study for study, path in studies.items() if path.parent.name == "CT-0" or study in masks]
+    labelled = {study: {"image": path, **({"mask": masks[study]} if study in masks else {})}
+                for study, path in studies.items() if path.parent.name == "CT-0" or study in masks}
     if not labelled:
         raise DatasetError("holds neither studies/CT-0 nor masks", path=folder,
                            remedy="Unpack the publisher's archives there")
-    rows: list[tuple[str, int, int, str]] = []
     with writing_to(folder):
-        for study in labelled:
-            image = folder / "im" / f"{study}.nii.gz"
-            _put(studies[study], image, move=False)
-            labels = np.zeros(len(_stored_slices(_header(image))), dtype=bool)
-            if study in masks:
-                _put(masks[study], folder / "mask" / image.name, like=image, move=False)
-                labels = has_lesion(read_mask(folder / "mask" / image.name))
-            rows += [(study, index, int(label), study) for index, label in enumerate(labels)]
-        write_table(folder / "slice_labels.csv", (*VOLUME_COLUMNS, "patient"), rows)
+        _lay_out_volumes(labelled, folder, lambda line: None)
 
 
-def _stored_slices(header: Header) -> list[int]:
+def _stored_slices(image: Path) -> list[int]:
     """For each slice of the upright array, its number in the file, which published splits count by."""
-    to_upright = header.grid.to_upright()  # (3, 2): for each stored axis, the upright one and its direction
+    grid = read_header(image).grid
+    to_upright = grid.to_upright()  # (3, 2): for each stored axis, the upright one and its direction
     axis = to_upright[:, 0].tolist().index(0)
-    slices = range(header.grid.shape[axis])
+    slices = range(grid.shape[axis])
     return list(slices if to_upright[axis, 1] > 0 else reversed(slices))
 
 
-def _put(source: Path, target: Path, *, like: Path | None = None, note: Note = lambda line: None,
-         move: bool = True) -> None:
-    """Puts a scan in its place; outlines are made to carry the header of their image.
+def _put(source: Path, target: Path, *, like: Path | None = None, note: Note = lambda line: None) -> None:
+    """Puts a scan in its place, linked where the file system can; outlines are made to carry the header of ``like``.
 
     The publishers' outlines belong to the images voxel by voxel, yet some tools wrote another origin or sense of
     the axes into their headers, which :func:`covidseg.data.scan.read_mask` rightly refuses. Shapes must agree.
-
-    Args:
-        source: a NIfTI file.
-        target: where it should be.
-        like: the image that an outline belongs to.
-        note: told when a header had to be replaced.
-        move: whether the source may be used up (unpacked) or has to stay (downloaded).
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if like is None:
         _header(source)
     else:
-        grid = _header(like).grid
+        grid = read_header(like).grid
         header = _header(source, grid.affine)
         if header.grid.shape != grid.shape:
             raise DatasetError(f"the outline has shape {header.grid.shape}, its image {like.name} {grid.shape}",
@@ -232,9 +204,6 @@ def _put(source: Path, target: Path, *, like: Path | None = None, note: Note = l
             write_like(apply_orientation(voxels.astype(np.uint8), grid.to_upright()), grid, target)
             note(f"{target.parent.name}/{target.name}: header differed from its image's and was replaced")
             return
-    if move:
-        source.replace(target)
-        return
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)  # costs no disk space; not every file system can

@@ -1,7 +1,6 @@
 """The register of data sets: what exists, where it comes from, under which licence, and where it lies on disk.
 
 The facts are in ``data/registry.toml``; this module reads and checks them and turns a name into a folder.
-:mod:`covidseg.data.fetch` downloads what is named here, :mod:`covidseg.data.layout` makes a data folder of it.
 """
 
 from __future__ import annotations
@@ -25,63 +24,38 @@ ROLES = ("image", "lung", "mask", "extra")
 # Names a file may have: no path separators, no leading dot, nothing that a shell or file system reads otherwise.
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 CHECKSUM = re.compile(r"md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}")
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+LOCAL = [("http", host) for host in ("localhost", "127.0.0.1", "::1")]
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a data set, as its publisher offers it.
+    """One file of a data set, as its publisher offers it."""
 
-    Attributes:
-        name: File name on disk.
-        url: Https address (http only on this very computer, for tests).
-        checksum: ``"md5:..."`` or ``"sha256:..."`` as published, empty where none has been.
-        size: Bytes, 0 where unknown.
-        role: ``image``, ``lung``, ``mask`` or ``extra``.
-        optional: Whether it is fetched only on demand.
-    """
-
-    name: str
-    url: str
-    checksum: str
-    size: int
-    role: str
-    optional: bool = False
+    name: str      # on disk
+    url: str       # https
+    checksum: str  # "md5:..." or "sha256:..." as published, empty where none has been
+    size: int      # bytes, 0 where unknown
+    role: str      # one of ROLES
+    optional: bool = False  # whether it is fetched only on demand
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One data set of the register.
+    """One data set of the register. Text is empty where there is none."""
 
-    Attributes:
-        name: Short name, as in ``covidseg data get NAME``.
-        title: What the set is, in a few words.
-        kind: ``download``, ``by-hand`` or ``generated``.
-        layout: ``volumes``, ``stacks`` or ``mosmed``: how the published files lie.
-        doi: Digital object identifier of the publication, empty if it has none.
-        page: Address of the publisher's page, empty if there is none.
-        licence: Name of the licence.
-        licence_file: File in ``data/licences`` with a summary of it.
-        megabytes: Rounded size of the download, 0 where there is none.
-        citation: How to cite the set.
-        note: What a user should know.
-        files: What is downloaded.
-        same_patient: Groups of volumes that are scans of one patient.
-    """
-
-    name: str
+    name: str    # as in `covidseg data get NAME`
     title: str
-    kind: str
-    layout: str
+    kind: str    # one of KINDS
+    layout: str  # one of LAYOUTS: how the published files lie
     doi: str
-    page: str
+    page: str    # address of the publisher's page
     licence: str
-    licence_file: str
-    megabytes: int
+    licence_file: str  # in data/licences, a summary of it
+    megabytes: int     # rounded size of the download, 0 where there is none
     citation: str
-    note: str
+    note: str    # what a user should know
     files: tuple[RemoteFile, ...] = ()
-    same_patient: tuple[tuple[str, ...], ...] = ()
+    same_patient: tuple[tuple[str, ...], ...] = ()  # groups of volumes that are scans of one patient
 
     def patient_of(self, volume: str) -> str:
         """The patient of a volume: the group's first volume, or the volume itself.
@@ -111,10 +85,7 @@ def cache_root() -> Path:
 
 
 def home(name: str) -> Path:
-    """Where a registered data set lies in the cache.
-
-    The phantom's folder carries a mark of its settings: after an update that changes them, a new one is made.
-    """
+    """Where a registered data set lies in the cache; the phantom's folder is another for other settings."""
     if entry(name).kind != "generated":
         return cache_root() / name
     from covidseg.data.phantom import mark  # here, so that looking up a name does not load the generator
@@ -123,10 +94,7 @@ def home(name: str) -> Path:
 
 
 def load_registry(path: str | Path | None = None) -> dict[str, Entry]:
-    """Reads and checks the register.
-
-    Args:
-        path: a TOML file; by default the one that comes with covidseg.
+    """Reads and checks the register, by default the one that comes with covidseg.
 
     Raises:
         DatasetError: the file is missing, not TOML, lacks a field, or has an unsafe name, address or checksum.
@@ -145,7 +113,7 @@ def load_registry(path: str | Path | None = None) -> dict[str, Entry]:
 
 
 def _entry(name: str, table: dict[str, Any]) -> Entry:
-    """One table of the register, checked. Every fault is a ValueError or TypeError that names the entry."""
+    """One table of the register, checked; every fault is a ValueError or TypeError."""
     _demand(bool(SAFE_NAME.fullmatch(name)) and isinstance(table, dict), f"'{name}' is not a usable name of a data set")
     table = dict(table)
     files = tuple(_remote(name, row) for row in table.pop("files", []))
@@ -178,24 +146,15 @@ def _demand(met: object, fault: str) -> None:
 
 
 def check_address(url: str) -> None:
-    """Lets https pass, and http to this very computer (for tests); nothing else.
-
-    Raises:
-        DownloadError: the address is not encrypted or not a web address.
-    """
+    """Lets https pass, and http to this very computer (for tests); anything else is a DownloadError."""
     parts = urlsplit(url)
-    if parts.hostname and (parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOCAL_HOSTS)):
-        return
-    raise DownloadError("is not an https address, so what arrives could have been changed on the way", path=url,
-                        remedy="Use the https address of the publisher")
+    if not parts.hostname or (parts.scheme != "https" and (parts.scheme, parts.hostname) not in LOCAL):
+        raise DownloadError("is not an https address, so what arrives could have been changed on the way", path=url,
+                            remedy="Use the https address of the publisher")
 
 
 def entry(name: str) -> Entry:
-    """The data set of that name.
-
-    Raises:
-        DatasetError: there is none.
-    """
+    """The data set of that name; a DatasetError if there is none."""
     register = load_registry()
     if name not in register:
         raise DatasetError(f"there is no data set '{name}'", remedy=f"Known are {', '.join(register)}")
@@ -219,7 +178,6 @@ def resolve(name_or_dir: str | Path) -> Path:
 
     Raises:
         DatasetError: a known data set that has not been fetched, or neither a known name nor a folder.
-        OutputError: the phantom cannot be written.
     """
     register = load_registry()
     name = str(name_or_dir)

@@ -1,18 +1,15 @@
 """Reading and writing scans: NIfTI in, upright ``(slices, rows, columns)`` arrays out, and back.
 
-A NIfTI file stores voxels in the order of its scanner or of its maker and says in an affine matrix
-which way each axis points. :func:`read_scan` uses the affine to turn every file the same way up:
+A NIfTI file says in an affine matrix which way each of its axes points. Here every file is turned the same way up:
 
 * axis 0, *slices*, from feet to head;
 * axis 1, *rows*, from the front of the patient to the back (the spine is at the bottom);
 * axis 2, *columns*, from the patient's right to the left, as a radiologist looks at a slice.
 
-Intensities stay in the type that is stored, whether Hounsfield units (HU) or 8-bit display values; turning
-them into numbers that a network can use is the job of :mod:`covidseg.preprocess`.
+Intensities stay in the type that is stored, whether Hounsfield units (HU) or 8-bit display values.
 
-nibabel reads headers and writes files. Voxels are read here: nibabel stops decompressing after the last one, before
-the checksum of the file, and so misses damage, and it needs memory for a second copy. Here a file is read to its end,
-straight into place.
+nibabel reads headers and writes files. Voxels are read here, to the end of the file and straight into place: nibabel
+stops before the checksum of a compressed file, and so misses damage, and needs memory for a second copy.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -45,17 +42,11 @@ DEFLATE = 1032           # times smaller than its content is the most that a com
 
 @dataclass(frozen=True)
 class Grid:
-    """How a file lays out its voxels: all that is needed to write a result that fits the input.
+    """How a file lays out its voxels: all that is needed to write a result that fits the input."""
 
-    Attributes:
-        shape: Stored array shape, three axes (a two-dimensional file counts as one slice).
-        affine: ``(4, 4)`` matrix from voxel indices to millimetres.
-        two_dimensional: Whether the file itself has only two axes.
-    """
-
-    shape: tuple[int, int, int]
-    affine: np.ndarray
-    two_dimensional: bool = False
+    shape: tuple[int, int, int]    # of the stored array; a two-dimensional file counts as one slice
+    affine: np.ndarray             # (4, 4) matrix from voxel indices to millimetres
+    two_dimensional: bool = False  # whether the file itself has only two axes
 
     def to_upright(self) -> np.ndarray:
         """nibabel orientation transform from the stored axes to the upright ones, ``(3, 2)``."""
@@ -80,21 +71,15 @@ class Grid:
 class Scan:
     """One CT file, upright.
 
-    Attributes:
-        pixels: ``(slices, rows, columns)`` in the stored type, usually ``int16`` HU or ``uint8`` display values.
-        spacing: Millimetres between slices, rows and columns.
-        value_range: Lowest and highest stored value.
-        unit: ``"HU"`` where values go clearly below water (0 HU), otherwise ``"display"`` (0..255 grey levels).
-        path: Where it was read from.
-        grid: Layout of the file, for writing results with :func:`write_like`.
+    ``unit`` is ``"HU"`` where values go clearly below water (0 HU), otherwise ``"display"`` (0..255 grey levels).
     """
 
-    pixels: np.ndarray
-    spacing: tuple[float, float, float]
-    value_range: tuple[float, float]
+    pixels: np.ndarray  # (slices, rows, columns) in the stored type, usually int16 HU or uint8 display values
+    spacing: tuple[float, float, float]  # mm between slices, rows and columns
+    value_range: tuple[float, float]     # lowest and highest stored value
     unit: str
-    path: Path
-    grid: Grid
+    path: Path  # where it was read from
+    grid: Grid  # layout of the file, for writing results with write_like
 
 
 def scan_id(path: str | Path) -> str:
@@ -107,14 +92,11 @@ def scan_id(path: str | Path) -> str:
 
 
 def read_scan(path: str | Path, *, unit: str | None = None) -> Scan:
-    """Reads a CT volume or a stack of slices from NIfTI.
+    """Reads a CT volume or a stack of slices from NIfTI, upright and in its stored type.
 
     Args:
         path: a ``.nii`` or ``.nii.gz`` file of two or three axes.
         unit: ``"HU"`` or ``"display"`` where only that will do; by default either.
-
-    Returns:
-        The scan, upright, in its stored type.
 
     Raises:
         InputFileError: the file is missing, damaged, not NIfTI, not one grey-value volume, holds NaN, or has another
@@ -140,7 +122,7 @@ def read_mask(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
 
     Args:
         path: a NIfTI file.
-        like: the scan the mask belongs to; shape and orientation have to agree with it.
+        like: the scan the mask belongs to; shape and affine have to agree with it.
 
     Raises:
         InputFileError: the file cannot be read, does not fit ``like``, or is no mask: it holds numbers below 0, or such
@@ -173,7 +155,7 @@ def write_like(array: np.ndarray, grid: Grid, path: str | Path) -> Path:
     Args:
         array: ``(slices, rows, columns)``; bool is stored as ``uint8``.
         grid: the layout of the input, ``scan.grid``.
-        path: target; written to a temporary file in the same folder first, so that a crash leaves no half file.
+        path: target; a crash leaves no half file.
 
     Raises:
         OutputError: the file cannot be written.
@@ -193,16 +175,7 @@ def write_like(array: np.ndarray, grid: Grid, path: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about its voxels.
-
-    Attributes:
-        path: The file.
-        grid: How it lays them out.
-        stored: Their type in the file.
-        offset: Bytes before the first of them.
-        slope: A value is the stored one times ``slope`` plus ``inter``.
-        inter: See ``slope``.
-    """
+    """What a file says about its voxels: their grid and stored type, the bytes before them, and their scaling."""
 
     path: Path
     grid: Grid
@@ -210,10 +183,6 @@ class Header:
     offset: int
     slope: float
     inter: float
-
-    def scaled(self) -> bool:
-        """Whether values differ from what is stored."""
-        return (self.slope, self.inter) != (1, 0)
 
 
 @contextmanager
@@ -229,67 +198,58 @@ def _faults(path: Path) -> Iterator[None]:
                              remedy="The file is damaged or incomplete: copy or download it again") from error
 
 
-def _compressed(path: Path) -> bool:
-    return path.name.lower().endswith(".gz")
-
-
 def read_header(path: Path, affine: np.ndarray | None = None) -> Header:
-    """Reads the header of a ``.nii`` or ``.nii.gz`` file of one grey-value volume.
-
-    Args:
-        path: the file.
-        affine: ``(4, 4)``, taken in place of the file's own, which is not looked at then.
+    """Reads the header of a file of one grey-value volume; ``affine`` is taken in place of the file's own.
 
     Raises:
         InputFileError: the file is missing, not NIfTI, not one grey-value volume, has no usable affine, or is far too
             small for the voxels that it announces.
     """
+    def refusal(fault: str, remedy: str) -> InputFileError:
+        return InputFileError(fault, path=path, remedy=remedy)
+
     if not path.exists():
-        raise InputFileError("no such file", path=path, remedy="Check the spelling of the path")
+        raise refusal("no such file", "Check the spelling of the path")
     if path.is_dir():
-        raise InputFileError("is a folder, not a scan", path=path, remedy="Name the NIfTI files inside it")
+        raise refusal("is a folder, not a scan", "Name the NIfTI files inside it")
     if not path.name.lower().endswith(SUFFIXES):
-        raise InputFileError("is not a NIfTI file (.nii or .nii.gz)", path=path,
-                             remedy="Convert DICOM series or pictures to NIfTI first, for instance with dcm2niix")
+        raise refusal("is not a NIfTI file (.nii or .nii.gz)",
+                      "Convert DICOM series or pictures to NIfTI first, for instance with dcm2niix")
     with _faults(path):
         # Not nib.load, which takes some NIfTI files for surfaces of a brain and then reads XML.
         kind = nib.Nifti2Image if nib.Nifti2Image.path_maybe_image(path)[0] else nib.Nifti1Image
         image: Any = kind.from_filename(path)
         proxy, shape = image.dataobj, tuple(int(n) for n in image.shape)
     if proxy.dtype.kind not in "iuf":
-        raise InputFileError("holds colour or complex voxels", path=path, remedy="Give a grey-value CT")
-    whole = shape
+        raise refusal("holds colour or complex voxels", "Give a grey-value CT")
+    whole, two_dimensional = shape, len(shape) == 2
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    two_dimensional = len(shape) == 2
     if two_dimensional:
         shape = (*shape, 1)
     if min(shape, default=0) < 1:
-        raise InputFileError(f"has shape {whole}, which is no voxel at all", path=path,
-                             remedy="Export or convert it again")
+        raise refusal(f"has shape {whole}, which is no voxel at all", "Export or convert it again")
     if len(shape) != 3:
-        raise InputFileError(f"has shape {whole}, not one volume", path=path,
-                             remedy="Split series over time into one file each")
+        raise refusal(f"has shape {whole}, not one volume", "Split series over time into one file each")
     # Without either code nibabel makes an affine up.
     invented = affine is None and not image.header["sform_code"] and not image.header["qform_code"]
     affine = np.asarray(image.affine if affine is None else affine, dtype=np.float64)
     if invented or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9 \
             or np.isnan(io_orientation(affine)).any():
-        raise InputFileError("has no usable affine, so its orientation and spacing are unknown", path=path,
-                             remedy="Export it again with orientation, or set the affine with nibabel")
+        raise refusal("has no usable affine, so its orientation and spacing are unknown",
+                      "Export it again with orientation, or set the affine with nibabel")
+    respace = "Correct the spacing in its header (in mm), or export it again"
     # The affine may be whole all the same; but then one of the two is damaged, and nobody knows which.
     if not np.isfinite(image.header["pixdim"][1:1 + len(whole)]).all():
-        raise InputFileError("has a spacing that is not a number", path=path,
-                             remedy="Correct the spacing in its header (in mm), or export it again")
+        raise refusal("has a spacing that is not a number", respace)
     grid = Grid((shape[0], shape[1], shape[2]), affine, two_dimensional)
     if not all(SPACING[0] <= step <= SPACING[1] for step in grid.spacing()):
-        raise InputFileError(
-            f"has voxels of {' x '.join(f'{step:.3g}' for step in grid.spacing())} mm, which no CT has", path=path,
-            remedy="Correct the spacing in its header (in mm), or export it again")
+        steps = " x ".join(f"{step:.3g}" for step in grid.spacing())
+        raise refusal(f"has voxels of {steps} mm, which no CT has", respace)
     header = Header(path, grid, proxy.dtype, int(proxy.offset), float(proxy.slope), float(proxy.inter))
     with _faults(path):
         size, wanted = path.stat().st_size, header.offset + header.stored.itemsize * math.prod(grid.shape)
-        if wanted > (DEFLATE if _compressed(path) else 1) * size:  # nobody reserves memory for that
+        if wanted > (DEFLATE if path.suffix.lower() == ".gz" else 1) * size:  # nobody reserves memory for that
             raise EOFError(f"{wanted} bytes are said to be in a file of {size}")
     return header
 
@@ -302,12 +262,14 @@ def read_voxels(header: Header) -> np.ndarray:
     Raises:
         InputFileError: the file is damaged or incomplete, or holds NaN.
     """
-    path, as_stored = header.path, not header.scaled() and header.stored.kind != "f"
-    with _faults(path), cast(BinaryIO, igzip.open(path)) if _compressed(path) else path.open("rb") as stream:
+    path, scaled = header.path, (header.slope, header.inter) != (1, 0)
+    packed = path.suffix.lower() == ".gz"
+    with _faults(path), cast(Any, igzip.open(path)) if packed else path.open("rb") as stream:
         stream.seek(header.offset)
-        array = np.empty(header.grid.shape, header.stored if as_stored else np.float32, order="F")
+        dtype = np.float32 if scaled or header.stored.kind == "f" else header.stored
+        array = np.empty(header.grid.shape, dtype, order="F")
         values = array.reshape(-1, order="F")
-        if header.stored == values.dtype and not header.scaled():
+        if header.stored == dtype and not scaled:
             _fill(values, stream)
         else:
             for start in range(0, len(values), 1 << 20):  # a block at a time, so that no second copy is needed
@@ -323,11 +285,11 @@ def read_voxels(header: Header) -> np.ndarray:
     return array
 
 
-def _fill(target: np.ndarray, stream: BinaryIO) -> None:
+def _fill(target: np.ndarray, stream: Any) -> None:
     """Fills all bytes of a contiguous array with what comes next."""
     left = target.view(np.uint8).data
     while left:
-        count = stream.readinto(left[:BLOCK])  # type: ignore[attr-defined]
+        count = stream.readinto(left[:BLOCK])
         if not count:
             raise EOFError(f"{len(left)} bytes are missing")
         left = left[count:]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from covidseg.data.folder import Case, Dataset, read_table, slice_number
+from covidseg.data.folder import Dataset, read_table, slice_number
 from covidseg.data.registry import data_root
 from covidseg.errors import DatasetError
 
@@ -19,26 +19,15 @@ PARTS = ("train", "val", "test", "left_out")
 
 @dataclass(frozen=True)
 class Split:
-    """A split that was read and found consistent.
+    """A split that was read and found consistent: by volumes or, for a stack, by slices; the other table is empty."""
 
-    Attributes:
-        name: File name without ``.csv``.
-        volumes: Volume -> part; empty for a split by slices.
-        patients: Volume -> patient.
-        slices: Slice number in the published file -> part; empty for a split by volumes.
-    """
-
-    name: str
-    volumes: dict[str, str]
-    patients: dict[str, str]
-    slices: dict[int, str]
+    name: str                 # file name without .csv
+    volumes: dict[str, str]   # volume -> part
+    patients: dict[str, str]  # volume -> patient
+    slices: dict[int, str]    # slice number in the published file -> part
 
     def part(self, name: str) -> list[str] | list[int]:
-        """Volumes, or slice numbers, of a part, in the order of the file.
-
-        Raises:
-            DatasetError: the part has an unknown name or is empty.
-        """
+        """Volumes, or slice numbers, of a part, in the order of the file; not for an unknown or empty part."""
         if name not in PARTS:
             raise DatasetError(f"there is no part '{name}' of a split", remedy=f"Parts are {', '.join(PARTS)}")
         found: list[str] | list[int] = [v for v, part in self.volumes.items() if part == name] or \
@@ -55,10 +44,7 @@ def split_names() -> list[str]:
 
 
 def read_split(name_or_path: str | Path) -> Split:
-    """Reads a split and checks it.
-
-    Args:
-        name_or_path: a name such as ``medseg2``, or a CSV file of your own.
+    """Reads a split, by a name such as ``medseg2`` or from a CSV file of your own, and checks it.
 
     Raises:
         DatasetError: no such file, missing columns, an unknown part, a line twice, or a patient on two sides.
@@ -82,26 +68,22 @@ def read_split(name_or_path: str | Path) -> Split:
             raise DatasetError(f"line {number} names the part '{row['split']}'", path=path,
                                remedy=f"Parts are {', '.join(PARTS)}")
         if by_volume:
-            _add(volumes, row["volume"], row["split"], path, number)
+            key, known = row["volume"], row["volume"] in volumes
+            volumes[row["volume"]] = row["split"]
             patients[row["volume"]] = row["patient"] or row["volume"]
+        elif (index := slice_number(row["slice"])) is None:
+            raise DatasetError(f"line {number}: '{row['slice']}' is not a slice number", path=path,
+                               remedy="Slices count from 0")
         else:
-            index = slice_number(row["slice"])
-            if index is None:
-                raise DatasetError(f"line {number}: '{row['slice']}' is not a slice number", path=path,
-                                   remedy="Slices count from 0")
-            _add(slices, index, row["split"], path, number)
+            key, known = str(index), index in slices
+            slices[index] = row["split"]
+        if known or not key:  # also of a line that ends before its column
+            raise DatasetError(f"line {number} names '{key or ''}' {'a second time' if known else 'as a volume'}",
+                               path=path, remedy="Keep one line for each")
     if not rows:
         raise DatasetError("is empty", path=path, remedy="Write one line for each volume or slice")
     _refuse_two_sides(volumes, patients, path)
     return Split(path.stem, volumes, patients, slices)
-
-
-def _add(table: dict, key: str | int | None, part: str, path: Path, number: int) -> None:
-    if key in table or key in ("", None):  # None where a line ends before its column
-        fault = f"'{key}' a second time" if key in table else "'' as a volume"
-        raise DatasetError(f"line {number} names {fault}", path=path,
-                           remedy="Keep one line for each")
-    table[key] = part
 
 
 def _refuse_two_sides(volumes: dict[str, str], patients: dict[str, str], path: Path) -> None:
@@ -117,14 +99,9 @@ def _refuse_two_sides(volumes: dict[str, str], patients: dict[str, str], path: P
 
 
 def apply_split(dataset: Dataset, split: Split, part: str) -> Dataset:
-    """Reduces a data set to one part of a split.
+    """Reduces a data set to a part of its split: ``train``, ``val``, ``test`` or ``left_out``.
 
     Of a stack, the slices outside the part lose their label; what has no label takes part in nothing.
-
-    Args:
-        dataset: the folder that the split was written for.
-        split: from :func:`read_split`.
-        part: ``train``, ``val``, ``test`` or ``left_out``.
 
     Raises:
         DatasetError: the part is unknown or empty, the data set and the split do not name the same volumes, the
@@ -147,7 +124,12 @@ def _apply_slices(dataset: Dataset, split: Split, wanted: set[int]) -> Dataset:
         raise DatasetError(f"split '{split.name}' is for one stack, the folder holds {len(dataset.cases)} scans",
                            path=dataset.root, remedy="Give the folder of the stack")
     case = dataset.cases[0]
-    published = _published_slices(case)
+    published = {position: position for position in case.labels}  # slice number in the published file
+    table = case.image.with_name(f"{case.id}_slices.csv")
+    for _, row in read_table(table)[1] if table.is_file() else []:
+        upright, stored = slice_number(row.get("position")), slice_number(row.get("medseg100_slice"))
+        if upright is not None and stored is not None:
+            published[upright] = stored
     if missing := sorted(set(published.values()) - set(split.slices)):
         raise DatasetError(f"split '{split.name}' does not place slices {', '.join(map(str, missing))}",
                            path=dataset.root, remedy="Write a split that places every slice")
@@ -156,15 +138,3 @@ def _apply_slices(dataset: Dataset, split: Split, wanted: set[int]) -> Dataset:
         raise DatasetError("none of its slices is in the part asked for", path=dataset.root,
                            remedy="Choose another part")
     return replace(dataset, cases=(replace(case, labels=kept),))
-
-
-def _published_slices(case: Case) -> dict[int, int]:
-    """Position in the upright array -> slice number in the published file, from the column ``medseg100_slice``."""
-    table = case.image.with_name(f"{case.id}_slices.csv")
-    numbers = {position: position for position in case.labels}
-    if table.is_file():
-        for _, row in read_table(table)[1]:
-            position, published = slice_number(row.get("position")), slice_number(row.get("medseg100_slice"))
-            if position is not None and published is not None:
-                numbers[position] = published
-    return numbers

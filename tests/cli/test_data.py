@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from covidseg.cli import data as commands
 from covidseg.cli.data import app
-from covidseg.data import registry
+from covidseg.data import phantom, registry
 from covidseg.data.fetch import DownloadSettings
 from covidseg.data.folder import load_dataset
 from covidseg.data.registry import entry, is_present, load_registry, resolve
@@ -100,26 +100,20 @@ def test_get_arranges_volumes(cache: Path) -> None:
     assert sorted(p.name for p in cache.iterdir()) == ["medseg2"]
 
 
-def test_get_arranges_a_stack(cache: Path, tmp_path: Path) -> None:
-    assert run("get", "medseg1", "--yes", "--to", tmp_path / "mine").exception is None
+def test_get_arranges_a_stack(server: Server, cache: Path, tmp_path: Path) -> None:
+    mine, options = tmp_path / "mine", ("--yes", "--to", tmp_path / "mine")
+    assert run("get", "medseg1", *options).exception is None
     assert not cache.exists()
-    dataset = load_dataset(tmp_path / "mine")
-    assert [c.id for c in dataset.cases] == ["tr"]
-    case = dataset.cases[0]
-    assert case.labels == {0: 1, 1: 0, 2: 1, 3: 1, 4: 1}
+    case, = load_dataset(mine).cases
+    assert (case.id, case.labels) == ("tr", {0: 1, 1: 0, 2: 1, 3: 1, 4: 1})
     assert case.mask is not None
     assert read_mask(case.mask, like=read_scan(case.image)).any(axis=(1, 2)).tolist() == [1, 0, 1, 1, 1]
-    assert not (tmp_path / "mine" / "downloads" / "val_im.nii.gz").exists()
-
-
-def test_get_all_brings_the_optional_files_and_nothing_twice(server: Server, cache: Path) -> None:
-    assert run("get", "medseg1", "--yes").exception is None
-    assert run("get", "medseg1", "--yes", "--all").exception is None
-    assert (cache / "medseg1" / "downloads" / "val_im.nii.gz").exists()
-    assert [c.id for c in load_dataset(cache / "medseg1").cases] == ["tr"]  # an extra file is no stack of the set
-    assert len(server.asked) == 3  # what was there was not fetched again
-    assert "is present" in run("get", "medseg1").stdout  # nor does it ask for the licence again
-    assert len(server.asked) == 3
+    assert not (mine / "downloads" / "val_im.nii.gz").exists()
+    assert run("get", "medseg1", *options, "--all").exception is None
+    assert (mine / "downloads" / "val_im.nii.gz").exists()
+    assert [c.id for c in load_dataset(mine).cases] == ["tr"]  # an extra file is no stack of the set
+    assert "is present" in run("get", "medseg1", "--to", mine).stdout  # nor does it ask for the licence again
+    assert len(server.asked) == 3, "what was there was not fetched again"
 
 
 def test_licence_has_to_be_accepted(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,12 +150,8 @@ def test_targets_in_use_are_left_alone(server: Server, tmp_path: Path) -> None:
 
 
 def test_phantom_is_written_where_asked(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from covidseg.data import phantom
-
     small = phantom.PhantomSettings(patients=2, slices=8, size=64, vessel_targets=20)
-    write = phantom.write_phantom
-    monkeypatch.setattr(phantom, "write_phantom", lambda folder, progress=False: write(folder, small,
-                                                                                       progress=progress))
+    monkeypatch.setattr(phantom, "write_phantom", partial(phantom.write_phantom, settings=small))
     assert run("get", "phantom", "--to", tmp_path / "ph").exception is None
     assert len(load_dataset(tmp_path / "ph").cases) == 2
     assert not cache.exists()

@@ -67,21 +67,13 @@ def test_broken_line(how: dict[str, Any], checksum: bool, asked: list[tuple[str,
 def test_broken_line_is_resumed_by_a_later_call(server: Server, tmp_path: Path) -> None:
     page = server.add("a.bin", BODY, drops=[10_000, 0, 0, 0, 0])
     remote = server.remote("a.bin", sha256(BODY))
-    with pytest.raises(DownloadError, match="after 10000 bytes and 3 attempts") as caught:
+    with pytest.raises(DownloadError, match=r"after 10000 bytes and 3 attempts.*again"):
         fetch(remote, tmp_path, QUICK)
-    assert "again" in caught.value.remedy
     assert (tmp_path / "a.bin.part").read_bytes() == BODY[:10_000]
     assert not (tmp_path / "a.bin").exists()
     page.drops, server.asked = [], []
     assert fetch(remote, tmp_path, QUICK).path.read_bytes() == BODY
     assert server.asked == [("a.bin", "bytes=10000-", 206)]
-
-
-def test_server_that_ignores_range_and_always_drops_comes_to_an_end(server: Server, tmp_path: Path) -> None:
-    server.add("a.bin", BODY, drops=[10_000] * 20, ranges=False)
-    with pytest.raises(DownloadError, match="broke off"):
-        fetch(server.remote("a.bin", sha256(BODY)), tmp_path, QUICK)
-    assert len(server.asked) == 4  # one that brought something new, then three that did not
 
 
 def test_file_changed_between_two_calls_is_not_spliced(server: Server, tmp_path: Path) -> None:
@@ -91,6 +83,13 @@ def test_file_changed_between_two_calls_is_not_spliced(server: Server, tmp_path:
         fetch(remote, tmp_path, QUICK)
     page.body, page.etag, page.drops = BODY[::-1], '"two"', []
     assert fetch(remote, tmp_path, QUICK).path.read_bytes() == BODY[::-1]
+
+
+def test_server_that_ignores_range_and_always_drops_comes_to_an_end(server: Server, tmp_path: Path) -> None:
+    server.add("a.bin", BODY, drops=[10_000] * 20, ranges=False)
+    with pytest.raises(DownloadError, match="broke off"):
+        fetch(server.remote("a.bin", sha256(BODY)), tmp_path, QUICK)
+    assert len(server.asked) == 4  # one that brought something new, then three that did not
 
 
 @pytest.mark.parametrize(("part", "notes", "asked"), [
@@ -116,10 +115,9 @@ def test_body_that_ends_early_in_silence(server: Server, tmp_path: Path, monkeyp
 def test_wrong_checksum_names_file_expected_and_found(server: Server, tmp_path: Path) -> None:
     server.add("a.bin", BODY)
     wrong = sha256(b"something else")
-    with pytest.raises(DownloadError) as caught:
+    found, expected = (text.removeprefix("sha256:") for text in (sha256(BODY), wrong))
+    with pytest.raises(DownloadError, match=f"a.bin has the sha256 {found}, expected {expected}"):
         fetch(server.remote("a.bin", wrong), tmp_path, QUICK)
-    for part in ("a.bin", wrong.split(":")[1], sha256(BODY).split(":")[1]):
-        assert part in str(caught.value)
     assert list(tmp_path.iterdir()) == []  # a wrong file is not continued either
 
 
@@ -200,41 +198,37 @@ def test_bad_certificate_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.
     assert len(calls) == 1
 
 
-def test_full_disk_keeps_what_arrived(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Small(io.FileIO):
+    """A file on a disk with room for ten thousand bytes."""
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        if self.tell() + len(data) > 10_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+@pytest.mark.parametrize(("kind", "kept"), [(DownloadError, 10_000), (KeyboardInterrupt, 3000)])
+def test_full_disk_and_interrupt_keep_what_arrived(kind: type[BaseException], kept: int, server: Server, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     server.add("a.bin", BODY)
     remote = server.remote("a.bin", sha256(BODY))
-    real_open = Path.open
-
-    class Small(io.FileIO):
-        def write(self, data: bytes) -> int:  # type: ignore[override]
-            if self.tell() + len(data) > 10_000:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return super().write(data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda self, mode="r", *a, **k:
-                      Small(self, "w") if mode == "wb" else real_open(self, mode, *a, **k))
-        with pytest.raises(DownloadError, match="disk is full"):
-            fetch(remote, tmp_path, QUICK)
-    assert (tmp_path / "a.bin.part").stat().st_size == 10_000
-    assert fetch(remote, tmp_path, QUICK).path.read_bytes() == BODY
-    assert server.asked[-1] == ("a.bin", "bytes=10000-", 206)
-
-
-def test_interrupt_keeps_what_arrived(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.add("a.bin", BODY)
-    real = requests.Response.iter_content
+    real_open, real_content = Path.open, requests.Response.iter_content
 
     def interrupted(self: requests.Response, size: int) -> Iterator[bytes]:
-        yield from list(real(self, size))[:3]
+        yield from list(real_content(self, size))[:3]
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(requests.Response, "iter_content", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            fetch(server.remote("a.bin", sha256(BODY)), tmp_path, QUICK)
-    assert (tmp_path / "a.bin.part").stat().st_size == 3000
-    assert fetch(server.remote("a.bin", sha256(BODY)), tmp_path, QUICK).path.read_bytes() == BODY
+        if kind is KeyboardInterrupt:
+            patch.setattr(requests.Response, "iter_content", interrupted)
+        else:
+            patch.setattr(Path, "open", lambda self, mode="r", *a, **k:
+                          Small(self, "w") if mode == "wb" else real_open(self, mode, *a, **k))
+        with pytest.raises(kind, match=None if kind is KeyboardInterrupt else "disk is full"):
+            fetch(remote, tmp_path, QUICK)
+    assert (tmp_path / "a.bin.part").stat().st_size == kept
+    assert fetch(remote, tmp_path, QUICK).path.read_bytes() == BODY
+    assert server.asked[-1] == ("a.bin", f"bytes={kept}-", 206)
 
 
 def test_trust_on_first_use(server: Server, tmp_path: Path) -> None:
@@ -253,17 +247,21 @@ def test_trust_on_first_use(server: Server, tmp_path: Path) -> None:
     assert not (tmp_path / "a.zip").exists()
 
 
+# --- archives -------------------------------------------------------------------------------------------------------
+
 def damaged() -> bytes:
     body = bytearray(zipped({"1.txt": b"lesion" * 100}, zipfile.ZIP_STORED))
     body[100] ^= 1
     return bytes(body)
 
 
-def claiming(name: str, size: int) -> bytes:
-    """An archive whose directory, which limits go by, states another size."""
+def claiming(name: str, size: int, mode: int = 0) -> bytes:
+    """An archive whose directory, which limits go by, states another size or that it is no ordinary file."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
-        archive.writestr(member := zipfile.ZipInfo(name), b"abc")
+        member = zipfile.ZipInfo(name)
+        member.create_system, member.external_attr = 3, mode << 16
+        archive.writestr(member, b"abc")
         member.file_size = size
     return stream.getvalue()
 
@@ -284,16 +282,6 @@ def archive(folder: Path, body: bytes) -> Path:
     return folder / "a.zip"
 
 
-def special(mode: int) -> bytes:
-    """An archive with something that is no ordinary file."""
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as made:
-        member = zipfile.ZipInfo("a.txt")
-        member.create_system, member.external_attr = 3, (mode | 0o777) << 16
-        made.writestr(member, "/etc")
-    return stream.getvalue()
-
-
 def test_unpack_keeps_folders(tmp_path: Path) -> None:
     found = unpack(archive(tmp_path, zipped({"in/": b"", "in/1.txt": b"one", "2.txt": b"two"})), tmp_path / "out")
     assert [p.relative_to(tmp_path / "out").as_posix() for p in found] == ["in/1.txt", "2.txt"]
@@ -303,7 +291,7 @@ def test_unpack_keeps_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("body", "complaint"), [
     *((zipped({"fine.txt": b"fine", name: b"evil"}), "leaves its folder")
       for name in ("../out.txt", "a/../../out.txt", "/etc/out.txt", "a\\..\\out.txt", "C:/out.txt")),
-    *((special(mode), f"holds a {kind}")
+    *((claiming("a.txt", 3, mode | 0o777), f"holds a {kind}")
       for mode, kind in ((stat.S_IFLNK, "link"), (stat.S_IFCHR, "device"), (stat.S_IFIFO, "device"))),
     (zipped({"a.txt": b"one", "A.txt": b"two"}), "twice"), (zipped({"a.txt": bytes(3 << 20)}), "zip bomb"),
     (zipped({f"{i}.txt": b"" for i in range(4)}), "4 files, more than 3"), (damaged(), "cannot be unpacked")])

@@ -44,7 +44,9 @@ def test_volumes_with_labels_and_patients(tmp_path):
 def test_the_patient_defaults_to_the_volume(tmp_path):
     plain = load_dataset(volumes(tmp_path / "d", "volume,slice,has_lesion\na,0,0\nb,0,1\n"))
     blank = load_dataset(volumes(tmp_path / "e", "volume,slice,has_lesion,patient\na,0,0,\nb,0,1,p\n"))
+    part = load_dataset(volumes(tmp_path / "f", "volume,slice,has_lesion\nb,0,1\n"))
     assert [c.patient for c in plain.cases] == ["a", "b"]
+    assert [(c.labels, c.patient) for c in part.cases] == [({}, "a"), ({0: 1}, "b")]
     assert [c.patient for c in blank.cases] == ["a", "p"]
 
 
@@ -58,11 +60,6 @@ def test_masks_and_lungs_are_found_where_they_are(tmp_path):
     assert (b.mask, b.lung) == (None, root / "lung" / "b.nii.gz")
 
 
-def test_a_volume_without_a_line_has_no_labels(tmp_path):
-    cases = load_dataset(volumes(tmp_path / "d", "volume,slice,has_lesion\nb,0,1\n")).cases
-    assert [(c.labels, c.patient) for c in cases] == [({}, "a"), ({0: 1}, "b")]
-
-
 def test_stacks(tmp_path):
     root = stacks(stacks(tmp_path / "d"), "position,has_lesion\n5,1\n", "val")
     (root / "dev_mask.nii.gz").touch()
@@ -71,25 +68,17 @@ def test_stacks(tmp_path):
     assert (val.id, val.labels, val.mask) == ("val", {5: 1}, None)
 
 
-def test_other_files_in_the_image_folder_are_no_scans(tmp_path):
-    data = load_dataset(volumes(tmp_path / "d", names=("a.nii.gz", "b.nii", "README.md", "c.jpg")))
-    assert [c.id for c in data.cases] == ["a", "b"]
-
-
-def test_more_columns_and_a_byte_order_mark_do_no_harm(tmp_path):
+def test_other_files_more_columns_and_a_byte_order_mark_do_no_harm(tmp_path):
     # Spreadsheets put a byte-order mark before the first column's name when they save "CSV UTF-8".
     table = b"\xef\xbb\xbfvolume,reader,slice,has_lesion\r\na,MD,0,0\r\nb,MD,0,1\r\n"
-    assert [c.labels for c in load_dataset(volumes(tmp_path / "d", table)).cases] == [{0: 0}, {0: 1}]
+    data = load_dataset(volumes(tmp_path / "d", table, ("a.nii.gz", "b.nii", "README.md", "c.jpg")))
+    assert [(c.id, c.labels) for c in data.cases] == [("a", {0: 0}), ("b", {0: 1})]
 
 
 def test_labels_may_be_missing_where_they_are_not_needed(tmp_path):
     for root in (volumes(tmp_path / "v", None), stacks(tmp_path / "s", None)):
-        assert load_dataset(root, need_labels=False).labels() == 0
-    # A table that is there is read all the same, and its faults are reported.
-    assert load_dataset(volumes(tmp_path / "w"), need_labels=False).labels() == 3
-    with pytest.raises(DatasetError, match="lacks the column"):
-        load_dataset(stacks(tmp_path / "t", "a,b\n"), need_labels=False)
-    assert load_dataset(tmp_path / "t", use_labels=False).labels() == 0
+        assert load_dataset(root, labels=False).labels() == 0
+    assert load_dataset(stacks(tmp_path / "t", "a,b\n"), labels=False).labels() == 0
 
 
 def test_subset_keeps_the_order_asked_for(tmp_path):
@@ -98,14 +87,6 @@ def test_subset_keeps_the_order_asked_for(tmp_path):
     assert data.subset([]).cases == ()
     with pytest.raises(DatasetError, match=r"has no volume x, y.*It holds a, b"):
         data.subset(["a", "x", "y"])
-
-
-def test_the_phantom_is_such_a_folder(tiny_phantom):
-    data = load_dataset(tiny_phantom)
-    assert len(data.cases) == 4
-    assert data.labels() == 40
-    assert all(c.mask and c.mask.exists() and c.lung and c.lung.exists() for c in data.cases)
-    assert {label for c in data.cases for label in c.labels.values()} == {0, 1}
 
 
 # --- faults -----------------------------------------------------------------------------------------------------
@@ -124,6 +105,8 @@ def test_folders_that_are_no_data(tmp_path):
     check_refused(tmp_path / "file", "no such data folder")
     (tmp_path / "empty" / "im").mkdir(parents=True)
     check_refused(tmp_path / "empty", "holds no scans", "slice_labels.csv")
+    (volumes(tmp_path / "d", None) / "slice_labels.csv").mkdir()
+    check_refused(tmp_path / "d", "slice_labels.csv", "not a CSV table")
     check_refused(volumes(tmp_path / "twice", names=("a.nii", "a.nii.gz")), "holds a both as .nii and as .nii.gz")
 
 
@@ -146,11 +129,6 @@ def test_folders_that_are_no_data(tmp_path):
 ])
 def test_label_tables_of_volumes(tmp_path, table, words):
     check_refused(volumes(tmp_path / "d", table), *words)
-
-
-def test_a_folder_in_place_of_the_table(tmp_path):
-    (volumes(tmp_path / "d", None) / "slice_labels.csv").mkdir()
-    check_refused(tmp_path / "d", "slice_labels.csv", "not a CSV table")
 
 
 @pytest.mark.parametrize(("table", "words"), [

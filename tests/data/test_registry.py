@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from data_server import nifti, volume
 
-from covidseg.data import registry
+from covidseg.data import phantom, registry
+from covidseg.data.phantom import patient
 from covidseg.data.registry import cache_root, data_root, entry, is_present, load_registry, resolve
 from covidseg.data.splits import read_split, split_names
 from covidseg.errors import DatasetError
@@ -76,11 +77,6 @@ def test_patients_of_the_register_agree_with_the_splits() -> None:
     assert set(split_names()) <= set(load_registry())
 
 
-def test_good_register_passes(tmp_path: Path) -> None:
-    (tmp_path / "r.toml").write_text(GOOD)
-    assert load_registry(tmp_path / "r.toml")["toy"].files[0].name == "a.zip"
-
-
 def change(old: str, new: str) -> Callable[[str], str]:
     return lambda text: text.replace(old, new, 1)
 
@@ -104,6 +100,8 @@ def change(old: str, new: str) -> Callable[[str], str]:
     (change('role = "image"', 'role = "image"\ntaste = "sweet"'), "taste"),
 ])
 def test_faulty_registers_are_refused(spoil: Callable[[str], str], complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(GOOD)
+    assert load_registry(tmp_path / "r.toml")["toy"].files[0].name == "a.zip"
     (tmp_path / "r.toml").write_text(spoil(GOOD))
     with pytest.raises(DatasetError, match=complaint):
         load_registry(tmp_path / "r.toml")
@@ -125,10 +123,9 @@ def test_cache_folder_can_be_chosen(cache: Path, monkeypatch: pytest.MonkeyPatch
 def test_resolve_a_folder(cache: Path, tmp_path: Path) -> None:
     write_volume(tmp_path / "mine")
     assert resolve(tmp_path / "mine") == resolve(str(tmp_path / "mine")) == tmp_path / "mine"
-    with pytest.raises(DatasetError, match="neither a data folder nor the name"):
-        resolve(tmp_path / "other")
-    with pytest.raises(DatasetError, match="neither a data folder nor the name"):
-        resolve("medseg3")
+    for unknown in (tmp_path / "other", "medseg3"):
+        with pytest.raises(DatasetError, match="neither a data folder nor the name"):
+            resolve(unknown)
 
 
 def test_resolve_a_name(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,26 +145,17 @@ def test_resolve_a_name(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         resolve("medseg2")
 
 
-def test_phantom_is_made_on_demand_and_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from covidseg.data import phantom
-
+def test_phantom_is_made_on_demand_and_once_for_each_version(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = phantom.PhantomSettings(patients=1, slices=8, size=64, vessel_targets=20)
     whole = phantom.write_phantom
     monkeypatch.setattr(phantom, "write_phantom", lambda folder: whole(folder, small))
     first = resolve("phantom")
-    assert first.parent == cache
-    assert first.name == f"phantom-{phantom.mark()}"
+    assert first == cache / f"phantom-{phantom.mark()}"
     written = (first / "phantom.json").stat().st_mtime_ns
     assert resolve("phantom") == first
-    assert (first / "phantom.json").stat().st_mtime_ns == written, "it is made once"
-
-
-def test_an_updated_phantom_is_not_mistaken_for_the_old_one(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from covidseg.data.phantom import patient
-
-    before = registry.home("phantom")
+    assert (first / "phantom.json").stat().st_mtime_ns == written
     monkeypatch.setattr(patient, "VERSION", patient.VERSION + 1)
-    assert registry.home("phantom") != before
+    assert registry.home("phantom") != first
     assert registry.home("medseg1") == cache / "medseg1"
 
 

@@ -245,4 +245,4 @@ def test_a_label_beyond_the_volume_is_refused(tiny_phantom):
 def test_truth_needs_masks(tmp_path):
     write_like(np.zeros((2, 8, 8), np.int16), Grid((8, 8, 2), np.eye(4)), tmp_path / "im" / "a.nii.gz")
     with pytest.raises(DatasetError, match="no lesion mask for a"):
-        next(read_truth(load_dataset(tmp_path, need_labels=False)))
+        next(read_truth(load_dataset(tmp_path, labels=False)))

@@ -11,24 +11,7 @@ A patient is made in this order (:mod:`covidseg.data.phantom.patient`): body and
 vessels and airways over them (:mod:`covidseg.data.phantom.vessels`), and at last the scanner with its blur and noise.
 """
 
-from covidseg.data.phantom.patient import (
-    LOOKALIKES,
-    VERSION,
-    PhantomPatient,
-    is_healthy,
-    make_patient,
-    mark,
-    write_phantom,
-)
+from covidseg.data.phantom.patient import LOOKALIKES, PhantomPatient, is_healthy, make_patient, mark, write_phantom
 from covidseg.data.phantom.settings import PhantomSettings
 
-__all__ = [
-    "LOOKALIKES",
-    "VERSION",
-    "PhantomPatient",
-    "PhantomSettings",
-    "is_healthy",
-    "make_patient",
-    "mark",
-    "write_phantom",
-]
+__all__ = ["LOOKALIKES", "PhantomPatient", "PhantomSettings", "is_healthy", "make_patient", "mark", "write_phantom"]

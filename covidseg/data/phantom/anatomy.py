@@ -5,12 +5,12 @@ Every organ is an implicit shape: a signed distance in millimetres, negative ins
 partial-volume edges of a real scanner. All shapes are evaluated on warped coordinates (:class:`Frame`), so that
 no two patients, and no two sides of one patient, are alike.
 
-The shapes are plausible, not anatomical truth: they serve teaching and tests. Not a medical device.
+The shapes are plausible, not anatomical truth: they serve teaching and tests.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -19,19 +19,10 @@ Array = np.ndarray
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], spacing: tuple[float, ...], scale: float) -> Array:
-    """Gaussian random field with unit variance at every voxel and a correlation length of about ``scale``.
+    """Gaussian random field, float32, with unit variance at every voxel and a correlation length of about ``scale`` mm.
 
     White noise on a coarse grid is spread by a Gaussian kernel along one axis after the other; each row of
     kernel weights has length one, so the variance stays exactly one whatever the scale.
-
-    Args:
-        rng: source of randomness.
-        shape: shape of the result, any number of axes.
-        spacing: voxel size along each axis, mm.
-        scale: standard deviation of the spreading kernel, mm.
-
-    Returns:
-        ``float32`` array of ``shape``.
     """
     kernels = []
     for length, step in zip(shape, spacing, strict=True):
@@ -69,31 +60,18 @@ def bar(x: Array, y: Array, start: tuple[float, float], end: tuple[float, float]
     return np.hypot(x - start[0] - along * dx, y - start[1] - along * dy) - radius
 
 
-@dataclass(frozen=True)
-class Frame:
-    """Coordinates of the patient's body at every voxel, and the measures its organs hang on.
+class Frame(NamedTuple):
+    """Coordinates of the patient's body at every voxel, and the measures its organs hang on, all in mm."""
 
-    Attributes:
-        x: ``(S, H, W)`` mm from the midline towards the patient's left, warped.
-        y: ``(S, H, W)`` mm from the middle of the chest towards the back, warped.
-        z: ``(S, 1, 1)`` mm from the lowest lung slice towards the head.
-        spacing: Voxel size, mm (slices, rows, columns).
-        height: Extent of the scan along z, mm.
-        half_width: Half the inner width of the chest, mm.
-        half_depth: Half the inner depth of the chest, mm.
-        fat: Thickness of the fat under the skin, mm.
-        breath: Breathing level, 0 (breathed out: high diaphragm, dense lung) to 1 (breathed in).
-    """
-
-    x: Array
-    y: Array
-    z: Array
-    spacing: tuple[float, float, float]
-    height: float
-    half_width: float
-    half_depth: float
-    fat: float
-    breath: float
+    x: Array  # (S, H, W) from the midline towards the patient's left, warped
+    y: Array  # (S, H, W) from the middle of the chest towards the back, warped
+    z: Array  # (S, 1, 1) from the lowest lung slice towards the head
+    spacing: tuple[float, float, float]  # voxel size (slices, rows, columns)
+    height: float      # extent of the scan along z
+    half_width: float  # of the inner chest
+    half_depth: float  # of the inner chest
+    fat: float         # thickness of the fat under the skin
+    breath: float      # breathing level, 0 (breathed out: high diaphragm, dense lung) to 1 (breathed in)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -126,25 +104,15 @@ def make_frame(rng: np.random.Generator, slices: int, size: int, breath: float) 
     return Frame(x.astype(np.float32), y.astype(np.float32), z, spacing, height, half_width, half_depth, fat, breath)
 
 
-@dataclass(frozen=True)
-class Chest:
-    """What the lesions and vessels need to know about the anatomy, and the densities around the lungs.
+class Chest(NamedTuple):
+    """What the lesions and vessels need to know about the anatomy, arrays ``(S, H, W)``, body coordinates in mm."""
 
-    Attributes:
-        outside: ``(S, H, W)`` HU of everything but the lungs.
-        lung: ``(S, H, W)`` signed distance to the lungs, mm; negative inside.
-        pleura: ``(S, H, W)`` depth below chest wall or diaphragm, mm; positive inside.
-        heart: ``(S, H, W)`` signed distance to heart and mediastinum, mm.
-        hila: Body coordinates (x, y, z) in mm of the right and the left lung root.
-        carina: Body coordinates (x, y, z) in mm where the trachea divides.
-    """
-
-    outside: Array
-    lung: Array
-    pleura: Array
-    heart: Array
-    hila: tuple[tuple[float, float, float], tuple[float, float, float]]
-    carina: tuple[float, float, float]
+    outside: Array  # HU of everything but the lungs
+    lung: Array     # signed distance to the lungs, mm; negative inside
+    pleura: Array   # depth below chest wall or diaphragm, mm; positive inside
+    heart: Array    # signed distance to heart and mediastinum, mm
+    hila: tuple[tuple[float, float, float], tuple[float, float, float]]  # right and left lung root, (x, y, z)
+    carina: tuple[float, float, float]  # where the trachea divides, (x, y, z)
 
 
 def make_chest(rng: np.random.Generator, f: Frame) -> Chest:
@@ -200,13 +168,12 @@ def _diaphragm(rng: np.random.Generator, f: Frame) -> Array:
     slope_x, slope_y = 0.55 * f.height / f.half_width**2, 0.5 * f.height / f.half_depth**2
     tops = (f.height * (0.33 - 0.13 * f.breath + rng.normal(0, 0.01)),
             f.height * (0.27 - 0.13 * f.breath + rng.normal(0, 0.01)))
-    diaphragm = np.empty_like(f.x)
+    sides = []
     for sign, top in zip((-1, 1), tops, strict=True):
         dx, dy = f.x - sign * 0.42 * f.half_width, f.y + 0.5 * f.half_depth
         steep = np.sqrt(1 + (2 * slope_x * dx) ** 2 + (2 * slope_y * dy) ** 2)
-        side = (top - slope_x * dx**2 - slope_y * dy**2 - f.z) / steep
-        np.copyto(diaphragm, side, where=f.x * sign > 0)
-    return diaphragm
+        sides.append((top - slope_x * dx**2 - slope_y * dy**2 - f.z) / steep)
+    return np.where(f.x < 0, *sides)
 
 
 def _great_vessels(rng: np.random.Generator, f: Frame) -> Array:

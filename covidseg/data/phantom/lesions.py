@@ -8,7 +8,7 @@ occur in healthy people: blood sinks to the back, vessels crowd at the base, hea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -24,33 +24,19 @@ MIN_LESION_AREA_MM2 = 18.0
 IN_PLANE = np.array([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # neighbours in the same slice
 
 
-@dataclass(frozen=True)
-class Lesions:
-    """All lesions of one patient.
+class Lesions(NamedTuple):
+    """All lesions of one patient, each array ``(S, H, W)``."""
 
-    Attributes:
-        tissue: ``(S, H, W)`` float32, HU of the lung tissue after the lesions.
-        mask: ``(S, H, W)`` bool.
-        kind: ``(S, H, W)`` uint8, 0 outside the mask.
-    """
-
-    tissue: Array
-    mask: Array
-    kind: Array
+    tissue: Array  # float32, HU of the lung tissue after the lesions
+    mask: Array    # bool
+    kind: Array    # uint8, 0 outside the mask
 
 
 def add_lesions(rng: np.random.Generator, settings: PhantomSettings, f: Frame, chest: Chest,
                 tissue: Array) -> Lesions:
-    """Adds lesions until they fill the patient's share of the lungs.
+    """Adds lesions to the lung tissue ``(S, H, W)`` HU until they fill the patient's share of the lungs.
 
     Only a run of neighbouring slices is involved, so that some slices of every patient stay free.
-
-    Args:
-        rng: source of randomness.
-        settings: share and density of lesions, among others.
-        f: the patient's frame.
-        chest: the patient's anatomy.
-        tissue: ``(S, H, W)`` HU of the lung tissue without vessels.
     """
     lung = chest.lung < 0
     slices = f.shape[0]
@@ -95,8 +81,11 @@ def add_lesions(rng: np.random.Generator, settings: PhantomSettings, f: Frame, c
             break
     # The reader's outline follows the lesion with the wobble of a hand.
     wobble = 0.5 + settings.reader_wobble * smooth_noise(rng, f.shape, f.spacing, 4)
-    mask = _without_specks((amount > np.clip(wobble, 0.15, 0.85)) & lung, f.spacing)
-    keep = _large_enough(amount, mask, f.spacing)
+    mask = (amount > np.clip(wobble, 0.15, 0.85)) & lung
+    mask &= _large(mask, mask, f.spacing, MIN_LESION_AREA_MM2 / 3)  # no reader outlines a speck
+    # Every slice has either a clear lesion or none at all. Lesions are judged slice by slice together with their soft
+    # surroundings: a soft edge whose middle lies in another slice would be neither a lesion nor its absence.
+    keep = _large(amount > 0.02, mask, f.spacing, MIN_LESION_AREA_MM2)
     mask &= keep
     kinds = np.array(BY_DENSITY, dtype=np.uint8)[rank]
     kinds[kinds == NONE] = GROUND_GLASS  # the outermost rim, where the outline strays outwards
@@ -158,26 +147,12 @@ def _network(rng: np.random.Generator, f: Frame, lung: Array) -> Array:
     return net
 
 
-def _without_specks(mask: Array, spacing: tuple[float, float, float]) -> Array:
-    """The mask without parts of less than a third of MIN_LESION_AREA_MM2, which no reader outlines."""
-    parts, count = ndimage.label(mask, structure=IN_PLANE)
-    areas = np.bincount(parts.ravel(), minlength=count + 1) * spacing[1] * spacing[2]
-    large = areas >= MIN_LESION_AREA_MM2 / 3
+def _large(where: Array, mask: Array, spacing: tuple[float, float, float], least: float) -> Array:
+    """``(S, H, W)`` bool: the parts of ``where``, slice by slice, that hold at least so many mm^2 of the mask."""
+    parts, count = ndimage.label(where, structure=IN_PLANE)
+    large = np.bincount(parts.ravel(), weights=mask.ravel(), minlength=count + 1) * spacing[1] * spacing[2] >= least
     large[0] = False
     return large[parts]
-
-
-def _large_enough(amount: Array, mask: Array, spacing: tuple[float, float, float]) -> Array:
-    """``(S, H, W)`` bool: where lesions may stay, so that every slice has either a clear lesion or none at all.
-
-    Lesions are judged slice by slice together with their soft surroundings: a soft edge whose middle lies in
-    another slice, or a speck below MIN_LESION_AREA_MM2, would be neither a lesion nor its absence.
-    """
-    parts, count = ndimage.label(amount > 0.02, structure=IN_PLANE)
-    areas = np.bincount(parts.ravel(), weights=mask.ravel(), minlength=count + 1) * spacing[1] * spacing[2]
-    enough = areas >= MIN_LESION_AREA_MM2
-    enough[0] = False
-    return enough[parts]
 
 
 def dependent_density(rng: np.random.Generator, settings: PhantomSettings, f: Frame, lung: Array) -> Array:
@@ -193,11 +168,7 @@ def dependent_density(rng: np.random.Generator, settings: PhantomSettings, f: Fr
 
 
 def nodules(rng: np.random.Generator, f: Frame, chest: Chest) -> tuple[Array, list[int]]:
-    """Look-alike: a few crisp nodules of 4 to 8 mm.
-
-    Returns:
-        The share of each voxel that they fill, ``(S, H, W)`` 0..1, and the slices that they lie in.
-    """
+    """Look-alike: a few crisp nodules of 4 to 8 mm; share of each voxel, ``(S, H, W)`` 0..1, and their slices."""
     share = np.zeros(f.shape, dtype=np.float32)
     places = np.argwhere((chest.lung < -5) & (chest.lung > -30))
     slices = []
@@ -210,15 +181,7 @@ def nodules(rng: np.random.Generator, f: Frame, chest: Chest) -> tuple[Array, li
 
 
 def blur_motion(rng: np.random.Generator, f: Frame, hu: Array, heart: Array, k: int) -> None:
-    """Look-alike: slice ``k`` is doubled by a beating heart or a breath, most next to heart and diaphragm.
-
-    Args:
-        rng: source of randomness.
-        f: the patient's frame.
-        hu: ``(S, H, W)`` HU, changed in place.
-        heart: ``(S, H, W)`` signed distance to heart and diaphragm, mm.
-        k: the slice.
-    """
+    """Look-alike: slice ``k`` is doubled in place by a beating heart or a breath, most next to heart and diaphragm."""
     angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(4, 8) / f.spacing[1]
     shift = (length * np.sin(angle), length * np.cos(angle))
     ghost = ndimage.shift(hu[k], shift, order=1, mode="nearest")

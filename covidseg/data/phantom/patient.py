@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from covidseg.data.folder import VOLUME_COLUMNS, write_table
-from covidseg.data.phantom.anatomy import Array, Frame, apply_scanner, coverage, lung_tissue, make_chest, make_frame
+from covidseg.data.phantom.anatomy import Array, apply_scanner, coverage, lung_tissue, make_chest, make_frame
 from covidseg.data.phantom.lesions import (
     MIN_LESION_AREA_MM2,
     Lesions,
@@ -34,29 +34,17 @@ LOOKALIKES = ("crowded_vessels", "dependent_density", "motion", "nodules")
 
 @dataclass(frozen=True)
 class PhantomPatient:
-    """One patient: a volume and the whole truth about it. Arrays are upright, ``(slices, rows, columns)``.
+    """One patient: a volume and the whole truth about it. Arrays are upright, ``(slices, rows, columns)``."""
 
-    Attributes:
-        id: Name, as in ``slice_labels.csv``.
-        hu: ``int16``, HU.
-        lung: ``bool``, healthy and diseased lung; mediastinum and trachea are not part of it.
-        mask: ``bool``, lesions; part of ``lung``.
-        kind: ``uint8``, 0 none, 1 ground glass, 2 consolidation, 3 crazy paving.
-        spacing: Millimetres between slices, rows and columns.
-        healthy: Whether the patient has no lesion at all.
-        lookalikes: Kinds of look-alike in the volume, of :data:`LOOKALIKES`.
-        lookalike_slices: For each of them, the slices in which it is most plainly seen.
-    """
-
-    id: str
-    hu: Array
-    lung: Array
-    mask: Array
-    kind: Array
-    spacing: tuple[float, float, float]
-    healthy: bool
-    lookalikes: tuple[str, ...]
-    lookalike_slices: dict[str, tuple[int, ...]]
+    id: str      # as in slice_labels.csv
+    hu: Array    # int16, HU
+    lung: Array  # bool, healthy and diseased lung; mediastinum and trachea are not part of it
+    mask: Array  # bool, lesions; part of the lung
+    kind: Array  # uint8, 0 none, 1 ground glass, 2 consolidation, 3 crazy paving
+    spacing: tuple[float, float, float]  # mm between slices, rows and columns
+    healthy: bool  # no lesion at all
+    lookalikes: tuple[str, ...]  # kinds in the volume, of LOOKALIKES
+    lookalike_slices: dict[str, tuple[int, ...]]  # for each of them, the slices in which it is most plainly seen
 
     def labels(self) -> Array:
         """``(slices,)`` int: 1 where the lesion covers at least MIN_LESION_AREA_MM2, otherwise 0."""
@@ -84,11 +72,7 @@ def _breath(settings: PhantomSettings, index: int) -> float:
 
 
 def make_patient(settings: PhantomSettings, index: int) -> PhantomPatient:
-    """Makes one patient; the result depends on ``settings`` and ``index`` alone.
-
-    Args:
-        settings: what to make.
-        index: 0 .. ``settings.patients - 1``.
+    """Makes patient ``index``, counted from 0; the result depends on ``settings`` and ``index`` alone.
 
     Raises:
         SettingsError: there is no such patient.
@@ -110,7 +94,8 @@ def make_patient(settings: PhantomSettings, index: int) -> PhantomPatient:
     if "dependent_density" in wanted:
         added = dependent_density(rng, settings, f, lung)
         tissue += added
-        seen["dependent_density"] = _slices_with(added > 60, f, 100)
+        area = (added > 60).sum(axis=(1, 2)) * f.spacing[1] * f.spacing[2]
+        seen["dependent_density"] = tuple(np.flatnonzero(area >= 100).tolist())  # mm^2
     none = Lesions(tissue, np.zeros(f.shape, dtype=bool), np.zeros(f.shape, dtype=np.uint8))
     lesions = none if healthy else add_lesions(rng, settings, f, chest, tissue)
     air = lesions.tissue  # HU inside the lungs, completed in place
@@ -140,25 +125,11 @@ def make_patient(settings: PhantomSettings, index: int) -> PhantomPatient:
                           tuple(sorted(seen)), seen)
 
 
-def _slices_with(where: Array, f: Frame, area: float) -> tuple[int, ...]:
-    """Slices in which ``where`` covers at least ``area`` mm^2."""
-    covered = where.sum(axis=(1, 2)) * f.spacing[1] * f.spacing[2]
-    return tuple(np.flatnonzero(covered >= area).tolist())
-
-
 def write_phantom(folder: str | Path, settings: PhantomSettings | None = None, *, progress: bool = False) -> Path:
     """Writes a phantom data set in the layout of :mod:`covidseg.data.folder`, plus ``kind/`` and ``phantom.json``.
 
     A finished folder of the same settings is left as it is. The set is built beside its target and moved there
     when complete, so that a crash leaves no half folder.
-
-    Args:
-        folder: target; it must not exist, be empty, or hold a phantom of the same settings.
-        settings: what to make; the default settings if None.
-        progress: print a line for each patient.
-
-    Returns:
-        The folder.
 
     Raises:
         DatasetError: the folder holds something else, or a phantom of other settings or with files missing.

@@ -8,7 +8,7 @@ factor). Radii follow Murray's law: a parent's radius to the power of ``MURRAY``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,30 +19,16 @@ BALANCE = 0.35  # share of the way back to the root in the cost of a joint
 PIECE = 13.0  # mm; longer edges are bent and can be joined midway
 
 
-@dataclass(frozen=True)
-class Tree:
-    """Tapered tubes between nodes.
+class Tree(NamedTuple):
+    """Tapered tubes between nodes; positions are (z, row, column) in mm from the centre of voxel (0, 0, 0)."""
 
-    Attributes:
-        nodes: ``(N, 3)`` positions (z, row, column) in mm from the centre of voxel (0, 0, 0).
-        parent: ``(N,)`` index of each node's parent; the root is its own.
-        radius: ``(N,)`` mm.
-    """
-
-    nodes: Array
-    parent: Array
-    radius: Array
+    nodes: Array   # (N, 3)
+    parent: Array  # (N,) index of each node's parent; the root is its own
+    radius: Array  # (N,) mm
 
 
 def grow_tree(rng: np.random.Generator, root: Array, targets: Array, tip: float) -> Tree:
-    """Grows a tree from ``root`` to all ``targets``.
-
-    Args:
-        rng: bends the branches.
-        root: ``(3,)`` mm.
-        targets: ``(N, 3)`` mm.
-        tip: radius of the last branches, mm.
-    """
+    """Grows a tree from ``root`` ``(3,)`` to all ``targets`` ``(N, 3)``; the last branches have radius ``tip`` (mm)."""
     order = np.argsort(np.linalg.norm(targets - root, axis=1), kind="stable")
     limit = 1 + 14 * len(targets)
     nodes, parent, path = np.empty((limit, 3)), np.zeros(limit, dtype=int), np.zeros(limit)
@@ -70,10 +56,10 @@ def grow_tree(rng: np.random.Generator, root: Array, targets: Array, tip: float)
 
 def draw_tubes(field: Array, starts: Array, ends: Array, radii: Array, spacing: tuple[float, float, float],
                slab: float) -> None:
-    """Raises ``field`` to the share of each voxel that the tubes fill.
+    """Raises ``field`` ``(S, H, W)`` to the share of each voxel, 0..1, that the tubes fill.
 
     Args:
-        field: ``(S, H, W)`` share 0..1, changed in place.
+        field: changed in place.
         starts: ``(N, 3)`` where each tube begins, mm, (z, row, column).
         ends: ``(N, 3)`` where it ends.
         radii: ``(N,)`` mm.
@@ -105,55 +91,20 @@ def draw_tubes(field: Array, starts: Array, ends: Array, radii: Array, spacing: 
             np.maximum(view, np.clip(0.5 + (radii[i] - gap) / pixel, 0, 1) * strength[i], out=view)
 
 
-def draw_airways(wall: Array, lumen: Array, tree: Tree, spacing: tuple[float, float, float], slab: float,
-                 offset: Array) -> None:
-    """Draws the bronchi that run beside the larger branches of ``tree``.
+class Branches(NamedTuple):
+    """All tubes of one patient, each ``(S, H, W)`` float32, the share 0..1 of a voxel."""
 
-    Args:
-        wall: ``(S, H, W)`` share 0..1 that the walls of the airways fill, changed in place.
-        lumen: ``(S, H, W)`` share 0..1 that the air in them fills, changed in place.
-        tree: the vessels the bronchi accompany.
-        spacing: voxel size, mm.
-        slab: slice thickness, mm.
-        offset: ``(3,)`` direction, unit length, in which a bronchus lies beside its vessel.
-    """
-    thick = np.flatnonzero(tree.radius > 1.9)
-    thick = thick[thick > 0]
-    radius = tree.radius[thick]
-    shift = offset * (1.85 * radius + 0.9)[:, None]
-    starts, ends = tree.nodes[tree.parent[thick]] + shift, tree.nodes[thick] + shift
-    draw_tubes(wall, starts, ends, 0.85 * radius + 0.9, spacing, slab)
-    draw_tubes(lumen, starts, ends, 0.85 * radius, spacing, slab)
-
-
-@dataclass(frozen=True)
-class Branches:
-    """All tubes of one patient, each ``(S, H, W)`` float32, the share 0..1 of a voxel.
-
-    Attributes:
-        vessels: Arteries and veins of the lungs.
-        wall: Walls of trachea and bronchi.
-        lumen: Air inside the bronchi within the lungs.
-        trunk: Air inside trachea and main bronchi, which do not count as lung.
-        crowded: Slices in which vessels are crowded together.
-    """
-
-    vessels: Array
-    wall: Array
-    lumen: Array
-    trunk: Array
-    crowded: tuple[int, ...]
+    vessels: Array  # arteries and veins of the lungs
+    wall: Array     # of trachea and bronchi
+    lumen: Array    # air inside the bronchi within the lungs
+    trunk: Array    # air inside trachea and main bronchi, which do not count as lung
+    crowded: tuple[int, ...]  # slices in which vessels are crowded together
 
 
 def grow_branches(rng: np.random.Generator, f: Frame, chest: Chest, targets: int, *, crowded: bool) -> Branches:
-    """Grows vessels and airways of both lungs.
+    """Grows vessels and airways of both lungs, each vessel tree with ``targets`` end branches.
 
-    Args:
-        rng: source of randomness.
-        f: the patient's frame.
-        chest: the patient's anatomy.
-        targets: end branches of each lung.
-        crowded: look-alike: half as many more at the base and back, as after a shallow breath.
+    The look-alike ``crowded`` has half as many more at the base and back, as after a shallow breath.
     """
     slab = rng.uniform(2.0, 5.0)
     vessels, wall, lumen, trunk = (np.zeros(f.shape, dtype=np.float32) for _ in range(4))
@@ -172,7 +123,12 @@ def grow_branches(rng: np.random.Generator, f: Frame, chest: Chest, targets: int
         ends = (chosen + rng.uniform(-0.5, 0.5, chosen.shape)) * np.array(f.spacing)
         tree = grow_tree(rng, hilum, ends, tip=rng.uniform(0.55, 0.7))
         draw_tubes(vessels, tree.nodes[tree.parent[1:]], tree.nodes[1:], tree.radius[1:], f.spacing, slab)
-        draw_airways(wall, lumen, tree, f.spacing, slab, offset)
+        thick = 1 + np.flatnonzero(tree.radius[1:] > 1.9)  # larger branches have bronchi beside them
+        radius = tree.radius[thick]
+        shift = offset * (1.85 * radius + 0.9)[:, None]
+        starts, bronchi = tree.nodes[tree.parent[thick]] + shift, tree.nodes[thick] + shift
+        draw_tubes(wall, starts, bronchi, 0.85 * radius + 0.9, f.spacing, slab)
+        draw_tubes(lumen, starts, bronchi, 0.85 * radius, f.spacing, slab)
         _main_airway(wall, trunk, f, carina, hilum, 6.0)
     _main_airway(wall, trunk, f, carina, above, 8.5)
     return Branches(vessels, wall * (1 - np.maximum(lumen, trunk)), lumen, trunk, tuple(sorted(crowd)))
