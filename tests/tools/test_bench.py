@@ -13,9 +13,8 @@ import pytest
 import torch
 from bench import __main__ as program
 from bench import measure, roofline
-from bench.command import covidseg
+from bench.command import covidseg, memory_mb
 from bench.measure import Comparison, Limit, alternating, exponent, in_fresh_process
-from bench.memory import memory_mb
 from fresh import fail, hold, measured_length, prepare
 from packaging.requirements import Requirement
 from torch import nn

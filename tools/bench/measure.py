@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.memory import memory_mb, reset_peak
+from bench.command import memory_mb, reset_peak
 
 PRELOAD = ["covidseg.pipeline", "covidseg.predict", "monai.networks.nets", "monai.inferers"]
 
