@@ -44,11 +44,12 @@ def search(name: str, seconds: int, kept: Path, worker: Sequence[str] = ("-m", "
         command = [sys.executable, *worker, name, "--seconds", str(seconds), "--folder", folder,
                    "--kept", str(kept / f"{name}-")]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds + PATIENCE,
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                  errors="replace", timeout=seconds + PATIENCE,
                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
-            log, end = done.stderr, f"exit code {done.returncode}" if done.returncode else ""
+            log, end = done.stdout, f"exit code {done.returncode}" if done.returncode else ""
         except subprocess.TimeoutExpired as error:
-            log, end = (error.stderr or b"").decode(errors="replace"), "no end"
+            log, end = (error.stdout or b"").decode(errors="replace"), "no end"
 
     def last(pattern: str) -> int:
         found = re.findall(pattern, log)
