@@ -20,7 +20,7 @@ from faults.trial import CODES, REMEDY, Fault, attempt, tidy
 from tiny import TINY
 from typer.testing import CliRunner
 
-from covidseg import __version__, errors
+from covidseg import __version__
 from covidseg.cli import app
 from covidseg.errors import ArtifactError, CovidsegError, InputFileError
 from covidseg.profiles import PROFILES
@@ -158,28 +158,6 @@ def test_nothing_of_a_fault_outlives_it(supplies: Supplies) -> None:
     before = Path.cwd(), sys.stdout, sys.argv, server.registry.data_root
     attempt(next(fault for group, fault in ALL if group == "downloads and archives"), supplies)
     assert (Path.cwd(), sys.stdout, sys.argv, server.registry.data_root) == before
-
-
-# --- what the table says in the README --------------------------------------------------------------------------
-
-def code_faults(readme: str) -> list[str]:
-    """Exit codes whose meaning in the README is not that of the error's own docstring, and errors that it lacks."""
-    told = {int(code): meaning for code, meaning in re.findall(r"^\| (\d+) \| ([^|]+) \| `\w+Error` \|$", readme,
-                                                              re.MULTILINE)}
-    faults = []
-    for kind in vars(errors).values():
-        if isinstance(kind, type) and issubclass(kind, CovidsegError) and kind is not CovidsegError:
-            meaning = str(kind.__doc__).strip().rstrip(".").lower()
-            if told.get(kind.exit_code, "").lower() != meaning:
-                faults.append(f"{kind.exit_code}: {meaning}")
-    return faults
-
-
-def test_the_exit_codes_of_the_readme_mean_what_the_errors_say() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert code_faults(readme) == []
-    wrong = readme.replace("| 7 | no lung", "| 7 | some lung")
-    assert code_faults(wrong) == ["7: no lung was found where one is needed"]
 
 
 REFUSED = [fault for fault in pictures.FAULTS if "MR " in fault.title]
