@@ -23,7 +23,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,17 +46,12 @@ Run = dict[str, Any]  # how one chapter ran, see run_chapter
 
 def toc_files(toc: Any) -> list[str]:
     """Every page that a parsed ``_toc.yml`` lists, in reading order, as written there (without suffix)."""
-
-    def walk(node: Any) -> Iterator[str]:
-        if isinstance(node, dict):
-            for key in ("root", "file"):
-                if key in node:
-                    yield node[key]
-            for key in ("parts", "chapters", "sections", "entries", "subtrees"):
-                for child in node.get(key, []):
-                    yield from walk(child)
-
-    return list(walk(toc))
+    if isinstance(toc, list):
+        return [page for part in toc for page in toc_files(part)]
+    if not isinstance(toc, dict):
+        return []
+    own = [toc[key] for key in ("root", "file") if key in toc]
+    return own + [page for value in toc.values() for page in toc_files(value)]
 
 
 def chapters_to_run(root: Path) -> list[str]:

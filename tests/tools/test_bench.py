@@ -59,8 +59,8 @@ def test_a_figure_keeps_its_limit() -> None:
 @pytest.mark.weekly
 def test_ways_take_turns_and_the_first_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    # Seconds from one look at the clock to the next: the first turn begins twice, then each way begins and ends.
-    clock = itertools.accumulate([0, 100, *[50, 1, 50, 9], *[50, 2, 50, 9], *[50, 1, 50, 8]])
+    # Seconds from one look at the clock to the next: each way begins and ends.
+    clock = itertools.accumulate([0, 100, 50, 100, *[50, 1, 50, 9], *[50, 2, 50, 9], *[50, 1, 50, 8]])
     monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))
     seconds = alternating([lambda: calls.append("a"), lambda: calls.append("b")], rounds=3)
     assert calls == ["a", "b"] * 4

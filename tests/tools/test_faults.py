@@ -139,7 +139,7 @@ def test_a_record_holds_nothing_that_another_processor_would_say_otherwise(said:
 @pytest.mark.weekly
 def test_the_program_fails_if_a_fault_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    caught = next(fault for fault in files.FAULTS if fault.title == "empty")
+    caught = next(fault for fault in files.FILES if fault.title == "empty")
     monkeypatch.setattr(program, "GROUPS", {"a": [caught], "b": [caught, FINE]})
     assert program.main(["--only", "a", "--out", str(tmp_path)]) == 0
     assert list(tmp_path.iterdir()) == [], "a part of the table is no record"

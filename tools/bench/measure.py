@@ -25,9 +25,9 @@ class Setup:
 
     Attributes:
         device: Where nets compute.
-        folder: Folder for files made on the way; removed at the end.
+        folder: For files made on the way; removed at the end.
         rounds: How often each way has its turn.
-        small: Whether sizes are tiny, for the tests of the benchmark itself; figures mean nothing then.
+        small: Whether sizes are tiny, for tests of the benchmark; figures mean nothing then.
     """
 
     device: torch.device
@@ -70,25 +70,22 @@ def limited(task: str, unit: str, value: float, limit: float | None = None, note
             "limit": limit, "note": note}
 
 
-def wait(device: torch.device) -> None:
-    """A GPU works on while Python goes on: wait before the clock is read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def timed(work: Callable[[], Any], device: torch.device = torch.device("cpu")) -> float:
+    """Seconds of one call. A GPU works on while Python goes on, so it is waited for before the clock is read."""
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+    start = now()
+    work()
+    return now() - start
 
 
 def alternating(ways: Sequence[Callable[[], Any]], rounds: int,
                 device: torch.device = torch.device("cpu")) -> list[float]:
     """Median seconds of each way. They take turns, so that a disturbance meets all; a first turn is not counted."""
-    seconds: list[list[float]] = [[] for _ in ways]
-    for turn in range(rounds + 1):
-        for times, way in zip(seconds, ways, strict=True):
-            wait(device)
-            start = time.perf_counter()
-            way()
-            wait(device)
-            if turn:
-                times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
+    turns = [[timed(way, device) for way in ways] for _ in range(rounds + 1)]
+    return [statistics.median(times) for times in zip(*turns[1:], strict=True)]
 
 
 def _report(pipe: Any, threads: int, prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...],
@@ -97,12 +94,10 @@ def _report(pipe: Any, threads: int, prepare: Callable[..., Callable[[], Any]], 
         torch.set_num_threads(threads)
         work = prepare(*arguments)
         reset_peak()
-        before, seconds, result = memory_mb("VmRSS"), list[float](), None
+        before, seconds, results = memory_mb("VmRSS"), list[float](), list[Any]()
         while not seconds or sum(seconds) < spend:
-            start = time.perf_counter()
-            result = work()
-            seconds.append(time.perf_counter() - start)
-        pipe.send((result, min(seconds), max(0.0, memory_mb("VmHWM") - before)))
+            seconds.append(timed(lambda: results.append(work())))
+        pipe.send((results[-1], min(seconds), max(0.0, memory_mb("VmHWM") - before)))
     except BaseException as error:
         pipe.send(error)
         raise

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bench.measure import Setup, alternating, comparison, wait
+from bench.measure import Setup, alternating, comparison, timed
 from bench.plain_patches import by_windows
 from bench.volumes import crops
 from covidseg.patches import PatchNet, square_ids
@@ -35,12 +35,9 @@ def run(setup: Setup) -> dict[str, Any]:
     ours = alternating([dense], setup.rounds, setup.device)[0]
     rows = []
     for name, batch in (("in batches of 32", 32), ("one at a time", 1)):
-        by_windows(net, inputs, ids[0], numbers[:32], batch)
-        wait(setup.device)
-        start = time.perf_counter()
         scores, _ = by_windows(net, inputs, ids[0], numbers, batch)
-        wait(setup.device)
-        seconds = (time.perf_counter() - start) / len(numbers) * count
+        windows = partial(by_windows, net, inputs, ids[0], numbers, batch)
+        seconds = timed(windows, setup.device) / len(numbers) * count
         rows.append(comparison(
             f"scores of all 5 x 5 patches of a slice of {one.images.shape[-1]} pixels",
             f"a window for each patch, {name}", "ms", 1e3 * ours, 1e3 * seconds, goal=20, tolerance=1e-5,

@@ -9,7 +9,6 @@ that do not reach the machine's speed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,19 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.measure import wait
+from bench.measure import timed
 
 BACKWARD_AND_FORWARD = 3
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds of a machine that were measured.
-
-    Attributes:
-        operations: Multiplications and additions a second.
-        bandwidth: Bytes a second that are read or written.
-    """
+    """Speeds that were measured: multiplications and additions a second, and bytes a second read or written."""
 
     operations: float
     bandwidth: float
@@ -55,14 +49,7 @@ def measure_machine(device: torch.device, side: int = 2048, copies: int = 1 << 2
     target = torch.empty_like(b)
 
     def best(work: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(6):
-            wait(device)
-            start = time.perf_counter()
-            work()
-            wait(device)
-            times.append(time.perf_counter() - start)
-        return min(times)
+        return min(timed(work, device) for _ in range(6))
     return Machine(2 * side ** 3 / best(lambda: a @ a), 2 * b.nbytes / best(lambda: target.copy_(b)))
 
 

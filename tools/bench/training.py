@@ -6,10 +6,10 @@ optimiser, so that the nets come out the same up to rounding.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.measure import Setup, comparison, wait
+from bench.measure import Setup, comparison, timed
 from bench.roofline import counted, measure_machine, seconds_of
 from covidseg.classifier import train_classifier
 from covidseg.data.folder import load_dataset
@@ -80,14 +80,8 @@ def trainings(data: WeakSet, device: torch.device) -> dict[str, tuple[Training, 
 
 def step_seconds(training: Training, device: torch.device, few: int, many: int) -> float:
     """Seconds a step without what a training does once: the difference between a long and a short one."""
-    times = []
-    for steps in (few, many):
-        wait(device)
-        start = time.perf_counter()
-        training(steps)
-        wait(device)
-        times.append(time.perf_counter() - start)
-    return max(times[1] - times[0], 1e-9) / (many - few)
+    short, long = (timed(partial(training, steps), device) for steps in (few, many))
+    return max(long - short, 1e-9) / (many - few)
 
 
 @torch.no_grad()

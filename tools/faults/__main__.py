@@ -12,13 +12,13 @@ from typing import Any
 
 from covidseg import DISCLAIMER, __version__
 from covidseg.store import write_text
-from faults import batches, disks, downloads, files, headers, pictures, runs, tables
+from faults import batches, disks, downloads, files, pictures, runs, tables
 from faults.supplies import make_supplies
 from faults.trial import Fault, attempt
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUPS: dict[str, list[Fault]] = {module.GROUP: module.FAULTS for module in (
-    files, headers, pictures, tables, runs, batches, disks, downloads)}
+GROUPS: dict[str, list[Fault]] = {name: faults for module in (
+    files, pictures, tables, runs, batches, disks, downloads) for name, faults in module.GROUPS.items()}
 
 
 Row = dict[str, Any]

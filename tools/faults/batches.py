@@ -14,7 +14,6 @@ from faults.pictures import water
 from faults.supplies import Supplies
 from faults.trial import REPORTS, Fault, Make
 
-GROUP = "batches and parts"
 THREE = ("a.nii.gz", "b.nii.gz", "c.nii.gz")
 PREDICT = f"covidseg predict {' '.join(THREE)} -o out"
 SECOND = "parts/part-2-of-2.csv"
@@ -85,3 +84,4 @@ FAULTS = [
     _merge("a mask that was changed after it was predicted",
            in_parts("phantom_01.nii.gz", lambda mask: mask[:-1] + b"!"), "masks/phantom_01.nii.gz"),
 ]
+GROUPS = {"batches and parts": FAULTS}

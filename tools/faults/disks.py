@@ -20,8 +20,6 @@ from covidseg.predict import SHIPPED
 from faults.supplies import Supplies, good, nothing
 from faults.trial import During, Fault, Make
 
-GROUP = "writing"
-
 
 @contextmanager
 def full_disk() -> Iterator[None]:
@@ -115,3 +113,4 @@ FAULTS = [
     _fault("the mask would replace its scan", "predict scan.nii.gz -o scan.nii.gz", "scan.nii.gz",
            error=SettingsError),
 ]
+GROUPS = {"writing": FAULTS}

@@ -20,8 +20,6 @@ from faults.server import COMMAND, FILE, Page, publisher
 from faults.supplies import Supplies, nothing
 from faults.trial import During, Fault, Make
 
-GROUP = "downloads and archives"
-
 
 def archive(*names: str, sizes: int | None = None, mode: int = 0, method: int = zipfile.ZIP_DEFLATED) -> bytes:
     """A zip archive of small files.
@@ -110,3 +108,4 @@ FAULTS = [
     _fault("no room for the download", no_space, "disk"),
     _fault("a read-only disk for the download", locked, error=OutputError),
 ]
+GROUPS = {"downloads and archives": FAULTS}

@@ -10,12 +10,10 @@ from skimage import data as pictures
 
 from covidseg.data.scan import read_scan
 from covidseg.errors import DatasetError, InputFileError, NoLungError, SettingsError
-from faults.files import PREDICT
-from faults.headers import SHAPE
+from faults.files import PREDICT, SHAPE
 from faults.supplies import Supplies, good, stored, upright
 from faults.trial import Fault, Make
 
-GROUP = "the wrong picture"
 SCAN = ("scan.nii.gz",)
 CHECK = "covidseg data check data"
 HU, WRONG_UNIT = 'read_scan("scan.nii.gz", unit="HU")', 'read_scan("scan.nii.gz", unit="hu")'
@@ -111,3 +109,4 @@ FAULTS = [
     Fault("a mask of another shape than its scan, in a folder", CHECK, DatasetError, ("phantom_01",),
           folder_with_a_shorter_mask),
 ]
+GROUPS = {"the wrong picture": FAULTS}

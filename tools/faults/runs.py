@@ -15,7 +15,6 @@ from covidseg.store import write_hash
 from faults.supplies import Supplies, good
 from faults.trial import Fault, Make
 
-GROUP = "runs and weights"
 PREDICT = "covidseg predict --run run scan.nii.gz -o out"
 WEIGHTS = "segmenter.safetensors"
 PLACES = {WEIGHTS: Path("run", "stages", WEIGHTS), REPORT: Path("run", REPORT)}
@@ -95,3 +94,4 @@ FAULTS = [
     Fault("weights that are damaged, to be shared", "covidseg export run -o nets", ArtifactError, (WEIGHTS,),
           run_with(WEIGHTS, flip)),
 ]
+GROUPS = {"runs and weights": FAULTS}

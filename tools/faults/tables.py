@@ -11,7 +11,6 @@ from covidseg.errors import DatasetError
 from faults.supplies import Supplies
 from faults.trial import Fault, Make
 
-GROUP = "labels and splits"
 TRAIN = "covidseg train --data data --out run"
 TABLE = "slice_labels.csv"
 Lines = list[list[str]]  # cells: volume, slice, has_lesion, patient
@@ -94,3 +93,4 @@ FAULTS = [
           ("cache/medseg2", "p1"), two_sides_by_the_folder),
     Fault("a side of a set without a split", f"{TRAIN} --part train", DatasetError, ("data",), Supplies.data),
 ]
+GROUPS = {"labels and splits": FAULTS}

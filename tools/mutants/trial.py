@@ -32,14 +32,7 @@ VERDICTS = {pytest.ExitCode.OK: "survived", -signal.SIGXCPU: "timeout", -signal.
 
 @dataclass(frozen=True)
 class Target:
-    """A module and the tests that have to notice changes in it.
-
-    Attributes:
-        module: Full name of the module.
-        source: Its file.
-        tests: Files of tests.
-        options: Further arguments of pytest.
-    """
+    """A module by its full name, its file, the tests that have to notice changes in it, and options of pytest."""
 
     module: str
     source: Path
