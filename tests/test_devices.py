@@ -234,8 +234,6 @@ def test_other_commands_refuse_to_run_in_several_processes(tmp_path: Path, monke
     assert caught.value.exit_code == 9
 
 
-# --- faults --------------------------------------------------------------------------------------------------------
-
 def test_processes_that_do_not_find_each_other_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in place(1, free_port()).items():
         monkeypatch.setenv(name, value)

@@ -33,17 +33,12 @@ def toc_pages() -> list[str]:
     return builder.toc_files(yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8")))
 
 
-# --- the builder -------------------------------------------------------------------------------------------------
-
-def test_toc_lists_every_chapter_and_nothing_else() -> None:
+def test_toc_lists_every_chapter_and_nothing_else_in_order() -> None:
     pages = toc_pages()
     assert len(pages) == len(set(pages))
     sources = {str(path.relative_to(ROOT).with_suffix("")) for path in (ROOT / "chapters").glob("*.*")
                if path.suffix in {".ipynb", ".md"}}
     assert set(pages) == sources
-
-
-def test_toc_is_read_in_order_through_parts_and_sections() -> None:
     toc = {"root": "a", "parts": [{"chapters": [{"file": "b", "sections": [{"file": "c"}]}, {"file": "d"}]}]}
     assert builder.toc_files(toc) == ["a", "b", "c", "d"]
 
@@ -187,16 +182,18 @@ def figures_missing(page: str, lines: Sequence[Line]) -> list[str]:
             if " ".join([line.title, *(spread(column) for column in line.micro.T)]) not in text]
 
 
+def recorded() -> list[Line]:
+    return table_lines(read_records("table1-medseg9-full")["table1-medseg9-full"]["results"])
+
+
 @pytest.mark.book
 def test_results_page_shows_the_recorded_comparison(book: Path) -> None:
-    record = read_records("table1-medseg9-full")["table1-medseg9-full"]
     page = (book / "chapters/09_results.html").read_text(encoding="utf-8")
-    assert figures_missing(page, table_lines(record["results"])) == [], "run `make book` again"
+    assert figures_missing(page, recorded()) == [], "run `make book` again"
 
 
 def test_check_of_the_results_page_fires() -> None:
-    record = read_records("table1-medseg9-full")["table1-medseg9-full"]
-    lines = table_lines(record["results"])
+    lines = recorded()
     page = "".join(f"<tr><td>{line.title}</td>" + "".join(f"<td>{spread(c)}</td>\n" for c in line.micro.T) + "</tr>"
                    for line in lines)
     assert figures_missing(page, lines) == []
