@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-
-def hold(megabytes: int) -> int:
-    return len(bytearray(megabytes << 20))
+from collections.abc import Callable
 
 
-def prepare(megabytes: int) -> bytes:
-    return b"x" * (megabytes << 20)
+def hold(megabytes: int) -> Callable[[], int]:
+    return lambda: len(bytearray(megabytes << 20))
 
 
-def measured_length(given: bytes) -> int:
-    return len(given)
+def measure_length(megabytes: int) -> Callable[[], int]:
+    given = b"x" * (megabytes << 20)
+    return lambda: len(given)
 
 
-def fail() -> None:
+def fail() -> Callable[[], int]:
     raise ValueError("broken")

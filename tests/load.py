@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from bench.memory import memory_mb, reset_peak
+from bench.command import memory_mb, reset_peak
 from matplotlib import pyplot as plt
 
 LOOKS = 4

@@ -43,26 +43,26 @@ def free_port() -> int:
         return int(made.getsockname()[1])
 
 
-def place(rank: int, count: int, port: int) -> dict[str, str]:
-    """What torchrun tells each process."""
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+def place(rank: int, port: int) -> dict[str, str]:
+    """What torchrun tells each of two processes."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port)}
 
 
-def _begin(job: Callable[..., Any], rank: int, count: int, port: int, folder: Path, given: tuple[Any, ...]) -> None:
-    os.environ |= place(rank, count, port)
+def _begin(job: Callable[..., Any], rank: int, port: int, folder: Path, given: tuple[Any, ...]) -> None:
+    os.environ |= place(rank, port)
     sys.stdout, sys.stderr = (open(folder / f"{rank}.{name}", "w", buffering=1) for name in ("out", "err"))  # noqa: SIM115
     torch.set_num_threads(1)
     torch.save(job(*given), folder / f"{rank}.pt")
 
 
-def start(job: Callable[..., Any], count: int, folder: Path, *given: Any) -> list[BaseProcess]:
-    """Processes that do a job; what it returns and prints lies in the folder: ``RANK.pt``, ``.out`` and ``.err``."""
+def start(job: Callable[..., Any], folder: Path, *given: Any) -> list[BaseProcess]:
+    """Two processes that do a job; what it returns and prints is in the folder: ``RANK.pt``, ``.out`` and ``.err``."""
     import monai.networks.nets  # noqa: F401 - takes ten seconds, here once or in each of the processes
 
     folder.mkdir()
     port = free_port()
-    started = [WARM.Process(target=_begin, args=(job, rank, count, port, folder, given)) for rank in range(count)]
+    started = [WARM.Process(target=_begin, args=(job, rank, port, folder, given)) for rank in range(2)]
     for process in started:
         process.start()
     return started
@@ -77,13 +77,6 @@ def finish(started: list[BaseProcess]) -> list[int | None]:
     for process in started:
         process.kill()
     return codes
-
-
-def results(job: Callable[..., Any], count: int, folder: Path, *given: Any) -> list[Any]:
-    """What a job returns in each process."""
-    codes = finish(start(job, count, folder, *given))
-    assert codes == [0] * count, "".join(path.read_text() for path in sorted(folder.glob("*.err")))
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 
 # --- the same training ---------------------------------------------------------------------------------------------
@@ -140,16 +133,16 @@ def all_in_two(folder: Path) -> dict[str, Any]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("two")
-    return results(all_in_two, 2, folder / "run", folder)
+    codes = finish(start(all_in_two, folder / "run", folder))
+    assert codes == [0, 0], "".join(path.read_text() for path in sorted((folder / "run").glob("*.err")))
+    return [torch.load(folder / "run" / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @pytest.mark.slow
 def test_two_processes_train_one_net_on_batches_of_their_own(two: list[dict[str, Any]]) -> None:
     assert [found["processes"] for found in two] == [2, 2]
-    for name in two[0]["weights"]:
-        assert np.array_equal(two[0]["weights"][name], two[1]["weights"][name]), name
-    for name in two[0]["start"]:
-        assert np.array_equal(two[0]["start"][name], two[1]["start"][name]), "the same start"
+    for part in ("start", "weights"):
+        assert all(np.array_equal(value, two[1][part][name]) for name, value in two[0][part].items()), part
     assert [len(batch) for found in two for batch in found["drawn"]] == [2] * 6, "half of a batch each"
     assert not np.array_equal(*(np.stack(found["drawn"]) for found in two))
     assert two[0]["remedy"] == "Start 1 processes or fewer"
@@ -197,7 +190,7 @@ def test_when_a_process_ends_the_other_says_so_and_torchrun_goes_on_with_what_is
     out, left = tmp_path / "out", 1 - killed
     endless = replace(TINY, classifier=replace(TINY.classifier, steps=10**6))
     asked = ["train", "--data", str(tiny_phantom), "--out", str(out), "--device", "cpu"]
-    started = start(command, 2, tmp_path / "run", endless, *asked)
+    started = start(command, tmp_path / "run", endless, *asked)
     waits = time.monotonic()
     while not list((out / "stages").glob("weak-*.sha256")):
         assert time.monotonic() < waits + SECONDS
@@ -241,27 +234,8 @@ def test_other_commands_refuse_to_run_in_several_processes(tmp_path: Path, monke
     assert caught.value.exit_code == 9
 
 
-# --- faults --------------------------------------------------------------------------------------------------------
-
-def silent_first() -> str:
-    """The first process keeps the other waiting for longer than they agreed on."""
-    try:
-        with joined(CPU, timedelta(seconds=1)):
-            from_first(lambda: time.sleep(3))
-    except ProcessError as error:
-        return str(error)
-    return "done"
-
-
-@pytest.mark.slow
-def test_a_silent_process_is_not_waited_for_for_ever(tmp_path: Path) -> None:
-    found = results(silent_first, 2, tmp_path / "run")
-    assert found[1].startswith("another process of this training does not answer (")
-    assert "\n" not in found[1]
-
-
 def test_processes_that_do_not_find_each_other_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in place(1, 2, free_port()).items():
+    for name, value in place(1, free_port()).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ProcessError, match="another process of this training does not answer"), \
             joined(CPU, timedelta(seconds=1)):
@@ -269,7 +243,7 @@ def test_processes_that_do_not_find_each_other_say_so(monkeypatch: pytest.Monkey
 
 
 def test_a_process_that_is_one_of_several_has_to_know_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in place(0, 1, 1):
+    for name in place(0, 1):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingsError, match=r"was not told where the others are.*RANK"), joined(CPU):

@@ -29,16 +29,21 @@ SECRETS = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY|AKIA[0-9A-Z]{16}|gh[pousr]_
                      r"xox[bap]-[0-9A-Za-z-]{10}|(?i:(?:password|api_key|secret)\s*=\s*[\"'][^\"'\s]{8,}[\"'])")
 
 
-def dangers(code: str) -> Iterator[str]:
-    """Calls and imports of a module that run what a file says, or a shell."""
+def imported(code: str) -> set[str]:
+    """Modules that code imports, and names in them."""
+    found = set[str]()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
-            names = [name.name for name in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        else:
-            names = []
-        yield from (f"imports {name}" for name in names if name.split(".")[0] in UNPICKLE)
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+def dangers(code: str) -> Iterator[str]:
+    """Calls and imports of a module that run what a file says, or a shell."""
+    yield from (f"imports {name}" for name in imported(code) if name.split(".")[0] in UNPICKLE)
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Call):
             name, said = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
             if name in ("eval", "exec", "os.system", "os.popen", "subprocess.getoutput", "yaml.load"):
@@ -53,13 +58,7 @@ def dangers(code: str) -> Iterator[str]:
 
 def reached(code: str) -> set[str]:
     """Modules of the network that code imports."""
-    found = set[str]()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found |= {node.module or ""} | {f"{node.module}.{name.name}" for name in node.names}
-    return {name for name in NETWORK if any(f == name or f.startswith(name + ".") for f in found)}
+    return {name for name in NETWORK if any(f"{found}.".startswith(f"{name}.") for found in imported(code))}
 
 
 @pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "tools").rglob("*.py"))], ids=lambda path: path.name)
@@ -73,9 +72,6 @@ def test_no_code_is_read_from_files_and_no_shell_is_used(path: Path) -> None:
     "import numpy\nnumpy.load('x', allow_pickle=True)", "import subprocess\nsubprocess.run('ls', shell=True)"])
 def test_dangerous_code_is_noticed(code: str) -> None:
     assert len(list(dangers(code))) == 1
-
-
-def test_harmless_code_is_not() -> None:
     assert not list(dangers("import torch\ntorch.load('x', weights_only=True)\nnet.eval()\nsubprocess.run(['ls'])"))
 
 

@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -32,10 +31,6 @@ FILES = {"run.json", "run.json.sha256", "MODEL_CARD.md", *(f"stages/{name}.safet
     "segmenter", "patches", "lung_net") for end in ("", ".sha256"))}
 
 
-def card() -> str:
-    return (SHIPPED / "MODEL_CARD.md").read_text(encoding="utf-8")
-
-
 def report() -> dict:
     return json.loads((SHIPPED / "run.json").read_text(encoding="utf-8"))
 
@@ -53,9 +48,9 @@ def recorded() -> dict:
 
 
 def test_files_are_those_that_belong_there_and_small() -> None:
-    there = {str(path.relative_to(SHIPPED)) for path in SHIPPED.rglob("*") if path.is_file()}
-    assert there == FILES
-    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 8e6
+    there = {str(path.relative_to(SHIPPED)): path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()}
+    assert there.keys() == FILES
+    assert sum(there.values()) <= 8e6
 
 
 def test_they_are_nets_of_their_settings_and_nothing_of_a_scan() -> None:
@@ -78,14 +73,15 @@ def test_they_are_those_of_a_recorded_run_on_free_data() -> None:
 
 def test_the_card_quotes_the_recorded_figures_and_says_what_a_user_has_to_know() -> None:
     rows = {row["name"]: row for row in recorded()["rows"]}
-    quoted = re.findall(r"^\| (Patch MIL|Segmenter) \| " + r" \| ".join([r"([\d.]+)"] * 6) + r" \|$", card(), re.M)
+    card = (SHIPPED / "MODEL_CARD.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| (Patch MIL|Segmenter) \| " + r" \| ".join([r"([\d.]+)"] * 6) + r" \|$", card, re.M)
     assert {row[0] for row in quoted} == {"Patch MIL", "Segmenter"}
     for name, *figures in quoted:
         micro_, macro_ = rows[name]["micro"], rows[name]["macro"]
         expected = [micro_[f] for f in ("dice", "iou", "ppv", "sensitivity", "specificity")] + [macro_["dice"]]
         assert figures == [f"{value:.3f}" for value in expected]
-    for word in ("CC0", "not a medical device", "covidseg train", "Limits", "sha256", "13521509"):
-        assert word.lower() in card().lower(), "what a user has to know"
+    for word in ("cc0", "not a medical device", "covidseg train", "limits", "sha256", "13521509"):
+        assert word in card.lower(), "what a user has to know"
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
@@ -103,21 +99,11 @@ def predicted(scan: Path, out: Path, *options: str) -> np.ndarray:
     return read_mask(out, like=read_scan(scan))
 
 
-def test_predict_works_right_after_installation(phantom_scan: Path, tmp_path: Path) -> None:
+def test_predict_works_right_after_installation_on_volumes_and_on_stacks(phantom_scan: Path, tmp_path: Path) -> None:
     mask = predicted(phantom_scan, tmp_path / "mask.nii.gz")
     truth = read_mask(phantom_scan.parents[1] / "mask" / phantom_scan.name, like=read_scan(phantom_scan))
     assert dice(mask, truth) > 0.4, "nets that never saw a phantom still find its lesions"
-
-
-def test_units_and_order_of_the_slices_hardly_matter(phantom_scan: Path, tmp_path: Path) -> None:
-    image = nib.load(phantom_scan)
-    hu = np.asarray(image.dataobj).astype(np.float32)
-    window = (np.clip((hu + 1350) / 1500, 0, 1) * 255).round().astype(np.uint8)  # a lung window, as in pictures
-    nib.save(nib.Nifti1Image(window, image.affine), tmp_path / "8bit.nii.gz")
-    whole = predicted(phantom_scan, tmp_path / "whole.nii.gz")
-    assert whole.any()
-    assert dice(predicted(tmp_path / "8bit.nii.gz", tmp_path / "8bit_mask.nii.gz"), whole) > 0.85
-    assert dice(predicted(phantom_scan, tmp_path / "stack.nii.gz", "--stack"), whole) > 0.85
+    assert dice(predicted(phantom_scan, tmp_path / "stack.nii.gz", "--stack"), mask) > 0.85
 
 
 # --- what may not matter ----------------------------------------------------------------------------------------

@@ -23,8 +23,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,40 +41,17 @@ SLOW_CELL_SECONDS = 60.0
 PACKAGES = ("covidseg", "torch", "torchvision", "numpy", "scipy", "scikit-image", "nibabel", "monai", "jupyter-book")
 
 
-@dataclass(frozen=True)
-class ChapterRun:
-    """How one chapter ran.
-
-    Attributes:
-        chapter: Entry of the chapter in ``_toc.yml``, such as ``chapters/02_lungs``.
-        seconds: Wall time of the whole notebook.
-        slowest_cell: Id of the cell that took longest.
-        slowest_seconds: Time that this cell took.
-        stderr_cells: Ids of the cells that wrote to standard error, which readers see as a warning.
-        error: Last line of the exception that ended the notebook, empty if it ran through.
-    """
-
-    chapter: str
-    seconds: float
-    slowest_cell: str = ""
-    slowest_seconds: float = 0.0
-    stderr_cells: tuple[str, ...] = ()
-    error: str = ""
+Run = dict[str, Any]  # how one chapter ran, see run_chapter
 
 
 def toc_files(toc: Any) -> list[str]:
     """Every page that a parsed ``_toc.yml`` lists, in reading order, as written there (without suffix)."""
-
-    def walk(node: Any) -> Iterator[str]:
-        if isinstance(node, dict):
-            for key in ("root", "file"):
-                if key in node:
-                    yield node[key]
-            for key in ("parts", "chapters", "sections", "entries", "subtrees"):
-                for child in node.get(key, []):
-                    yield from walk(child)
-
-    return list(walk(toc))
+    if isinstance(toc, list):
+        return [page for part in toc for page in toc_files(part)]
+    if not isinstance(toc, dict):
+        return []
+    own = [toc[key] for key in ("root", "file") if key in toc]
+    return own + [page for value in toc.values() for page in toc_files(value)]
 
 
 def chapters_to_run(root: Path) -> list[str]:
@@ -97,18 +72,6 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
-def cell_seconds(notebook: nbformat.NotebookNode) -> dict[str, float]:
-    """Cell id -> seconds, as papermill measured them (before :func:`tidy`)."""
-    return {cell.id: float(cell.metadata.get("papermill", {}).get("duration") or 0.0)
-            for cell in notebook.cells if cell.cell_type == "code"}
-
-
-def stderr_cells(notebook: nbformat.NotebookNode) -> tuple[str, ...]:
-    """Ids of the cells with output on standard error."""
-    return tuple(cell.id for cell in notebook.cells if cell.cell_type == "code"
-                 and any(output.get("name") == "stderr" for output in cell.outputs))
-
-
 def machine_paths(notebook: nbformat.NotebookNode, folders: list[str]) -> list[str]:
     """Ids of the code cells whose outputs name one of ``folders``: such a page would differ on every machine."""
     return [cell.id for cell in notebook.cells if cell.cell_type == "code"
@@ -123,22 +86,19 @@ def private_folders() -> list[str]:
 
 def stage(root: Path, target: Path, *, keep_executed: bool) -> None:
     """Copies the book's sources; with ``keep_executed`` the notebooks that lie there stay as they are."""
-    def unwanted(folder: str, names: list[str]) -> set[str]:
-        ignored = {n for n in names if n in {".ipynb_checkpoints", "__pycache__", "runs"}}
-        if keep_executed:
-            here = target / Path(folder).relative_to(root)
-            ignored |= {n for n in names if n.endswith(".ipynb") and (here / n).exists()}
-        return ignored
-
-    if not keep_executed:
-        shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True, exist_ok=True)
+    kept = {path.relative_to(target): path.read_bytes() for path in target.rglob("*.ipynb")} if keep_executed else {}
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
     for name in SOURCES:
         source = root / name
         if source.is_dir():
-            shutil.copytree(source, target / name, ignore=unwanted, dirs_exist_ok=True)
+            shutil.copytree(source, target / name,
+                            ignore=shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__", "runs"))
         elif source.exists():
             shutil.copy2(source, target / name)
+    for path, content in kept.items():
+        if (target / path).exists():  # or the chapter is gone
+            (target / path).write_bytes(content)
 
 
 def prepare_environment(build: Path) -> None:
@@ -168,26 +128,34 @@ def prepare_environment(build: Path) -> None:
     subprocess.run([sys.executable, "-c", "import matplotlib.font_manager"], check=False, capture_output=True)
 
 
-def run_chapter(chapter: str, source: Path, target: Path, folder: Path, profile: str) -> ChapterRun:
-    """Runs one notebook from ``source`` to ``target`` in ``folder``; a failed one is written too, with its error."""
+def run_chapter(chapter: str, source: Path, target: Path, folder: Path, profile: str) -> Run:
+    """Runs one notebook from ``source`` to ``target`` in ``folder``; a failed one is written too, with its error.
+
+    Returns:
+        ``chapter``, the entry in ``_toc.yml``; ``seconds`` of the whole notebook; ``slowest_cell`` and
+        ``slowest_seconds``; ``stderr_cells``, which wrote to standard error, what readers see as a warning; and
+        ``error``, the last line of the exception that ended the notebook, empty if it ran through.
+    """
     # Imported here: papermill takes a second, and the functions above are used by tests without it.
     import papermill
 
-    start, error = time.perf_counter(), ""
+    start, error, cells = time.perf_counter(), "", list[Any]()
     try:
         papermill.execute_notebook(str(source), str(target), parameters={"profile": profile}, kernel_name="python3",
                                    cwd=str(folder), log_output=False, progress_bar=False)
     except Exception as failure:  # papermill lets errors of kernels and of notebooks through as they are
         error = next((line for line in reversed(str(failure).splitlines()) if line.strip()), type(failure).__name__)
     seconds = time.perf_counter() - start
-    if not target.exists():
-        return ChapterRun(chapter, seconds, error=error or "papermill wrote no notebook")
-    executed = nbformat.read(target, as_version=4)
-    times = cell_seconds(executed)
+    if target.exists():
+        executed = nbformat.read(target, as_version=4)
+        cells = [cell for cell in executed.cells if cell.cell_type == "code"]
+        nbformat.write(tidy(executed), target)
+    times = {cell.id: float(cell.metadata.get("papermill", {}).get("duration") or 0.0) for cell in cells}
     slowest = max(times, key=lambda cell: times[cell], default="")
-    nbformat.write(tidy(executed), target)
-    return ChapterRun(chapter, round(seconds, 1), slowest, round(times.get(slowest, 0.0), 1),
-                      stderr_cells(executed), error)
+    return {"chapter": chapter, "seconds": round(seconds, 1), "slowest_cell": slowest,
+            "slowest_seconds": round(times.get(slowest, 0.0), 1),
+            "stderr_cells": [cell.id for cell in cells if any(o.get("name") == "stderr" for o in cell.outputs)],
+            "error": error}
 
 
 def render(stage_folder: Path, build: Path) -> int:
@@ -222,11 +190,11 @@ def render(stage_folder: Path, build: Path) -> int:
     return 0
 
 
-def write_status(runs: list[ChapterRun], profile: str) -> None:
+def write_status(runs: list[Run], profile: str) -> None:
     """Keeps what a build measured; chapters that it did not run keep what the last one measured."""
     before = json.loads(STATUS.read_text(encoding="utf-8")) if STATUS.exists() else {}
-    measured = {run["chapter"]: run for run in before.get("chapters", []) if before.get("profile") == profile}
-    measured |= {run.chapter: asdict(run) for run in runs}
+    known = before.get("chapters", []) if before.get("profile") == profile else []
+    measured = {run["chapter"]: run for run in [*known, *runs]}
     status = {"profile": profile, "python": sys.version.split()[0], "date": time.strftime("%Y-%m-%d"),
               "machine": f"{platform.system()} with {os.cpu_count()} processor cores",
               "versions": {name: version(name) for name in PACKAGES},
@@ -234,18 +202,27 @@ def write_status(runs: list[ChapterRun], profile: str) -> None:
     STATUS.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
 
 
-def run_solutions(chapters: list[str], build: Path, profile: str) -> bool:
-    """Runs chapters together with the solutions of their exercises; returns whether all of them worked."""
-    folder, worked = build / "solutions", True
-    folder.mkdir(exist_ok=True)
+def run_chapters(chapters: list[str], profile: str, *, solutions: bool) -> list[Run]:
+    """Runs chapters one after another and says how it went; with the solutions of their exercises in copies of them."""
+    prepare_environment(BUILD)
+    runs = []
     for chapter in chapters:
-        source, target = folder / f"{Path(chapter).name}-source.ipynb", folder / f"{Path(chapter).name}.ipynb"
-        nbformat.write(with_solutions(nbformat.read(ROOT / f"{chapter}.ipynb", as_version=4)), source)
-        run = run_chapter(chapter, source, target, build, profile)
-        worked = worked and not run.error
-        print(f"book: {chapter} with solutions: {run.seconds:.1f} s" + (f", FAILED: {run.error}" if run.error else
-              f"; read {target.relative_to(ROOT)}"), flush=True)
-    return worked
+        source, target = ROOT / f"{chapter}.ipynb", STAGE / f"{chapter}.ipynb"
+        if solutions:
+            target = BUILD / "solutions" / source.name
+            target.parent.mkdir(exist_ok=True)
+            solved, source = with_solutions(nbformat.read(source, as_version=4)), target.with_suffix(".source.ipynb")
+            nbformat.write(solved, source)
+        runs.append(run := run_chapter(chapter, source, target, BUILD, profile))
+        print(f"book: {chapter}{' with solutions' * solutions}: {run['seconds']:.1f} s, slowest cell "
+              f"{run['slowest_cell']} {run['slowest_seconds']:.1f} s"
+              + (f", writes to stderr: {', '.join(run['stderr_cells'])}" if run["stderr_cells"] else ""), flush=True)
+        if run["error"]:
+            print(f"book: {chapter} FAILED: {run['error']}\n      read {target.relative_to(ROOT)}", flush=True)
+        if run["slowest_seconds"] > SLOW_CELL_SECONDS:
+            print(f"book: warning: cell {run['slowest_cell']} of {chapter} takes longer than "
+                  f"{SLOW_CELL_SECONDS:.0f} s, too long for a class", flush=True)
+    return runs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -265,27 +242,15 @@ def main(arguments: list[str] | None = None) -> int:
     BUILD.mkdir(exist_ok=True)
     chosen = [chapter for chapter in chapters_to_run(ROOT)
               if not options.only or any(text in chapter for text in options.only)]
-    if options.solutions:
-        prepare_environment(BUILD)
-        return 0 if run_solutions(chosen, BUILD, options.profile) else 1
-    stage(ROOT, STAGE, keep_executed=options.no_execute or bool(options.only))
     failed = False
-    if not options.no_execute:
-        prepare_environment(BUILD)
-        runs: list[ChapterRun] = []
-        for chapter in chosen:
-            target = STAGE / f"{chapter}.ipynb"
-            run = run_chapter(chapter, ROOT / f"{chapter}.ipynb", target, BUILD, options.profile)
-            runs.append(run)
-            print(f"book: {chapter}: {run.seconds:.1f} s, slowest cell {run.slowest_cell} {run.slowest_seconds:.1f} s"
-                  + (f", writes to stderr: {', '.join(run.stderr_cells)}" if run.stderr_cells else ""), flush=True)
-            if run.error:
-                failed = True
-                print(f"book: {chapter} FAILED: {run.error}\n      read {target.relative_to(ROOT)}", flush=True)
-            if run.slowest_seconds > SLOW_CELL_SECONDS:
-                failed = failed or options.strict_time
-                print(f"book: warning: cell {run.slowest_cell} of {chapter} takes longer than "
-                      f"{SLOW_CELL_SECONDS:.0f} s, too long for a class", flush=True)
+    if not options.solutions:
+        stage(ROOT, STAGE, keep_executed=options.no_execute or bool(options.only))
+    if options.solutions or not options.no_execute:
+        runs = run_chapters(chosen, options.profile, solutions=options.solutions)
+        failed = any(run["error"] or (options.strict_time and run["slowest_seconds"] > SLOW_CELL_SECONDS)
+                     for run in runs)
+        if options.solutions:
+            return int(failed)
         write_status(runs, options.profile)
     for chapter in chapters_to_run(STAGE):
         notebook = nbformat.read(STAGE / f"{chapter}.ipynb", as_version=4)

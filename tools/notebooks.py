@@ -33,15 +33,12 @@ def with_local_pictures(text: str) -> str:
 def without_solutions(notebook: NotebookNode) -> NotebookNode:
     """The students' copy: solutions gone, an empty code cell in their place, no outputs."""
     notebook = copy.deepcopy(notebook)
-    cells = []
-    for cell in notebook.cells:
+    for number, cell in enumerate(notebook.cells):
         if "solution" in tags(cell):
-            cells.append(nbformat.v4.new_code_cell("# your answer", id=cell.id.replace("solution", "answer")))
-        else:
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
-            cells.append(cell)
-    notebook.cells = cells
+            answer = nbformat.v4.new_code_cell("# your answer", id=cell.id.replace("solution", "answer"))
+            notebook.cells[number] = answer
+        elif cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
     return notebook
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bench import __main__ as program
-from bench import measure, roofline
-from bench.command import covidseg
-from bench.measure import Comparison, Limit, alternating, exponent, in_fresh_process
-from bench.memory import memory_mb
-from fresh import fail, hold, measured_length, prepare
+from bench import measure
+from bench.command import covidseg, memory_mb
+from bench.measure import alternating, comparison, exponent, in_fresh_process, limited
+from bench.roofline import Machine, counted, seconds_of
+from fresh import fail, hold, measure_length
 from packaging.requirements import Requirement
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,8 +29,6 @@ RECORDS = sorted((ROOT / "results").glob("bench-*.json"))
 SECTIONS = {"cpu": set(program.SECTIONS), "cuda": set(program.ON_GPU)}
 
 
-# --- how it measures ---------------------------------------------------------------------------------------------
-
 @pytest.mark.skipif(sys.platform != "linux", reason="no /proc to ask")
 def test_a_small_benchmark_leaves_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main(["--small", "--rounds", "1", "--only", "patches", "--device", "cpu",
@@ -42,23 +40,27 @@ def test_a_small_benchmark_leaves_a_record(tmp_path: Path, capsys: pytest.Captur
     assert "a window for each patch" in capsys.readouterr().out
 
 
-def test_a_ratio_meets_its_goal_at_equal_results_only() -> None:
-    good = Comparison("a", "b", "s", ours=2.0, other=10.0, goal=5)
-    assert (good.ratio, good.met, good.as_json()["ratio"]) == (5, True, 5)
-    assert Comparison("a", "b", "s", 2.0, 9.9, goal=5).met is False
-    assert Comparison("a", "b", "s", 2.0, 9.9).met is None
-    assert Comparison("a", "b", "s", 1.0, 99.0, goal=5, difference=0.1, tolerance=1e-5).met is False
-    assert Comparison("a", "b", "s", 1.0, 99.0, goal=5, tolerance=1e-5).met is False
-    assert Comparison("a", "b", "s", 1.0, 99.0, goal=5, difference=1e-6, tolerance=1e-5).met is True
-    assert [Limit("a", "s", value, limit).met for value, limit in ((9.0, 10), (11.0, 10), (11.0, None))] == [
+@pytest.mark.parametrize(("ours", "other", "more", "met"), [
+    (2.0, 10.0, {"goal": 5}, True), (2.0, 9.9, {"goal": 5}, False), (2.0, 9.9, {}, None),
+    (1.0, 99.0, {"goal": 5, "difference": 0.1, "tolerance": 1e-5}, False),
+    (1.0, 99.0, {"goal": 5, "tolerance": 1e-5}, False),
+    (1.0, 99.0, {"goal": 5, "difference": 1e-6, "tolerance": 1e-5}, True)])
+def test_a_ratio_meets_its_goal_at_equal_results_only(ours: float, other: float, more: dict[str, Any],
+                                                      met: bool | None) -> None:
+    row = comparison("a", "b", "s", ours, other, **more)
+    assert (row["ratio"], row["met"]) == (other / ours, met)
+
+
+def test_a_figure_keeps_its_limit() -> None:
+    assert [limited("a", "s", value, limit)["met"] for value, limit in ((9.0, 10), (11.0, 10), (11.0, None))] == [
         True, False, None]
 
 
 @pytest.mark.weekly
 def test_ways_take_turns_and_the_first_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    # Seconds from one look at the clock to the next: the first turn begins twice, then each way begins and ends.
-    clock = itertools.accumulate([0, 100, *[50, 1, 50, 9], *[50, 2, 50, 9], *[50, 1, 50, 8]])
+    # Seconds from one look at the clock to the next: each way begins and ends.
+    clock = itertools.accumulate([0, 100, 50, 100, *[50, 1, 50, 9], *[50, 2, 50, 9], *[50, 1, 50, 8]])
     monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))
     seconds = alternating([lambda: calls.append("a"), lambda: calls.append("b")], rounds=3)
     assert calls == ["a", "b"] * 4
@@ -74,8 +76,7 @@ def test_memory_is_that_of_the_work_alone_and_its_faults_come_back(monkeypatch: 
     assert 190 < peak < 260
     assert seconds > 0
     assert memory_mb("VmHWM") - before < 150  # it was another process
-    _, _, prepared = in_fresh_process(measured_length, 200, prepare=prepare)
-    assert prepared < 50  # what was there before the clock started does not count
+    assert in_fresh_process(measure_length, 200)[2] < 50  # what was there before the clock started does not count
     with pytest.raises(ValueError, match="broken"):
         in_fresh_process(fail)
 
@@ -96,32 +97,22 @@ def test_commands_are_measured_from_outside(tmp_path: Path) -> None:
         covidseg(tmp_path, "lungs", tmp_path / "missing.nii.gz", "-o", tmp_path / "out")
 
 
-# --- the roofline ------------------------------------------------------------------------------------------------
-
 @pytest.mark.weekly
-def test_operations_are_those_that_torch_counts() -> None:
+def test_operations_are_those_that_torch_counts_and_bytes_those_that_layers_move() -> None:
     net = nn.Sequential(make_unet(2, (8, 16, 32)), nn.Flatten(), nn.Linear(32 * 32, 3))
     inputs = torch.rand(2, 2, 32, 32)
     with FlopCounterMode(display=False) as counter:
         net(inputs)
-    seen = roofline.counted(lambda: net(inputs))
-    assert sum(seen.operations) == pytest.approx(counter.get_total_flops())
-
-
-@pytest.mark.weekly
-def test_layers_without_gradients_are_no_training() -> None:
-    net = nn.Linear(4, 4)
+    assert sum(operations for operations, _ in counted(lambda: net(inputs))) == counter.get_total_flops()
+    layer = nn.Linear(4, 4)
+    assert counted(lambda: layer(torch.rand(2, 4))) == [(64, 4 * (20 + 8 + 8))]
     with torch.no_grad():
-        assert roofline.counted(lambda: net(torch.rand(2, 4))).operations == []
-    assert roofline.counted(lambda: net(torch.rand(2, 4))).bytes == [4 * (20 + 8 + 8)]
+        assert counted(lambda: layer(torch.rand(2, 4))) == [], "without gradients it is no training"
 
 
-@pytest.mark.weekly
 def test_a_layer_is_bound_by_the_slower_of_arithmetic_and_memory() -> None:
-    work = roofline.Work(operations=[100.0, 0.0], bytes=[10.0, 50.0])
-    bound, arithmetic = work.seconds(roofline.Machine(operations=10.0, bandwidth=5.0))
-    assert arithmetic == pytest.approx(3 * 10)
-    assert bound == pytest.approx(3 * (10 + 10))
+    bound, arithmetic = seconds_of([(100.0, 10.0), (0.0, 50.0)], Machine(operations=10.0, bandwidth=5.0))
+    assert (bound, arithmetic) == (3 * (10 + 10), 3 * 10)
 
 
 # --- the records -------------------------------------------------------------------------------------------------
@@ -138,11 +129,11 @@ def faults(content: dict) -> list[str]:
     found += [f"no section {name}" for name in sorted(SECTIONS.get(content.get("device"), set()) - set(sections))]
     for name, section in sections.items():
         for row in section.get("comparisons", []):
-            own = Comparison(**{key: value for key, value in row.items() if key not in ("ratio", "met")})
-            if (round(own.ratio, 3), own.met) != (row["ratio"], row["met"]):
+            own = comparison(**{key: value for key, value in row.items() if key not in ("ratio", "met")})
+            if own != row:
                 found.append(f"{name}: {row['task']}: ratio or goal does not fit the figures")
         for row in section.get("limits", []):
-            if Limit(**{key: value for key, value in row.items() if key != "met"}).met != row["met"]:
+            if limited(**{key: value for key, value in row.items() if key != "met"}) != row:
                 found.append(f"{name}: {row['task']}: limit does not fit the figure")
         for row in section.get("roofline", []):
             if abs(row["share"] - row["bound_ms"] / row["step_ms"]) > 0.01 or row["share"] > 1:
@@ -176,15 +167,13 @@ def test_record_check_fires() -> None:
 def test_tables_show_the_record() -> None:
     content = cpu_record()
     table = bench_markdown(content)
-    rows = [row for section in content["sections"].values() for row in section.get("comparisons", [])]
-    assert len(table.splitlines()) == len(rows) + 2
-    for row in rows:
-        assert f"| **{row['ratio']:.1f}** |" in table
-    missed = copy.deepcopy(content)
-    missed["sections"]["reading"]["comparisons"][0]["met"] = False
-    assert bench_markdown(missed).count("**no**") == table.count("**no**") + 1
+    ratios = [row["ratio"] for section in content["sections"].values() for row in section.get("comparisons", [])]
+    assert len(table.splitlines()) == len(ratios) + 2
+    assert all(f"| **{ratio:.1f}** |" in table for ratio in ratios)
     assert "exponent" not in bench_markdown(content, "limits")
     assert bench_markdown(content, "roofline").count("\n") == 1 + len(content["sections"]["training"]["roofline"])
+    content["sections"]["reading"]["comparisons"][0]["met"] = False
+    assert bench_markdown(content).count("**no**") == table.count("**no**") + 1
 
 
 def readme_faults(readme: str, content: dict) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
+import operator
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +15,6 @@ import pytest
 from fuzz import scans, stored, tables
 from safetensors.numpy import save
 
-from covidseg.batch import merge
 from covidseg.batch import tables as part_tables
 from covidseg.data.fetch import check_zip, unpack
 from covidseg.data.folder import load_dataset
@@ -26,8 +26,6 @@ from covidseg.store import Store, load_arrays
 
 DIGITS = "9" * 5000  # more than Python turns into a number
 
-
-# --- scans ------------------------------------------------------------------------------------------------------
 
 def test_points_on_a_brain_are_no_scan(tmp_path: Path) -> None:
     raw = scans.cifti()
@@ -56,8 +54,6 @@ def test_more_slices_than_a_file_can_hold_are_not_even_counted(name: str, tmp_pa
     with pytest.raises(InputFileError, match="bytes are said to be in a file of"):
         read_scan(tmp_path / name)
 
-
-# --- tables -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("table", [
     "slice,has_lesion,volume\n0,1\n", "volume,slice,has_lesion\n,0,1\n"])
@@ -100,8 +96,6 @@ def test_lines_of_a_split_that_end_early_or_come_twice(table: str, words: str, t
         read_split(tmp_path / "own.csv")
 
 
-# --- stages and reports -----------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("notes", ["[]", "3", "null", f'{{"a": {DIGITS}}}', "[" * 100_000])
 def test_notes_that_are_none(notes: str, tmp_path: Path) -> None:
     path = stored.with_hash(tmp_path / "stage.safetensors", save({"a": np.zeros(2)}, {"notes": notes}))
@@ -118,18 +112,6 @@ def test_a_time_that_is_none(seconds: object, tmp_path: Path) -> None:
         store.seconds("stage", "key")
 
 
-def with_value(place: str, value: object) -> bytes:
-    """A report of a run with another value at a place such as ``settings.prepare.size``."""
-    content = json.loads(stored.report_seeds()[0])
-    *way, last = place.split(".")
-    inner: dict[str, Any] = content
-    for name in way:
-        inner = inner[name]
-    assert last in inner
-    inner[last] = value
-    return json.dumps(content).encode()
-
-
 @pytest.mark.parametrize(("place", "value"), [
     ("settings.true_lungs", 0), ("settings.name", 7), ("settings.segmenter.steps", "300"),
     ("settings.segmenter.steps", 300.5), ("settings.segmenter.channels", 16),
@@ -140,17 +122,15 @@ def with_value(place: str, value: object) -> bytes:
     ("stages.segmenter", "/segmenter.safetensors"), ("stages.segmenter", ".."), ("stages.segmenter", "a" * 300),
     ("stages.segmenter", "a\0.safetensors"), ("best_round", {})])
 def test_reports_with_values_that_no_run_writes(place: str, value: object, tmp_path: Path) -> None:
-    stored.with_hash(tmp_path / "run.json", stored.report_seeds()[0])
-    read_report(tmp_path)
-    stored.with_hash(tmp_path / "run.json", with_value(place, value))
-    with pytest.raises(ArtifactError, match=r"is damaged|cannot be read"):
-        read_report(tmp_path)
-
-
-def test_a_report_that_goes_deeper_than_python(tmp_path: Path) -> None:
-    stored.with_hash(tmp_path / "run.json", b"[" * 100_000)
-    with pytest.raises(ArtifactError, match="is damaged"):
-        read_report(tmp_path)
+    content = json.loads(stored.report_seeds()[0])
+    *way, last = place.split(".")
+    inner = functools.reduce(operator.getitem, way, content)
+    assert last in inner
+    inner[last] = value
+    for raw in (json.dumps(content).encode(), b"[" * 100_000):  # the other goes deeper than Python
+        stored.with_hash(tmp_path / "run.json", raw)
+        with pytest.raises(ArtifactError, match=r"is damaged|cannot be read"):
+            read_report(tmp_path)
 
 
 @pytest.mark.parametrize(("old", "new"), [
@@ -159,23 +139,16 @@ def test_a_report_that_goes_deeper_than_python(tmp_path: Path) -> None:
 def test_tables_of_predictions_that_count_as_missing(old: str, new: str, tmp_path: Path) -> None:
     content = stored.part_seeds()[0].decode()
     assert old in content
-    (tmp_path / "parts").mkdir()
-    (tmp_path / "parts" / "part-1-of-1.csv").write_bytes(content.replace(old, new, 1).encode(errors="surrogateescape"))
-    assert part_tables(tmp_path) == {}
     with pytest.raises(DatasetError, match="no reports of predictions"):
-        merge(tmp_path)
+        stored.read_parts(content.replace(old, new, 1).encode(errors="surrogateescape"), tmp_path)
+    assert part_tables(tmp_path) == {}
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "../a"])
 def test_names_of_scans_that_no_file_has(name: str, tmp_path: Path) -> None:
-    (tmp_path / "parts").mkdir()
-    table = stored.part_seeds()[0].decode().replace("a,done", f"{name},done", 1)
-    (tmp_path / "parts" / "part-1-of-1.csv").write_text(table, encoding="utf-8")
     with pytest.raises(DatasetError):
-        merge(tmp_path)
+        stored.read_parts(stored.part_seeds()[0].replace(b"a,done", f"{name},done".encode(), 1), tmp_path)
 
-
-# --- archives ---------------------------------------------------------------------------------------------------
 
 def archive_with(name: str = "a.txt", kind: int = zipfile.ZIP_STORED) -> bytes:
     stream = io.BytesIO()
@@ -202,6 +175,8 @@ ARCHIVES = {
 @pytest.mark.parametrize("fault", ARCHIVES)
 def test_damaged_archives(fault: str, tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
+    with pytest.raises(DownloadError, match="not a usable zip"):
+        check_zip(path)  # it is not there yet
     path.write_bytes(ARCHIVES[fault])
     if fault != "none":  # a file without a name is whole, but has no place to go to
         with pytest.raises(DownloadError):
@@ -209,8 +184,3 @@ def test_damaged_archives(fault: str, tmp_path: Path) -> None:
     with pytest.raises(DownloadError):
         unpack(path, tmp_path / "out")
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and file != path and file.stat().st_size > 2048]
-
-
-def test_an_archive_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match="not a usable zip"):
-        check_zip(tmp_path / "none.zip")

@@ -46,20 +46,18 @@ def start(work: Callable[..., Any], *arguments: Any) -> BaseProcess:
     return process
 
 
-def exit_code(process: BaseProcess) -> int | None:
-    process.join(200)
-    return process.exitcode
+def exit_codes(*processes: BaseProcess) -> list[int | None]:
+    for process in processes:
+        process.join(200)
+    return [process.exitcode for process in processes]
 
 
 def check_same(folder: Path, whole: Run) -> None:
     """Every stage bit for bit, and a report that fits its checksum; nothing half written is left."""
     for stage in STAGES:
-        name = stage_name(whole, stage)
-        mine, theirs = (load_arrays(place / "stages" / name)[0] for place in (folder, whole.folder))
-        assert mine.keys() == theirs.keys()
-        for key, value in mine.items():
-            assert value.dtype == theirs[key].dtype
-            assert value.tobytes() == theirs[key].tobytes(), (stage, key)
+        mine, theirs = ({key: (value.dtype, value.tobytes()) for key, value in load_arrays(path)[0].items()}
+                        for path in (place / "stages" / stage_name(whole, stage) for place in (folder, whole.folder)))
+        assert mine == theirs, stage
     load_predictor(folder)
     left = [path.name for path in folder.rglob(".*") if path.is_file() and path.suffix != ".lock"]
     assert not left
@@ -71,16 +69,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(kills: list[int], whole: Run, tin
                                                tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for most in kills:
-        assert exit_code(start(train, tiny_phantom, folder, most)) == -signal.SIGKILL
+        assert exit_codes(start(train, tiny_phantom, folder, most)) == [-signal.SIGKILL]
         assert len(list(folder.glob("stages/*.safetensors"))) == most
-    assert exit_code(start(train, tiny_phantom, folder)) == 0
+    assert exit_codes(start(train, tiny_phantom, folder)) == [0]
     check_same(folder, whole)
 
 
 @pytest.mark.weekly
 def test_two_programs_in_one_folder_do_no_harm(whole: Run, tiny_phantom: Path, tmp_path: Path) -> None:
-    programs = [start(train, tiny_phantom, tmp_path / "run") for _ in range(2)]
-    assert [exit_code(program) for program in programs] == [0, 0]
+    assert exit_codes(*(start(train, tiny_phantom, tmp_path / "run") for _ in range(2))) == [0, 0]
     check_same(tmp_path / "run", whole)
 
 
@@ -104,8 +101,7 @@ def make_stage(folder: Path, calls: Path, log: Path, wait: bool) -> None:
 
 def test_one_makes_a_stage_and_the_other_waits_for_it(tmp_path: Path) -> None:
     calls, log = tmp_path / "calls", tmp_path / "log"
-    programs = [start(make_stage, tmp_path / "stages", calls, log, True) for _ in range(2)]
-    assert [exit_code(program) for program in programs] == [0, 0]
+    assert exit_codes(*(start(make_stage, tmp_path / "stages", calls, log, True) for _ in range(2))) == [0, 0]
     assert calls.read_text() == "made\n"
 
 
@@ -117,6 +113,6 @@ def test_a_killed_program_holds_nobody_up(tmp_path: Path) -> None:
     first.kill()
     first.join()
     (tmp_path / "stages" / ".cam-0123.safetensors-half").write_bytes(b"what it was writing")
-    assert exit_code(start(make_stage, tmp_path / "stages", calls, log, False)) == 0
+    assert exit_codes(start(make_stage, tmp_path / "stages", calls, log, False)) == [0]
     assert not list((tmp_path / "stages").glob(".*-half"))
     assert load_arrays(tmp_path / "stages" / "cam-0123.safetensors")[0]["a"].tolist() == [0, 1, 2]

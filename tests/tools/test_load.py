@@ -15,6 +15,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from ipywidgets import Widget
+from ipywidgets.embed import dependency_state
 from load import content, growth, peak_mb
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -24,7 +26,7 @@ from typer.testing import CliRunner
 from covidseg.atomic import write_whole
 from covidseg.book.explore import Explorer, browse, explore
 from covidseg.cli import app
-from covidseg.data.scan import read_scan
+from covidseg.data.scan import read_mask, read_scan
 from covidseg.predict import Predictor, load_predictor
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="no /proc to ask")
@@ -42,46 +44,30 @@ def predictor(run: Path) -> Predictor:
     return load_predictor(run)
 
 
-def repeated(scan: Path, slices: int, target: Path) -> Path:
-    """A scan of many slices: those of a small one, over and over."""
-    small = read_scan(scan)
-    pixels = np.resize(small.pixels, (slices, *small.pixels.shape[1:]))
-    nib.save(nib.Nifti1Image(pixels.transpose(2, 1, 0), small.grid.affine), target)
-    return target
+def write_scan(pixels: np.ndarray, affine: np.ndarray, path: Path) -> Path:
+    """Writes ``(slices, rows, columns)``."""
+    nib.save(nib.Nifti1Image(pixels.transpose(2, 1, 0), affine), path)
+    return path
 
 
-# --- the helpers show what they are for ----------------------------------------------------------------------------
-
-def leak_memory(kept: list[Any]) -> None:
-    kept.append(np.ones(1 << 17))  # a megabyte
-
-
-def leak_file(kept: list[Any]) -> None:
-    kept.append(open(os.devnull))  # noqa: SIM115
-
-
-def leak_thread(kept: list[Any]) -> None:
-    kept.append(threading.Event())
-    threading.Thread(target=kept[-1].wait, daemon=True).start()
-
-
-def leak_figure(kept: list[Any]) -> None:
-    plt.figure(figsize=(0.1, 0.1))
+def waiting_thread(end: threading.Event) -> None:
+    threading.Thread(target=end.wait, daemon=True).start()
 
 
 @pytest.mark.weekly
-@pytest.mark.parametrize(("leak", "said"), [(leak_memory, "memory grew by "), (leak_file, "10 more files"),
-                                            (leak_thread, "10 more threads"), (leak_figure, "10 more figures")])
-def test_what_leaks_is_caught(leak: Callable[[list[Any]], None], said: str) -> None:
-    kept: list[Any] = []
+@pytest.mark.parametrize(("leak", "said"), [
+    (lambda end: np.ones(1 << 17), "memory grew by "), (lambda end: open(os.devnull), "10 more files"),  # noqa: SIM115
+    (waiting_thread, "10 more threads"), (lambda end: plt.figure(figsize=(0.1, 0.1)), "10 more figures")])
+def test_what_leaks_is_caught(leak: Callable[[threading.Event], Any], said: str) -> None:
+    kept, end = [], threading.Event()
     try:
-        grown = growth(lambda: leak(kept), 10, most_mb=5)
+        grown = growth(lambda: kept.append(leak(end)), 10, most_mb=5)
         assert any(line.startswith(said) for line in grown), grown
     finally:
-        for thing in kept:
-            for end in ("close", "set"):
-                getattr(thing, end, lambda: None)()
+        end.set()
         plt.close("all")
+        for thing in kept:
+            getattr(thing, "close", lambda: None)()
 
 
 @pytest.mark.weekly
@@ -115,25 +101,24 @@ def test_memory_grows_by_a_few_bytes_a_voxel(predictor: Predictor, tiny_phantom:
     large = small.pixels.repeat(4, axis=1).repeat(4, axis=2)                       # 512 x 512
     needed = []
     for slices in (20, 20, 80):  # caches fill in the first
-        path = tmp_path / f"{slices}.nii.gz"
-        nib.save(nib.Nifti1Image(np.resize(large, (slices, 512, 512)).transpose(2, 1, 0), small.grid.affine), path)
+        path = write_scan(np.resize(large, (slices, 512, 512)), small.grid.affine, tmp_path / f"{slices}.nii.gz")
         needed.append(peak_mb(lambda path=path: predictor.predict_file(path, tmp_path / f"mask-{path.name}")))
-        assert np.asarray(nib.load(tmp_path / f"mask-{path.name}").dataobj).shape == (512, 512, slices)
+        assert nib.load(tmp_path / f"mask-{path.name}").shape == (512, 512, slices)
     assert (needed[2] - needed[1]) * 2 ** 20 < BYTES_A_VOXEL * 60 * 512 * 512
 
 
 @pytest.mark.weekly
 def test_the_same_slices_over_and_over_get_the_same_masks(predictor: Predictor, tiny_phantom: Path,
                                                           tmp_path: Path) -> None:
-    scan = tiny_phantom / "im" / "phantom_01.nii.gz"
+    small = read_scan(tiny_phantom / "im" / "phantom_01.nii.gz")
     masks = []
     for slices in (200, 1000):
-        path = repeated(scan, slices, tmp_path / f"{slices}.nii.gz")
+        pixels = np.resize(small.pixels, (slices, *small.pixels.shape[1:]))
+        path = write_scan(pixels, small.grid.affine, tmp_path / f"{slices}.nii.gz")
         predictor.predict_file(path, tmp_path / f"mask-{slices}.nii.gz")
-        masks.append(np.asarray(nib.load(tmp_path / f"mask-{slices}.nii.gz").dataobj))
-        assert masks[-1].shape == nib.load(path).shape
+        masks.append(read_mask(tmp_path / f"mask-{slices}.nii.gz", like=read_scan(path)))
     assert masks[0].any()
-    np.testing.assert_array_equal(masks[1][..., :190], masks[0][..., :190])
+    np.testing.assert_array_equal(masks[1][:190], masks[0][:190])
 
 
 @pytest.mark.weekly
@@ -145,12 +130,7 @@ def test_predictions_in_one_process_leave_nothing_behind(run: Path, tiny_phantom
 
 # --- many pictures -------------------------------------------------------------------------------------------------
 
-KILOBYTES = 120  # of one picture of noise, 400 pixels wide, which compresses worst
-
-
-def volume() -> np.ndarray:
-    """Two slices of noise."""
-    return np.random.default_rng(0).normal(-600, 300, (2, 64, 64))
+MOST = 240_000  # bytes of two pictures of noise, 400 pixels wide, which compresses worst
 
 
 def careless(level: float) -> Figure:
@@ -160,67 +140,44 @@ def careless(level: float) -> Figure:
     return figure
 
 
-def pictures() -> Explorer:
-    """A new explorer of the package's pictures."""
-    images = volume()
+def noise() -> Explorer:
+    """A new explorer of two slices of noise."""
+    images = np.random.default_rng(0).normal(-600, 300, (2, 64, 64))
     return browse(images, {"mask": images > 0}, name="noise")
 
 
-def careless_pictures() -> Explorer:
+def others() -> Explorer:
     """A new explorer of somebody's pictures."""
     return explore(careless, {"level": [0.1, 0.2]}, name="a line")
 
 
-def state_size(widget: Any) -> int:
-    """Bytes that a notebook keeps of a widget and all that it shows, pictures as base64."""
-    from ipywidgets.embed import dependency_state
+def page_size(make: Callable[[], Explorer]) -> int:
+    return len(make().page())
 
-    return len(json.dumps(dependency_state([widget])))
+
+def widget_size(make: Callable[[], Explorer]) -> int:
+    """Bytes that a notebook keeps of a widget and all that it shows, after its slider was moved, pictures as base64.
+
+    Widgets live until they are closed, for they may be on a page; another picture has to take the place of the first.
+    """
+    box: Any = make().live()
+    before = len(json.dumps(dependency_state([box])))
+    box.children[0].value = 0
+    after = len(json.dumps(dependency_state([box])))
+    assert after < 1.2 * before
+    Widget.close_all()
+    return after
 
 
 @pytest.mark.weekly
-@pytest.mark.parametrize(("make", "rounds"), [(pictures, 80), (careless_pictures, 40)])
-def test_many_pages_with_sliders_leave_nothing_behind(make: Callable[[], Explorer], rounds: int) -> None:
+@pytest.mark.parametrize(("size", "make", "rounds"), [
+    (page_size, noise, 80), (widget_size, noise, 200), (page_size, others, 40), (widget_size, others, 40)])
+def test_hundreds_of_pages_and_widgets_leave_nothing_behind(
+        size: Callable[[Callable[[], Explorer]], int], make: Callable[[], Explorer], rounds: int) -> None:
     sizes: list[int] = []
-    assert growth(lambda: sizes.append(len(make().page())), rounds, 5, most_mb=5) == []
+    assert growth(lambda: sizes.append(size(make)), rounds, 5, most_mb=5) == []
     assert len(set(sizes)) == 1, "nothing is added to later ones"
-    assert sizes[0] < 2 * KILOBYTES * 1000
-
-
-@pytest.mark.weekly
-@pytest.mark.parametrize(("make", "rounds"), [(pictures, 200), (careless_pictures, 40)])
-def test_hundreds_of_notebooks_with_widgets(make: Callable[[], Explorer], rounds: int) -> None:
-    """Widgets live until they are closed, for they may be on a page; each needs no more than its one picture."""
-    import ipywidgets
-
-    sizes: list[int] = []
-
-    def notebook() -> None:
-        box = make().live()
-        before = state_size(box)
-        box.children[0].value = 0  # moves the slider
-        sizes.append(state_size(box))
-        assert sizes[-1] < 1.2 * before, "another picture takes the place of the first"
-        ipywidgets.Widget.close_all()
-    assert growth(notebook, rounds, 5, most_mb=5) == []
-    assert len(set(sizes)) == 1, "nothing is added to later ones"
-    assert sizes[0] < 2 * KILOBYTES * 1000
-
-
-@pytest.mark.weekly
-def test_widgets_that_are_not_closed_are_caught() -> None:
-    """That is what would show if an explorer kept what it made."""
-    import ipywidgets
-
-    kept: list[Explorer] = []
-
-    def notebook() -> None:
-        kept.append(browse(np.zeros((2, 1000, 1000)), name="large"))
-        kept[-1].live()
-    try:
-        assert growth(notebook, 8, 2, most_mb=5)
-    finally:
-        ipywidgets.Widget.close_all()
+    assert sizes[0] < MOST
 
 
 # --- at the same time ----------------------------------------------------------------------------------------------
@@ -242,20 +199,24 @@ def command(*arguments: object) -> None:
     assert done.exit_code == 0, done.output
 
 
+def options(run: Path, scans: Path, out: Path) -> tuple[object, ...]:
+    return "predict", "--run", run, scans, "-o", out, "--threshold", 0.3, "--probability"
+
+
 @pytest.fixture(scope="module")
 def sequential(run: Path, scans: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Masks, probabilities and table of the eight scans, predicted one after another."""
     out = tmp_path_factory.mktemp("sequential")
-    command("predict", "--run", run, scans, "-o", out, "--threshold", 0.3, "--probability")
+    command(*options(run, scans, out))
     found = content(out)
     assert len(found) == 2 * EIGHT + 1
     assert len(set(found.values())) > EIGHT, "results differ, so that a mix-up shows"
     return found
 
 
-def at_once(work: Callable[..., None], each: list[tuple[Any, ...]]) -> list[int | None]:
-    """Exit codes of one process for each tuple of arguments."""
-    processes = [WARM.Process(target=work, args=arguments, daemon=True) for arguments in each]
+def at_once(each: list[tuple[Any, ...]]) -> list[int | None]:
+    """Exit codes of the command with each tuple of arguments."""
+    processes = [WARM.Process(target=command, args=arguments, daemon=True) for arguments in each]
     for process in processes:
         process.start()
     for process in processes:
@@ -269,8 +230,9 @@ def at_once(work: Callable[..., None], each: list[tuple[Any, ...]]) -> list[int 
 @pytest.mark.weekly
 def test_eight_processes_predict_parts(run: Path, scans: Path, sequential: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ("predict", "--run", run, scans, "-o", out, "--threshold", 0.3, "--probability")
-    assert at_once(command, [(*options, "--part", f"{k + 1}/{EIGHT}") for k in range(EIGHT)]) == [0] * EIGHT
+    asked = [(*options(run, scans, out), "--part", f"{k + 1}/{EIGHT}") for k in range(EIGHT)]
+    broken = ("predict", "--run", run, tmp_path / "none.nii", "-o", tmp_path)
+    assert at_once([*asked, broken]) == [*[0] * EIGHT, 1], "one that fails is seen"
     command("merge", out)
     assert content(out) == sequential
     shutil.copyfile(out / "scan_1.nii.gz", out / "scan_0.nii.gz")
@@ -280,10 +242,8 @@ def test_eight_processes_predict_parts(run: Path, scans: Path, sequential: dict[
 @pytest.mark.weekly
 def test_eight_processes_that_do_the_same_do_no_harm(run: Path, scans: Path, sequential: dict[str, bytes],
                                                      tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    options = ("predict", "--run", run, scans, "-o", out, "--threshold", 0.3, "--probability")
-    assert at_once(command, [options] * EIGHT) == [0] * EIGHT
-    assert content(out) == sequential
+    assert at_once([options(run, scans, tmp_path / "out")] * EIGHT) == [0] * EIGHT
+    assert content(tmp_path / "out") == sequential
 
 
 def test_eight_threads_share_one_predictor(run: Path, scans: Path, sequential: dict[str, bytes],
@@ -297,12 +257,6 @@ def test_eight_threads_share_one_predictor(run: Path, scans: Path, sequential: d
     with ThreadPoolExecutor(EIGHT) as pool:
         list(pool.map(predict, sorted(scans.iterdir())))
     assert content(tmp_path) == {name: raw for name, raw in sequential.items() if name != "predictions.csv"}
-
-
-@pytest.mark.weekly
-def test_a_process_that_fails_is_seen(run: Path, tmp_path: Path) -> None:
-    broken = ("predict", "--run", run, tmp_path / "none.nii", "-o", tmp_path)
-    assert at_once(command, [("--version",), broken]) == [0, 1]
 
 
 def test_files_of_many_threads_have_the_permissions_of_ordinary_ones(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from nbformat import NotebookNode
 from notebooks import tags
 
 CHAPTERS = sorted((Path(__file__).resolve().parents[2] / "chapters").glob("*.ipynb"))
-WELCOME = CHAPTERS[0]
+WELCOME = nbformat.read(CHAPTERS[0], as_version=4)
+SETUP = next(cell.source for cell in WELCOME.cells if cell.id == "colab-setup")
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
@@ -78,45 +79,25 @@ def picture_faults(notebook: NotebookNode) -> list[str]:
     return faults
 
 
-@pytest.fixture(params=CHAPTERS, ids=lambda path: path.stem)
-def chapter(request: pytest.FixtureRequest) -> NotebookNode:
-    return nbformat.read(request.param, as_version=4)
+def faults(notebook: NotebookNode) -> list[str]:
+    return [*strip_faults(notebook), *opening_faults(notebook, SETUP), *id_faults(notebook), *picture_faults(notebook)]
 
 
 @pytest.fixture
 def welcome() -> NotebookNode:
-    return copy.deepcopy(nbformat.read(WELCOME, as_version=4))
+    return copy.deepcopy(WELCOME)
 
 
-def setup_source() -> str:
-    return next(cell.source for cell in nbformat.read(WELCOME, as_version=4).cells if cell.id == "colab-setup")
-
-
-def test_there_are_chapters() -> None:
-    assert WELCOME.name == "00_welcome.ipynb"
-
-
-def test_chapter_is_valid_and_stripped(chapter: NotebookNode) -> None:
-    nbformat.validate(chapter)
-    assert strip_faults(chapter) == []
-
-
-def test_chapter_opens_like_the_others(chapter: NotebookNode) -> None:
-    assert opening_faults(chapter, setup_source()) == []
-
-
-def test_chapter_has_readable_ids(chapter: NotebookNode) -> None:
-    assert id_faults(chapter) == []
-
-
-def test_chapter_describes_its_pictures(chapter: NotebookNode) -> None:
-    assert picture_faults(chapter) == []
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_is_as_it_should_be(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert faults(notebook) == []
 
 
 def test_setup_installs_on_colab_only_and_names_the_gpu() -> None:
-    source = setup_source()
-    assert 'if "google.colab" in sys.modules:\n    %pip install' in source
-    assert "torch.cuda.is_available()" in source
+    assert 'if "google.colab" in sys.modules:\n    %pip install' in SETUP
+    assert "torch.cuda.is_available()" in SETUP
 
 
 def test_strip_check_fires(welcome: NotebookNode) -> None:
@@ -134,15 +115,14 @@ def test_strip_check_fires(welcome: NotebookNode) -> None:
 
 
 def test_opening_check_fires(welcome: NotebookNode) -> None:
-    setup = setup_source()
     welcome.cells[0].source = "No heading"
     welcome.cells[2].source += "\n# changed"
     welcome.cells[3].source = "import covidseg"
     welcome.cells[4].source = 'profile = "full"\nseed = 0'
-    assert [fault.split(":")[0] for fault in opening_faults(welcome, setup)] == [
+    assert [fault.split(":")[0] for fault in opening_faults(welcome, SETUP)] == [
         "title", "colab-setup", "imports", "parameters"]
     del welcome.cells[1]
-    assert opening_faults(welcome, setup) == ["the first cells must be title, idea, colab-setup, imports, parameters"]
+    assert opening_faults(welcome, SETUP) == ["the first cells must be title, idea, colab-setup, imports, parameters"]
 
 
 def test_id_check_fires(welcome: NotebookNode) -> None:

@@ -8,28 +8,21 @@ from typing import Any
 
 import processors
 import pytest
-from processors import KINDS, Kind
+from processors import KINDS, environment, there
 
 pytestmark = pytest.mark.weekly
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def test_kinds_differ_and_take_one_and_two_threads() -> None:
-    assert len({kind.name for kind in KINDS}) == len({kind.onednn for kind in KINDS}) == len(KINDS) >= 3
-    assert {kind.threads for kind in KINDS} == {1, 2}
 
 
 def test_what_the_user_chose_for_openblas_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
-    assert KINDS[0].environment()["OPENBLAS_CORETYPE"] == KINDS[0].openblas
+    assert environment(*KINDS[0])["OPENBLAS_CORETYPE"] == KINDS[0][-1]
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Zen")
-    assert KINDS[0].environment()["OPENBLAS_CORETYPE"] == "Zen"
+    assert environment(*KINDS[0])["OPENBLAS_CORETYPE"] == "Zen"
 
 
 def test_the_oldest_kind_is_there_and_an_unknown_one_is_not() -> None:
-    assert KINDS[0].there()
-    assert not Kind("avx4096", 1, "AVX2", "Haswell").there()
+    assert there(environment(*KINDS[0]))
+    assert not there(environment("avx4096", 1, "AVX2", "Haswell"))
 
 
 @pytest.mark.parametrize(("bad", "said"), [(None, "2 of 2 kinds agree\n"), ("avx2", "1 of 2 kinds agree; not avx2\n")])
@@ -40,7 +33,7 @@ def test_a_failure_under_one_kind_is_told(bad: str | None, said: str, monkeypatc
     def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[Any]:
         commands.append(command)
         return subprocess.CompletedProcess(command, int(env["ATEN_CPU_CAPABILITY"] == bad))
-    monkeypatch.setattr(Kind, "there", lambda self: self.name != "avx512")
+    monkeypatch.setattr(processors, "there", lambda variables: variables["ATEN_CPU_CAPABILITY"] != "avx512")
     monkeypatch.setattr(processors.subprocess, "run", run)
     assert processors.main(["-x"]) == int(bad is not None)
     assert [command[-4:] for command in commands] == [["-m", "nets", "-q", "-x"]] * 2
@@ -50,4 +43,4 @@ def test_a_failure_under_one_kind_is_told(bad: str | None, said: str, monkeypatc
 
 
 def test_ci_runs_them() -> None:
-    assert "timed make processors" in (ROOT / ".ci" / "run").read_text()
+    assert "timed make processors" in (Path(__file__).resolve().parents[2] / ".ci" / "run").read_text()

@@ -1,4 +1,4 @@
-"""Command line of ``make bench``: measures, prints ratio first, and records."""
+"""Command line of ``make bench``: measures, records, and prints the tables of the book, ratio first."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from bench.measure import Setup, processor, say
 from covidseg import DISCLAIMER
+from covidseg.book.results import bench_markdown
 from covidseg.devices import pick_device
 from covidseg.store import environment, write_text
 
@@ -28,30 +27,12 @@ SECTIONS = ("reading", "lungs", "cams", "patches", "training", "predicting", "gr
 ON_GPU = ("lungs", "cams", "patches", "training", "predicting")
 
 
-def tables(sections: dict[str, Any]) -> list[Table]:
-    """What was measured: comparisons with the ratio first, figures with a limit, and training stages."""
-    def table(title: str, key: str, columns: str) -> Table:
-        result, names = Table(title=title), columns.split()
-        for name in names:
-            result.add_column(name.replace("_", " "))
-        for row in (row for section in sections.values() for row in section.get(key, [])):
-            result.add_row(*("" if row[name] is None else f"{row[name]:.4g}" if isinstance(row[name], float)
-                             else str(row[name]) for name in names))
-        return result
-    return [table("covidseg against what one would take instead: 2 is twice as fast, or half", "comparisons",
-                  "ratio goal met task ours other unit other_name difference"),
-            table("figures of their own", "limits", "value limit met task unit"),
-            table("training against the roofline of this machine", "roofline",
-                  "stage slices_per_second step_ms bound_ms share")]
-
-
-def write_record(path: Path, sections: dict[str, Any], small: bool, device: torch.device) -> None:
-    """Writes what was measured so far: if a later section fails, the earlier ones are there."""
-    content = {"note": DISCLAIMER, "command": "make bench", "device": device.type, "small": small,
-               "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-               "environment": {**environment(device), "processor": processor(), "cores": os.cpu_count()},
-               "sections": sections}
-    write_text(path, json.dumps(content, indent=1) + "\n")
+def record(sections: dict[str, Any], small: bool, device: torch.device) -> dict[str, Any]:
+    """What was measured so far, as JSON."""
+    return {"note": DISCLAIMER, "command": "make bench", "device": device.type, "small": small,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": {**environment(device), "processor": processor(), "cores": os.cpu_count()},
+            "sections": {name: sections[name] for name in SECTIONS if name in sections}}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,9 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = pick_device(options.device)
     path = options.out / f"bench-{device.type}.json"
-    before = json.loads(path.read_text(encoding="utf-8"))["sections"] if path.exists() and options.only else {}
+    sections = json.loads(path.read_text(encoding="utf-8"))["sections"] if path.exists() and options.only else {}
     wanted = options.only or (ON_GPU if device.type == "cuda" else SECTIONS)
-    sections = dict(before)
     with tempfile.TemporaryDirectory() as folder:
         setup = Setup(device, Path(folder), options.rounds, options.small)
         for name in wanted:
@@ -77,9 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
             measured = importlib.import_module(f"bench.{name}").run(setup)
             sections[name] = {**measured, "finished": datetime.now(UTC).isoformat(timespec="seconds"),
                               "seconds": round(time.monotonic() - start, 1), "load_before": load}
-            write_record(path, {name: sections[name] for name in SECTIONS if name in sections}, options.small, device)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(*tables(sections))
+            content = record(sections, options.small, device)  # if a later section fails, the earlier ones are there
+            write_text(path, json.dumps(content, indent=1) + "\n")
+    for kind in ("comparisons", "limits", "roofline"):
+        print(bench_markdown(content, kind) + "\n")
     say(f"{torch.get_num_threads()} threads; record in {path.name}")
     return 0
 

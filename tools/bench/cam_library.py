@@ -29,12 +29,10 @@ def layer_cam_library(net: Classifier, crops: Crops, settings: CamSettings = Cam
 def activation_maps_library(net: Classifier, crops: Crops, settings: CamSettings = CamSettings()) -> np.ndarray:
     """:func:`covidseg.gradcam.activation_maps` of one classifier by the library."""
     share = settings.layer_share
-    maps = np.zeros(crops.images.shape, np.float32)
-    if share < 1:
-        maps += (1 - share) * grad_cam_library(net, crops, settings)
-    if share > 0:
-        maps += share * layer_cam_library(net, crops, settings)
-    return scale_by_top(maps, crops.lungs, settings.top) if 0 < share < 1 else maps
+    if share in (0, 1):
+        return layer_cam_library(net, crops, settings) if share else grad_cam_library(net, crops, settings)
+    maps = (1 - share) * grad_cam_library(net, crops, settings) + share * layer_cam_library(net, crops, settings)
+    return scale_by_top(maps, crops.lungs, settings.top)
 
 
 def _score(output: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The command line, measured from outside: seconds from start to end, and the most memory that it held.
 
 ``python -m bench.command FILE ARGUMENTS`` is ``covidseg ARGUMENTS``, and writes its peak memory to FILE at the end.
+Importing this module loads no library, so that the memory is the command's own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,19 @@ import time
 from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parents[1]
+
+
+def memory_mb(entry: str) -> float:
+    """``VmRSS`` (now) or ``VmHWM`` (the most so far) of this process in MB, from Linux' process table."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{entry}:"):
+            return int(line.split()[1]) / 1024
+    raise ValueError(f"{entry} is not in /proc/self/status")
+
+
+def reset_peak() -> None:
+    """Lets ``VmHWM`` start again from what the process holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -51,8 +65,6 @@ def main() -> None:
     try:
         command()
     finally:
-        from bench.memory import memory_mb
-
         peak.write_text(str(memory_mb("VmHWM")))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bench.command import covidseg
-from bench.measure import Comparison, Limit, Setup, alternating
+from bench.measure import Setup, alternating, comparison, limited
 from bench.volumes import volume, write_volume
 from covidseg.lungs import lung_masks
 
@@ -23,7 +23,7 @@ def run(setup: Setup) -> dict[str, Any]:
     from lungmask.utils import preprocess
 
     count = setup.size(24, 2)
-    pixels = volume(24 if count == 24 else count, setup.size(512, 256))
+    pixels = volume(count, setup.size(512, 256))
     net = lungmask_net().to(setup.device)
     few = pixels[len(pixels) // 2:][:setup.size(4, 1)]
 
@@ -39,10 +39,9 @@ def run(setup: Setup) -> dict[str, Any]:
     seconds, peak = covidseg(setup.folder, "lungs", path, "-o", setup.folder / "lungs-out.nii.gz")
     whole = f"`covidseg lungs` on a volume of 512 x 512 x {slices}, start to end"
     return {
-        "comparisons": [Comparison(
+        "comparisons": [comparison(
             "lung mask of a slice", "lungmask 0.2.22 (U-Net)", "ms a slice", 1e3 * ours / len(pixels),
             1e3 * other / len(few), goal=50,
             note="lungmask: preprocessing and forward pass with random weights, without its post-processing; "
-                 f"net on {setup.device.type}, threshold on one core").as_json()],
-        "limits": [Limit(whole, "s", seconds, 20).as_json(),
-                   Limit(whole + ", peak memory", "MB", peak, 1000).as_json()]}
+                 f"net on {setup.device.type}, threshold on one core")],
+        "limits": [limited(whole, "s", seconds, 20), limited(whole + ", peak memory", "MB", peak, 1000)]}

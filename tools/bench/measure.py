@@ -7,13 +7,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from bench.memory import memory_mb, reset_peak
+from bench.command import memory_mb, reset_peak
 
 PRELOAD = ["covidseg.pipeline", "covidseg.predict", "monai.networks.nets", "monai.inferers"]
 
@@ -24,9 +25,9 @@ class Setup:
 
     Attributes:
         device: Where nets compute.
-        folder: Folder for files made on the way; removed at the end.
+        folder: For files made on the way; removed at the end.
         rounds: How often each way has its turn.
-        small: Whether sizes are tiny, for the tests of the benchmark itself; figures mean nothing then.
+        small: Whether sizes are tiny, for tests of the benchmark; figures mean nothing then.
     """
 
     device: torch.device
@@ -39,114 +40,78 @@ class Setup:
         return small if self.small else full
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Ours against another way to the same result.
+def comparison(task: str, other_name: str, unit: str, ours: float, other: float, *, goal: float | None = None,
+               difference: float | None = None, tolerance: float | None = None, note: str = "") -> dict[str, Any]:
+    """A row of the record: ours against another way to the same result.
 
-    Attributes:
-        task: What is done.
-        other_name: What it is compared with.
-        unit: Unit of both figures; smaller is better.
-        ours: The figure of covidseg.
-        other: The figure of the other way.
-        goal: The ratio ``other / ours`` that was to be reached; None where there was no goal.
-        difference: The largest absolute difference between the two results; None where they are not the same thing.
-        tolerance: The largest difference that passes as equal.
-        note: What to know when reading the figures.
+    Args:
+        task: what is done.
+        other_name: what it is compared with.
+        unit: of both figures; smaller is better.
+        ours: the figure of covidseg.
+        other: the figure of the other way.
+        goal: the ratio ``other / ours`` that was to be reached, at equal results where they have to be.
+        difference: the largest absolute difference between the two results; None where they are not the same thing.
+        tolerance: the largest difference that passes as equal.
+        note: what to know when reading the figures.
+
+    Returns:
+        These, how many times as fast (or as small) ours is, and whether the goal was met; None without a goal.
     """
-
-    task: str
-    other_name: str
-    unit: str
-    ours: float
-    other: float
-    goal: float | None = None
-    difference: float | None = None
-    tolerance: float | None = None
-    note: str = ""
-
-    @property
-    def ratio(self) -> float:
-        """How many times as fast (or as small) ours is."""
-        return self.other / self.ours
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the goal was reached, at equal results where they have to be; None without a goal."""
-        if self.goal is None:
-            return None
-        equal = self.tolerance is None or (self.difference is not None and self.difference <= self.tolerance)
-        return equal and self.ratio >= self.goal
-
-    def as_json(self) -> dict[str, Any]:
-        return {"ratio": round(self.ratio, 3), "met": self.met, **asdict(self)}
+    equal = tolerance is None or (difference is not None and difference <= tolerance)
+    return {"ratio": round(other / ours, 3), "met": None if goal is None else equal and other / ours >= goal,
+            "task": task, "other_name": other_name, "unit": unit, "ours": ours, "other": other, "goal": goal,
+            "difference": difference, "tolerance": tolerance, "note": note}
 
 
-@dataclass(frozen=True)
-class Limit:
-    """One measured figure that has to stay below a limit; without one it is only reported."""
-
-    task: str
-    unit: str
-    value: float
-    limit: float | None = None
-    note: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        return None if self.limit is None else self.value <= self.limit
-
-    def as_json(self) -> dict[str, Any]:
-        return {"met": self.met, **asdict(self)}
+def limited(task: str, unit: str, value: float, limit: float | None = None, note: str = "") -> dict[str, Any]:
+    """A row of the record: one figure that has to stay below a limit; without one it is only reported."""
+    return {"met": None if limit is None else value <= limit, "task": task, "unit": unit, "value": value,
+            "limit": limit, "note": note}
 
 
-def wait(device: torch.device) -> None:
-    """A GPU works on while Python goes on: wait before the clock is read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def timed(work: Callable[[], Any], device: torch.device = torch.device("cpu")) -> float:
+    """Seconds of one call. A GPU works on while Python goes on, so it is waited for before the clock is read."""
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+    start = now()
+    work()
+    return now() - start
 
 
 def alternating(ways: Sequence[Callable[[], Any]], rounds: int,
                 device: torch.device = torch.device("cpu")) -> list[float]:
     """Median seconds of each way. They take turns, so that a disturbance meets all; a first turn is not counted."""
-    seconds: list[list[float]] = [[] for _ in ways]
-    for turn in range(rounds + 1):
-        for times, way in zip(seconds, ways, strict=True):
-            wait(device)
-            start = time.perf_counter()
-            way()
-            wait(device)
-            if turn:
-                times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
+    turns = [[timed(way, device) for way in ways] for _ in range(rounds + 1)]
+    return [statistics.median(times) for times in zip(*turns[1:], strict=True)]
 
 
-def _report(pipe: Any, threads: int, work: Callable[..., Any], prepare: Callable[..., Any] | None, spend: float,
-            arguments: tuple[Any, ...]) -> None:
+def _report(pipe: Any, threads: int, prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...],
+            spend: float) -> None:
     try:
         torch.set_num_threads(threads)
-        given = arguments if prepare is None else (prepare(*arguments),)
+        work = prepare(*arguments)
         reset_peak()
-        before, seconds, result = memory_mb("VmRSS"), list[float](), None
+        before, seconds, results = memory_mb("VmRSS"), list[float](), list[Any]()
         while not seconds or sum(seconds) < spend:
-            start = time.perf_counter()
-            result = work(*given)
-            seconds.append(time.perf_counter() - start)
-        pipe.send((result, min(seconds), max(0.0, memory_mb("VmHWM") - before)))
+            seconds.append(timed(lambda: results.append(work())))
+        pipe.send((results[-1], min(seconds), max(0.0, memory_mb("VmHWM") - before)))
     except BaseException as error:
         pipe.send(error)
         raise
 
 
-def in_fresh_process(work: Callable[..., Any], *arguments: Any, prepare: Callable[..., Any] | None = None,
+def in_fresh_process(prepare: Callable[..., Callable[[], Any]], *arguments: Any,
                      spend: float = 0) -> tuple[Any, float, float]:
-    """Calls a function of a module in a process of its own, with the libraries loaded beforehand.
+    """Measures work in a process of its own, with the libraries loaded beforehand.
 
     Args:
-        work: what is measured; its result has to be small and picklable.
-        arguments: of ``work``, or of ``prepare`` where there is one.
-        prepare: makes the one argument of ``work``, before the clock starts and memory is counted.
-        spend: seconds for which ``work`` is called again and again; 0 is one call.
+        prepare: a function of a module. It returns the work, whose result has to be small and picklable; what it makes
+            for that counts neither as time nor as memory.
+        arguments: of ``prepare``.
+        spend: seconds for which the work is done again and again; 0 is once.
 
     Returns:
         Its result, seconds of the fastest call (the one least disturbed), and MB at the peak above what the process
@@ -155,15 +120,14 @@ def in_fresh_process(work: Callable[..., Any], *arguments: Any, prepare: Callabl
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     mine, theirs = context.Pipe()
-    process = context.Process(target=_report,
-                              args=(theirs, torch.get_num_threads(), work, prepare, spend, arguments))
+    process = context.Process(target=_report, args=(theirs, torch.get_num_threads(), prepare, arguments, spend))
     process.start()
     theirs.close()
     try:
         answer = mine.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(f"{work.__name__} ended with {process.exitcode} and gave no answer") from None
+        raise RuntimeError(f"{prepare.__name__} ended with {process.exitcode} and gave no answer") from None
     process.join()
     if isinstance(answer, BaseException):
         raise answer
@@ -175,9 +139,7 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
     1 is linear growth; below 1, something does not grow along.
     """
-    x, y = torch.tensor(sizes).double().log(), torch.tensor(values).double().log()
-    x, y = x - x.mean(), y - y.mean()
-    return float((x * y).sum() / (x * x).sum())
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 def processor() -> str:

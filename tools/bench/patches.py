@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bench.measure import Comparison, Setup, alternating, wait
-from bench.plain_patches import in_batches, one_by_one
+from bench.measure import Setup, alternating, comparison, timed
+from bench.plain_patches import by_windows
 from bench.volumes import crops
 from covidseg.patches import PatchNet, square_ids
 from covidseg.preprocess import net_input
 from covidseg.training import on_device
 
 
-def windows(setup: Setup) -> list[Comparison]:
+def run(setup: Setup) -> dict[str, Any]:
     """All 5 x 5 patches of the lung in one slice of 512 pixels: one pass, or a window for each."""
     torch.manual_seed(0)
     net = on_device(PatchNet(), setup.device).eval().requires_grad_(False)
@@ -34,21 +34,13 @@ def windows(setup: Setup) -> list[Comparison]:
             return net(inputs, ids, count)[0][0]
     ours = alternating([dense], setup.rounds, setup.device)[0]
     rows = []
-    for name, way in (("a window for each patch, in batches of 32", in_batches),
-                      ("a window for each patch, one at a time", one_by_one)):
-        way(net, inputs, ids[0], numbers[:32])
-        wait(setup.device)
-        start = time.perf_counter()
-        scores, _ = way(net, inputs, ids[0], numbers)
-        wait(setup.device)
-        seconds = (time.perf_counter() - start) / len(numbers) * count
-        rows.append(Comparison(
-            f"scores of all 5 x 5 patches of a slice of {one.images.shape[-1]} pixels", name, "ms", 1e3 * ours,
-            1e3 * seconds, goal=20, tolerance=1e-5,
+    for name, batch in (("in batches of 32", 32), ("one at a time", 1)):
+        scores, _ = by_windows(net, inputs, ids[0], numbers, batch)
+        windows = partial(by_windows, net, inputs, ids[0], numbers, batch)
+        seconds = timed(windows, setup.device) / len(numbers) * count
+        rows.append(comparison(
+            f"scores of all 5 x 5 patches of a slice of {one.images.shape[-1]} pixels",
+            f"a window for each patch, {name}", "ms", 1e3 * ours, 1e3 * seconds, goal=20, tolerance=1e-5,
             difference=float((scores - dense()[sample.to(setup.device)]).abs().max()),
             note=f"{count} patches in the lung; windows timed on {len(numbers)} of them, chosen at random"))
-    return rows
-
-
-def run(setup: Setup) -> dict[str, Any]:
-    return {"comparisons": [row.as_json() for row in windows(setup)]}
+    return {"comparisons": rows}

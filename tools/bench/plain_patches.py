@@ -36,31 +36,20 @@ def windows_of(ids: Tensor) -> list[Window]:
 
 
 @torch.inference_mode()
-def one_by_one(net: PatchNet, inputs: Tensor, ids: Tensor, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Scores and attention logits of some patches of a slice, one window at a time.
+def by_windows(net: PatchNet, inputs: Tensor, ids: Tensor, numbers: Sequence[int],
+               batch: int = 32) -> tuple[Tensor, Tensor]:
+    """Scores and attention logits of some patches of a slice, by windows of the same size in batches.
 
     Args:
         net: in evaluation mode.
         inputs: ``(1, 2, S, S)``.
         ids: ``(S, S)`` int64 patch numbers.
         numbers: the patches.
+        batch: windows at a time.
 
     Returns:
         Two of ``(len(numbers),)``.
     """
-    windows, found = windows_of(ids), []
-    for number in numbers:
-        window = windows[number - 1]
-        own = (ids[window] == number).long()[None]                                         # (1, h, w)
-        found.append(torch.cat(net(inputs[..., *window], own, 1))[:, 1])                   # score and attention
-    scores, attention = torch.stack(found, dim=1)
-    return scores, attention
-
-
-@torch.inference_mode()
-def in_batches(net: PatchNet, inputs: Tensor, ids: Tensor, numbers: Sequence[int],
-               batch: int = 32) -> tuple[Tensor, Tensor]:
-    """:func:`one_by_one`, with windows of the same size in batches."""
     windows, of_size = windows_of(ids), dict[tuple[int, ...], list[int]]()
     for place, number in enumerate(numbers):
         of_size.setdefault(tuple(part.stop - part.start for part in windows[number - 1]), []).append(place)

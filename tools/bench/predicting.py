@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from bench.command import covidseg
-from bench.measure import Comparison, Limit, Setup, in_fresh_process
+from bench.measure import Setup, comparison, in_fresh_process, limited
 from bench.volumes import write_volume
 from covidseg.predict import load_predictor
 from covidseg.unet import make_unet
@@ -45,15 +46,15 @@ def run(setup: Setup) -> dict[str, Any]:
     more = last["slices"] - first["slices"]
     ours = (last["seconds"] - first["seconds"]) / more     # what Python and its imports take is left out
     short = setup.folder / f"predict-{lengths[0]}.nii.gz"
-    _, theirs, memory = in_fresh_process(sliding_window, short, setup.device.type)
+    _, theirs, memory = in_fresh_process(partial, sliding_window, short, setup.device.type)
     return {
-        "comparisons": [Comparison(
+        "comparisons": [comparison(
             "predict, from file to file", "MONAI sliding window, U-Net of equal size", "ms a slice",
             1e3 * max(ours, 1e-9), 1e3 * theirs / lengths[0],
             note="ours: lungs, lung net (2 views) and segmenter (4 views) on one crop, writing included; there: one "
-                 "view of each window of the slice, nothing written").as_json()],
-        "limits": [Limit(f"`covidseg predict` on a volume of {side} x {side} x {last['slices']}, peak memory", "MB",
-                         last["peak_mb"], 2000).as_json(),
-                   Limit("predict: slices per second", "1/s", round(1 / max(ours, 1e-9), 2)).as_json(),
-                   Limit(f"sliding window: memory for {lengths[0]} slices", "MB", round(memory, 1)).as_json()],
+                 "view of each window of the slice, nothing written")],
+        "limits": [limited(f"`covidseg predict` on a volume of {side} x {side} x {last['slices']}, peak memory", "MB",
+                           last["peak_mb"], 2000),
+                   limited("predict: slices per second", "1/s", round(1 / max(ours, 1e-9), 2)),
+                   limited(f"sliding window: memory for {lengths[0]} slices", "MB", round(memory, 1))],
         "lengths": rows}

@@ -9,49 +9,36 @@ that do not reach the machine's speed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.measure import wait
+from bench.measure import timed
 
 BACKWARD_AND_FORWARD = 3
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds of a machine that were measured.
-
-    Attributes:
-        operations: Multiplications and additions a second.
-        bandwidth: Bytes a second that are read or written.
-    """
+    """Speeds that were measured: multiplications and additions a second, and bytes a second read or written."""
 
     operations: float
     bandwidth: float
 
 
-@dataclass
-class Work:
-    """What the layers of a net did on the way forward.
+def seconds_of(layers: list[tuple[float, float]], machine: Machine) -> tuple[float, float]:
+    """Shortest time of a training step: the bound of the roofline, and that of the arithmetic alone.
 
-    Attributes:
-        operations: Multiplications and additions of each call of a layer.
-        bytes: Bytes that each call read and wrote.
+    Args:
+        layers: operations and bytes of each call on the way forward, see :func:`counted`.
+        machine: what computes.
     """
-
-    operations: list[float] = field(default_factory=list)
-    bytes: list[float] = field(default_factory=list)
-
-    def seconds(self, machine: Machine) -> tuple[float, float]:
-        """Least seconds of training with these layers, and the part of it that is arithmetic alone."""
-        bound = sum(max(o / machine.operations, b / machine.bandwidth)
-                    for o, b in zip(self.operations, self.bytes, strict=True))
-        return (BACKWARD_AND_FORWARD * bound, BACKWARD_AND_FORWARD * sum(self.operations) / machine.operations)
+    bound = sum(max(operations / machine.operations, moved / machine.bandwidth) for operations, moved in layers)
+    arithmetic = sum(operations for operations, _ in layers) / machine.operations
+    return BACKWARD_AND_FORWARD * bound, BACKWARD_AND_FORWARD * arithmetic
 
 
 def measure_machine(device: torch.device, side: int = 2048, copies: int = 1 << 26) -> Machine:
@@ -62,14 +49,7 @@ def measure_machine(device: torch.device, side: int = 2048, copies: int = 1 << 2
     target = torch.empty_like(b)
 
     def best(work: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(6):
-            wait(device)
-            start = time.perf_counter()
-            work()
-            wait(device)
-            times.append(time.perf_counter() - start)
-        return min(times)
+        return min(timed(work, device) for _ in range(6))
     return Machine(2 * side ** 3 / best(lambda: a @ a), 2 * b.nbytes / best(lambda: target.copy_(b)))
 
 
@@ -82,16 +62,20 @@ def operations_of(layer: nn.Module, output: Tensor) -> float:
     return 0.0
 
 
-def counted(work: Callable[[], Any]) -> Work:
-    """Calls ``work`` and counts all layers without layers inside that run with gradients."""
-    seen = Work()
+def counted(work: Callable[[], Any]) -> list[tuple[float, float]]:
+    """Calls ``work`` and counts all layers without layers inside that run with gradients.
+
+    Returns:
+        Operations of each call of a layer, and the bytes that it read and wrote.
+    """
+    seen = list[tuple[float, float]]()
 
     def count(layer: nn.Module, inputs: Any, output: Any) -> None:
         if next(layer.children(), None) is not None or not isinstance(output, Tensor) or not torch.is_grad_enabled():
             return
-        seen.operations.append(operations_of(layer, output))
         weights = sum(parameter.nbytes for parameter in layer.parameters())
-        seen.bytes.append(weights + output.nbytes + sum(i.nbytes for i in inputs if isinstance(i, Tensor)))
+        read = sum(i.nbytes for i in inputs if isinstance(i, Tensor))
+        seen.append((operations_of(layer, output), weights + read + output.nbytes))
     hook = nn.modules.module.register_module_forward_hook(count)
     try:
         work()

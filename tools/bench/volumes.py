@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from covidseg.data.phantom import PhantomSettings, is_healthy, make_patient
 from covidseg.data.scan import Grid, write_like
 from covidseg.lungs import lung_masks
-from covidseg.preprocess import Crops, PrepareSettings, WeakSet, make_crops
+from covidseg.preprocess import Crops, PrepareSettings, make_crops
 
 
 @cache
@@ -54,19 +54,3 @@ def crops(count: int, size: int = 160) -> Crops:
     images = F.interpolate(torch.from_numpy(some.images)[:, None], (size, size), mode="bilinear")[:, 0].numpy()
     masks = F.interpolate(torch.from_numpy(some.lungs)[:, None].float(), (size, size))[:, 0].numpy() > 0.5
     return Crops(images, masks, some.boxes)
-
-
-@cache
-def weak_set(size: int = 160) -> WeakSet:
-    """Labelled crops of three phantom patients, one of them healthy."""
-    parts, labels, patients = [], [], []
-    settings = PhantomSettings(patients=3)
-    for number in range(3):
-        patient = make_patient(settings, number)
-        lungs = lung_masks(patient.hu)
-        found = np.flatnonzero(lungs.mean(axis=(1, 2)) > 0.01)
-        parts.append(make_crops(patient.hu[found], lungs[found], PrepareSettings(size=size)))
-        labels.append(np.array(patient.labels())[found])
-        patients += [str(number)] * len(found)
-    merged = Crops(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "lungs", "boxes")))
-    return WeakSet(merged, np.concatenate(labels), np.array(patients), np.array([f"{p}:0" for p in patients]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from covidseg.batch import Part, PartRun
@@ -11,30 +12,29 @@ from covidseg.errors import DatasetError, InputFileError, NoLungError, SettingsE
 from covidseg.predict import load_predictor
 from faults.pictures import water
 from faults.supplies import Supplies
-from faults.trial import Fault
+from faults.trial import REPORTS, Fault, Make
 
-GROUP = "batches and parts"
-REPORTS = ("out/parts/*.csv", "out/predictions.csv")
 THREE = ("a.nii.gz", "b.nii.gz", "c.nii.gz")
+PREDICT = f"covidseg predict {' '.join(THREE)} -o out"
+SECOND = "parts/part-2-of-2.csv"
 
 
-def bad_in_the_middle(folder: Path, supplies: Supplies) -> None:
-    for name in THREE[::2]:
-        shutil.copy(supplies.volume(), folder / name)
-    (folder / THREE[1]).write_bytes(supplies.volume().read_bytes()[:9000])
+def bad_in_the_middle(supplies: Supplies) -> None:
+    supplies.copies(*THREE[::2])
+    Path(THREE[1]).write_bytes(supplies.volume().read_bytes()[:9000])
 
 
-def two_kinds(folder: Path, supplies: Supplies) -> None:
-    """A damaged scan, one without lungs, and a good one."""
-    bad_in_the_middle(folder, supplies)
-    (folder / "c.nii.gz").unlink()
-    water(folder, supplies)
-    (folder / "scan.nii.gz").rename(folder / "c.nii.gz")
+def two_kinds(supplies: Supplies) -> None:
+    """A good scan, a damaged one, and one without lungs."""
+    bad_in_the_middle(supplies)
+    water(supplies)
+    Path("scan.nii.gz").replace(THREE[2])
 
 
-def in_parts(folder: Path, supplies: Supplies) -> Path:
-    """Masks of two scans, predicted in two parts."""
-    return Path(shutil.copytree(predicted(supplies), folder / "masks"))
+def same_names(supplies: Supplies) -> None:
+    for name in ("one", "two"):
+        Path(name).mkdir()
+        supplies.copies(f"{name}/scan.nii.gz")
 
 
 @functools.cache
@@ -49,44 +49,39 @@ def predicted(supplies: Supplies) -> Path:
     return masks
 
 
-def one_part(folder: Path, supplies: Supplies) -> None:
-    (in_parts(folder, supplies) / "parts" / "part-2-of-2.csv").unlink()
+def in_parts(name: str, change: Callable[[bytes], bytes]) -> Make:
+    """Masks of two scans, predicted in two parts, and among them a file that has other bytes."""
+    def make(supplies: Supplies) -> None:
+        path = Path(shutil.copytree(predicted(supplies), "masks"), name)
+        path.write_bytes(change(path.read_bytes()))
+    return make
 
 
-def cut_table(folder: Path, supplies: Supplies) -> None:
-    table = in_parts(folder, supplies) / "parts" / "part-2-of-2.csv"
-    table.write_bytes(table.read_bytes()[:-50])
+def one_part(supplies: Supplies) -> None:
+    Path(shutil.copytree(predicted(supplies), "masks"), SECOND).unlink()
 
 
-def changed_mask(folder: Path, supplies: Supplies) -> None:
-    mask = in_parts(folder, supplies) / "phantom_01.nii.gz"
-    mask.write_bytes(mask.read_bytes()[:-1] + b"!")
+def of_other_nets(report: bytes) -> bytes:
+    return report.replace(load_predictor().fingerprint().encode(), b"0123456789abcdef")
 
 
-def other_nets(folder: Path, supplies: Supplies) -> None:
-    table = in_parts(folder, supplies) / "parts" / "part-2-of-2.csv"
-    table.write_text(table.read_text(encoding="utf-8").replace(load_predictor().fingerprint(), "0123456789abcdef"))
-
-
-def same_names(folder: Path, supplies: Supplies) -> None:
-    for name in ("one", "two"):
-        (folder / name).mkdir()
-        shutil.copy(supplies.volume(), folder / name / "scan.nii.gz")
+def _merge(title: str, make: Make, *names: str) -> Fault:
+    return Fault(title, "covidseg merge masks", DatasetError, names, make)
 
 
 FAULTS = [
-    Fault("a damaged scan among good ones: the others are done", f"covidseg predict {' '.join(THREE)} -o out",
-          InputFileError, (THREE[1],), bad_in_the_middle, results=("out/a.nii.gz", "out/c.nii.gz", *REPORTS)),
+    Fault("a damaged scan among good ones: the others are done", PREDICT, InputFileError, (THREE[1],),
+          bad_in_the_middle, results=("out/a.nii.gz", "out/c.nii.gz", *REPORTS)),
     Fault("a damaged scan among good ones, for their lungs", f"covidseg lungs {' '.join(THREE)} -o out",
           InputFileError, (THREE[1],), bad_in_the_middle, results=("out/a.nii.gz", "out/c.nii.gz")),
-    Fault("two bad scans of different kinds: the code is that of the last",
-          f"covidseg predict {' '.join(THREE)} -o out", NoLungError, THREE[1:], two_kinds,
-          results=("out/a.nii.gz", *REPORTS), lines=2),
+    Fault("two bad scans of different kinds: the code is that of the last", PREDICT, NoLungError, THREE[1:],
+          two_kinds, results=("out/a.nii.gz", *REPORTS), lines=2),
     Fault("two scans of the same name", "covidseg predict one/scan.nii.gz two/scan.nii.gz -o out", SettingsError,
           ("scan",), same_names),
-    Fault("a part that was never done", "covidseg merge masks", DatasetError, ("masks", "2/2"), one_part),
-    Fault("a part whose report is damaged", "covidseg merge masks", DatasetError, ("masks", "2/2"), cut_table),
-    Fault("a part that was done with other nets", "covidseg merge masks", DatasetError, ("masks", "2/2"), other_nets),
-    Fault("a mask that was changed after it was predicted", "covidseg merge masks", DatasetError,
-          ("masks/phantom_01.nii.gz",), changed_mask),
+    _merge("a part that was never done", one_part, "masks", "2/2"),
+    _merge("a part whose report is damaged", in_parts(SECOND, lambda report: report[:-50]), "masks", "2/2"),
+    _merge("a part that was done with other nets", in_parts(SECOND, of_other_nets), "masks", "2/2"),
+    _merge("a mask that was changed after it was predicted",
+           in_parts("phantom_01.nii.gz", lambda mask: mask[:-1] + b"!"), "masks/phantom_01.nii.gz"),
 ]
+GROUPS = {"batches and parts": FAULTS}

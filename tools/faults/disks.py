@@ -10,23 +10,19 @@ import os
 import resource
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from covidseg.errors import OutputError, SettingsError
+from covidseg.errors import CovidsegError, OutputError, SettingsError
 from covidseg.predict import SHIPPED
-from faults.files import LOCK, nothing
-from faults.pictures import good, truth
-from faults.supplies import Supplies
-from faults.trial import Fault
-
-GROUP = "writing"
+from faults.supplies import Supplies, good, nothing
+from faults.trial import During, Fault, Make
 
 
 @contextmanager
-def full_disk(folder: Path) -> Iterator[None]:
+def full_disk() -> Iterator[None]:
     """The disk says that it is full when written bytes are to be put on it, as disks with a write cache do."""
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -35,7 +31,7 @@ def full_disk(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def small_files(folder: Path, most: int = 1000) -> Iterator[None]:
+def small_files(most: int = 1000) -> Iterator[None]:
     """The system lets this process write no file of more than some bytes, and breaks off in the middle of one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
@@ -46,7 +42,7 @@ def small_files(folder: Path, most: int = 1000) -> Iterator[None]:
 
 
 @contextmanager
-def read_only(folder: Path) -> Iterator[None]:
+def read_only() -> Iterator[None]:
     """New files and folders are refused as a read-only disk does; permissions would not bind an administrator."""
     def refuse(path: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
@@ -67,51 +63,54 @@ def read_only(folder: Path) -> Iterator[None]:
         yield
 
 
-def with_old_result(folder: Path, supplies: Supplies) -> None:
+def with_old_result(supplies: Supplies) -> None:
     """A result of an earlier day, which has to stay."""
-    good(folder, supplies)
-    (folder / "out").mkdir()
-    shutil.copy(supplies.phantom / "lung" / "phantom_02.nii.gz", folder / "out" / "scan.nii.gz")
+    good(supplies)
+    Path("out").mkdir()
+    shutil.copy(supplies.phantom / "lung" / "phantom_02.nii.gz", "out/scan.nii.gz")
 
 
-def in_the_way(folder: Path, supplies: Supplies) -> None:
-    good(folder, supplies)
-    (folder / "out").write_text("a file where a folder should be")
+def in_the_way(supplies: Supplies) -> None:
+    good(supplies)
+    Path("out").write_text("a file where a folder should be")
 
 
-def to_train(folder: Path, supplies: Supplies) -> None:
-    supplies.data(folder / "data")
+def to_measure(supplies: Supplies) -> None:
+    shutil.copy(supplies.truth(), "mask.nii.gz")
 
 
-def to_measure(folder: Path, supplies: Supplies) -> None:
-    shutil.copy(truth(folder, supplies), folder / "mask.nii.gz")
+def shipped_nets(supplies: Supplies) -> None:
+    shutil.copytree(SHIPPED, "nets")
+
+
+def _fault(title: str, command: str, *names: str, make: Make = good, during: During = nullcontext,
+           error: type[CovidsegError] = OutputError) -> Fault:
+    return Fault(title, f"covidseg {command}", error, names, make, during)
 
 
 FAULTS = [
-    Fault("the disk is full; an older mask stays", "covidseg lungs scan.nii.gz -o out", OutputError,
-          ("out/scan.nii.gz", "No space left"), with_old_result, full_disk),
-    Fault("the disk is full", "covidseg predict scan.nii.gz -o mask.nii.gz", OutputError, ("mask.nii.gz",), good,
-          full_disk),
-    Fault("the disk is full in the middle of training", "covidseg train --data data --out run", OutputError,
-          ("run/stages",), to_train, full_disk, leaves=LOCK),
-    Fault("the disk is full when figures are to be written",
-          "covidseg evaluate mask.nii.gz truth.nii.gz --json figures.json", OutputError, ("figures.json",), to_measure,
-          full_disk),
-    Fault("the disk is full when nets are to be copied", "covidseg export nets -o copy", OutputError, ("copy",),
-          lambda folder, supplies: shutil.copytree(SHIPPED, folder / "nets"), full_disk),
-    Fault("writing breaks off in the middle of a mask", "covidseg predict scan.nii.gz -o mask.nii.gz", OutputError,
-          ("mask.nii.gz",), good, lambda folder: small_files(folder, 500)),
-    Fault("writing breaks off in the middle of a stage of training", "covidseg train --data data --out run",
-          OutputError, ("run/stages",), to_train, small_files, leaves=LOCK),
-    Fault("a read-only disk; an older mask stays", "covidseg lungs scan.nii.gz -o out", OutputError,
-          ("out/scan.nii.gz", "Read-only"), with_old_result, read_only),
-    Fault("a read-only disk", "covidseg predict scan.nii.gz -o out", OutputError, ("out", "Read-only"), good,
-          read_only),
-    Fault("a read-only disk to train on", "covidseg train --data data --out run", OutputError, ("run/stages",),
-          to_train, read_only),
-    Fault("a read-only disk for the phantom", "covidseg data get phantom --to phantom", OutputError, ("phantom",),
-          nothing, read_only),
-    Fault("a file where a folder should be", "covidseg predict scan.nii.gz -o out", OutputError, ("out",), in_the_way),
-    Fault("the mask would replace its scan", "covidseg predict scan.nii.gz -o scan.nii.gz", SettingsError,
-          ("scan.nii.gz",), good),
+    _fault("the disk is full; an older mask stays", "lungs scan.nii.gz -o out", "out/scan.nii.gz", "No space left",
+           make=with_old_result, during=full_disk),
+    _fault("the disk is full", "predict scan.nii.gz -o mask.nii.gz", "mask.nii.gz", during=full_disk),
+    _fault("the disk is full in the middle of training", "train --data data --out run", "run/stages",
+           make=Supplies.data, during=full_disk),
+    _fault("the disk is full when figures are to be written",
+           "evaluate mask.nii.gz truth.nii.gz --json figures.json", "figures.json", make=to_measure, during=full_disk),
+    _fault("the disk is full when nets are to be copied", "export nets -o copy", "copy", make=shipped_nets,
+           during=full_disk),
+    _fault("writing breaks off in the middle of a mask", "predict scan.nii.gz -o mask.nii.gz", "mask.nii.gz",
+           during=lambda: small_files(500)),
+    _fault("writing breaks off in the middle of a stage of training", "train --data data --out run", "run/stages",
+           make=Supplies.data, during=small_files),
+    _fault("a read-only disk; an older mask stays", "lungs scan.nii.gz -o out", "out/scan.nii.gz", "Read-only",
+           make=with_old_result, during=read_only),
+    _fault("a read-only disk", "predict scan.nii.gz -o out", "out", "Read-only", during=read_only),
+    _fault("a read-only disk to train on", "train --data data --out run", "run/stages", make=Supplies.data,
+           during=read_only),
+    _fault("a read-only disk for the phantom", "data get phantom --to phantom", "phantom", make=nothing,
+           during=read_only),
+    _fault("a file where a folder should be", "predict scan.nii.gz -o out", "out", make=in_the_way),
+    _fault("the mask would replace its scan", "predict scan.nii.gz -o scan.nii.gz", "scan.nii.gz",
+           error=SettingsError),
 ]
+GROUPS = {"writing": FAULTS}

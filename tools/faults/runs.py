@@ -8,36 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from covidseg.errors import ArtifactError, CovidsegError, InputFileError
+from covidseg.errors import ArtifactError, InputFileError
 from covidseg.predict import SHIPPED
 from covidseg.profiles import REPORT
 from covidseg.store import write_hash
-from faults.pictures import good
-from faults.supplies import Supplies
+from faults.supplies import Supplies, good
 from faults.trial import Fault, Make
 
-GROUP = "runs and weights"
 PREDICT = "covidseg predict --run run scan.nii.gz -o out"
 WEIGHTS = "segmenter.safetensors"
+PLACES = {WEIGHTS: Path("run", "stages", WEIGHTS), REPORT: Path("run", REPORT)}
 
 
-def copied(folder: Path, supplies: Supplies) -> Path:
-    """A scan, and a run of one's own to spoil: that of the nets which come with covidseg."""
-    good(folder, supplies)
-    return Path(shutil.copytree(SHIPPED, folder / "run"))
-
-
-def with_weights(change: Callable[[Path], object]) -> Make:
-    """A run with other weights."""
-    def make(folder: Path, supplies: Supplies) -> None:
-        change(copied(folder, supplies) / "stages" / WEIGHTS)
-    return make
-
-
-def with_report(change: Callable[[Path], object]) -> Make:
-    """A run with another report."""
-    def make(folder: Path, supplies: Supplies) -> None:
-        change(copied(folder, supplies) / REPORT)
+def run_with(name: str, change: Callable[[Path], object]) -> Make:
+    """A scan, and the run of the nets which come with covidseg, of which one file was changed."""
+    def make(supplies: Supplies) -> None:
+        good(supplies)
+        shutil.copytree(SHIPPED, "run")
+        change(PLACES[name])
     return make
 
 
@@ -77,29 +65,33 @@ def rewritten(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
     return rewrite
 
 
-def _fault(title: str, make: Make, *names: str, error: type[CovidsegError] = ArtifactError) -> Fault:
-    return Fault(title, PREDICT, error, names, make)
+def _fault(title: str, name: str, change: Callable[[Path], object]) -> Fault:
+    return Fault(title, PREDICT, ArtifactError, (name,), run_with(name, change))
+
+
+def _report(title: str, change: Callable[[dict[str, Any]], object], *named: str) -> Fault:
+    return Fault(title, PREDICT, ArtifactError, named, run_with(REPORT, rewritten(change)))
 
 
 FAULTS = [
-    _fault("one bit of the weights is another", with_weights(flip), WEIGHTS),
-    _fault("weights that are cut off", with_weights(cut), WEIGHTS),
-    _fault("weights without their checksum", with_weights(no_checksum), WEIGHTS),
-    _fault("weights of another net, with their checksum", with_weights(exchange), WEIGHTS),
-    _fault("no weights", with_weights(Path.unlink), WEIGHTS),
-    _fault("one bit of the report is another", with_report(flip), REPORT),
-    _fault("a report that is cut off", with_report(cut), REPORT),
-    _fault("a report that was edited by hand", with_report(edited), REPORT),
-    _fault("a report without its checksum", with_report(no_checksum), REPORT),
-    _fault("a run of a later version, with a setting that this one does not know",
-           with_report(rewritten(lambda content: content["settings"].update(attention="wide"))), REPORT, "attention"),
-    _fault("a run of an earlier version, which lacks a setting",
-           with_report(rewritten(lambda content: content["settings"].pop("segmenter"))), REPORT, "segmenter"),
-    _fault("a run of other nets, whose weights do not fit its settings",
-           with_report(rewritten(lambda content: content["settings"]["segmenter"].update(channels=[4, 8]))), WEIGHTS),
-    _fault("a report that is no report", with_report(rewritten(lambda content: content.pop("stages"))), REPORT),
-    _fault("a folder that holds no run", lambda folder, supplies: copied(folder, supplies).joinpath(REPORT).unlink(),
-           "run", error=InputFileError),
+    _fault("one bit of the weights is another", WEIGHTS, flip),
+    _fault("weights that are cut off", WEIGHTS, cut),
+    _fault("weights without their checksum", WEIGHTS, no_checksum),
+    _fault("weights of another net, with their checksum", WEIGHTS, exchange),
+    _fault("no weights", WEIGHTS, Path.unlink),
+    _fault("one bit of the report is another", REPORT, flip),
+    _fault("a report that is cut off", REPORT, cut),
+    _fault("a report that was edited by hand", REPORT, edited),
+    _fault("a report without its checksum", REPORT, no_checksum),
+    _report("a run of a later version, with a setting that this one does not know",
+            lambda content: content["settings"].update(attention="wide"), REPORT, "attention"),
+    _report("a run of an earlier version, which lacks a setting",
+            lambda content: content["settings"].pop("segmenter"), REPORT, "segmenter"),
+    _report("a run of other nets, whose weights do not fit its settings",
+            lambda content: content["settings"]["segmenter"].update(channels=[4, 8]), WEIGHTS),
+    _report("a report that is no report", lambda content: content.pop("stages"), REPORT),
+    Fault("a folder that holds no run", PREDICT, InputFileError, ("run",), run_with(REPORT, Path.unlink)),
     Fault("weights that are damaged, to be shared", "covidseg export run -o nets", ArtifactError, (WEIGHTS,),
-          with_weights(flip)),
+          run_with(WEIGHTS, flip)),
 ]
+GROUPS = {"runs and weights": FAULTS}

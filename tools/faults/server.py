@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 from covidseg.data import registry
@@ -101,11 +102,9 @@ class Server:
 
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
         name, wanted = request.path.lstrip("/"), request.headers.get("Range", "")
-        page = self.pages.get(name)
+        page = self.pages.get(name, Page(b"", statuses=[404]))
         status, start = 200, 0
-        if page is None:
-            status = 404
-        elif page.statuses:
+        if page.statuses:
             status = page.statuses.pop(0)
         elif page.redirect:
             status = 302
@@ -114,46 +113,39 @@ class Server:
             status = 206 if start < len(page.body) else 416
             start -= page.shift
         self.asked.append((name, wanted, status))
+        sent = status in (200, 206)
+        headers = {"Connection": "close", "Location": page.redirect if status == 302 else "",
+                   "ETag": page.etag if sent else "", "Content-Length": str(len(page.body) - start) if sent else "0",
+                   "Content-Range": f"bytes {start}-{len(page.body) - 1}/{len(page.body)}" if status == 206 else ""}
+        if sent and not page.length:
+            del headers["Content-Length"]
         request.send_response(status)
-        request.send_header("Connection", "close")
-        if page is None or status not in (200, 206):
-            if status == 302 and page is not None:
-                request.send_header("Location", page.redirect)
-            request.send_header("Content-Length", "0")
-            request.end_headers()
-            return
-        if page.etag:
-            request.send_header("ETag", page.etag)
-        if page.length:
-            request.send_header("Content-Length", str(len(page.body) - start))
-        if status == 206:
-            request.send_header("Content-Range", f"bytes {start}-{len(page.body) - 1}/{len(page.body)}")
+        for header, value in headers.items():
+            if value:
+                request.send_header(header, value)
         request.end_headers()
-        end = start + page.drops.pop(0) if page.drops else len(page.body)
-        request.wfile.write(page.body[start:end])
+        if sent:
+            end = start + page.drops.pop(0) if page.drops else len(page.body)
+            request.wfile.write(page.body[start:end])
 
 
 @contextmanager
-def publisher(page: Page | None, folder: Path, checksum: str = "", size: int = 0) -> Iterator[None]:
+def publisher(page: Page | None, checksum: str = "", size: int = 0) -> Iterator[None]:
     """Serves a file while the command runs, by a register that names it.
 
     Args:
         page: what the server sends; None if it has no such file.
-        folder: for the register.
         checksum: what the register says of the file, nothing by default.
         size: the same.
     """
-    server = Server()
-    if page is not None:
-        server.pages[FILE] = page
-    data = folder / "register"
-    (data / "licences").mkdir(parents=True, exist_ok=True)
-    (data / "licences" / "cc0-1.0.txt").write_text("Public domain.\n")
-    (data / "registry.toml").write_text(ENTRY.format(url=f"{server.root}/{FILE}", checksum=checksum, size=size))
     impatient = partial(DownloadSettings, retries=2, backoff=0.0)
-    try:
+    with TemporaryDirectory() as folder, closing(Server()) as server:
+        if page is not None:
+            server.pages[FILE] = page
+        data = Path(folder)
+        (data / "licences").mkdir()
+        (data / "licences" / "cc0-1.0.txt").write_text("Public domain.\n")
+        (data / "registry.toml").write_text(ENTRY.format(url=f"{server.root}/{FILE}", checksum=checksum, size=size))
         with patch.object(registry, "data_root", lambda: data), \
                 patch("covidseg.data.fetch.DownloadSettings", impatient):
             yield
-    finally:
-        server.close()

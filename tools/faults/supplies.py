@@ -1,8 +1,7 @@
-"""What faults are made from: a small phantom without any fault, and short ways to write files."""
+"""What faults are made from: a small phantom without any fault, and short ways to write files beside a command."""
 
 from __future__ import annotations
 
-import csv
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +31,18 @@ class Supplies:
         """A scan, read."""
         return read_scan(self.volume(number))
 
-    def data(self, folder: Path) -> Path:
+    def copies(self, *names: str) -> None:
+        """A scan by some names of one's own."""
+        for name in names:
+            shutil.copy(self.volume(), name)
+
+    def data(self) -> Path:
         """A data folder of one's own, to spoil."""
-        return Path(shutil.copytree(self.phantom, folder))
+        return Path(shutil.copytree(self.phantom, "data"))
+
+    def truth(self) -> Path:
+        """A true mask of one's own."""
+        return Path(shutil.copy(self.phantom / "mask" / "phantom_01.nii.gz", "truth.nii.gz"))
 
 
 def make_supplies(folder: Path) -> Supplies:
@@ -42,39 +50,31 @@ def make_supplies(folder: Path) -> Supplies:
     return Supplies(write_phantom(folder / "phantom", SMALL))
 
 
-def upright(pixels: np.ndarray, path: Path) -> Path:
+def good(supplies: Supplies) -> None:
+    """A scan without any fault."""
+    supplies.copies("scan.nii.gz")
+
+
+def nothing(supplies: Supplies) -> None:
+    """An empty folder."""
+
+
+def upright(pixels: np.ndarray, path: Path | str = "scan.nii.gz") -> None:
     """Writes ``(slices, rows, columns)`` as a scan without a fault in its header."""
     slices, rows, columns = pixels.shape
-    return write_like(pixels, Grid((columns, rows, slices), AFFINE), path)
+    write_like(pixels, Grid((columns, rows, slices), AFFINE), path)
 
 
-def stored(array: np.ndarray, path: Path, affine: np.ndarray | None = AFFINE) -> Path:
+def stored(array: np.ndarray, path: Path | str = "scan.nii.gz", affine: np.ndarray | None = AFFINE) -> None:
     """Writes an array as it is, by nibabel; an affine of None is left out."""
     nib.save(nib.Nifti1Image(array, affine), path)
-    return path
 
 
-def with_header(source: Path, target: Path, **fields: Any) -> Path:
-    """An uncompressed copy of a scan with other values in fields of its header."""
-    image: Any = nib.load(source)
+def with_header(supplies: Supplies, **fields: Any) -> None:
+    """An uncompressed scan with other values in fields of its header."""
+    image: Any = nib.load(supplies.volume())
     header = image.header.copy()
-    voxels = np.asarray(image.dataobj)
     header.set_data_offset(352)
     for name, value in fields.items():
         header[name] = value
-    target.write_bytes(header.binaryblock + bytes(4) + voxels.tobytes(order="F"))
-    return target
-
-
-def rows_of(table: Path) -> list[dict[str, str]]:
-    """Lines of a label table."""
-    with table.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
-
-
-def write_rows(table: Path, rows: list[dict[str, str]]) -> None:
-    """Writes a label table."""
-    with table.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    Path("scan.nii").write_bytes(header.binaryblock + bytes(4) + np.asarray(image.dataobj).tobytes(order="F"))

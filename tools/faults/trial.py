@@ -27,10 +27,13 @@ from faults.supplies import Supplies
 REMEDY = re.compile(r"error: .+\. [A-Z`].*\.")
 CODES = {kind.exit_code: kind.__name__ for kind in vars(errors).values()
          if isinstance(kind, type) and issubclass(kind, CovidsegError)}
+# What commands may leave behind although they fail: reports that say what failed, and an empty file by which programs
+# that share a run wait for each other.
+REPORTS = ("out/parts/*.csv", "out/predictions.csv")
+LEAVES = {"predict": REPORTS, "train": ("run/stages/.*.lock",)}
 
-
-Make = Callable[[Path, Supplies], object]
-During = Callable[[Path], AbstractContextManager[object]]
+Make = Callable[[Supplies], object]
+During = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,14 @@ class Fault:
 
     Attributes:
         title: What is wrong, in a few words.
-        command: What a user types, in the folder that ``make`` fills; with ``call``, the line of Python.
+        command: What a user types; with ``call``, the line of Python.
         error: The error whose exit code has to be the command's.
         names: What the message has to name, usually the file.
-        make: Fills an empty folder, which is the working directory then.
+        make: Fills the working directory, which is empty before.
         during: Holds while the command runs: a full disk, a server that misbehaves.
         call: Is done instead of the command, where there is none.
         results: New files that have to be there afterwards, as patterns: what the fault must not prevent.
-        leaves: New files that may be there as well; anything else is left over.
+        leaves: New files that may be there, beside those that such a command may always leave.
         lines: Number of error messages that are expected, one for each bad file.
     """
 
@@ -55,49 +58,39 @@ class Fault:
     error: type[CovidsegError]
     names: tuple[str, ...]
     make: Make
-    during: During = lambda folder: nullcontext()
+    during: During = nullcontext
     call: Callable[[], object] | None = None
     results: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
     lines: int = 1
 
+    def words(self) -> tuple[dict[str, str], list[str]]:
+        """Variables of the environment that the command sets, and its arguments, ``covidseg`` first."""
+        words = shlex.split(self.command)
+        first = 0 if self.call else words.index("covidseg")
+        return dict(word.split("=", 1) for word in words[:first]), words[first:]
 
-@dataclass(frozen=True)
-class Outcome:
-    """What happened.
 
-    Attributes:
-        fault: What was tried.
-        exit_code: Exit code of the command.
-        said: Lines with faults on standard output, then all lines of standard error.
-        complaints: Why the fault does not count as caught; empty if it does.
+def attempt(fault: Fault, supplies: Supplies) -> tuple[dict[str, Any], list[str]]:
+    """Tries one fault in a temporary folder, and judges what happened.
+
+    Returns:
+        A row of the record, with the lines that named faults on standard output and then all of standard error; and
+        why the fault does not count as caught, nothing if it does.
     """
-
-    fault: Fault
-    exit_code: int
-    said: tuple[str, ...]
-    complaints: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """A row of the record; of many messages the first one."""
-        said = [*self.said[:1], f"(and {len(self.said) - 1} more like it)"] if self.fault.lines > 2 else [*self.said]
-        return {"fault": self.fault.title, "command": self.fault.command, "said": said, "exit_code": self.exit_code,
-                "error": CODES.get(self.exit_code, ""), "met": not self.complaints}
-
-
-def attempt(fault: Fault, supplies: Supplies) -> Outcome:
-    """Tries one fault in a temporary folder, and judges what happened."""
     with tempfile.TemporaryDirectory(prefix="faults-") as name, contextlib.chdir(name):
         folder = Path.cwd()  # as the system calls it, should the temporary folder be a link
-        fault.make(folder, supplies)
+        fault.make(supplies)
         before = contents(folder)
-        with fault.during(folder):
+        with fault.during():
             code, printed, complained = spoken(fault)
         after = contents(folder)
-        faults = [line for line in printed.splitlines() if line.startswith("fault: ")]
-        said = [tidy(line.replace(f"{folder}/", "")) for line in [*faults, *complained.splitlines()]]
-        complaints = [*judged(fault, code, said), *left_over(fault, before, after)]
-    return Outcome(fault, code, tuple(said), tuple(complaints))
+    faults = [line for line in printed.splitlines() if line.startswith("fault: ")]
+    said = [tidy(line.replace(f"{folder}/", "")) for line in [*faults, *complained.splitlines()]]
+    complaints = [*judged(fault, code, said), *left_over(fault, before, after)]
+    shown = [said[0], f"(and {len(said) - 1} more like it)"] if fault.lines > 2 else said
+    return {"fault": fault.title, "command": fault.command, "said": shown, "exit_code": code,
+            "error": CODES.get(code, ""), "met": not complaints}, complaints
 
 
 def tidy(line: str) -> str:
@@ -117,10 +110,9 @@ def spoken(fault: Fault) -> tuple[int, str, str]:
         Exit code, standard output and standard error. An error that nobody caught shows its trace, as in Python.
     """
     out, err = io.StringIO(), io.StringIO()
-    words = shlex.split(fault.command)
-    variables = dict(word.split("=", 1) for word in words[:words.index("covidseg")]) if fault.call is None else {}
+    variables, words = fault.words()
     with redirect_stdout(out), redirect_stderr(err), patch.dict(os.environ, variables), \
-            patch.object(sys, "argv", words[len(variables):]):
+            patch.object(sys, "argv", words):
         try:
             main() if fault.call is None else fault.call()
             code = 0
@@ -160,9 +152,10 @@ def contents(folder: Path) -> dict[str, str]:
 def left_over(fault: Fault, before: dict[str, str], after: dict[str, str]) -> list[str]:
     """Files that were changed or lost, half-written ones, and results that are missing."""
     new = [name for name in after if name not in before]
+    allowed = (*fault.results, *fault.leaves, *next((LEAVES[word] for word in fault.words()[1] if word in LEAVES), ()))
     complaints = [f"{name} was {'changed' if name in after else 'lost'}" for name, digest in before.items()
                   if after.get(name) != digest]
     complaints += [f"{name} is left over" for name in new
-                   if not any(Path(name).match(pattern) for pattern in fault.results + fault.leaves)]
+                   if not any(Path(name).match(pattern) for pattern in allowed)]
     return complaints + [f"{pattern} is missing" for pattern in fault.results
                          if not any(Path(name).match(pattern) for name in new)]

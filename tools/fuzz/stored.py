@@ -32,8 +32,6 @@ def with_hash(path: Path, data: bytes) -> Path:
     return path
 
 
-# --- stages -----------------------------------------------------------------------------------------------------
-
 def array_seeds() -> list[bytes]:
     """Stored stages: several types, no array, no notes."""
     arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, bool)}
@@ -51,8 +49,7 @@ def read_arrays(data: bytes, folder: Path) -> None:
 
 def note_seeds() -> list[bytes]:
     """Notes of stages, as JSON."""
-    notes: list[Any] = [{"seconds": 1.5, "warnings": ["UserWarning: a"], "peak_memory_mb": {"process": 9.5}}, {}]
-    return [json.dumps(note).encode() for note in notes]
+    return [b'{"seconds": 1.5, "warnings": ["UserWarning: a"], "peak_memory_mb": {"process": 9.5}}', b"{}"]
 
 
 def read_notes(data: bytes, folder: Path) -> None:
@@ -63,8 +60,6 @@ def read_notes(data: bytes, folder: Path) -> None:
     assert isinstance(store.notes("stage", "key"), dict), "notes without names"
     assert math.isfinite(store.seconds("stage", "key")), "no time"
 
-
-# --- reports ----------------------------------------------------------------------------------------------------
 
 def report_seeds() -> list[bytes]:
     """Reports of runs of both profiles."""
@@ -119,8 +114,6 @@ def read_parts(data: bytes, folder: Path) -> None:
     (folder / "a.nii.gz").write_bytes(b"a mask")
     merge(folder)
 
-
-# --- archives ---------------------------------------------------------------------------------------------------
 
 def zip_seeds() -> list[bytes]:
     """Archives in all four kinds of compression, with folders and a remark."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 from covidseg.data.folder import Dataset, load_dataset
@@ -13,6 +12,8 @@ LABELS = "volume,slice,has_lesion,patient\na,0,0,p1\na,2,1,p1\nb,1,0,p2\n"
 STACK = "position,has_lesion,medseg100_slice\n0,1,5\n1,0,3\n2,1,0\n"
 VOLUMES = "volume,patient,split\na,p1,train\nb,p2,test\n"
 SLICES = "slice,split\n0,train\n3,test\n5,val\n7,left_out\n"
+OF_VOLUMES = Split("v", {"a": "train", "b": "test"}, {"a": "p1", "b": "p2"}, {})
+OF_SLICES = Split("s", {}, {}, {0: "train", 1: "test", 3: "test", 5: "val"})
 
 
 def label_seeds() -> list[bytes]:
@@ -52,16 +53,10 @@ def _loaded(root: Path) -> Dataset | None:
 
 def read_labels(data: bytes, folder: Path) -> None:
     """Reads a label table of volumes and of a stack, and applies a split to what is accepted."""
-    for root, split in zip(make_folders(folder, data, data), _fixed_splits(), strict=True):
+    for root, split in zip(make_folders(folder, data, data), (OF_VOLUMES, OF_SLICES), strict=True):
         found = _loaded(root)
         if found is not None:
             _apply(found, split)
-
-
-@functools.cache
-def _fixed_splits() -> tuple[Split, Split]:
-    return (Split("v", {"a": "train", "b": "test"}, {"a": "p1", "b": "p2"}, {}),
-            Split("s", {}, {}, {0: "train", 1: "test", 3: "test", 5: "val"}))
 
 
 def _apply(data: Dataset, split: Split) -> None:

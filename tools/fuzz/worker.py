@@ -1,6 +1,7 @@
 """One target under atheris, in a process of its own, since libFuzzer ends the process when it is done.
 
-``python -m fuzz.worker TARGET --seconds 60 --folder FOLDER`` keeps what it finds in ``FOLDER/kept``.
+``python -m fuzz.worker TARGET --seconds 60 --folder FOLDER --kept FILES``: corpus and scratch files lie in a folder,
+and the file of a finding gets the name that ``--kept`` begins.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import tempfile
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import atheris
@@ -21,23 +23,28 @@ TOKENS = Path(__file__).with_name("tokens.dict")
 
 
 def main() -> None:
-    """Searches until the time is over; does not return."""
+    """Searches until the time is over or something is found; does not return."""
     parser = argparse.ArgumentParser(prog="fuzz.worker")
     parser.add_argument("target")
     parser.add_argument("--seconds", type=int, required=True)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--kept", type=Path, required=True)
     options = parser.parse_args()
     with atheris.instrument_imports(include=INSTRUMENTED):
-        from fuzz.harness import Harness
+        from covidseg.errors import CovidsegError
         from fuzz.targets import TARGETS
     logging.disable()  # nibabel says of every header what is odd about it
+    warnings.simplefilter("ignore")
     target = TARGETS[options.target]
-    corpus, kept = options.folder / "corpus", options.folder / "kept"
-    for folder in (corpus, kept):
-        folder.mkdir(parents=True, exist_ok=True)
+    corpus, scratch = options.folder / "corpus", options.folder / "scratch"
+    for folder in (corpus, scratch):
+        folder.mkdir(parents=True)
     for number, seed in enumerate(target.seeds()):
         (corpus / f"seed-{number}").write_bytes(seed)
-    scratch = Path(tempfile.mkdtemp(dir=options.folder))  # removed by whoever started this process
+
+    def run(data: bytes) -> None:
+        with suppress(CovidsegError):  # what should come of a broken file
+            target.run(data, scratch)
 
     def change(data: bytes, size: int, seed: int) -> bytes:
         """Half of all changes keep what the format has around its content, half are anywhere."""
@@ -46,8 +53,8 @@ def main() -> None:
         return bytes((target.change(data, mutate) if seed % 2 else mutate(data))[:size])
 
     atheris.Setup([sys.argv[0], f"-max_total_time={options.seconds}", f"-max_len={LONGEST}", f"-timeout={SLOWEST}",
-                   f"-rss_limit_mb={MEMORY}", f"-artifact_prefix={kept}/", f"-dict={TOKENS}", "-print_final_stats=1",
-                   "-seed=1", str(corpus)], Harness(target, scratch, kept), custom_mutator=change)
+                   f"-rss_limit_mb={MEMORY}", f"-artifact_prefix={options.kept}", f"-dict={TOKENS}",
+                   "-print_final_stats=1", "-seed=1", str(corpus)], run, custom_mutator=change)
     atheris.Fuzz()
 
 

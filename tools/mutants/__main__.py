@@ -40,11 +40,7 @@ def target(name: str) -> Target:
 
 
 def try_all(subject: Target, count: int) -> dict[str, Any]:
-    """Tries a module's mutants, ``count`` of them drawn by chance or all if it is 0; says which survive.
-
-    Returns:
-        What is recorded of them.
-    """
+    """The row of a module: tries its mutants, ``count`` of them drawn by chance or all if it is 0."""
     start = time.monotonic()
     every = mutants_of(subject.source.read_text(encoding="utf-8"))
     count = min(count or len(every), len(every))
@@ -63,7 +59,7 @@ def try_all(subject: Target, count: int) -> dict[str, Any]:
             "share": round(1 - verdicts["survived"] / count, 4),
             "seconds_per_mutant_at_most": allowed, "seconds": round(time.monotonic() - start),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "survivors": [{"line": mutant.line, "operator": mutant.operator, "was": mutant.was, "now": mutant.now}
+            "survivors": [{name: getattr(mutant, name) for name in ("line", "operator", "was", "now")}
                           for mutant in survivors]}
 
 

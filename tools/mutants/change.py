@@ -17,15 +17,7 @@ from cosmic_ray.plugins import get_operator, operator_names
 
 @dataclass(frozen=True)
 class Mutant:
-    """A changed module.
-
-    Attributes:
-        operator: Cosmic Ray's name of the change.
-        line: Number of the line that was changed, from 1 on.
-        was: The line before, without its indentation.
-        now: The line afterwards.
-        source: The whole changed module.
-    """
+    """A changed module: Cosmic Ray's name of the change, its line (from 1 on) before and after, all of the source."""
 
     operator: str
     line: int

@@ -6,9 +6,6 @@ other modules stay loaded. Tests run until the first failure.
 
 from __future__ import annotations
 
-import importlib
-import importlib.machinery
-import importlib.util
 import multiprocessing
 import os
 import resource
@@ -19,8 +16,8 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -35,14 +32,7 @@ VERDICTS = {pytest.ExitCode.OK: "survived", -signal.SIGXCPU: "timeout", -signal.
 
 @dataclass(frozen=True)
 class Target:
-    """A module and the tests that have to notice changes in it.
-
-    Attributes:
-        module: Full name of the module.
-        source: Its file.
-        tests: Files of tests.
-        options: Further arguments of pytest.
-    """
+    """A module by its full name, its file, the tests that have to notice changes in it, and options of pytest."""
 
     module: str
     source: Path
@@ -79,21 +69,15 @@ def attempt(target: Target, source: str, seconds: int) -> str:
     return VERDICTS.get(child.exitcode or 0, "killed")
 
 
-class _Replaced(importlib.machinery.SourceFileLoader):
-    """Finds one module, and loads other source than its file has."""
+@dataclass(frozen=True)
+class _Replaced:
+    """Finds one module in another file."""
 
-    def __init__(self, name: str, path: Path, source: str) -> None:
-        super().__init__(name, str(path))
-        self._source = source.encode()
+    module: str
+    file: Path
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
-
-    def get_code(self, name: str) -> Any:  # never from the cache of compiled modules, nor into it
-        return self.source_to_code(self._source, self.path)
-
-    def get_data(self, path: str) -> bytes:
-        return self._source
+        return spec_from_file_location(name, self.file) if name == self.module else None
 
 
 def _child(target: Target, source: str, seconds: int, folder: Path) -> None:
@@ -107,6 +91,8 @@ def _child(target: Target, source: str, seconds: int, folder: Path) -> None:
     package = target.module.partition(".")[0]
     for name in [name for name in sys.modules if name == package or name.startswith(package + ".")]:
         del sys.modules[name]
-    sys.meta_path.insert(0, _Replaced(target.module, target.source, source))
+    changed = folder / target.source.name
+    changed.write_text(source, encoding="utf-8")
+    sys.meta_path.insert(0, _Replaced(target.module, changed))  # type: ignore[arg-type]
     code = pytest.main([*QUICK, "--basetemp", str(folder / "tests"), *target.options, *map(str, target.tests)])
     os._exit(int(code))  # at once: clean-up and exit handlers are not the child's to run
