@@ -74,6 +74,19 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
 
 
+def nearly_same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    """What is learned, but for the buffers."""
+    return all(torch.allclose(one, other, atol=1e-6) for one, other in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return float(2 * (a & b).sum() / max(1, a.sum() + b.sum()))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def in_turn(batches: Iterator[Batch], device: torch.device, *, hold: Collection[int] = ()) -> Iterator[Batch]:
     """What :func:`covidseg.training.overlapped` has to agree with: each batch is made when it is asked for."""
     return batches
