@@ -87,6 +87,11 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    """All files of a folder, hidden ones as well."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def in_turn(batches: Iterator[Batch], device: torch.device, *, hold: Collection[int] = ()) -> Iterator[Batch]:
     """What :func:`covidseg.training.overlapped` has to agree with: each batch is made when it is asked for."""
     return batches
