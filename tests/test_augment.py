@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage as ndi
+from tiny import generator
 
-from covidseg.augment import Painter, PaintSettings, paint_lesions, paint_organ, paint_vessels, places
+from covidseg.augment import Painter, PaintSettings, augment, jitter, paint_lesions, paint_organ, paint_vessels, places
 from covidseg.preprocess import Crops
 
 SIZE = 80
@@ -40,6 +42,53 @@ def vessels(seed: int = 0, side: int = SIZE, **settings: Any) -> np.ndarray:
                          PaintSettings(**settings), np.random.default_rng(seed))
 
 
+def noise(*limits: float) -> np.ndarray:
+    return np.random.default_rng(9).uniform(*limits, LUNG.shape).astype(np.float32)
+
+
+# --- flips and turns, brightness --------------------------------------------------------------------------------
+
+def symmetries(image: torch.Tensor) -> list[torch.Tensor]:
+    """The eight ways to lay a square on itself."""
+    turned = [torch.rot90(image, k, (-2, -1)) for k in range(4)]
+    return turned + [t.flip(-1) for t in turned]
+
+
+@pytest.mark.parametrize(("change", "ways"), [(augment, set(range(8))), (jitter, {0})])
+def test_augmentation_moves_all_channels_alike_and_jitter_none_and_both_change_the_picture_only(
+        change: Callable[..., torch.Tensor], ways: set[int]) -> None:
+    code = torch.arange(36.0).reshape(1, 1, 6, 6).expand(3, 1, 6, 6)
+    maps = torch.cat([code, code, 100 + code], dim=1)
+    source, before, seen = generator(), maps.clone(), set()
+    for _ in range(80):
+        out = change(maps, source)
+        fits = [k for k, image in enumerate(symmetries(code)) if torch.equal(out[:, 1:2], image)]
+        assert len(fits) == 1, "channel 1 has to be one of the eight positions, its values untouched"
+        seen.add(fits[0])
+        assert torch.equal(out[:, 2:3], symmetries(100 + code)[fits[0]])
+        for picture, moved in zip(out[:, 0], out[:, 1], strict=True):
+            assert not torch.equal(picture, moved)
+            assert np.corrcoef(picture.ravel(), moved.ravel())[0, 1] > 0.999
+    assert seen == ways
+    assert torch.equal(maps, before), "the input itself stays as it is"
+    first, again, other = (change(maps, generator(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_jitter_draws_gain_offset_and_noise_for_each_slice() -> None:
+    maps = torch.zeros(500, 1, 10, 10)
+    maps[:, :, 5:] = 1.0
+    out = jitter(maps, generator())[:, 0]
+    offset, top = out[:, :5].mean((1, 2)), out[:, 5:].mean((1, 2))
+    for figures, mean, close, spread in ((top - offset, 1, 0.03, 0.1), (offset, 0, 0.01, 0.04)):
+        assert figures.mean().item() == pytest.approx(mean, abs=close)
+        assert figures.std().item() == pytest.approx(spread, rel=0.2)
+    grain = out[:, :5].std((1, 2))
+    assert grain.min() < 0.005
+    assert 0.02 < grain.max() < 0.05
+
+
 # --- lesions ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", [BLOBS, FIELDS], ids=["blobs", "field"])
@@ -68,13 +117,12 @@ def test_the_mask_is_where_a_lesion_is_half_there(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_away_from_a_lesion_the_picture_stays_as_it_is(seed: int) -> None:
-    image = np.random.default_rng(9).normal(0.1, 0.05, LUNG.shape).astype(np.float32)
-    before = image.copy()
+    image = noise(0, 0.2)
     picture, mask = paint_lesions(image, LUNG, PaintSettings(**BLOBS), np.random.default_rng(seed))
     distance = ndi.distance_transform_edt(~mask)
     assert np.abs(picture - image)[distance > 0.2 * SIZE].max(initial=0) < 0.01
     assert np.array_equal(picture[~LUNG], image[~LUNG])
-    assert np.array_equal(image, before), "the picture that came in is not changed"
+    assert np.array_equal(image, noise(0, 0.2)), "the picture that came in is not changed"
 
 
 @pytest.mark.parametrize("kind", [BLOBS, FIELDS], ids=["blobs", "field"])
@@ -89,27 +137,23 @@ def test_what_is_as_bright_as_tissue_keeps_its_brightness(kind: dict) -> None:
         assert np.array_equal(picture[46:50], image[46:50])
 
 
-def test_consolidation_is_brighter_than_ground_glass() -> None:
+def test_consolidation_glass_and_faint_glass_differ_in_brightness() -> None:
     # One blob each: where blobs overlap they add up.
-    glass, solid = ([np.percentile(p[m], 80) for p, m in (
-        lesions(seed, **BLOBS, solid_share=share, count=(1, 1), faint=0.0) for seed in range(8))]
-        for share in (0.0, 1.0))
+    def levels(share: float, faint: float, figure: Callable[[np.ndarray], float]) -> list[float]:
+        painted = (lesions(seed, **BLOBS, count=(1, 1), solid_share=share, faint=faint) for seed in range(8))
+        return [figure(picture[mask]) for picture, mask in painted]
+    glass, solid = (levels(share, 0.0, lambda inside: np.percentile(inside, 80)) for share in (0.0, 1.0))
     assert max(glass) < 0.7
     assert np.mean(glass) + 0.2 < np.mean(solid)
+    faint, usual = (levels(0.0, share, np.mean) for share in (1.0, 0.0))
+    assert max(faint) < 0.25
+    assert np.mean(faint) < 0.6 * np.mean(usual)
 
 
 def test_a_field_gets_a_solid_core_unless_nothing_may_be_solid() -> None:
     with_core, without = ([lesions(seed, **FIELDS, solid_share=share, solid=(1.0, 1.0))[0].max()
                            for seed in range(12)] for share in (1.0, 0.0))
     assert np.mean(with_core) > np.mean(without) + 0.15
-
-
-def test_faint_glass_is_fainter() -> None:
-    one = {**BLOBS, "solid_share": 0.0, "count": (1, 1)}
-    faint, usual = ([p[m].mean() for p, m in (lesions(seed, **one, faint=share) for seed in range(8))]
-                    for share in (1.0, 0.0))
-    assert max(faint) < 0.25
-    assert np.mean(faint) < 0.6 * np.mean(usual)
 
 
 def test_small_blobs_prefer_the_chest_wall_and_shun_the_mediastinum() -> None:
@@ -140,7 +184,7 @@ def test_number_of_blobs() -> None:
 # --- vessels ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", range(6))
-def test_vessels_are_bright_and_grow_from_the_mediastinum(seed: int) -> None:
+def test_vessels_are_bright_and_only_brighten_and_grow_from_the_mediastinum(seed: int) -> None:
     place, picture = places(LUNG), vessels(seed)
     bright = picture > 0.5
     assert picture.dtype == np.float32
@@ -149,6 +193,12 @@ def test_vessels_are_bright_and_grow_from_the_mediastinum(seed: int) -> None:
     parts, count = ndi.label(bright, np.ones((3, 3)))
     sizes = ndi.sum(bright, parts, range(1, count + 1))
     assert place.medial[parts == 1 + np.argmax(sizes)].min() < 0.06
+    image = noise(0, 1.4)
+    over = paint_vessels(image, LUNG, PaintSettings(), np.random.default_rng(seed))
+    assert (over >= image - 1e-6).all()
+    assert (over > image + 0.1).sum() > 20
+    assert np.array_equal(over[~LUNG], image[~LUNG])
+    assert np.array_equal(image, noise(0, 1.4)), "the picture that came in is not changed"
 
 
 def test_vessels_are_commoner_near_the_mediastinum() -> None:
@@ -156,16 +206,6 @@ def test_vessels_are_commoner_near_the_mediastinum() -> None:
     found = np.mean([vessels(seed) > 0.5 for seed in range(20)], axis=0)
     near, far = (found[LUNG & part].mean() for part in (medial < 0.08, medial > 0.16))
     assert near > 2 * far > 0
-
-
-def test_vessels_only_brighten() -> None:
-    image = np.random.default_rng(3).uniform(0, 1.4, LUNG.shape).astype(np.float32)
-    before = image.copy()
-    picture = paint_vessels(image, LUNG, PaintSettings(), np.random.default_rng(0))
-    assert (picture >= image - 1e-6).all()
-    assert (picture > image + 0.1).sum() > 20
-    assert np.array_equal(picture[~LUNG], image[~LUNG])
-    assert np.array_equal(image, before), "the picture that came in is not changed"
 
 
 def test_thickness_and_number_of_vessels() -> None:
@@ -280,8 +320,11 @@ def batch(index: torch.Tensor = INDEX) -> torch.Tensor:
     return maps
 
 
-def painted(seed: int = 0, free: torch.Tensor = FREE, **settings: Any) -> torch.Tensor:
-    return Painter(crops(), PaintSettings(**settings))(batch(), INDEX, free, torch.Generator().manual_seed(seed))
+EVERY = torch.ones(COUNT, dtype=torch.bool)
+
+
+def painted(seed: int = 0, free: torch.Tensor = FREE, of: Crops | None = None, **settings: Any) -> torch.Tensor:
+    return Painter(of or crops(), PaintSettings(**settings))(batch(), INDEX, free, generator(seed))
 
 
 def brightest(maps: torch.Tensor) -> torch.Tensor:
@@ -294,7 +337,7 @@ def lesion_pixels(maps: torch.Tensor) -> torch.Tensor:
 
 
 def test_only_lesion_free_slices_are_painted() -> None:
-    maps, source = batch(), torch.Generator().manual_seed(0)
+    maps, source = batch(), generator()
     painter = Painter(crops(), PaintSettings(share=1.0, vessels=1.0))
     maps[~FREE, 2, 40, 20] = 1
     before = maps.clone()
@@ -305,6 +348,7 @@ def test_only_lesion_free_slices_are_painted() -> None:
     assert torch.equal(result[:, [1, 3]], maps[:, [1, 3]])
     assert torch.equal(maps, before), "the batch that came in is not changed"
     assert not torch.equal(result, painter(maps, INDEX, FREE, source)), "the next batch is painted differently"
+    assert torch.equal(result, painter(maps, INDEX, FREE, generator())), "but the same generator paints the same"
 
 
 def test_vessels_are_no_lesions_and_lesions_come_without_vessels() -> None:
@@ -320,40 +364,29 @@ def test_vessels_are_no_lesions_and_lesions_come_without_vessels() -> None:
 
 def test_each_slice_is_painted_into_its_own_lung() -> None:
     for seed in range(3):
-        result = painted(seed, torch.ones(COUNT, dtype=torch.bool), share=1.0, vessels=1.0)
+        result = painted(seed, EVERY, share=1.0, vessels=1.0)
         for channel in (0, 2):
             assert (result[:, channel][result[:, 1] == 0] == 0).all()
     # A field that covers all of a lung reaches its ends, wherever it lies.
-    result = painted(0, torch.ones(COUNT, dtype=torch.bool), share=1.0, vessels=0.0, **FIELDS, cover=(0.99, 0.99))
+    result = painted(0, EVERY, share=1.0, vessels=0.0, **FIELDS, cover=(0.99, 0.99))
     assert (result[:, 2].sum((1, 2)) > 0.97 * result[:, 1].sum((1, 2))).all()
+    empty = crops()
+    empty.lungs[3] = False
+    result = painted(0, EVERY, empty, share=1.0, vessels=1.0)
+    untouched = [k for k in range(COUNT) if torch.equal(result[k], batch()[k])]
+    assert untouched == [2], "position 2 of the batch holds slice 3, which has no lung"
 
 
 def test_both_switched_off() -> None:
-    source = torch.Generator().manual_seed(0)
-    state = source.get_state()
+    source = generator()
     result = Painter(crops(), PaintSettings(share=0, vessels=0))(batch(), INDEX, FREE, source)
     assert torch.equal(result, batch())
-    assert torch.equal(source.get_state(), state), "nothing was drawn: training is as without painting"
+    assert torch.equal(source.get_state(), generator().get_state()), "nothing was drawn: as without painting"
 
 
 @pytest.mark.parametrize(("share", "vessels"), [(0.3, 0.0), (0.0, 0.7)])
 def test_shares_are_probabilities(share: float, vessels: float) -> None:
     index, free = torch.zeros(150, dtype=torch.long), torch.ones(150, dtype=torch.bool)
-    result = Painter(crops(), PaintSettings(share=share, vessels=vessels))(batch(index), index, free,
-                                                                           torch.Generator().manual_seed(0))
+    result = Painter(crops(), PaintSettings(share=share, vessels=vessels))(batch(index), index, free, generator())
     there = lesion_pixels(result) > 0 if share else brightest(result) > 0.5
     assert there.float().mean().item() == pytest.approx(share + vessels, abs=0.1)
-
-
-def test_a_slice_without_a_lung_is_left_alone() -> None:
-    empty, free = crops(), torch.ones(COUNT, dtype=torch.bool)
-    empty.lungs[3] = False
-    result = Painter(empty, PaintSettings(share=1, vessels=1))(batch(), INDEX, free, torch.Generator().manual_seed(0))
-    untouched = [k for k in range(COUNT) if torch.equal(result[k], batch()[k])]
-    assert untouched == [2], "position 2 of the batch holds slice 3"
-
-
-def test_the_same_generator_paints_the_same() -> None:
-    first, second, other = (painted(seed) for seed in (4, 4, 5))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, other)
