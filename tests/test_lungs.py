@@ -93,6 +93,9 @@ def found(ill: PhantomPatient) -> np.ndarray:
 
 def test_dice_against_the_true_lungs_of_the_phantom(ill, healthy, found, tiny_phantom):
     # Measured .980 and .983; the worst slice .958.
+    before = ill.hu.copy()
+    assert np.array_equal(lung_masks(ill.hu), found), "the result is repeatable"
+    assert np.array_equal(ill.hu, before)
     assert dice(found, ill.lung) > 0.97
     assert dice(lung_masks(healthy.hu), healthy.lung) > 0.97
     assert min(dice(a, b) for a, b in zip(found, ill.lung, strict=True)) > 0.94
@@ -103,15 +106,10 @@ def test_dice_against_the_true_lungs_of_the_phantom(ill, healthy, found, tiny_ph
 
 
 def test_lesions_stay_inside(ill, found):
-    plain = ill.hu < -400
-    ground_glass, consolidation, crazy_paving = (ill.kind == kind for kind in (1, 2, 3))
-    for lesion in (ground_glass, crazy_paving):
-        assert lesion.sum() > 1000
-        assert found[lesion].mean() > 0.97
-    # Of consolidation, more than half is lost; a plain threshold loses all of it.
-    assert consolidation.sum() > 1000
-    assert plain[consolidation].mean() < 0.05
-    assert found[consolidation].mean() > 0.35
+    for kind, least in ((1, 0.97), (3, 0.97), (2, 0.35)):  # ground glass, crazy paving; half of consolidation is lost
+        assert (ill.kind == kind).sum() > 1000
+        assert found[ill.kind == kind].mean() > least
+    assert (ill.hu < -400)[ill.kind == 2].mean() < 0.05, "of which a plain threshold loses all"
 
 
 def test_real_lungs_are_found_with_their_lesions_and_every_scan_is_plausible(realct):
@@ -242,14 +240,6 @@ def test_a_broad_frame_that_touches_the_body_changes_little(ill):
     assert dice(lung_masks(framed(shown, 10)), lung_masks(shown)) > 0.9
 
 
-def test_text_burnt_into_the_lung_is_filled(ill, found):
-    changed = display(ill.hu[MIDDLE])
-    rows, columns = (int(v.mean()) for v in np.nonzero(ndi.binary_erosion(found[MIDDLE], iterations=12)
-                                                       & (np.arange(256) < 128)))
-    changed[rows - 3:rows + 3, columns - 5:columns + 5] = 255
-    assert dice(lung_masks(changed[None])[0], found[MIDDLE]) > 0.97
-
-
 # --- whole scans: disease -------------------------------------------------------------------------------------------
 
 def paint(patient: PhantomPatient, k: int, density: float, radius: int, rim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -270,28 +260,17 @@ def paint(patient: PhantomPatient, k: int, density: float, radius: int, rim: int
     return image, core
 
 
-@pytest.mark.parametrize("density", [-650, -500, -350])
-def test_ground_glass_at_the_pleura_stays_in(healthy, density):
-    for k in range(2, 7):
-        image, core = paint(healthy, k, density, radius=24, rim=0)
-        assert lung_masks(image[None])[0][core].mean() > 0.85
-
-
-def test_consolidation_with_a_hazy_rim_at_the_pleura_stays_in(healthy):
-    kept, threshold_keeps = [], []
-    for k in (2, 3, 4, 5, 6):
-        image, core = paint(healthy, k, 30, radius=12, rim=16)
-        kept.append(lung_masks(image[None])[0][core].mean())
-        threshold_keeps.append((image < -400)[core].mean())
-    assert max(threshold_keeps) == 0
-    # Four slices of five; where the lung is narrow, the rim takes too little of the side to count as disease.
-    assert np.sort(kept)[1] > 0.7
-
-
-@pytest.mark.xfail(strict=True, reason="known limit: solid consolidation without a hazy rim joins the chest wall")
-def test_solid_consolidation_at_the_pleura_stays_in(healthy):
-    image, core = paint(healthy, MIDDLE, 30, radius=16, rim=0)
-    assert lung_masks(image[None])[0][core].mean() > 0.5
+@pytest.mark.parametrize(("density", "radius", "rim", "least"), [
+    (-650, 24, 0, 0.85), (-500, 24, 0, 0.85), (-350, 24, 0, 0.85), (30, 12, 16, 0.7),
+    pytest.param(30, 16, 0, 0.5, marks=pytest.mark.xfail(
+        strict=True, reason="known limit: solid consolidation without a hazy rim joins the chest wall"))],
+    ids=["faint glass", "glass", "dense glass", "solid with a hazy rim", "solid"])
+def test_lesions_at_the_pleura_stay_in(healthy, density, radius, rim, least):
+    painted = [paint(healthy, k, density, radius, rim) for k in range(2, 7)]
+    if density > 0:
+        assert not any((image < -400)[core].any() for image, core in painted), "a plain threshold keeps nothing"
+    # Four slices of five; where the lung is narrow, a rim takes too little of the side to count as disease.
+    assert np.sort([lung_masks(image[None])[0][core].mean() for image, core in painted])[1] > least
 
 
 # --- whole scans: odd input -----------------------------------------------------------------------------------------
@@ -310,13 +289,6 @@ def test_constant_slices_have_no_lung_and_no_slices_no_masks(ill, volume):
     assert lung_masks(pixels, volume=volume).any(axis=(1, 2)).tolist() == [True, False, True, True]
 
 
-def test_a_body_without_lung_has_none():
-    rows, columns = np.mgrid[:256, :256]
-    body = np.hypot((rows - 128) / 80, (columns - 128) / 110) < 1
-    belly = np.where(body, 40, -1000) + np.random.default_rng(0).normal(0, 20, (256, 256))
-    assert not lung_masks(belly[None]).any()
-
-
 @pytest.mark.parametrize("shape", [(256, 320), (200, 256), (512, 512), (630, 630), (512, 400)])
 def test_other_sizes(ill, found, shape):
     hu, lung = ill.hu[MIDDLE].astype(float), ill.lung[MIDDLE]
@@ -329,12 +301,6 @@ def test_other_sizes(ill, found, shape):
     mask = lung_masks(image[None])[0]
     assert mask.shape == shape
     assert dice(mask, truth) > 0.93
-
-
-def test_the_input_is_not_changed_and_the_result_is_repeatable(ill, found):
-    before = ill.hu.copy()
-    np.testing.assert_array_equal(lung_masks(ill.hu), found)
-    np.testing.assert_array_equal(ill.hu, before)
 
 
 @pytest.mark.parametrize(("terminal", "progress"), [(True, True), (True, False), (False, True)])
@@ -661,8 +627,9 @@ def test_near_the_wall_the_hull_of_a_diseased_side_is_added():
     assert depth[added].max() < np.percentile(depth[without], 50)
     assert depth[added].max() > np.percentile(depth[without], 40)
     assert np.array_equal(completed(LEFT & ~bay)[90, 31:34], [False] * 3), "a healthy side has no hull"
-    both = completed(lung | np.fliplr(lung), haze | np.fliplr(haze))
-    assert np.array_equal(both & (COLUMNS < SIDE / 2), with_hull), "each side for itself"
+    both = completed(lung | (RIGHT & ~box(70, 118, 40, 12)), haze | box(40, 130, 40, 8))
+    assert np.array_equal(both & (COLUMNS < 87), with_hull), "each side for itself"
+    assert both[box(70, 118, 40, 12)].mean() > 0.8
     assert not (completed(lung, haze, hull_depth=30.0) & ~with_hull).any()
     assert completed(lung, haze, hull_depth=30.0).sum() < with_hull.sum()
 

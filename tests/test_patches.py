@@ -436,42 +436,33 @@ def test_a_coarse_component_is_a_bag_that_holds_a_lesion(alone: PatchNet) -> Non
     assert healthy < 0.2 * without
 
 
-class FakePainter:
-    """Paints a dark square, which is a lesion, and a bright bar, which is none, on each lesion-free slice."""
-
-    square, bar = (slice(10, 18), slice(10, 18)), (slice(25, 29), slice(8, 32))
-
-    def __init__(self, crops: Crops, settings: PaintSettings) -> None:
-        pass
-
-    def __call__(self, maps: torch.Tensor, index: torch.Tensor, free: torch.Tensor,
-                 generator: torch.Generator) -> torch.Tensor:
-        maps = maps.clone()
-        for k in torch.nonzero(free).flatten().tolist():
-            maps[(k, 0, *self.square)], maps[(k, 2, *self.square)] = -0.3, 1.0
-            maps[(k, 0, *self.bar)] = 1.2
-        return maps
-
-
 def test_painted_slices_label_each_of_their_patches(alone: PatchNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On lesion-free slices a dark square is painted, which is a lesion, and a bright bar, which is none."""
     fresh, _ = toy(24, seed=9)
-    free = fresh.labels == 0
+    free, square, bar = fresh.labels == 0, np.s_[10:18, 10:18], np.s_[25:29, 8:32]
     images = fresh.crops.images.copy()
-    images[(free, *FakePainter.square)], images[(free, *FakePainter.bar)] = -0.3, 1.2
+    images[(free, *square)], images[(free, *bar)] = -0.3, 1.2
     marked = replace(fresh.crops, images=images)
 
-    def judge(net: PatchNet) -> tuple[float, float, float]:
+    def paint(maps: torch.Tensor, index: torch.Tensor, free: torch.Tensor, source: torch.Generator) -> torch.Tensor:
+        maps = maps.clone()
+        for channel, place, value in ((0, square, -0.3), (2, square, 1.0), (0, bar, 1.2)):
+            maps[(free, channel, *place)] = value
+        return maps
+
+    def judge(net: PatchNet) -> list[float]:
         """Mean probability in the square, on the bar and in the lung around them."""
         maps = patch_probabilities(net, marked)[free]
-        return maps[:, 11:17, 11:17].mean(), maps[:, 25:29, 9:31].mean(), maps[:, 20:24, 10:30].mean()
+        return [maps[:, rows, columns].mean() for rows, columns in (
+            np.s_[11:17, 11:17], np.s_[25:29, 9:31], np.s_[20:24, 10:30])]
 
-    square, bar, rest = judge(alone)
-    assert bar > 0.9, "the toy's lesions are bright: without painting a bright bar passes for one"
-    assert square - rest < 0.1
-    monkeypatch.setattr("covidseg.patches.Painter", FakePainter)
-    square, bar, rest = judge(taught())
-    assert bar < 0.1
-    assert square - rest > 0.5
+    in_square, on_bar, rest = judge(alone)
+    assert on_bar > 0.9, "the toy's lesions are bright: without painting a bright bar passes for one"
+    assert in_square - rest < 0.1
+    monkeypatch.setattr("covidseg.patches.Painter", lambda crops, settings: paint)
+    in_square, on_bar, rest = judge(taught())
+    assert on_bar < 0.1
+    assert in_square - rest > 0.5
 
 
 @pytest.mark.parametrize("reading", ["pixels", "grid"])
