@@ -270,18 +270,13 @@ def test_without_a_lung_net_the_threshold_has_the_last_word(tiny_run: Run, tmp_p
     assert found.tolist() == np.flatnonzero(masks.any(axis=(1, 2))).tolist()
     assert np.array_equal(crops.lungs, make_crops(volume[found], masks[found], TINY.prepare).lungs)
     assert dice(run.lungs(volume), masks) > 0.95
+    run.rounds = lambda: [None]  # type: ignore[method-assign, list-item]
+    assert run.stages() == ["threshold", "weak", "classifier1", "cam1", "mil1", "patches1", "rounds", "fine",
+                            "segmenter"]
 
 
-def test_the_names_of_stages_leave_out_what_there_is_not(tiny_run: Run, copied: Path) -> None:
-    for run in (tiny_run, again(tiny_run, copied)[0]):
-        assert tuple(run.stages()) == STAGES
-    bare, _ = again(tiny_run, copied, profile=replace(TINY, lung_net=replace(TINY.lung_net, steps=0)))
-    bare.rounds = lambda: [None]  # type: ignore[method-assign, list-item]
-    assert bare.stages() == ["threshold", "weak", "classifier1", "cam1", "mil1", "patches1", "rounds", "fine",
-                             "segmenter"]
-
-
-def test_results_have_the_shapes_and_ranges_they_claim(tiny_run: Run) -> None:
+def test_results_have_the_shapes_and_ranges_they_claim_and_the_best_round_agrees_best(tiny_run: Run) -> None:
+    assert tuple(tiny_run.stages()) == STAGES
     count, side, fine = len(tiny_run.weak()), TINY.prepare.size, tiny_run.fine()
     assert tiny_run.cam().shape == tiny_run.coarse().shape == tiny_run.patches().shape == (count, side, side)
     assert set(np.unique(tiny_run.coarse())) <= {0, 1, 255}
@@ -291,7 +286,12 @@ def test_results_have_the_shapes_and_ranges_they_claim(tiny_run: Run) -> None:
     assert (fine.probabilities[~free] > 0).any()
     assert fine.labels.dtype == bool
     assert len(tiny_run.mil()[1]) == len(TINY.mil.curriculum.paces)
-    assert len(tiny_run.rounds()) == TINY.mutual.rounds
+    figures = [r.agreement for r in tiny_run.rounds()]
+    assert len(figures) == TINY.mutual.rounds
+    assert figures[0] != figures[1]
+    assert tiny_run.best() == 1 + int(np.argmax(figures))
+    measured = [agreement(tiny_run.weak(), tiny_run.cam(k), tiny_run.patches(k)) for k in (1, 2)]
+    assert figures == pytest.approx(measured)
 
 
 def test_later_rounds_teach_the_classifier_gently(tiny_run: Run, copied: Path,
@@ -345,14 +345,6 @@ def test_fine_labels_come_from_the_round_that_agreed_best(tiny_run: Run, copied:
         np.testing.assert_array_equal(getattr(found, part), getattr(mine, part))
     assert not np.array_equal(mine.probabilities, other.probabilities), "the rounds differ"
     assert lines == []
-
-
-def test_the_best_round_is_that_of_the_agreement(tiny_run: Run) -> None:
-    figures = [r.agreement for r in tiny_run.rounds()]
-    assert figures[0] != figures[1]
-    assert tiny_run.best() == 1 + int(np.argmax(figures))
-    measured = [agreement(tiny_run.weak(), tiny_run.cam(k), tiny_run.patches(k)) for k in (1, 2)]
-    assert figures == pytest.approx(measured)
 
 
 @pytest.mark.parametrize(("figures", "rounds", "best"), [

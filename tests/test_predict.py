@@ -6,6 +6,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -191,21 +192,21 @@ def test_the_fingerprint_tells_nets_and_settings_apart(tiny_run: Run, predictor:
         == predictor.fingerprint()
 
 
-def test_the_stored_nets_and_settings_come_back(tiny_run: Run, predictor: Predictor) -> None:
-    assert predictor.profile == TINY
-    for net, stored in ((predictor.segmenter, tiny_run.segmenter()), (predictor.lung_net, tiny_run.lung_net())):
-        assert same_weights(net, stored)
-        assert not net.training
-
-
 @pytest.mark.parametrize("number", [1, 2])
-def test_the_report_names_the_best_round(copied: Path, tiny_run: Run, number: int) -> None:
+def test_the_report_names_the_best_round_and_its_patch_net_is_exported(copied: Path, tiny_run: Run, tmp_path: Path,
+                                                                       number: int) -> None:
     assert read_report(copied)[0]["best_round"] == tiny_run.best()
+    assert not same_weights(tiny_run.mil(1)[0], tiny_run.mil(2)[0])
     run = Run(tiny_run.data, TINY, 0, copied, "cpu", quiet)
     run.rounds = lambda: [Round(float(k == number), 0.0, 0.0) for k in (1, 2)]  # type: ignore[method-assign]
     write_run(run, "a test")
-    assert json.loads((copied / "run.json").read_text(encoding="utf-8"))["best_round"] == number
-    assert read_report(copied)[2]["patches"] == stage_name(tiny_run, f"mil{number}")
+    report, _, stages = read_report(copied)
+    assert report["best_round"] == number
+    assert stages["patches"] == stage_name(tiny_run, f"mil{number}")
+    export_run(copied, tmp_path / "nets")
+    stored, _ = load_arrays(tmp_path / "nets" / "stages" / "patches.safetensors")
+    found = load_net(PatchNet(TINY.mil), {name.removeprefix("net."): value for name, value in stored.items()})
+    assert same_weights(found, tiny_run.mil(number)[0])
 
 
 def weights_file(copied: Path, stage: str) -> Path:
@@ -273,10 +274,14 @@ def exported(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_exported_run_predicts_bit_for_bit_as_the_run(exported: Path, predictor: Predictor, tiny_phantom: Path
-                                                         ) -> None:
+def test_an_exported_run_predicts_bit_for_bit_as_the_run(exported: Path, tiny_run: Run, predictor: Predictor,
+                                                         tiny_phantom: Path) -> None:
     other = load_predictor(exported)
-    assert other.profile == predictor.profile == TINY
+    for each in (predictor, other):
+        assert each.profile == TINY
+        for net, stored in ((each.segmenter, tiny_run.segmenter()), (each.lung_net, tiny_run.lung_net())):
+            assert same_weights(net, stored)
+            assert not net.training
     for number in (0, 3):
         scan = read_scan(tiny_phantom / "im" / f"phantom_0{number}.nii.gz")
         maps = other.probabilities(scan)
@@ -311,16 +316,6 @@ def test_an_exported_run_holds_nets_and_report_and_nothing_of_the_scans(exported
     assert content(again) == content(exported)
 
 
-def test_the_patch_net_of_the_best_round_is_exported(copied: Path, tiny_run: Run, tmp_path: Path) -> None:
-    assert not same_weights(tiny_run.mil(1)[0], tiny_run.mil(2)[0])
-    for number in (1, 2):
-        edit(copied, lambda report, best=number: report.update(best_round=best))
-        export_run(copied, tmp_path / f"round{number}")
-        stored, _ = load_arrays(tmp_path / f"round{number}" / "stages" / "patches.safetensors")
-        found = load_net(PatchNet(TINY.mil), {name.removeprefix("net."): value for name, value in stored.items()})
-        assert same_weights(found, tiny_run.mil(number)[0])
-
-
 def test_a_run_is_never_exported_onto_itself(copied: Path, tmp_path: Path) -> None:
     before = content(copied)
     (tmp_path / "link").symlink_to(copied)
@@ -345,26 +340,22 @@ def test_the_same_run_is_exported_anew(copied: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [
     lambda c: c.update(seed=1), lambda c: c["data"].update(phantom_00="another scan"),
     lambda c: c.update(labelled_slices=39), lambda c: c["settings"]["segmenter"].update(rate=0.123),
-    lambda c: c.update(best_round=3 - c["best_round"])], ids=["seed", "data", "labels", "settings", "round"])
-def test_an_export_of_another_run_is_never_replaced(copied: Path, tmp_path: Path, change: object) -> None:
-    out = tmp_path / "nets"
-    export_run(copied, out)
-    before = content(out)
-    edit(copied, change)
-    with pytest.raises(OutputError, match=r"nets: holds another run\. Name another folder"):
-        export_run(copied, out)
-    assert content(out) == before
-
-
-@pytest.mark.parametrize("there", ["a run", b"", b"[]", b"\xff"], ids=["a run", "empty", "list", "bytes"])
-def test_an_export_replaces_exports_only(exported: Path, copied: Path, tmp_path: Path, there: str | bytes) -> None:
+    lambda c: c.update(best_round=3 - c["best_round"]), None, b"", b"[]", b"\xff"],
+    ids=["seed", "data", "labels", "settings", "round", "training folder", "empty", "list", "bytes"])
+def test_an_export_of_another_run_or_anything_else_is_never_replaced(exported: Path, copied: Path, tmp_path: Path,
+                                                                     change: Any) -> None:
     """A training folder of the very same run would lose its stages from the report."""
-    out = copied if there == "a run" else tmp_path
-    if isinstance(there, bytes):
-        (out / "run.json").write_bytes(there)
+    run, out = exported, copied if change is None else tmp_path / "nets"
+    if callable(change):
+        run = copied
+        export_run(run, out)
+        edit(run, change)
+    elif change is not None:
+        out.mkdir()
+        (out / "run.json").write_bytes(change)
     before = content(out)
-    with pytest.raises(OutputError, match="holds another run"):
-        export_run(exported, out)
+    with pytest.raises(OutputError, match=f"{out.name}: holds another run. Name another folder"):
+        export_run(run, out)
     assert content(out) == before
 
 
