@@ -135,9 +135,10 @@ def test_grids_lie_over_the_components_of_any_lung(seed: int, grid: int, share: 
     (FULL, boxed((10, 10, 20, 20)), 5, 64 - 16 + 25),              # the rest of the lung keeps its squares
     (FULL, boxed((0, 0, 20, 20)), 2, 64 - 16 + 4),
     (FULL, boxed((0, 0, 15, 15), (20, 20, 15, 15)), 5, 64 - 9 - 9 + 50),                    # a grid for each component
+    (FULL, boxed((7, 11, 13, 17)), 5, 85), (FULL, boxed((3, 3, 10, 20)), 5, 86), (FULL, boxed(), 5, 64),
     (FULL, boxed((3, 3, 9, 20), (30, 8, 1, 1)), 5, 64), (FULL, boxed((3, 3, 20, 9)), 5, 64),      # too small for grids
     # 5 x 5 cells of 8 pixels: those above the diagonal go, those on it hold 36 of 64 pixels of lung.
-    (FULL, boxed(), 5, 64), (OBLIQUE, OBLIQUE, 5, 15)])
+    (OBLIQUE, OBLIQUE, 5, 15)])
 def test_grids_by_hand(lungs: np.ndarray, coarse: np.ndarray, grid: int, patches: int) -> None:
     ids = grid_ids(lungs, coarse, grid)
     assert cells_of(ids[0]) == patches_by_hand(lungs[0], squares(lungs[0], 0.3) + cells(coarse[0], grid), 0.3)
