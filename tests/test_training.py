@@ -221,6 +221,8 @@ def test_average_forgets_the_start_and_then_moves_by_its_decay_and_shares_nothin
     assert average.net[1].num_batches_tracked.item() == 7, "counters are copied"
     assert not any(p.requires_grad for p in average.net.parameters())
     assert not average.net.training
+    picture = torch.rand(1, 1, 4, 4)
+    assert torch.equal(average(picture), average.net(picture))
 
 
 def wide_net() -> nn.Module:
