@@ -7,12 +7,13 @@ it (``tiny.finished_run``).
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # The tests' nets are tiny: threads would spend their time waiting for each other. Must be set before torch starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +23,9 @@ from filelock import FileLock
 from hypothesis import HealthCheck, Phase, settings
 
 from covidseg.data.phantom import PhantomSettings, write_phantom
+
+if TYPE_CHECKING:
+    from covidseg.pipeline import Run
 
 # Array-building strategies are slow on a busy machine; a deadline would make tests flaky, not better. The examples
 # are the same in every run, so that a failure comes back when the test is run again.
@@ -95,6 +99,20 @@ def tiny_phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
             write_phantom(folder, TINY)
             whole.touch()
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_phantom: Path) -> Run:
+    """The finished run on the phantom. Shared by all tests: ``copied`` is one to change."""
+    from tiny import finished_run
+
+    return finished_run(tiny_phantom)
+
+
+@pytest.fixture
+def copied(tiny_run: Run, tmp_path: Path) -> Path:
+    """A copy of the finished run's folder that a test may damage."""
+    return Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
 
 
 @pytest.fixture(scope="session")

@@ -7,15 +7,18 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tiny import finished_run
+from tiny import content
 
 from covidseg.batch import MADE, Part, PartRun, merge, parse_part, tables, write_table
 from covidseg.data.scan import read_scan, write_like
 from covidseg.errors import DatasetError, InputFileError, OutputError, SettingsError
+from covidseg.pipeline import Run
 from covidseg.predict import Predictor, load_predictor
 from covidseg.store import file_hash
 
@@ -23,8 +26,8 @@ LEVEL = 0.3
 
 
 @pytest.fixture(scope="module")
-def predictor(tiny_phantom: Path) -> Predictor:
-    return load_predictor(finished_run(tiny_phantom).folder)
+def predictor(tiny_run: Run) -> Predictor:
+    return load_predictor(tiny_run.folder)
 
 
 @pytest.fixture
@@ -49,10 +52,6 @@ def run(predictor: Predictor, scans: list[Path], out: Path, part: str = "1/1", l
     if part == "1/1":
         write_table(out, list(work.rows.values()))
     return fresh
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 # --- what belongs to a part -------------------------------------------------------------------------------------
@@ -101,49 +100,42 @@ def test_a_table_says_what_was_found_and_not_where(predictor: Predictor, scans: 
 
 
 @pytest.mark.parametrize("harm", [b"", b"not a scan", None])
-def test_no_fault_names_a_folder(predictor: Predictor, scans: list[Path], tmp_path: Path, harm: bytes | None) -> None:
-    scan = scans[0].parent / "broken.nii.gz"
+def test_no_fault_names_a_folder_and_without_an_output_folder_there_is_no_table(
+        predictor: Predictor, scans: list[Path], tmp_path: Path, harm: bytes | None) -> None:
+    scan, out = scans[0].parent / "broken.nii.gz", tmp_path / "out"
     scan.unlink()
     if harm is None:
         scan.mkdir()
     else:
         scan.write_bytes(harm)
-    work = PartRun(predictor, Part(), {scan: tmp_path / "out" / scan.name}, tmp_path / "out", LEVEL)
     with pytest.raises(InputFileError, match="secret-folder"):
-        work.predict(scan)
-    text = (tmp_path / "out" / "parts" / "part-1-of-1.csv").read_text(encoding="utf-8")
+        PartRun(predictor, Part(), {scan: out / scan.name}, out, LEVEL).predict(scan)
+    text = (out / "parts" / "part-1-of-1.csv").read_text(encoding="utf-8")
     assert "failed" in text
     assert "secret-folder" not in text
+    shutil.rmtree(out)
+    assert PartRun(predictor, Part(), {scans[0]: out / "one.nii"}, None, LEVEL).predict(scans[0])[1] is False
+    assert list(content(out)) == ["one.nii"]
+    (out / "parts").write_text("in the way")
+    with pytest.raises(OutputError, match="cannot be written"):
+        run(predictor, scans, out)
 
 
 def test_the_table_is_the_same_however_many_parts(predictor: Predictor, scans: list[Path], tmp_path: Path) -> None:
+    def but_for_parts(out: Path) -> dict[str, bytes]:
+        return {name: raw for name, raw in content(out).items() if "parts" not in name}
     run(predictor, scans, tmp_path / "whole")
-    expected = content(tmp_path / "whole")
+    expected = but_for_parts(tmp_path / "whole")
     for count in (1, 3, 8):
         out = tmp_path / str(count)
         for k in reversed(range(count)):
             run(predictor, scans, out, f"{k + 1}/{count}")
         assert len(merge(out)) == 5
-        found = content(out)
-        assert {name: raw for name, raw in found.items() if "parts" not in name} \
-            == {name: raw for name, raw in expected.items() if "parts" not in name}
-    rows = list(csv.DictReader(expected["predictions.csv"].decode().splitlines()))
-    assert [row["name"] for row in rows] == ["broken", *GOOD]
-    assert (rows[0]["status"], rows[0]["error"], rows[0]["lesion_ml"]) == ("failed", "InputFileError", "")
-    assert any(float(row["lesion_ml"]) > 0 for row in rows[1:])
-
-
-def test_without_a_folder_there_is_no_table(predictor: Predictor, scans: list[Path], tmp_path: Path) -> None:
-    work = PartRun(predictor, Part(), {scans[0]: tmp_path / "out" / "one.nii"}, None, LEVEL)
-    assert work.predict(scans[0])[1] is False
-    assert list(content(tmp_path / "out")) == ["one.nii"]
-
-
-def test_a_table_that_cannot_be_written(predictor: Predictor, scans: list[Path], tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "parts").write_text("in the way")
-    with pytest.raises(OutputError, match="cannot be written"):
-        run(predictor, scans, tmp_path / "out")
+        assert but_for_parts(out) == expected
+    failed, *rows = csv.DictReader(expected["predictions.csv"].decode().splitlines())
+    assert [row["name"] for row in (failed, *rows)] == ["broken", *GOOD]
+    assert (failed["status"], failed["error"], failed["lesion_ml"]) == ("failed", "InputFileError", "")
+    assert any(float(row["lesion_ml"]) > 0 for row in rows)
 
 
 # --- nothing twice ----------------------------------------------------------------------------------------------
@@ -168,38 +160,34 @@ def test_what_is_done_is_not_done_again(predictor: Predictor, scans: list[Path],
     assert content(out).items() >= before.items()
 
 
+def brighter(scan: Path) -> None:
+    given = read_scan(scan)
+    write_like(given.pixels + np.int16(1), given.grid, scan)
+
+
 @pytest.mark.parametrize(("change", "expected"), [
-    ("mask gone", GOOD[1:2]), ("mask changed", GOOD[1:2]), ("scan changed", GOOD[1:2]), ("threshold", GOOD),
-    ("nets", GOOD), ("table gone", GOOD), ("table damaged", GOOD), ("another version", GOOD[:1])])
+    (lambda mask, table, scan: mask.unlink(), GOOD[1:2]), (lambda mask, table, scan: cut(mask, 1), GOOD[1:2]),
+    (lambda mask, table, scan: brighter(scan), GOOD[1:2]), ({"level": 0.4}, GOOD), ("no lung net", GOOD),
+    (lambda mask, table, scan: table.unlink(), GOOD), (lambda mask, table, scan: cut(table, 20), GOOD),
+    (lambda mask, table, scan: edit(table, covidseg="0.0.1"), GOOD[:1])],
+    ids=["mask gone", "mask changed", "scan changed", "threshold", "nets", "table gone", "table damaged",
+         "another version"])
 def test_what_is_not_as_it_was_is_done_again(predictor: Predictor, scans: list[Path], done: Path, tmp_path: Path,
-                                             change: str, expected: list[str]) -> None:
-    out = Path(shutil.copytree(done, tmp_path / "out"))
-    before, mask, table = content(out), out / "phantom_01.nii.gz", out / "parts" / "part-1-of-1.csv"
-    if change == "mask gone":
-        mask.unlink()
-    elif change == "mask changed":
-        mask.write_bytes(mask.read_bytes()[:-1])
-    elif change == "scan changed":
-        scan = read_scan(scans[0].parent / "phantom_01.nii.gz")
-        write_like(scan.pixels + np.int16(1), scan.grid, scan.path)
-    elif change == "table gone":
-        table.unlink()
-    elif change == "table damaged":
-        table.write_bytes(table.read_bytes()[:-20])
-    elif change == "another version":
-        edit(table, covidseg="0.0.1")
-    nets = replace(predictor, lung_net=None) if change == "nets" else predictor
-    assert run(nets, scans, out, level=0.4 if change == "threshold" else LEVEL) == expected
-    if change in ("mask gone", "mask changed", "table gone", "table damaged"):
-        assert content(out)["phantom_01.nii.gz"] == before["phantom_01.nii.gz"]
+                                             change: Any, expected: list[str]) -> None:
+    out, scan = Path(shutil.copytree(done, tmp_path / "out")), scans[0].parent / "phantom_01.nii.gz"
+    before, original = content(out), scan.read_bytes()
+    if callable(change):
+        change(out / scan.name, out / "parts" / "part-1-of-1.csv", scan)
+    nets = replace(predictor, lung_net=None) if change == "no lung net" else predictor
+    assert run(nets, scans, out, **(change if isinstance(change, dict) else {})) == expected
+    if callable(change) and scan.read_bytes() == original:
+        assert content(out)[scan.name] == before[scan.name]
 
 
 def test_a_part_that_was_stopped_goes_on_and_forgets_nothing(predictor: Predictor, scans: list[Path],
                                                              tmp_path: Path) -> None:
     out = tmp_path / "out"
-
-    def start() -> PartRun:
-        return PartRun(predictor, Part(), {scan: out / scan.name for scan in scans}, out, LEVEL)
+    start = partial(PartRun, predictor, Part(), {scan: out / scan.name for scan in scans}, out, LEVEL)
     work = start()
     for scan in work.files[:3]:
         with suppress(InputFileError):
@@ -214,6 +202,10 @@ def test_a_part_that_was_stopped_goes_on_and_forgets_nothing(predictor: Predicto
 
 
 # --- merging ----------------------------------------------------------------------------------------------------
+
+def cut(file: Path, end: int) -> None:
+    file.write_bytes(file.read_bytes()[:-end])
+
 
 def edit(table: Path, **cells: str) -> None:
     """Writes other things into the first row of a table."""
@@ -244,14 +236,19 @@ def test_missing_parts_are_named_with_the_command_to_run(three: Path) -> None:
     assert not (three / "predictions.csv").exists()
 
 
-@pytest.mark.parametrize(("cells", "message"), [
+@pytest.mark.parametrize(("change", "message"), [
     ({"name": "another"}, "parts were made from different lists of scans"),
     *[({key: "other"}, "part 2/3 was made with other nets or settings") for key in MADE],
-    ({"mask_sha256": "0" * 64}, r"phantom_01\.nii\.gz.*not what was predicted")])
-def test_parts_that_do_not_belong_together(three: Path, cells: dict[str, str], message: str) -> None:
+    ({"mask_sha256": "0" * 64}, r"phantom_01\.nii\.gz.*not what was predicted"),
+    (Path.unlink, r"phantom_02\.nii\.gz.*not what was predicted"),
+    (lambda mask: cut(mask, 1), r"phantom_02\.nii\.gz.*not what was predicted")])
+def test_parts_that_do_not_belong_together_or_to_their_masks(three: Path, change: Any, message: str) -> None:
     assert len(merge(three)) == 4
     (three / "predictions.csv").unlink()
-    edit(three / "parts" / "part-2-of-3.csv", **cells)
+    if callable(change):
+        change(three / "phantom_02.nii.gz")
+    else:
+        edit(three / "parts" / "part-2-of-3.csv", **change)
     with pytest.raises(DatasetError, match=message):
         merge(three)
     assert not (three / "predictions.csv").exists()
@@ -277,14 +274,3 @@ def test_tables_of_another_division_and_none(predictor: Predictor, three: Path, 
         (tmp_path / "parts" / name).write_text("")
     with pytest.raises(DatasetError, match="no reports"):
         merge(tmp_path)
-
-
-@pytest.mark.parametrize("harm", ["gone", "changed"])
-def test_a_mask_that_is_not_what_was_predicted(three: Path, harm: str) -> None:
-    mask = three / "phantom_02.nii.gz"
-    if harm == "gone":
-        mask.unlink()
-    else:
-        mask.write_bytes(mask.read_bytes() + b"\0")
-    with pytest.raises(DatasetError, match=r"phantom_02\.nii\.gz.*not what was predicted"):
-        merge(three)

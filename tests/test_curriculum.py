@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,16 +29,14 @@ from covidseg.preprocess import Crops, WeakSet
 
 SETTINGS = CurriculumSettings(paces=(0.0, 0.25, 0.5, 1.0), weights=(0.0, 0.5, 1.0, 1.0), trust=(1.0, 0.7, 0.5, 0.4),
                               prior=0.4, sharpness=1.5)
-DIFFICULTY = torch.tensor([[0.9, 0.1, 0.5], [0.3, 0.0, 0.7]])
-CANDIDATES = torch.tensor([[True, True, True], [True, False, False]])
 
 
 def test_the_easiest_are_admitted() -> None:
-    assert admit_easiest(DIFFICULTY, CANDIDATES, 0.5).tolist() == [[False, True, False], [True, False, False]]
-    assert not admit_easiest(DIFFICULTY, CANDIDATES, 0).any()
-    assert torch.equal(admit_easiest(DIFFICULTY, CANDIDATES, 1), CANDIDATES)
-    assert admit_easiest(DIFFICULTY, CANDIDATES, 0.01).sum() == 1, "at least one"
-    assert not admit_easiest(DIFFICULTY, torch.zeros_like(CANDIDATES), 1).any(), "unless there is none"
+    difficulty = torch.tensor([[0.9, 0.1, 0.5], [0.3, 0.0, 0.7]])
+    candidates = torch.tensor([[True, True, True], [True, False, False]])
+    assert admit_easiest(difficulty, candidates, 0.5).tolist() == [[False, True, False], [True, False, False]]
+    assert admit_easiest(difficulty, candidates, 0.01).sum() == 1, "at least one"
+    assert not admit_easiest(difficulty, torch.zeros_like(candidates), 1).any(), "unless there is none"
     equals = admit_easiest(torch.tensor([0.2, 0.2, 0.2, 0.8]), torch.tensor([True] * 4), 0.25)
     assert equals.tolist() == [True, True, True, False], "equally difficult ones are admitted together"
 
@@ -55,6 +54,7 @@ def test_admission_follows_the_order_and_never_leaves_the_candidates(pace: float
 
 
 Case = tuple[np.ndarray, np.ndarray, np.ndarray]
+FIRST = MutualSettings(rounds=3, stop=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -92,45 +92,46 @@ def test_candidates_alone_are_admitted_and_their_share_follows_the_pace_in_each_
 
 
 def test_the_easiest_come_first_in_each_class_and_reversed_the_hardest(case: Case) -> None:
-    for easy, hard in zip(phases_of(case)[1:3], phases_of(case, "reversed")[1:3], strict=True):
+    easiest, hardest = phases_of(case)[1:3], phases_of(case, "reversed")[1:3]
+    for easy, hard in zip(easiest, hardest, strict=True):
         for of_class in classes(easy, case[2]):
-            first, last = (easy.difficulty[of_class & phase.admitted] for phase in (easy, hard))
-            after_first, after_last = (easy.difficulty[of_class & ~phase.admitted] for phase in (easy, hard))
-            assert first.max() <= after_first.min()
-            assert last.min() >= after_last.max()
+            first, last, later, sooner = (easy.difficulty[of_class & part] for part in (
+                easy.admitted, hard.admitted, ~easy.admitted, ~hard.admitted))
+            assert first.max() <= later.min()
+            assert last.min() >= sooner.max()
             assert first.min() < last.max()
-    quarter = phases_of(case)[1], phases_of(case, "reversed")[1]
-    assert not (quarter[0].admitted & quarter[1].admitted).any()
+    assert not (easiest[0].admitted & hardest[0].admitted).any(), "a quarter each"
 
 
 def test_random_order_comes_from_the_seed_alone(case: Case) -> None:
-    first, again, other = phases_of(case, "random", 5), phases_of(case, "random", 5), phases_of(case, "random", 6)
-    assert all(np.array_equal(a.admitted, b.admitted) for a, b in zip(first, again, strict=True))
+    first, again, other = ([phase.admitted for phase in phases_of(case, "random", seed)] for seed in (5, 5, 6))
+    easy, same = ([phase.admitted for phase in phases_of(case, seed=seed)] for seed in (5, 6))
+    assert np.array_equal(first, again)
+    assert np.array_equal(easy, same), "the other orders draw nothing"
     for k in (1, 2):
-        assert not np.array_equal(first[k].admitted, other[k].admitted)
-        assert not np.array_equal(first[k].admitted, phases_of(case)[k].admitted)
-    easy = [phases_of(case, seed=seed)[2].admitted for seed in (5, 6)]
-    assert np.array_equal(*easy), "the other orders draw nothing"
+        assert not np.array_equal(first[k], other[k])
+        assert not np.array_equal(first[k], easy[k])
 
 
-def test_full_trust_takes_the_target_from_the_map_and_less_trust_mixes_in_the_opinion() -> None:
-    settings = replace(SETTINGS, prior=0.3, sharpness=1.0, trust=(1.0, 0.5, 0.0, 0.0))
+@pytest.mark.parametrize(("phase", "sharpness", "target"), [
+    (0, 1.0, 0.5),     # the map's own threshold becomes one half
+    (1, 1.0, 0.75),    # half of the log odds of 0.9: logit(.9) = 2 logit(.75)
+    (2, 1.0, 0.9), (1, 2.0, 0.9)])
+def test_full_trust_takes_the_target_from_the_map_and_less_trust_mixes_in_the_opinion(
+        phase: int, sharpness: float, target: float) -> None:
+    settings = replace(SETTINGS, prior=0.3, sharpness=sharpness, trust=(1.0, 0.5, 0.0, 0.0))
     prior, opinion = np.full((1, 3), 0.3, np.float32), np.full((1, 3), 0.9, np.float32)
-    targets = [float(plan_phase(prior, opinion, np.ones((1, 3), bool), settings, k).target[0, 1]) for k in range(3)]
-    assert targets[0] == pytest.approx(0.5), "the map's own threshold becomes one half"
-    assert targets[1] == pytest.approx(0.75), "half of the log odds of 0.9"  # logit(.9) = 2 logit(.75)
-    assert targets[2] == pytest.approx(0.9)
-    sharper = plan_phase(prior, opinion, np.ones((1, 3), bool), replace(settings, sharpness=2.0), 1)
-    assert sharper.target[0, 1] == pytest.approx(0.9), "twice the log odds"
+    found = plan_phase(prior, opinion, np.ones((1, 3), bool), settings, phase)
+    assert found.target[0, 1] == pytest.approx(target)
 
 
 def test_undecided_and_disputed_patches_are_difficult() -> None:
     settings = replace(SETTINGS, prior=0.5, sharpness=1.0, trust=(0.5,) * 4)
     prior = np.array([[0.95, 0.5, 0.95]], np.float32)   # agreed, nobody knows, contradicted
     opinion = np.array([[0.95, 0.5, 0.05]], np.float32)
-    agreed, unknown, disputed = plan_phase(prior, opinion, np.ones((1, 3), bool), settings, 1).difficulty[0]
+    first, second = (plan_phase(prior, opinion, np.ones((1, 3), bool), settings, k).difficulty[0] for k in (0, 1))
+    agreed, unknown, disputed = second
     assert disputed > unknown > agreed
-    first = plan_phase(prior, opinion, np.ones((1, 3), bool), settings, 0).difficulty[0]
     assert first[2] == pytest.approx(first[1]), "at first the net has no opinion to contradict with"
 
 
@@ -140,25 +141,27 @@ def test_easy_patches_are_called_right_more_often_than_hard_ones() -> None:
     ids = square_ids(data.crops.lungs)
     candidates = instances(ids) & (data.labels == 1)[:, None]
     truth = patch_values(disks, ids) > 0.5
-    rng = np.random.default_rng(0)
-    prior = np.clip(0.2 + 0.4 * truth + 0.2 * rng.standard_normal(truth.shape), 0, 1).astype(np.float32)
-    phases = phases_of((prior, prior, candidates))
-    right = [((phase.target >= 0.5) == truth) for phase in phases]
-    for phase, ok in list(zip(phases, right, strict=True))[1:3]:
-        assert ok[phase.admitted].mean() > ok[candidates & ~phase.admitted].mean() + 0.05
-    hard = phases_of((prior, prior, candidates), "reversed")
-    assert right[1][phases[1].admitted].mean() > right[1][hard[1].admitted].mean() + 0.1
+    noise = np.random.default_rng(0).standard_normal(truth.shape)
+    prior = np.clip(0.2 + 0.4 * truth + 0.2 * noise, 0, 1).astype(np.float32)
+    _, quarter, half, _ = phases_of((prior, prior, candidates))
+    right = (quarter.target >= 0.5) == truth
+    for phase in (quarter, half):
+        assert right[phase.admitted].mean() > right[candidates & ~phase.admitted].mean() + 0.05
+    hard = phases_of((prior, prior, candidates), "reversed")[1]
+    assert right[quarter.admitted].mean() > right[hard.admitted].mean() + 0.1
 
 
-@pytest.mark.parametrize("change", [
-    {"order": "slow"}, {"order": ""}, {"paces": (0.0, 1.0)}, {"weights": (1.0,)}, {"trust": (1.0,) * 5}])
-def test_bad_settings_are_refused(change: dict) -> None:
-    with pytest.raises(SettingsError, match=r"Choose one of|one number a phase"):
-        replace(SETTINGS, **change)
+@pytest.mark.parametrize(("settings", "change", "named"), [
+    *[(SETTINGS, change, r"Choose one of|one number a phase") for change in (
+        {"order": "slow"}, {"order": ""}, {"paces": (0.0, 1.0)}, {"weights": (1.0,)}, {"trust": (1.0,) * 5})],
+    (FIRST, {"exchange": "sometimes"}, "to_patches"), (FIRST, {"rounds": 0}, "1 or more"),
+    (FIRST, {"rounds": -2}, "1 or more")])
+def test_bad_settings_are_refused(settings: Any, change: dict, named: str) -> None:
+    with pytest.raises(SettingsError, match=named):
+        replace(settings, **change)
 
 
 # --- mutual -----------------------------------------------------------------------------------------------------------
-
 
 NAN = float("nan")
 
@@ -216,7 +219,7 @@ def test_agreement_by_hand() -> None:
     assert agreement(row([1], 3), cam, patches) == pytest.approx(2 * 1.4 / (1.6 + 2.4))
 
 
-def test_agreement_falls_as_maps_drift_apart_and_has_no_unit() -> None:
+def test_agreement_falls_as_maps_drift_apart_and_has_no_unit_and_counts_slices_with_a_lesion() -> None:
     data, disks = toy(8)
     patches, nothing = disks.astype(np.float32), np.zeros(disks.shape, np.float32)
     found = [agreement(data, 0.2 * np.roll(patches, shift, axis=2), 0.8 * patches) for shift in (0, 2, 5, 9)]
@@ -224,17 +227,10 @@ def test_agreement_falls_as_maps_drift_apart_and_has_no_unit() -> None:
     assert found[0] > found[1] > found[2] > found[3] >= 0
     for cam, other in ((data.crops.lungs & ~disks, patches), (nothing, patches), (nothing, nothing)):
         assert agreement(data, cam.astype(np.float32), other) == 0
-
-
-def test_only_slices_with_a_lesion_count_for_the_agreement() -> None:
-    data, disks = toy(8)
-    cam, patches = disks.astype(np.float32), np.roll(disks, 3, axis=1).astype(np.float32)
-    expected = agreement(data, cam, patches)
-    noisy = cam.copy()
-    noisy[data.labels == 0] = np.random.default_rng(0).random(noisy[data.labels == 0].shape)
-    assert agreement(data, noisy, patches) == expected
-    noisy[data.labels == 1] *= np.random.default_rng(1).random(noisy[data.labels == 1].shape)
-    assert agreement(data, noisy, patches) != expected
+    shifted, noise = np.roll(patches, 3, axis=1), np.random.default_rng(0).random(disks.shape).astype(np.float32)
+    expected, ill = agreement(data, patches, shifted), (data.labels == 1)[:, None, None]
+    assert agreement(data, np.where(ill, patches, noise), shifted) == expected
+    assert agreement(data, np.where(ill, patches * noise, patches), shifted) != expected
 
 
 def rounds(*figures: float) -> list[Round]:
@@ -242,15 +238,15 @@ def rounds(*figures: float) -> list[Round]:
 
 
 @pytest.mark.parametrize(("settings", "figures", "over"), [
-    (MutualSettings(rounds=3, stop=0.01), (0.5,), False),              # nothing to compare with yet
-    (MutualSettings(rounds=3, stop=0.01), (0.5, 0.6), False),          # it still grows
-    (MutualSettings(rounds=3, stop=0.01), (0.5, 0.505), True),         # hardly
-    (MutualSettings(rounds=3, stop=0.01), (0.5, 0.4), True),           # it falls: another round would make it worse
-    (MutualSettings(rounds=4, stop=0.01), (0.5, 0.4, 0.6), False),     # only the last change counts
-    (MutualSettings(rounds=3, stop=0.2), (0.5, 0.6), True),
-    (MutualSettings(rounds=3, stop=0.0), (0.5, 0.5), False),           # with 0 it may stand still ...
-    (MutualSettings(rounds=3, stop=0.0), (0.5, 0.49), True),           # ... but not fall
-    (MutualSettings(rounds=3, stop=0.0), (0.5, 0.6, 0.8), True),       # the most rounds
+    (FIRST, (0.5,), False),                                            # nothing to compare with yet
+    (FIRST, (0.5, 0.6), False),                                        # it still grows
+    (FIRST, (0.5, 0.505), True),                                       # hardly
+    (FIRST, (0.5, 0.4), True),                                         # it falls: another round would make it worse
+    (replace(FIRST, rounds=4), (0.5, 0.4, 0.6), False),                # only the last change counts
+    (replace(FIRST, stop=0.2), (0.5, 0.6), True),
+    (replace(FIRST, stop=0.0), (0.5, 0.5), False),                     # with 0 it may stand still ...
+    (replace(FIRST, stop=0.0), (0.5, 0.49), True),                     # ... but not fall
+    (replace(FIRST, stop=0.0), (0.5, 0.6, 0.8), True),                 # the most rounds
     (MutualSettings(rounds=1), (0.5,), True),
     (MutualSettings(exchange="to_patches", rounds=3), (0.5,), True),   # nothing comes back: one round
     (MutualSettings(exchange="none", rounds=3), (0.5,), True)])
@@ -258,19 +254,8 @@ def test_when_the_rounds_are_over(settings: MutualSettings, figures: tuple[float
     assert settled(rounds(*figures), settings) is over
 
 
-@pytest.mark.parametrize(("figures", "best"), [
-    ((0.5,), 1), ((0.6, 0.5), 1), ((0.5, 0.7, 0.6), 2), ((0.5, 0.6, 0.7), 3), ((0.4, 0.6, 0.6), 2),
-    ((0.0, 0.0, 0.0), 1)])
-def test_the_best_round_is_the_earliest_of_those_that_agree_best(figures: tuple[float, ...], best: int) -> None:
-    assert best_round(rounds(*figures)) == best
-
-
-def test_the_best_round_is_judged_by_agreement_not_by_gain() -> None:
-    assert best_round([Round(0.9, NAN, 0.0), Round(0.1, -0.8, 0.0), Round(0.6, 0.5, 0.9)]) == 1
-
-
-@pytest.mark.parametrize(("change", "named"), [({"exchange": "sometimes"}, "to_patches"), ({"rounds": 0}, "1 or more"),
-                                               ({"rounds": -2}, "1 or more")])
-def test_bad_settings_are_refused_of_mutual(change: dict, named: str) -> None:
-    with pytest.raises(SettingsError, match=named):
-        MutualSettings(**change)
+def test_the_best_round_is_the_earliest_of_those_that_agree_best() -> None:
+    for figures, best in (((0.5,), 1), ((0.6, 0.5), 1), ((0.5, 0.7, 0.6), 2), ((0.5, 0.6, 0.7), 3),
+                          ((0.4, 0.6, 0.6), 2), ((0.0, 0.0, 0.0), 1)):
+        assert best_round(rounds(*figures)) == best
+    assert best_round([Round(0.9, NAN, 0.0), Round(0.1, -0.8, 0.0), Round(0.6, 0.5, 0.9)]) == 1, "not by gain"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import quiet, same_weights
+from tiny import dice, quiet, same_weights
 from torch import nn
 
 from covidseg.lungnet import LungNetSettings, lung_probabilities, make_lung_net, robust_lungs, train_lung_net
@@ -37,11 +37,21 @@ def chests(count: int, seed: int = 0, size: int = SIZE) -> tuple[np.ndarray, np.
     return images, lungs
 
 
+def crops_of(images: np.ndarray, lungs: np.ndarray) -> Crops:
+    return Crops(images, lungs, np.zeros((len(images), 4), int))
+
+
 def weak(images: np.ndarray, lungs: np.ndarray, labels: np.ndarray | None = None) -> WeakSet:
+    """Without lesions, unless labels say so."""
     count = len(images)
-    labels = np.zeros(count, int) if labels is None else labels
-    return WeakSet(Crops(images, lungs, np.zeros((count, 4), int)), labels, np.array(["p"] * count),
-                   np.array([f"v:{k}" for k in range(count)]))
+    return WeakSet(crops_of(images, lungs), np.zeros(count, int) if labels is None else labels,
+                   np.array(["p"] * count), np.array([f"v:{k}" for k in range(count)]))
+
+
+def near(row: float, column: float) -> np.ndarray:
+    """Distance of every pixel from a place."""
+    rows, columns = np.indices((SIZE, SIZE))
+    return np.hypot(rows - row, columns - column)
 
 
 def consolidated(count: int) -> tuple[Crops, np.ndarray, np.ndarray]:
@@ -56,14 +66,9 @@ def consolidated(count: int) -> tuple[Crops, np.ndarray, np.ndarray]:
     for k, lung in enumerate(lungs):
         row = SIZE // 2 + random.integers(-8, 9)
         column = np.flatnonzero(lung[row])[-1 if k % 2 else 0]
-        rows, columns = np.indices(lung.shape)
-        hidden[k] = lung & (np.hypot(rows - row, columns - column) < random.uniform(8, 12))
+        hidden[k] = lung & (near(row, column) < random.uniform(8, 12))
         images[k][hidden[k]] = random.normal(0.95, 0.04, hidden[k].sum())
-    return Crops(images, lungs & ~hidden, np.zeros((count, 4), int)), lungs, hidden
-
-
-def dice(found: np.ndarray, truth: np.ndarray) -> float:
-    return float(2 * (found & truth).sum() / (found.sum() + truth.sum()))
+    return crops_of(images, lungs & ~hidden), lungs, hidden
 
 
 # --- learning ---------------------------------------------------------------------------------------------------
@@ -73,18 +78,15 @@ def trained() -> nn.Module:
     return train_lung_net(weak(*chests(40)), LEARNING, seed=0, log=quiet)
 
 
-def test_consolidation_at_the_chest_wall_becomes_lung_again_and_healthy_lungs_stay(trained: nn.Module) -> None:
+def test_consolidation_at_the_chest_wall_becomes_lung_again_if_painted_and_healthy_lungs_stay(trained: nn.Module
+                                                                                              ) -> None:
     crops, truth, hidden = consolidated(16)
     found = robust_lungs(trained, crops, LEARNING).lungs
     assert dice(found, truth) > dice(crops.lungs, truth) + 0.025  # .985 against .943
     assert dice(found, truth) > 0.97
     assert found[hidden].mean() > 0.8
     images, lungs = chests(8, seed=78)
-    assert dice(robust_lungs(trained, Crops(images, lungs, np.zeros((8, 4), int)), LEARNING).lungs, lungs) > 0.97
-
-
-def test_without_painting_it_would_stay_lost(trained: nn.Module) -> None:
-    crops, truth, hidden = consolidated(16)
+    assert dice(robust_lungs(trained, crops_of(images, lungs), LEARNING).lungs, lungs) > 0.97
     bare = replace(LEARNING, paint=replace(LEARNING.paint, share=0.0))
     net = train_lung_net(weak(*chests(40)), bare, seed=0, log=quiet)
     found = robust_lungs(net, crops, bare).lungs
@@ -112,7 +114,7 @@ def small() -> nn.Module:
 def test_slices_with_a_lesion_are_never_used(small: nn.Module) -> None:
     other = mixed()
     other.crops.images[1::2] = np.nan
-    other.crops.lungs[1::2] = ~other.crops.lungs[1::2]
+    other.crops.lungs[1::2] ^= True
     assert same_weights(small, trained_on(other))
     # The counterpart: the slices that it does use do matter, pictures as well as masks.
     for part in ("images", "lungs"):
@@ -122,30 +124,21 @@ def test_slices_with_a_lesion_are_never_used(small: nn.Module) -> None:
 
 
 def test_the_second_generation_uses_pictures_of_lesions_and_never_their_masks(small: nn.Module) -> None:
-    net = trained_on(mixed(), again=3)
+    net, other, third, only_free = trained_on(mixed(), again=3), mixed(), mixed(), weak(*chests(4))
     assert not same_weights(net, small)
-    other = mixed()
     other.crops.images[1::2] = np.roll(other.crops.images[1::2], 5, axis=1)
     assert not same_weights(net, trained_on(other, again=3))
     # A threshold mask is the prior of what the first generation makes of such a slice, here with limits that ignore it.
-    third = mixed()
-    third.crops.lungs[1::2] = ~third.crops.lungs[1::2]
+    third.crops.lungs[1::2] ^= True
     assert same_weights(*(trained_on(data, again=3, keep=0.0, add=0.0, add_thin=0.0) for data in (mixed(), third)))
-    only_free = weak(*chests(4))
     assert same_weights(trained_on(only_free, again=3), trained_on(only_free)), "without such pictures there is none"
 
 
-def organs(images: np.ndarray, lungs: np.ndarray) -> tuple[Crops, np.ndarray]:
-    """Slices with a bright, even disk in the middle of a lung, which the given mask counts as lung; and the disks."""
-    disks = np.zeros_like(lungs)
-    for k, lung in enumerate(lungs):
-        rows, columns = np.indices(lung.shape)
-        disks[k] = lung & (np.hypot(rows - SIZE / 2, columns - SIZE * (0.29 if k % 2 else 0.71)) < 6)
-    return Crops(np.where(disks, 0.98, images).astype(np.float32), lungs, np.zeros((len(lungs), 4), int)), disks
-
-
 def test_painted_organs_teach_it_to_leave_organs_out(trained: nn.Module) -> None:
-    crops, disks = organs(*chests(8, seed=79))
+    """Bright, even disks in the middle of a lung, which the given mask counts as lung."""
+    images, lungs = chests(8, seed=79)
+    disks = lungs & np.stack([near(SIZE / 2, SIZE * (0.29 if k % 2 else 0.71)) < 6 for k in range(8)])
+    crops = crops_of(np.where(disks, np.float32(0.98), images), lungs)
     with_organs = train_lung_net(weak(*chests(40)), replace(LEARNING, organs=0.6), log=quiet)
     inside, without = (lung_probabilities(net, crops, LEARNING)[disks].mean() for net in (with_organs, trained))
     assert without > inside + 0.2
@@ -179,33 +172,29 @@ class Reads(nn.Module):
 
 def test_probabilities_of_every_pixel() -> None:
     images = np.random.default_rng(0).uniform(0.1, 0.9, (5, SIZE, SIZE)).astype(np.float32)
-    crops = Crops(images, images > 0.5, np.zeros((5, 4), int))
+    crops = crops_of(images, images > 0.5)
     p = lung_probabilities(Reads(), crops, SMALL, batch=2)
     assert p.dtype == np.float32
     np.testing.assert_allclose(p, images, atol=1e-5)
     assert len(robust_lungs(Reads(), crops.take(np.arange(0)), SMALL)) == 0
+    # Mean over the slice and its mirror image.
+    torch.manual_seed(0)
+    net = make_lung_net(SMALL).eval()
+    one, other = (lung_probabilities(net, crops_of(i, crops.lungs), SMALL) for i in (images, images[:, :, ::-1].copy()))
+    np.testing.assert_allclose(one[:, :, ::-1], other, atol=1e-5)
+    assert np.ptp(one) > 0.01
 
 
 def test_the_net_works_at_its_own_size_and_the_result_lies_where_it_belongs() -> None:
     rows, columns = np.indices((96, 96))
     image = (np.hypot(rows - 30, columns - 60) < 15).astype(np.float32)
-    crops, net, shapes = Crops(image[None], image[None] > 0, np.zeros((1, 4), int)), Reads(), list[tuple[int, ...]]()
+    net, shapes = Reads(), list[tuple[int, ...]]()
     net.register_forward_pre_hook(lambda module, given: shapes.append(tuple(given[0].shape)))
-    p = lung_probabilities(net, crops, replace(SMALL, size=32))
+    p = lung_probabilities(net, crops_of(image[None], image[None] > 0), replace(SMALL, size=32))
     assert set(shapes) == {(1, 1, 32, 32)}
     assert p.shape == (1, 96, 96)
     assert dice(p[0] > 0.5, image > 0) > 0.95
     assert np.argwhere(p[0] > 0.5).mean(axis=0) == pytest.approx([30, 60], abs=0.3)
-
-
-def test_probabilities_are_averaged_over_the_mirror_image() -> None:
-    torch.manual_seed(0)
-    net = make_lung_net(SMALL).eval()
-    images = np.random.default_rng(0).normal(0.5, 0.3, (1, SIZE, SIZE)).astype(np.float32)
-    one, other = (lung_probabilities(net, Crops(i, np.ones(i.shape, bool), np.zeros((1, 4), int)), SMALL)
-                  for i in (images, images[:, :, ::-1].copy()))
-    np.testing.assert_allclose(one[:, :, ::-1], other, atol=1e-5)
-    assert np.ptp(one) > 0.01
 
 
 # --- from probabilities to lungs --------------------------------------------------------------------------------
@@ -222,8 +211,8 @@ def canvas(*areas: tuple[slice, slice, float]) -> np.ndarray:
 
 def decided(picture: np.ndarray, threshold: np.ndarray, **settings: float) -> np.ndarray:
     """What robust_lungs makes of one slice of probabilities and its threshold lung."""
-    crops = Crops(picture[None], threshold[None], np.zeros((1, 4), int))
-    return robust_lungs(Reads(), crops, replace(SMALL, **settings)).lungs[0]  # type: ignore[arg-type]
+    return robust_lungs(Reads(), crops_of(picture[None], threshold[None]),
+                        replace(SMALL, **settings)).lungs[0]  # type: ignore[arg-type]
 
 
 UPPER, LOWER = np.s_[0:32], np.s_[32:64]
@@ -249,45 +238,33 @@ def test_what_the_threshold_left_out_is_added_from_add_on(p: float, much: bool, 
     thresholds[0, :13], thresholds[1, :10] = True, True  # 20 and 16 % of the slice
     pictures = np.stack([canvas((lung.any(1).nonzero()[0], ALL, SURE), (LOWER, ALL, p)) for lung in thresholds])
     settings = replace(SMALL, add=0.35, add_thin=0.6, little=0.18, smallest=0.001)
-    found = robust_lungs(Reads(), Crops(pictures, thresholds, np.zeros((2, 4), int)), settings).lungs
+    found = robust_lungs(Reads(), crops_of(pictures, thresholds), settings).lungs
     assert found[thresholds].all()
     assert found[:, LOWER].all(axis=(1, 2)).tolist() == found[:, LOWER].any(axis=(1, 2)).tolist() == [much, thin]
 
 
-@pytest.mark.parametrize(("rows", "stays"), [(1, False), (2, True)])
-def test_small_components_are_dropped(rows: int, stays: bool) -> None:
-    """The largest has 1600 pixels, the other 32 or 64: two or four percent."""
-    picture = canvas((np.s_[0:40], np.s_[0:40], SURE), (np.s_[50:50 + rows], np.s_[10:42], SURE))
-    found = decided(picture, picture > 0.5, smallest=0.03)
-    assert found[:40, :40].all()
-    assert found.sum() == 1600 + 32 * rows * stays
-
-
-def test_small_holes_are_filled_and_large_ones_stay() -> None:
-    """One percent of the slice is 41 pixels; the holes have 36 and 49."""
-    small, large = np.s_[40:46, 40:46], np.s_[20:27, 20:27]
+def test_small_components_are_dropped_and_small_holes_filled() -> None:
+    for rows, stays in ((1, False), (2, True)):  # of the largest of 1600 pixels, two or four percent
+        picture = canvas((np.s_[0:40], np.s_[0:40], SURE), (np.s_[50:50 + rows], np.s_[10:42], SURE))
+        found = decided(picture, picture > 0.5, smallest=0.03)
+        assert found[:40, :40].all()
+        assert found.sum() == 1600 + 32 * rows * stays
+    small, large = np.s_[40:46, 40:46], np.s_[20:27, 20:27]  # one percent of the slice is 41 pixels: 36 and 49
     picture = canvas((np.s_[10:50], np.s_[10:50], SURE), (*small, BLANK), (*large, BLANK))
     found = decided(picture, picture > 0.5, largest_hole=0.01)
     assert found[small].all()
     assert found.sum() == 1600 - 49
 
 
-def test_a_slice_with_nothing_left_keeps_its_threshold_mask() -> None:
+def test_a_slice_with_nothing_left_keeps_its_threshold_mask_and_all_else_stays() -> None:
     threshold = np.zeros((2, SIZE, SIZE), bool)
     threshold[:, UPPER, LEFT] = True
     pictures = np.stack([canvas(), canvas((UPPER, ALL, SURE))])
-    found = robust_lungs(Reads(), Crops(pictures, threshold, np.zeros((2, 4), int)), SMALL).lungs
-    np.testing.assert_array_equal(found[0], threshold[0])
-    assert found[1, UPPER].all(), "the slice beside it is completed all the same"
-
-
-def test_pictures_and_boxes_stay_and_the_crops_given_are_not_changed() -> None:
-    images, lungs = chests(3)
-    crops = Crops(1 - images, lungs, np.arange(12).reshape(3, 4))
-    before = lungs.copy()
-    found = robust_lungs(Reads(), crops, replace(SMALL, keep=0.95))
-    assert np.array_equal(found.images, crops.images)
-    assert np.array_equal(found.boxes, crops.boxes)
-    assert np.array_equal(crops.lungs, before)
+    crops, before = Crops(pictures, threshold, np.arange(8).reshape(2, 4)), threshold.copy()
+    found = robust_lungs(Reads(), crops, SMALL)
+    np.testing.assert_array_equal(found.lungs[0], threshold[0])
+    assert found.lungs[1, UPPER].all(), "the slice beside it is completed all the same"
     assert found.lungs.dtype == bool
-    assert not np.array_equal(found.lungs, before)
+    assert np.array_equal(found.images, pictures)
+    assert np.array_equal(found.boxes, crops.boxes)
+    assert np.array_equal(crops.lungs, before), "the crops given are not changed"

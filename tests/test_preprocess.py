@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from tiny import dice
 
 from covidseg.data.folder import Dataset, load_dataset
 from covidseg.data.scan import Grid, read_mask, read_scan, write_like
@@ -25,6 +27,7 @@ from covidseg.preprocess import (
     crop_masks,
     lung_box,
     make_crops,
+    net_input,
     normalise,
     uncrop,
     uncrop_all,
@@ -65,9 +68,8 @@ def test_two_points_by_hand():
     image[2:8, 4:6] = 40  # the mediastinum between the lungs
     lung[2:8, 4:6] = False
     scaled = normalise(image, lung)
-    np.testing.assert_allclose(scaled[lung], 0, atol=1e-6)
-    np.testing.assert_allclose(scaled[2:8, 4:6], 1, atol=1e-6)
-    np.testing.assert_allclose(scaled[0], (-1000 + 800) / 840, atol=1e-6)
+    for part, value in ((scaled[lung], 0), (scaled[2:8, 4:6], 1), (scaled[0], (-1000 + 800) / 840)):
+        np.testing.assert_allclose(part, value, atol=1e-6)
     image[0, 3:8] = 3000  # burnt-in text
     np.testing.assert_array_equal(normalise(image, lung)[1:], scaled[1:])
     np.testing.assert_array_equal(normalise(np.full((8, 8), 7, np.uint8), np.ones((8, 8), bool)), 0)
@@ -164,7 +166,7 @@ def test_a_mask_comes_back_where_it_was(box, size):
     disk = np.hypot(rows - 75, columns - 85) < 25
     expected = disk & inside(box, disk.shape)
     back = uncrop(crop(disk.astype(float), box, size, 0.0), box, disk.shape) > 0.5
-    assert 2 * (back & expected).sum() / (back.sum() + expected.sum()) > 0.985
+    assert dice(back, expected) > 0.985
     # Half a pixel of displacement would show in the centre of mass.
     assert np.argwhere(back).mean(axis=0) == pytest.approx(np.argwhere(expected).mean(axis=0), abs=0.2)
 
@@ -180,7 +182,7 @@ def test_maps_come_back_into_their_own_slices(first):
         assert np.flatnonzero(full.any(axis=(1, 2))).tolist() == found.tolist()
         for k, small, box in zip(found, maps, crops.boxes, strict=True):
             np.testing.assert_array_equal(full[k], uncrop(small, box, pixels.shape[1:]))
-    nothing = uncrop_all(np.zeros((0, 80, 80)), np.zeros((0, 4), int), np.zeros(0, int), pixels.shape)
+    nothing = uncrop_all(crops.images[:0], crops.boxes[:0], found[:0], pixels.shape)
     assert nothing.shape == pixels.shape
     assert not nothing.any()
     with pytest.raises(ValueError, match="shorter"):
@@ -189,15 +191,19 @@ def test_maps_come_back_into_their_own_slices(first):
 
 def test_crops_of_a_volume(first):
     pixels, lungs = first
-    crops = make_crops(pixels, lungs, SMALL)
+    crops, narrow = make_crops(pixels, lungs, SMALL), make_crops(pixels, lungs, replace(SMALL, margin=0.0))
     assert len(crops) == len(pixels)
     assert crops.images.shape == crops.lungs.shape == (10, 80, 80)
     assert (crops.images.dtype, crops.lungs.dtype) == (np.float32, bool)
-    for k, box in enumerate(crops.boxes):
+    for k, (box, lung) in enumerate(zip(crops.boxes, crops.lungs, strict=True)):
         assert tuple(box) == lung_box(lungs[k], SMALL.margin)
-        back = uncrop(crops.lungs[k], box, lungs[k].shape) > 0.5
-        assert 2 * (back & lungs[k]).sum() / (back.sum() + lungs[k].sum()) > 0.97
-        assert crops.images[k][crops.lungs[k]].mean() < 0.4 < crops.images[k][~crops.lungs[k]].mean()
+        assert dice(uncrop(lung, box, lungs[k].shape) > 0.5, lungs[k]) > 0.97
+        assert crops.images[k][lung].mean() < 0.4 < crops.images[k][~lung].mean()
+        taken = np.argwhere(lung)
+        assert taken.min() >= 5, "a tenth on either side: at least 0.1 / 1.2 of 80 pixels, less the rounding"
+        assert taken.max() <= 74
+    assert (narrow.boxes[:, 2] < crops.boxes[:, 2]).all()
+    assert all(lung.any(axis=0)[[0, -1]].any() or lung.any(axis=1)[[0, -1]].any() for lung in narrow.lungs)
     np.testing.assert_array_equal(crop_masks(lungs, crops.boxes, SMALL.size), crops.lungs)
     for mask, image in zip(crop_masks(pixels > -100, crops.boxes, SMALL.size), crops.images, strict=True):
         assert image[mask].mean() > image[~mask].mean() + 0.5, "the picture is bright where the mask says so"
@@ -212,29 +218,12 @@ def test_crops_of_a_volume(first):
         crop_masks(lungs[:2], crops.boxes[:1], 80)
 
 
-def test_the_margin_leaves_room_around_the_lungs(first):
-    crops, narrow = make_crops(*first, SMALL), make_crops(*first, replace(SMALL, margin=0.0))
-    for lung in crops.lungs:
-        taken = np.argwhere(lung)
-        assert taken.min() >= 5, "a tenth on either side: at least 0.1 / 1.2 of 80 pixels, less the rounding"
-        assert taken.max() <= 74
-    assert (narrow.boxes[:, 2] < crops.boxes[:, 2]).all()
-    assert all(lung.any(axis=0)[[0, -1]].any() or lung.any(axis=1)[[0, -1]].any() for lung in narrow.lungs)
-
-
-def test_masks_by_hand():
-    masks = np.zeros((2, 6, 6), bool)
-    masks[0, 2:4, 1:3] = True
-    masks[1, 0, 0] = True
-    boxes = np.array([[1, 0, 4, 4], [-1, -1, 4, 4]])
-    small = crop_masks(masks, boxes, 4)
-    expected = np.zeros((2, 4, 4), bool)
-    expected[0, 1:3, 1:3] = True
-    expected[1, 1, 1] = True
-    np.testing.assert_array_equal(small, expected)
-    twice = crop_masks(masks, boxes, 8)
-    assert twice.shape == (2, 8, 8)
-    assert twice[0].sum() == pytest.approx(4 * 4, abs=6)
+def test_net_input_sets_everything_outside_the_lung_to_air():
+    pictures, lungs = torch.rand(2, 1, 8, 8) + 1, (torch.rand(2, 1, 8, 8) > 0.5).float()
+    out = net_input(pictures, lungs)
+    assert out.shape == (2, 2, 8, 8)
+    assert torch.equal(out[:, :1], torch.where(lungs == 1, pictures, 0))
+    assert torch.equal(out[:, 1:], lungs)
 
 
 # --- the weak set -----------------------------------------------------------------------------------------------
@@ -244,12 +233,10 @@ def weak(tiny_phantom: Path) -> WeakSet:
     return weak_set(load_dataset(tiny_phantom), SMALL)
 
 
-def copy_of(phantom: Path, target: Path) -> Path:
-    return Path(shutil.copytree(phantom, target))
-
-
-def arrays_of(data: WeakSet) -> list[np.ndarray]:
-    return [data.crops.images, data.crops.lungs, data.crops.boxes, data.labels, data.patients, data.names]
+@pytest.fixture
+def copied_data(tiny_phantom: Path, tmp_path: Path) -> Path:
+    """A copy of the phantom that a test may change."""
+    return Path(shutil.copytree(tiny_phantom, tmp_path / "data"))
 
 
 def relabel(root: Path, label: str | None = None, drop: str = "", extra: str = "") -> None:
@@ -262,40 +249,33 @@ def relabel(root: Path, label: str | None = None, drop: str = "", extra: str = "
     table.write_text("\n".join(["volume,slice,has_lesion,patient", *lines, extra]) + "\n")
 
 
-def test_the_weak_set_holds_the_labels_of_the_table(tiny_phantom, weak):
+def test_the_weak_set_holds_the_labels_of_the_table_and_each_crop_belongs_to_its_name(tiny_phantom, weak):
     with (tiny_phantom / "slice_labels.csv").open(newline="") as stream:
         table = {f"{r['volume']}:{r['slice']}": (int(r["has_lesion"]), r["patient"]) for r in csv.DictReader(stream)}
     assert len(weak) == len(weak.crops) == 40
     assert weak.names.tolist() == list(table)
     assert list(zip(weak.labels.tolist(), weak.patients.tolist(), strict=True)) == list(table.values())
-
-
-def test_each_crop_belongs_to_its_name(tiny_phantom, weak):
-    cases = {c.id: c for c in load_dataset(tiny_phantom).cases}
     for index in (0, 13, 39):
         volume, k = weak.names[index].rsplit(":", 1)
-        pixels = read_scan(cases[volume].image).pixels
+        pixels = read_scan(tiny_phantom / "im" / f"{volume}.nii.gz").pixels
         one = make_crops(pixels[[int(k)]], lung_masks(pixels)[[int(k)]], SMALL)
         np.testing.assert_array_equal(one.images[0], weak.crops.images[index])
 
 
-def test_masks_are_never_opened_and_have_no_influence(tiny_phantom, weak, tmp_path):
-    corrupt, without = copy_of(tiny_phantom, tmp_path / "corrupt"), copy_of(tiny_phantom, tmp_path / "without")
+def test_masks_are_never_opened(copied_data, weak):
+    """That they have no influence either, whatever they say, shows in the tests of the pipeline."""
     for part in ("mask", "lung", "kind"):
-        shutil.rmtree(without / part)
-        for path in (corrupt / part).iterdir():
+        for path in (copied_data / part).iterdir():
             path.write_bytes(b"this is no scan")
-    assert load_dataset(corrupt).cases[0].mask is not None  # they are seen, but not opened
-    for root in (corrupt, without):
-        for found, expected in zip(arrays_of(weak_set(load_dataset(root), SMALL)), arrays_of(weak), strict=True):
-            assert found.dtype == expected.dtype
-            np.testing.assert_array_equal(found, expected)
+    data = load_dataset(copied_data)
+    assert data.cases[0].mask is not None  # they are seen, but not opened
+    assert weak_set(data, SMALL).names.tolist() == weak.names.tolist()
     assert not {"mask", "truth", "lesions"} & {f.name for f in fields(WeakSet)}
 
 
-def test_slices_without_enough_lung_or_label_are_left_out(tiny_phantom, weak, tmp_path):
-    data = load_dataset(tiny_phantom)
-    demanding = weak_set(data, PrepareSettings(size=80, least_lung=0.1))
+def test_slices_without_enough_lung_or_label_are_left_out(copied_data, weak):
+    data = load_dataset(copied_data)
+    demanding = weak_set(data, replace(SMALL, least_lung=0.1))
     shares = {f"{c.id}:{k}": mask.mean() for c in data.cases
               for k, mask in enumerate(lung_masks(read_scan(c.image).pixels))}
     assert demanding.names.tolist() == [n for n in weak.names if shares[n] >= 0.1]
@@ -303,19 +283,18 @@ def test_slices_without_enough_lung_or_label_are_left_out(tiny_phantom, weak, tm
     assert len(demanding.crops) == len(demanding.labels) == len(demanding.patients) == len(demanding.names)
     with pytest.raises(DatasetError, match="lungs in both"):
         weak_set(data, replace(SMALL, least_lung=0.99))
-    root = copy_of(tiny_phantom, tmp_path / "d")
-    relabel(root, drop="phantom_01")
-    assert weak_set(load_dataset(root), SMALL).names.tolist() == [n for n in weak.names if "phantom_01" not in n]
+    relabel(copied_data, drop="phantom_01")
+    assert weak_set(load_dataset(copied_data), SMALL).names.tolist() == [
+        n for n in weak.names if "phantom_01" not in n]
 
 
 @pytest.mark.parametrize(("change", "refused"), [
     ({"label": "0"}, "with and without a lesion"), ({"label": "1"}, "with and without a lesion"),
     ({"extra": "phantom_02,10,1,phantom_02"}, "phantom_02 has 10 slices, slice 10 is labelled")])
-def test_labels_that_cannot_teach_are_refused(tiny_phantom, tmp_path, change, refused):
-    root = copy_of(tiny_phantom, tmp_path / "d")
-    relabel(root, **change)
+def test_labels_that_cannot_teach_are_refused(copied_data, change, refused):
+    relabel(copied_data, **change)
     with pytest.raises(DatasetError, match=refused):
-        weak_set(load_dataset(root), SMALL)
+        weak_set(load_dataset(copied_data), SMALL)
 
 
 def test_no_lung_anywhere(tmp_path):
@@ -325,13 +304,11 @@ def test_no_lung_anywhere(tmp_path):
         weak_set(load_dataset(tmp_path), SMALL)
 
 
-def test_scans_that_do_not_look_like_ct_are_read_on_request(tiny_phantom, tmp_path):
-    root = copy_of(tiny_phantom, tmp_path / "d")
-    path = root / "im" / "phantom_02.nii.gz"
-    scan = read_scan(path)
+def test_scans_that_do_not_look_like_ct_are_read_on_request(copied_data):
+    scan = read_scan(copied_data / "im" / "phantom_02.nii.gz")
     fat = np.where((scan.pixels > -200) & (scan.pixels < -20), 1500, scan.pixels)  # as bright as in MR
-    write_like(fat.astype(np.int16), scan.grid, path)
-    data = load_dataset(root)
+    write_like(fat.astype(np.int16), scan.grid, scan.path)
+    data = load_dataset(copied_data)
     for refused in (data, data.subset(["phantom_02", "phantom_03"])):
         with pytest.raises(InputFileError, match=r"phantom_02\.nii\.gz: does not look like chest CT"):
             weak_set(refused, SMALL)
@@ -351,9 +328,9 @@ def test_true_lungs_are_those_of_the_data_folder(tiny_phantom, weak):
         np.testing.assert_array_equal(lung, crop(masks[volume][int(k)], box, SMALL.size, 0.0) > 0.5)
         assert lung.any()
     assert not np.array_equal(true.crops.lungs, weak.crops.lungs)
-    for found, expected in zip(arrays_of(true), arrays_of(weak), strict=True):
-        if found is not true.crops.lungs:
-            assert found is expected, "all else stays"
+    for found, expected in ((true.crops.images, weak.crops.images), (true.crops.boxes, weak.crops.boxes),
+                            (true.labels, weak.labels), (true.patients, weak.patients), (true.names, weak.names)):
+        assert found is expected, "all else stays"
     # Lungs follow the names, not the order of the folder; a volume without a slice does no harm.
     mine = np.flatnonzero([not name.startswith("phantom_01") for name in weak.names])
     order = np.random.default_rng(0).permutation(mine)[:25]

@@ -13,16 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch import nn
 
-from covidseg import store as storing
 from covidseg.errors import ArtifactError, OutputError
 from covidseg.lungs import LungSettings
 from covidseg.preprocess import PrepareSettings
@@ -52,32 +52,30 @@ def check_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
         np.testing.assert_array_equal(found[name], value)
 
 
+def checksum(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
 # --- round trip -------------------------------------------------------------------------------------------------
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8),
                        DTYPES.flatmap(lambda t: arrays(t, array_shapes(min_dims=0, max_dims=4, min_side=0,
                                                                        max_side=4))), max_size=4))
+@example({"t": SOME["weights"].T, "strided": SOME["weights"][:, ::2], "backwards": SOME["boxes"][::-1]})
 def test_any_arrays_come_back(tmp_path, some):
     save_arrays(tmp_path / "x.safetensors", some)
-    check_equal(load_arrays(tmp_path / "x.safetensors")[0], some)
+    found, notes = load_arrays(tmp_path / "x.safetensors")
+    check_equal(found, some)
+    assert notes == {}
 
 
-def test_notes_and_arrays_of_any_layout_come_back(tmp_path):
+def test_notes_come_back_and_the_checksum_is_the_one_that_sha256sum_reads(tmp_path):
     notes = {"seed": 3, "names": ["a:1", "Zoë:2"], "loss": [0.5, 0.25], "nested": {"x": None}}
-    some = {"t": SOME["weights"].T, "strided": SOME["weights"][:, ::2], "backwards": SOME["boxes"][::-1]}
-    save_arrays(tmp_path / "new" / "x.safetensors", some, notes)
-    arrays, found = load_arrays(tmp_path / "new" / "x.safetensors")
-    check_equal(arrays, some)
-    assert found == notes
-    save_arrays(tmp_path / "x.safetensors", SOME)
-    assert load_arrays(tmp_path / "x.safetensors")[1] == {}
-
-
-def test_the_checksum_is_the_one_that_sha256sum_reads(tmp_path):
-    path = tmp_path / "x.safetensors"
-    save_arrays(path, SOME)
-    assert (tmp_path / "x.safetensors.sha256").read_text() == f"{file_hash(path)}  x.safetensors\n"
+    path = tmp_path / "new" / "x.safetensors"
+    save_arrays(path, SOME, notes)
+    assert load_arrays(path)[1] == notes
+    assert checksum(path).read_text() == f"{file_hash(path)}  x.safetensors\n"
     (tmp_path / "abc").write_bytes(b"abc")  # the example of the standard, FIPS 180-2
     assert file_hash(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
@@ -85,11 +83,11 @@ def test_the_checksum_is_the_one_that_sha256sum_reads(tmp_path):
 # --- damage -----------------------------------------------------------------------------------------------------
 
 def test_one_changed_byte_is_found_wherever_it_is(tmp_path):
-    path, check = tmp_path / "x.safetensors", tmp_path / "x.safetensors.sha256"
+    path = tmp_path / "x.safetensors"
     save_arrays(path, SOME, {"seed": 1})
     rng = np.random.default_rng(0)
-    hashes = range(64)  # the digits; the name behind them says nothing about the contents
-    for file, positions in ((path, rng.choice(path.stat().st_size, 40, replace=False)), (check, hashes)):
+    digits = range(64)  # the name behind them says nothing about the contents
+    for file, positions in ((path, rng.choice(path.stat().st_size, 40, replace=False)), (checksum(path), digits)):
         whole = file.read_bytes()
         for position in positions:
             changed = bytearray(whole)
@@ -102,18 +100,17 @@ def test_one_changed_byte_is_found_wherever_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("reason", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-@pytest.mark.parametrize("where", ["while writing", "before renaming"])
+@pytest.mark.parametrize("where", [(Path, "write_bytes"), (os, "replace")])
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, reason, where):
     path = tmp_path / "x.safetensors"
     save_arrays(path, SOME)
 
-    def half(*args: Any) -> None:
-        if where == "while writing":
-            with args[0].open("wb") as stream:
+    def half(target: Any, *rest: Any) -> None:
+        if where == (Path, "write_bytes"):
+            with target.open("wb") as stream:
                 stream.write(b"half a fi")
         raise reason
-
-    monkeypatch.setattr(*((Path, "write_bytes", half) if where == "while writing" else (os, "replace", half)))
+    monkeypatch.setattr(*where, half)
     with pytest.raises(OutputError if isinstance(reason, OSError) else KeyboardInterrupt):
         save_arrays(path, {"other": np.zeros(3)})
     monkeypatch.undo()
@@ -143,19 +140,11 @@ class Outer:
 def test_any_changed_setting_changes_the_fingerprint(base):
     step = 40  # sizes of crops have to stay multiples of 40
     changed = [replace(base, **{f.name: getattr(base, f.name) + step}) for f in fields(base)]
-    keys = {fingerprint(s, 0) for s in (base, *changed)}
-    assert len(keys) == len(fields(base)) + 1
+    assert len({fingerprint(s, 0) for s in (base, *changed)}) == len(fields(base)) + 1
     assert fingerprint(replace(base), 0) == fingerprint(base, 0)
 
 
-def test_a_path_stands_for_what_the_file_holds(tmp_path):
-    for name, content in (("a", b"same"), ("b", b"same"), ("c", b"other")):
-        (tmp_path / name).write_bytes(content)
-    first, again, other = (fingerprint(tmp_path / name) for name in "abc")
-    assert first == again != other
-
-
-def test_a_fingerprint_sees_seed_nesting_order_and_version(monkeypatch):
+def test_a_fingerprint_sees_seed_nesting_order_version_and_what_files_hold(monkeypatch, tmp_path):
     base = fingerprint(Outer(), 0)
     assert len(base) == 16
     assert int(base, 16) >= 0
@@ -163,40 +152,38 @@ def test_a_fingerprint_sees_seed_nesting_order_and_version(monkeypatch):
     others = [fingerprint(Outer(), 1), fingerprint(Outer(LungSettings(rim=3)), 0), fingerprint(0, Outer()),
               fingerprint(Outer()), fingerprint(Outer(), "0"), fingerprint(Outer(), 0, []),
               fingerprint(1, 23), fingerprint(12, 3), fingerprint([1, 2]), fingerprint([2, 1])]
-    monkeypatch.setattr(storing, "__version__", "0.0.0")
+    for name, content in (("a", b"same"), ("b", b"same"), ("c", b"other")):
+        (tmp_path / name).write_bytes(content)
+    first, again, other = (fingerprint(tmp_path / name) for name in "abc")
+    assert first == again != other
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}), "keys have no order"
+    monkeypatch.setattr("covidseg.store.__version__", "0.0.0")
     others.append(fingerprint(Outer(), 0))
     assert len({base, *others}) == 1 + len(others)
-    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}), "keys have no order"
 
 
 # --- the store --------------------------------------------------------------------------------------------------
 
-class Maker:
-    """Counts how often a stage was computed."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        self.calls += 1
-        return SOME, {"made": "here"}
+@pytest.fixture
+def make() -> Mock:
+    """A stage that counts how often it was computed."""
+    return Mock(return_value=(SOME, {"made": "here"}))
 
 
-def test_the_store_computes_once_and_reuses_what_is_good(tmp_path):
-    make = Maker()
+def test_the_store_computes_once_and_reuses_what_is_good(tmp_path, make):
     for _ in range(3):
         stored, notes = Store(tmp_path / "stages").get("cam", "0123", make)
         check_equal(stored, SOME)
         assert notes.keys() == {"made", "seconds", "peak_memory_mb", "warnings"}
         assert notes["made"] == "here"
         assert notes["seconds"] >= 0
-    assert make.calls == 1
+    assert make.call_count == 1
     store = Store(tmp_path / "stages")
     store.get("cam", "4567", make)
     store.get("mil", "0123", make)
-    assert make.calls == 3  # another key and another stage are other results
-    assert sorted(p.name for p in (tmp_path / "stages").glob("*.safetensors")) == [
-        store.path("cam", "0123").name, store.path("cam", "4567").name, store.path("mil", "0123").name]
+    assert make.call_count == 3  # another key and another stage are other results
+    assert {p.name for p in (tmp_path / "stages").glob("*.safetensors")} == {
+        store.path(stage, key).name for stage, key in (("cam", "0123"), ("cam", "4567"), ("mil", "0123"))}
 
 
 class Stages:
@@ -229,27 +216,19 @@ def test_a_stage_took_its_own_time_not_that_of_the_stages_before_it(stages):
     def cam() -> dict[str, Any]:
         return stages.get("cam", 5)
 
-    def mil() -> dict[str, Any]:
-        return stages.get("mil", 3, cam, cam)     # the second time it is stored
-    notes = stages.get("fine", 2, mil, cam, lambda: stages.get("weak", 7))
+    def stop() -> None:
+        raise KeyboardInterrupt
+    notes = stages.get("fine", 2, lambda: stages.get("mil", 3, cam, cam), cam, lambda: stages.get("weak", 7))
     assert (notes["made"], notes["seconds"]) == ("here", 2)
-    assert stages.now == 1000 + 5 + 3 + 2 + 7
+    assert stages.now == 1000 + 5 + 3 + 2 + 7, "the second time it is stored"
     assert stages.seconds("cam", "mil", "fine", "weak") == [5, 3, 2, 7]
     assert stages.get("segmenter", 4)["seconds"] == 4, "what was made before is no concern of the next one"
     assert stages.get("fine", 100) == notes, "what is stored says what it took when it was made"
-
-
-def test_times_are_right_after_a_stage_was_stopped(stages):
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    def cam() -> dict[str, Any]:
-        return stages.get("cam", 5)
     with pytest.raises(KeyboardInterrupt):
-        stages.get("mil", 6, cam, stop)
-    assert not list(stages.store.folder.glob("mil*")), "a stage that was stopped stores nothing"
-    stages.get("fine", 2, lambda: stages.get("mil", 6, cam))
-    assert stages.seconds("cam", "mil", "fine") == [5, 6, 2]
+        stages.get("mil2", 6, lambda: stages.get("cam2", 5), stop)
+    assert not list(stages.store.folder.glob("mil2*")), "a stage that was stopped stores nothing"
+    stages.get("fine2", 2, lambda: stages.get("mil2", 6, lambda: stages.get("cam2", 5)))
+    assert stages.seconds("cam2", "mil2", "fine2") == [5, 6, 2]
 
 
 def test_times_need_a_stored_stage_but_not_its_arrays(tmp_path):
@@ -268,36 +247,25 @@ def test_times_need_a_stored_stage_but_not_its_arrays(tmp_path):
         store.seconds("cam", "0123")
 
 
-def checksum(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "flip": (lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])), "checksum"),
-    "truncate": (lambda path: path.write_bytes(path.read_bytes()[:200]), "checksum"),
-    "empty": (lambda path: path.write_bytes(b""), "checksum"),
-    "no file": (lambda path: path.unlink(), "missing"),
-    "no checksum": (lambda path: checksum(path).unlink(), "missing"),
-    "empty checksum": (lambda path: checksum(path).write_bytes(b""), "checksum"),
-    "bad checksum": (lambda path: checksum(path).write_bytes(b"\xff\xfe\0"), "checksum"),
-    "checksum of the file before": (lambda path: write_text(checksum(path), "0" * 64), "checksum"),
-    "something else": (lambda path: (path.write_bytes(b"no arrays"), write_text(checksum(path), file_hash(path))),
-                       "not a safetensors file")}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_named_and_the_store_computes_again(tmp_path, damage):
-    store, make = Store(tmp_path), Maker()
+@pytest.mark.parametrize(("harm", "fault"), [
+    (lambda path: path.write_bytes(path.read_bytes()[:200]), "checksum"),
+    (lambda path: path.write_bytes(b""), "checksum"), (lambda path: path.unlink(), "missing"),
+    (lambda path: checksum(path).unlink(), "missing"), (lambda path: checksum(path).write_bytes(b""), "checksum"),
+    (lambda path: checksum(path).write_bytes(b"\xff\xfe\0"), "checksum"),
+    (lambda path: (path.write_bytes(b"no arrays"), write_text(checksum(path), file_hash(path))),
+     "not a safetensors file")],
+    ids=["cut", "empty", "no file", "no checksum", "empty checksum", "bad checksum", "something else"])
+def test_damage_is_named_and_the_store_computes_again(tmp_path, make, harm, fault):
+    store = Store(tmp_path)
     store.get("cam", "0123", make)
-    path, (harm, fault) = store.path("cam", "0123"), DAMAGES[damage]
+    path = store.path("cam", "0123")
     harm(path)
     with pytest.raises(ArtifactError, match=fault):
         load_arrays(path)
-    check_equal(store.get("cam", "0123", make)[0], SOME)
-    assert make.calls == 2
-    check_equal(load_arrays(path)[0], SOME)  # and the good file lies there now
-    store.get("cam", "0123", make)
-    assert make.calls == 2
+    for _ in range(2):
+        check_equal(store.get("cam", "0123", make)[0], SOME)
+        assert make.call_count == 2
+    check_equal(load_arrays(path)[0], SOME)  # the good file lies there now
 
 
 # --- nets -------------------------------------------------------------------------------------------------------
@@ -311,15 +279,15 @@ def test_a_net_comes_back_with_copies_of_weights_and_buffers_ready_to_predict(tm
     trained = net()
     trained(torch.randn(5, 1, 8, 8))  # moves the running means
     save_arrays(tmp_path / "n.safetensors", net_arrays(trained))
-    found = load_net(net(seed=1), load_arrays(tmp_path / "n.safetensors")[0])
+    stored, _ = load_arrays(tmp_path / "n.safetensors")
+    before = stored["0.weight"].copy()
+    found = load_net(net(seed=1), stored)
     assert not found.training
     images = torch.randn(2, 1, 8, 8)
     torch.testing.assert_close(found(images), trained.eval()(images), rtol=0, atol=0)
     assert not torch.equal(found(images), net(seed=1).eval()(images))
-    stored = net_arrays(trained)
-    before = stored["0.weight"].copy()
     with torch.no_grad():
-        load_net(net(), stored)[0].weight += 1
+        found[0].weight += 1
     np.testing.assert_array_equal(stored["0.weight"], before)
 
 
@@ -332,31 +300,25 @@ def test_weights_of_another_net_are_refused():
 
 # --- watch ------------------------------------------------------------------------------------------------------------
 
+def warn(text: str, kind: type[Warning] = UserWarning) -> None:
+    warnings.warn(text, kind, stacklevel=1)
 
-def test_warnings_are_noted_once_and_shown_as_ever() -> None:
+
+def test_warnings_are_noted_once_and_shown_as_ever_and_reach_those_who_note_the_whole() -> None:
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        with noted_warnings() as noted:
-            for _ in range(2):
-                warnings.warn("odd", UserWarning, stacklevel=1)
-            warnings.warn("old", DeprecationWarning, stacklevel=1)
-        warnings.warn("later", UserWarning, stacklevel=1)
-    assert noted == ["UserWarning: odd", "DeprecationWarning: old"]
-    assert [str(found.message) for found in shown] == ["odd", "odd", "old", "later"]
-
-
-def test_warnings_of_a_part_reach_those_who_note_the_whole() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = lambda *shown: None
         with noted_warnings() as outer:
             with noted_warnings() as inner:
-                warnings.warn("odd", UserWarning, stacklevel=1)
+                warn("odd")
+                warn("odd")
+                warn("old", DeprecationWarning)
             with pytest.raises(ZeroDivisionError), noted_warnings():
                 1 / 0  # noqa: B018
-            warnings.warn("after", UserWarning, stacklevel=1)
-    assert inner == ["UserWarning: odd"]
-    assert outer == ["UserWarning: odd", "UserWarning: after"]
+            warn("after")
+        warn("later")
+    assert inner == ["UserWarning: odd", "DeprecationWarning: old"]
+    assert outer == [*inner, "UserWarning: after"]
+    assert [str(found.message) for found in shown] == ["odd", "odd", "old", "after", "later"]
 
 
 def test_peak_memory_counts_what_was_held_in_megabytes() -> None:

@@ -10,8 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,28 +23,27 @@ import torch
 from tiny import TINY, WARM, in_turn, quiet, same_weights, toy
 from torch import nn
 
-from covidseg.augment import augment, jitter
 from covidseg.classifier import ClassifierSettings, Guidance, train_classifier
 from covidseg.devices import made_for_half, pick_device, use_deterministic_kernels
 from covidseg.lungnet import train_lung_net
 from covidseg.patches import train_mil
-from covidseg.preprocess import net_input
 from covidseg.segmenter import train_segmenter
-from covidseg.training import Average, Training, balanced_batches, learning_rate, overlapped, seed_everything
+from covidseg.training import Average, Training, learning_rate
 
 pytestmark = pytest.mark.nets
 
+CPU = torch.device("cpu")
 # Patient a has many slices, b few, c no lesion, d nothing but lesions.
 PATIENTS = np.array(["a"] * 60 + ["b"] * 4 + ["c"] * 20 + ["d"] * 10)
 LABELS = np.array([0, 1] * 30 + [0, 1, 1, 1] + [0] * 20 + [1] * 10)
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def training(seed: int = 0, *, steps: int = 6, batch: int = 8, **more: Any) -> Training:
+    return Training("stage", ClassifierSettings(steps=steps, batch=batch), seed, CPU, **{"log": quiet, **more})
 
 
 def draws(seed: int) -> tuple[float, float, float, float]:
-    own = seed_everything(seed)
+    own = training(seed).generator
     legacy = np.random.rand()  # noqa: NPY002  the global state is what is tested
     return random.random(), legacy, torch.rand(1).item(), torch.rand(1, generator=own).item()
 
@@ -98,18 +101,22 @@ def test_auto_device_follows_the_machine(monkeypatch: pytest.MonkeyPatch, availa
     assert pick_device("cpu").type == "cpu"
 
 
+def drawn(seed: int, steps: int) -> np.ndarray:
+    """The numbers of the slices of all batches of eight, ``(steps, 8)``."""
+    data = SimpleNamespace(labels=LABELS, patients=PATIENTS)
+    return np.stack([numbers.numpy() for numbers, in training(seed, steps=steps).batches(lambda k: (k,), data)])
+
+
 def test_half_of_each_batch_is_positive_and_the_seed_alone_decides() -> None:
-    def batches(seed: int) -> torch.Tensor:
-        return torch.stack(list(balanced_batches(LABELS, PATIENTS, 8, 50, generator(seed))))
-    drawn = batches(1)
-    assert drawn.shape == (50, 8)
-    assert (LABELS[drawn].sum(1) == 4).all()
-    assert torch.equal(drawn, batches(1))
-    assert not torch.equal(drawn, batches(2))
+    numbers = drawn(1, 50)
+    assert numbers.shape == (50, 8)
+    assert (LABELS[numbers].sum(1) == 4).all()
+    assert np.array_equal(numbers, drawn(1, 50))
+    assert not np.array_equal(numbers, drawn(2, 50))
 
 
 def test_patients_are_equally_likely_and_so_are_the_slices_of_each() -> None:
-    picked = torch.cat(list(balanced_batches(LABELS, PATIENTS, 8, 600, generator()))).numpy()
+    picked = drawn(0, 600).ravel()
     for label, expected in ((0, {"a", "b", "c"}), (1, {"a", "b", "d"})):
         who = PATIENTS[picked[LABELS[picked] == label]]
         assert set(who) == expected
@@ -120,17 +127,15 @@ def test_patients_are_equally_likely_and_so_are_the_slices_of_each() -> None:
     assert counts.max() < 1.4 * counts.mean()
 
 
-CPU = torch.device("cpu")
-
-
 class Making:
     """Batches of one number each, and a record of which were begun and where."""
 
-    def __init__(self, count: int = 6, fails_at: int = 0) -> None:
+    def __init__(self, count: int = 6, fails_at: int = 0, hold: Collection[int] = ()) -> None:
         self.count, self.fails_at, self.begun = count, fails_at, list[int]()
         self.threads, self.cores = set[str](), set[int]()
+        self.batches = training().prefetched(self.made(), hold=hold)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+    def made(self) -> Iterator[tuple[torch.Tensor, ...]]:
         for number in range(1, self.count + 1):
             self.begun.append(number)
             self.threads.add(threading.current_thread().name)
@@ -147,102 +152,47 @@ class Making:
             time.sleep(0.05)
         return self.begun
 
+    def running(self) -> bool:
+        return any(thread.name in self.threads for thread in threading.enumerate())
 
-def helpers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
-
-def test_overlapped_batches_come_in_order_from_one_other_thread_that_keeps_ahead() -> None:
+def test_batches_come_in_order_from_one_other_thread_that_keeps_ahead() -> None:
     making, cores = Making(), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        for number, (batch,) in enumerate(overlapped(iter(making), CPU), start=1):
+        for number, (batch,) in enumerate(making.batches, start=1):
             assert batch.item() == number
             assert making.settled() == list(range(1, min(number + 2, 6) + 1))
-        other: list[int] = []
-        thread = threading.Thread(target=lambda: other.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-        assert torch.get_num_threads() == 2
-        assert other == [2], "no other thread is held to one core"
+        with ThreadPoolExecutor(1) as other:
+            assert torch.get_num_threads() == other.submit(torch.get_num_threads).result() == 2, "only that thread"
     finally:
         torch.set_num_threads(cores)
     assert number == 6
-    assert making.threads == {"batches_0"}
+    assert len(making.threads) == 1
+    assert threading.current_thread().name not in making.threads
     assert making.cores == {1}
-    assert not helpers()
+    assert not making.running()
 
 
 def test_a_held_batch_is_begun_only_when_it_is_asked_for() -> None:
-    making = Making()
-    batches = overlapped(iter(making), CPU, hold={2, 5})
-    seen = []
-    for _ in range(6):
-        next(batches)
-        seen.append(len(making.settled()))
-    assert seen == [1, 4, 4, 4, 6, 6]
+    making = Making(hold={2, 5})
+    assert [len(making.settled()) for _ in making.batches] == [1, 4, 4, 4, 6, 6]
 
 
 def test_faults_of_the_other_thread_reach_the_loop_after_the_batches_before_it_and_end_the_thread() -> None:
-    batches = overlapped(iter(Making(fails_at=3)), CPU)
-    assert [next(batches)[0].item() for _ in range(2)] == [1, 2]
-    assert helpers()
+    making = Making(fails_at=3)
+    assert [next(making.batches)[0].item() for _ in range(2)] == [1, 2]
+    assert making.running()
     with pytest.raises(ValueError, match="batch 3"):
-        next(batches)
-    assert not helpers()
-    for (batch,) in overlapped(iter(Making(count=10**6)), CPU):
+        next(making.batches)
+    assert not making.running()
+    endless = Making(count=10**6)
+    for (batch,) in endless.batches:
         if batch.item() == 3:
             break
-    assert not helpers(), "leaving the loop ends the thread"
-
-
-def symmetries(image: torch.Tensor) -> list[torch.Tensor]:
-    """The eight ways to lay a square on itself."""
-    turned = [torch.rot90(image, k, (-2, -1)) for k in range(4)]
-    return turned + [t.flip(-1) for t in turned]
-
-
-def test_augmentation_moves_all_channels_alike_and_jitter_none_and_both_change_the_picture_only() -> None:
-    code = torch.arange(36.0).reshape(1, 1, 6, 6).expand(3, 1, 6, 6)
-    maps = torch.cat([code, code, 100 + code], dim=1)
-    for change, ways in ((augment, set(range(8))), (jitter, {0})):
-        source, before, seen = generator(), maps.clone(), set()
-        for _ in range(80):
-            out = change(maps, source)
-            fits = [k for k, image in enumerate(symmetries(code)) if torch.equal(out[:, 1:2], image)]
-            assert len(fits) == 1, "channel 1 has to be one of the eight positions, its values untouched"
-            seen.add(fits[0])
-            assert torch.equal(out[:, 2:3], symmetries(100 + code)[fits[0]])
-            for picture, moved in zip(out[:, 0], out[:, 1], strict=True):
-                assert not torch.equal(picture, moved)
-                assert np.corrcoef(picture.ravel(), moved.ravel())[0, 1] > 0.999
-        assert seen == ways
-        assert torch.equal(maps, before), "the input itself stays as it is"
-        assert torch.equal(change(maps, generator(3)), change(maps, generator(3)))
-        assert not torch.equal(change(maps, generator(3)), change(maps, generator(4)))
-
-
-def test_jitter_draws_gain_offset_and_noise_for_each_slice() -> None:
-    maps = torch.zeros(500, 1, 10, 10)
-    maps[:, :, 5:] = 1.0
-    out = jitter(maps, generator())[:, 0]
-    offset, top = out[:, :5].mean((1, 2)), out[:, 5:].mean((1, 2))
-    assert (top - offset).mean().item() == pytest.approx(1, abs=0.03)
-    assert (top - offset).std().item() == pytest.approx(0.1, rel=0.2)
-    assert offset.mean().item() == pytest.approx(0, abs=0.01)
-    assert offset.std().item() == pytest.approx(0.04, rel=0.2)
-    noise = out[:, :5].std((1, 2))
-    assert noise.min() < 0.005
-    assert 0.02 < noise.max() < 0.05
-
-
-def test_net_input_sets_everything_outside_the_lung_to_air() -> None:
-    pictures, lungs = torch.rand(2, 1, 8, 8) + 1, (torch.rand(2, 1, 8, 8) > 0.5).float()
-    out = net_input(pictures, lungs)
-    assert out.shape == (2, 2, 8, 8)
-    assert (out[:, :1][lungs == 0] == 0).all()
-    assert torch.equal(out[:, :1][lungs == 1], pictures[lungs == 1])
-    assert torch.equal(out[:, 1:], lungs)
+    assert endless.running()
+    del endless.batches
+    assert not endless.running(), "leaving the loop ends the thread"
 
 
 def filled(value: float) -> nn.Module:
@@ -253,7 +203,7 @@ def filled(value: float) -> nn.Module:
     return net
 
 
-def test_average_forgets_the_start_and_then_moves_by_its_decay() -> None:
+def test_average_forgets_the_start_and_then_moves_by_its_decay_and_shares_nothing_with_the_net() -> None:
     average, target = Average(filled(0.0), decay=0.9), filled(1.0)
     distances = []
     for _ in range(200):
@@ -262,23 +212,15 @@ def test_average_forgets_the_start_and_then_moves_by_its_decay() -> None:
     assert distances == sorted(distances, reverse=True)
     assert distances[0] < 0.2, "the random start is soon forgotten"
     assert distances[-1] < 1e-6
-    average.update(filled(2.0))
+    target[1].num_batches_tracked += 7
+    with torch.no_grad():
+        target[0].weight.fill_(2.0)
+    assert average.net[0].weight.flatten().tolist() == pytest.approx([1, 1])
+    average.update(target)
     assert average.net[0].weight.flatten().tolist() == pytest.approx([1.1, 1.1])
-
-
-def test_average_copies_counters_and_shares_nothing_with_the_net() -> None:
-    net = filled(0.0)
-    average = Average(net)
-    net[1].num_batches_tracked += 7
-    net[1].running_mean += 1
-    average.update(net)
-    assert average.net[1].num_batches_tracked.item() == 7
-    assert 0 < average.net[1].running_mean[0].item() < 1.0001
+    assert average.net[1].num_batches_tracked.item() == 7, "counters are copied"
     assert not any(p.requires_grad for p in average.net.parameters())
     assert not average.net.training
-    with torch.no_grad():
-        net[0].weight.fill_(9)
-    assert average.net[0].weight.max() == 0
     picture = torch.rand(1, 1, 4, 4)
     assert torch.equal(average(picture), average.net(picture))
 
@@ -288,20 +230,15 @@ def wide_net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 1, 1))
 
 
-def test_a_net_on_the_cpu_is_run_as_it_is() -> None:
-    net, inputs = wide_net(), torch.rand(4, 2, 12, 12)
-    expected = copy.deepcopy(net)(inputs)
-    assert torch.equal(Training.run(net, inputs), expected)
-    assert torch.equal(Training.run(lambda a, b: a + b, inputs, inputs), 2 * inputs)
-
-
 def test_in_half_precision_the_net_computes_in_bfloat16_and_all_that_comes_out_is_full() -> None:
     net, inputs = wide_net(), torch.rand(4, 2, 12, 12)
+    plain = copy.deepcopy(net)(inputs)
+    assert torch.equal(run_net(copy.deepcopy(net), inputs), plain), "on a CPU a net is run as it is"
+    assert torch.equal(run_net(lambda a, b: a + b, inputs, inputs), 2 * inputs)
     inside: list[torch.dtype] = []
     net[3].register_forward_hook(lambda module, given, result: inside.append(result.dtype))
-    plain = copy.deepcopy(net)(inputs)
     logits = Training.run(net, inputs, half=True)
-    assert inside == [torch.float32, torch.bfloat16]
+    assert inside == [torch.bfloat16]
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, plain)
     torch.testing.assert_close(logits, plain, atol=0.02, rtol=0.02)
@@ -334,61 +271,46 @@ def test_learning_rate_rises_to_the_peak_and_falls_to_almost_nothing() -> None:
     assert rates[top:] == sorted(rates[top:], reverse=True)
 
 
-def test_progress_prints_one_line_an_epoch_with_means() -> None:
+def test_one_line_an_epoch_with_means_is_printed_and_kept() -> None:
     lines: list[str] = []
-    training = Training("stage", ClassifierSettings(steps=10), 0, CPU, lines.append, lines=3)
-    net = training.begin(filled(0.0))
+    work = training(steps=10, lines=3, log=lines.append)
+    net = work.begin(nn.Linear(1, 1))
     for step in range(1, 11):
-        training.step(net(torch.ones(1, 1, 2, 2)).sum(), loss=torch.tensor(float(step)), other=torch.tensor(1.0))
-    assert [row["step"] for row in training.history] == [3, 6, 9, 10]
-    assert [row["loss"] for row in training.history] == [2.0, 5.0, 8.0, 10.0]
+        work.step(net.weight.sum(), loss=torch.tensor(float(step)), other=torch.tensor(1.0))
+    assert [row["step"] for row in work.history] == [3, 6, 9, 10]
+    assert [row["loss"] for row in work.history] == [2.0, 5.0, 8.0, 10.0]
+    assert work.averaged().history == work.history
     assert len(lines) == 4
-    assert "stage" in lines[0]
-    assert "loss 2.000" in lines[0]
-    assert "other 1.000" in lines[0]
+    for part in ("stage", "loss 2.000", "other 1.000"):
+        assert part in lines[0]
 
 
 # --- the loops of the stages --------------------------------------------------------------------------------------
 
-def classifier(seed: int) -> nn.Module:
-    data, _ = toy(12)
-    return train_classifier(data, replace(TINY.classifier, steps=6), seed=seed, log=quiet)
+DATA, DISKS = toy(12)
+MAP, DOUBTFUL = DISKS.astype(np.float32), np.where(DISKS, np.float32(0.6), np.float32(0.2))
+LOOPS: dict[str, Callable[..., Any]] = {
+    "classifier": partial(train_classifier, DATA, TINY.classifier),
+    "taught classifier": partial(train_classifier, DATA, TINY.classifier,
+                                 guidance=Guidance(MAP, DATA.crops.lungs, 1.0)),
+    "patches": lambda **rest: train_mil(DATA, MAP, TINY.mil, **rest)[0],
+    "lung net": partial(train_lung_net, DATA, replace(TINY.lung_net, again=3,
+                                                      paint=replace(TINY.lung_net.paint, share=1.0))),
+    # Also after the fine labels were refreshed, where no batch may be made of the old ones.
+    "segmenter": partial(train_segmenter, DATA, DOUBTFUL, np.ones_like(DOUBTFUL),
+                         replace(TINY.segmenter, steps=12, refresh=(0.3, 0.6), paste=0.5))}
 
 
-def taught_classifier(seed: int) -> nn.Module:
-    data, disks = toy(12)
-    guidance = Guidance(disks.astype(np.float32), data.crops.lungs, 1.0)
-    return train_classifier(data, replace(TINY.classifier, steps=6), guidance=guidance, seed=seed, log=quiet)
-
-
-def patches(seed: int) -> nn.Module:
-    data, disks = toy(12)
-    net, phases = train_mil(data, disks.astype(np.float32), TINY.mil, seed=seed, log=quiet)
-    assert len(phases) > 1
-    return net
-
-
-def lung_net(seed: int) -> nn.Module:
-    settings = replace(TINY.lung_net, again=3, paint=replace(TINY.lung_net.paint, share=1.0))
-    return train_lung_net(toy(12)[0], settings, seed=seed, log=quiet)
-
-
-def segmenter(seed: int) -> nn.Module:
-    """Also after the fine labels were refreshed, where no batch may be made of the old ones."""
-    data, disks = toy(12)
-    doubtful = np.where(disks, np.float32(0.6), np.float32(0.2))
-    settings = replace(TINY.segmenter, steps=12, refresh=(0.3, 0.6), paste=0.5)
-    return train_segmenter(data, doubtful, np.ones_like(doubtful), settings, seed=seed, log=quiet)
-
-
-@pytest.mark.parametrize("trained", [classifier, taught_classifier, patches, lung_net, segmenter])
+@pytest.mark.parametrize("name", LOOPS)
 def test_a_training_repeats_with_the_seed_and_batches_made_ahead_are_those_made_in_turn(
-        trained: Callable[[int], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    first, real = trained(2), overlapped
+        name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(seed: int) -> nn.Module:
+        return LOOPS[name](seed=seed, log=quiet)
+    first, ahead = trained(2), Training.prefetched
     assert not first.training
     assert not same_weights(first, trained(3))
-    monkeypatch.setattr("covidseg.training.overlapped", in_turn)
+    monkeypatch.setattr(Training, "prefetched", in_turn)
     assert same_weights(first, trained(2))
-    if trained is segmenter:
-        monkeypatch.setattr("covidseg.training.overlapped", lambda batches, device, hold: real(batches, device))
+    if name == "segmenter":
+        monkeypatch.setattr(Training, "prefetched", lambda self, batches, hold: ahead(self, batches))
         assert not same_weights(first, trained(2)), "what they are held for matters"

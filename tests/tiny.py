@@ -15,7 +15,6 @@ import torch
 from bench.measure import PRELOAD
 from filelock import FileLock
 
-from covidseg import training
 from covidseg.baselines.ad3d_mil import Ad3dMilSettings
 from covidseg.baselines.decovnet import DeCoVNetSettings
 from covidseg.baselines.slabs import SlabSettings
@@ -30,7 +29,7 @@ from covidseg.pipeline import Run, write_run
 from covidseg.preprocess import Crops, PrepareSettings, WeakSet
 from covidseg.profiles import Profile
 from covidseg.segmenter import SegmenterSettings
-from covidseg.training import Batch
+from covidseg.training import Batch, Training
 
 TINY = Profile(
     "quick", prepare=PrepareSettings(size=80), lung_net=LungNetSettings(steps=8, size=64, channels=(4, 8), batch=4),
@@ -74,8 +73,26 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
 
 
-def in_turn(batches: Iterator[Batch], device: torch.device, *, hold: Collection[int] = ()) -> Iterator[Batch]:
-    """What :func:`covidseg.training.overlapped` has to agree with: each batch is made when it is asked for."""
+def nearly_same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    """What is learned, but for the buffers."""
+    return all(torch.allclose(one, other, atol=1e-6) for one, other in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return float(2 * (a & b).sum() / max(1, a.sum() + b.sum()))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files of a folder, hidden ones as well."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def in_turn(self: Training, batches: Iterator[Batch], *, hold: Collection[int] = ()) -> Iterator[Batch]:
+    """What :meth:`covidseg.training.Training.prefetched` has to agree with: each batch is made when it is asked for."""
     return batches
 
 
@@ -87,11 +104,11 @@ def in_double() -> Iterator[None]:
     much: Adam makes whole steps of rounding where a gradient is nothing else, and a choice by rank or threshold flips
     at the last digit. In double precision no rounding of this kind is as large as a digit that counts.
     """
-    def batches(made: Iterator[Batch], device: torch.device, **rest: Any) -> Iterator[Batch]:
-        for batch in in_turn(made, device):
+    def batches(self: Training, made: Iterator[Batch], **rest: Any) -> Iterator[Batch]:
+        for batch in made:
             yield tuple(part.double() if part.is_floating_point() else part for part in batch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "overlapped", batches)
+        patch.setattr(Training, "prefetched", batches)
         torch.set_default_dtype(torch.float64)
         try:
             yield
