@@ -17,7 +17,7 @@ that lies broadly against the chest wall without a hazy rim, which no threshold 
 5. Each side is closed and its holes (vessels, nodules) are filled. Where much of a side is diseased, the radius
    grows and the part of its convex hull near the chest wall is added: pleural lesions have the wall's brightness.
 
-:func:`lung_masks` takes these steps on a working grid of at most 256 x 256 pixels a slice.
+:func:`threshold_lungs` takes these steps on a working grid of at most 256 x 256 pixels a slice.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from skimage.transform import resize
 from tqdm import tqdm
 
 from covidseg.data.chest import Regions, check_chest, doubt, lung_warnings
-from covidseg.data.grey import Picture, clean
+from covidseg.data.grey import clean
 from covidseg.data.scan import Scan
 
 CUT_LUNG = 0.6                          # of a dark region inside the hull of flesh, if it is lung at the picture's end
@@ -102,7 +102,7 @@ class Lungs:
         return int(self.masks.any(axis=(1, 2)).sum())
 
 
-def lung_masks(pixels: np.ndarray, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
+def threshold_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
                check: Scan | None = None, progress: bool = False) -> np.ndarray:
     """Threshold lung masks of all slices.
 
@@ -125,12 +125,13 @@ def lung_masks(pixels: np.ndarray, settings: LungSettings = LungSettings(), volu
 
 def survey_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
                  check: Scan | None = None, progress: bool = False) -> Lungs:
-    """:func:`lung_masks`, with what is odd about them."""
+    """:func:`threshold_lungs`, with what is odd about them."""
     found, doubts, thumbnails = list[Regions](), [], []
     for image in with_bar(pixels, "lungs", progress):
         picture = clean(image)
         small = to_grid(picture.values, settings.grid)
-        found.append(regions(small, _beyond(picture, small.shape), settings))
+        beyond = None if picture.beyond is None else to_grid(picture.beyond, settings.grid) > 0.5
+        found.append(regions(small, settings, beyond))
         doubts.append(doubt(small, found[-1]) if check is not None else None)
         thumbnails.append(to_grid(small, 32))
     if check is not None:
@@ -203,20 +204,15 @@ def enlarge(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return resize(mask.astype(np.float32), shape, order=1) > 0.5
 
 
-def _beyond(picture: Picture, shape: tuple[int, ...]) -> np.ndarray:
-    """What lies outside the field of view, on a working grid of ``shape``."""
-    return np.zeros(shape, bool) if picture.beyond is None else to_grid(picture.beyond, max(shape)) > 0.5
-
-
-def regions(image: np.ndarray, beyond: np.ndarray, settings: LungSettings) -> Regions:
+def regions(image: np.ndarray, settings: LungSettings, beyond: np.ndarray | None = None) -> Regions:
     """What thresholds find in one slice.
 
     Args:
         image: ``(h, w)`` on the working grid, cleaned (:func:`covidseg.data.grey.clean`).
-        beyond: ``(h, w)`` bool, what lies outside the field of view.
+        beyond: ``(h, w)`` bool, what lies outside the field of view, if anything does.
     """
-    ends = np.pad(beyond, 1, constant_values=True)
-    ends = (dilate(ends, 1)[1:-1, 1:-1] & ~beyond)
+    beyond = np.zeros(image.shape, bool) if beyond is None else beyond
+    ends = dilate(np.pad(beyond, 1, constant_values=True), 1)[1:-1, 1:-1] & ~beyond
     smooth = ndi.gaussian_filter(image, settings.smooth)
     nothing = np.zeros(image.shape, dtype=bool)
     if smooth.min() == smooth.max():

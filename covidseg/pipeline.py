@@ -32,7 +32,7 @@ from covidseg.devices import is_first, pick_device
 from covidseg.errors import ArtifactError
 from covidseg.gradcam import activation_maps, coarse_labels
 from covidseg.lungnet import make_lung_net, robust_lungs, train_lung_net
-from covidseg.lungs import lung_masks
+from covidseg.lungs import threshold_lungs
 from covidseg.patches import PatchNet, patch_probabilities, train_mil
 from covidseg.preprocess import Crops, WeakSet, make_crops, uncrop_all, weak_set, with_true_lungs
 from covidseg.profiles import REPORT, Profile, profile_json, profile_named
@@ -88,7 +88,7 @@ _FINE = Form(lambda fine: ({"labels": fine.labels, "probabilities": fine.probabi
 def find_lungs(pixels: np.ndarray, net: nn.Module | None, profile: Profile,
                volume: bool | None = None) -> tuple[np.ndarray, Crops]:
     """Finds and crops the lungs of slices; ``net`` is the lung net, or None. See :meth:`Run.crops`."""
-    lungs = lung_masks(pixels, profile.lungs, volume)
+    lungs = threshold_lungs(pixels, profile.lungs, volume)
     found = np.flatnonzero(lungs.any(axis=(1, 2)))
     crops = make_crops(pixels[found], lungs[found], profile.prepare)
     return found, robust_lungs(net, crops, profile.lung_net)

@@ -22,7 +22,7 @@ from covidseg.data.folder import Dataset
 from covidseg.data.grey import clean
 from covidseg.data.scan import read_mask, read_scan
 from covidseg.errors import DatasetError, SettingsError
-from covidseg.lungs import LungSettings, lung_masks
+from covidseg.lungs import LungSettings, threshold_lungs
 
 CLIP = (-0.3, 1.5)
 CACHED = 4  # slices of 160 pixels whose features a CPU's cache can hold
@@ -226,7 +226,7 @@ def weak_set(dataset: Dataset, settings: PrepareSettings = PrepareSettings(),
         if beyond:
             raise DatasetError(f"volume {case.id} has {len(scan.pixels)} slices, slice {beyond[0]} is labelled",
                                path=dataset.root, remedy="Slices count from 0; correct the label table")
-        lungs = lung_masks(scan.pixels, lung_settings, check=scan if dataset.check else None)
+        lungs = threshold_lungs(scan.pixels, lung_settings, check=scan if dataset.check else None)
         keep = [k for k in sorted(case.labels) if lungs[k].mean() >= settings.least_lung]
         if keep:
             crops.append(make_crops(scan.pixels[keep], lungs[keep], settings))

@@ -21,7 +21,7 @@ from covidseg.data.folder import load_dataset
 from covidseg.data.scan import read_scan, write_like
 from covidseg.errors import DatasetError
 from covidseg.evaluation.evaluate import training_truth
-from covidseg.lungs import lung_masks
+from covidseg.lungs import threshold_lungs
 from covidseg.patches import PatchNet
 from covidseg.pipeline import Run, open_data, open_run
 from covidseg.preprocess import crop, make_crops, with_true_lungs
@@ -266,7 +266,7 @@ def test_without_a_lung_net_the_threshold_has_the_last_word(tiny_run: Run, tmp_p
     assert lines == []
     assert not list((tmp_path / "stages").glob("lung_net-*"))
     found, crops = run.crops(volume)
-    masks = lung_masks(volume)
+    masks = threshold_lungs(volume)
     assert found.tolist() == np.flatnonzero(masks.any(axis=(1, 2))).tolist()
     assert np.array_equal(crops.lungs, make_crops(volume[found], masks[found], TINY.prepare).lungs)
     assert dice(run.lungs(volume), masks) > 0.95

@@ -19,7 +19,7 @@ from covidseg import predict
 from covidseg.curriculum import Round
 from covidseg.data.scan import read_mask, read_scan, write_like
 from covidseg.errors import ArtifactError, InputFileError, NoLungError, OutputError
-from covidseg.lungs import lung_masks
+from covidseg.lungs import threshold_lungs
 from covidseg.patches import PatchNet
 from covidseg.pipeline import Run, find_lungs, write_run
 from covidseg.predict import Predictor, export_run, load_predictor, segment, shipped_predictor
@@ -61,7 +61,7 @@ def in_lungs(maps: np.ndarray, lungs: np.ndarray, crops: Crops, found: np.ndarra
 def test_probabilities_stay_in_the_lung(tiny_run: Run, predictor: Predictor, scan_file: Path, copied: Path,
                                         tmp_path: Path) -> None:
     scan = read_scan(scan_file)
-    maps, completed, threshold = predictor.probabilities(scan), tiny_run.lungs(scan.pixels), lung_masks(scan.pixels)
+    maps, completed, threshold = predictor.probabilities(scan), tiny_run.lungs(scan.pixels), threshold_lungs(scan.pixels)
     assert maps.shape == scan.pixels.shape
     assert maps.dtype == np.float32
     assert maps.max() <= 1

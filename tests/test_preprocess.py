@@ -18,7 +18,7 @@ from tiny import dice
 from covidseg.data.folder import Dataset, load_dataset
 from covidseg.data.scan import Grid, read_mask, read_scan, write_like
 from covidseg.errors import DatasetError, InputFileError, NoLungError
-from covidseg.lungs import lung_masks
+from covidseg.lungs import threshold_lungs
 from covidseg.preprocess import (
     CLIP,
     PrepareSettings,
@@ -43,7 +43,7 @@ SMALL = PrepareSettings(size=80)
 def first(tiny_phantom: Path) -> tuple[np.ndarray, np.ndarray]:
     """Pixels and threshold lungs of the first volume."""
     pixels = read_scan(load_dataset(tiny_phantom).cases[0].image).pixels
-    return pixels, lung_masks(pixels)
+    return pixels, threshold_lungs(pixels)
 
 
 # --- one scale for all windows ----------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_the_weak_set_holds_the_labels_of_the_table_and_each_crop_belongs_to_its
     for index in (0, 13, 39):
         volume, k = weak.names[index].rsplit(":", 1)
         pixels = read_scan(tiny_phantom / "im" / f"{volume}.nii.gz").pixels
-        one = make_crops(pixels[[int(k)]], lung_masks(pixels)[[int(k)]], SMALL)
+        one = make_crops(pixels[[int(k)]], threshold_lungs(pixels)[[int(k)]], SMALL)
         np.testing.assert_array_equal(one.images[0], weak.crops.images[index])
 
 
@@ -277,7 +277,7 @@ def test_slices_without_enough_lung_or_label_are_left_out(copied_data, weak):
     data = load_dataset(copied_data)
     demanding = weak_set(data, replace(SMALL, least_lung=0.1))
     shares = {f"{c.id}:{k}": mask.mean() for c in data.cases
-              for k, mask in enumerate(lung_masks(read_scan(c.image).pixels))}
+              for k, mask in enumerate(threshold_lungs(read_scan(c.image).pixels))}
     assert demanding.names.tolist() == [n for n in weak.names if shares[n] >= 0.1]
     assert 0 < len(demanding) < len(weak)
     assert len(demanding.crops) == len(demanding.labels) == len(demanding.patients) == len(demanding.names)

@@ -15,8 +15,9 @@ from data_server import ORIENTATIONS, oriented
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from covidseg.data.grey import Picture, clean
 from covidseg.data.scan import Scan, read_scan, write_like
-from covidseg.lungs import LungSettings, enlarge, lung_masks, regions, to_grid
+from covidseg.lungs import LungSettings, enlarge, regions, threshold_lungs, to_grid
 
 TYPES = (np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.float32, np.float64)
 WRITTEN = (np.uint8, np.float32)
@@ -124,10 +125,15 @@ def pictures(draw: st.DrawFn) -> np.ndarray:
     return np.clip(low + (high - low) * np.stack(chosen), *limits).astype(dtype)
 
 
+def _body(picture: Picture) -> np.ndarray:
+    settings = LungSettings()
+    beyond = None if picture.beyond is None else to_grid(picture.beyond, settings.grid) > 0.5
+    return regions(to_grid(picture.values, settings.grid), settings, beyond).body
+
+
 def faults_of_masks(masks: np.ndarray, pixels: np.ndarray) -> list[str]:
     """What keeps these from being lung masks of pictures: they may not reach beyond the body that was found."""
-    bodies = np.stack([enlarge(regions(to_grid(image, LungSettings().grid), LungSettings()).body, image.shape)
-                       for image in pixels])
+    bodies = np.stack([enlarge(_body(clean(image)), image.shape) for image in pixels])
     faults = {"another shape": masks.shape != pixels.shape, "not bool": masks.dtype != bool,
               "outside the body": masks.shape == pixels.shape and (masks.astype(bool) & ~bodies).any(),
               "lung in a constant": any(mask.any() for mask, image in zip(masks, pixels, strict=True)
@@ -140,7 +146,7 @@ def faults_of_masks(masks: np.ndarray, pixels: np.ndarray) -> list[str]:
 @example(np.zeros((1, 1, 1), np.uint8), None)
 @settings(max_examples=60)
 def test_lung_masks_of_any_picture_lie_in_its_body(pixels: np.ndarray, volume: bool | None) -> None:
-    assert faults_of_masks(lung_masks(pixels, volume=volume), pixels) == []
+    assert faults_of_masks(threshold_lungs(pixels, volume=volume), pixels) == []
 
 
 def test_check_of_lung_masks_fires() -> None:
@@ -148,7 +154,7 @@ def test_check_of_lung_masks_fires() -> None:
     body = np.hypot((rows - 45) / 38, (columns - 60) / 52) < 1
     lung = (np.hypot((rows - 45) / 20, (columns - 38) / 13) < 1) | (np.hypot((rows - 45) / 20, (columns - 82) / 13) < 1)
     pixels = np.stack([np.where(lung, -850, np.where(body, 40, -1000)), np.full((90, 120), -1000)]).astype(np.int16)
-    masks = lung_masks(pixels, volume=False)
+    masks = threshold_lungs(pixels, volume=False)
     assert masks[0].sum() > 0.8 * lung.sum()
     assert faults_of_masks(masks, pixels) == []
     assert faults_of_masks(masks[..., 1:], pixels) == ["another shape"]

@@ -233,8 +233,8 @@ def wide_net() -> nn.Module:
 def test_in_half_precision_the_net_computes_in_bfloat16_and_all_that_comes_out_is_full() -> None:
     net, inputs = wide_net(), torch.rand(4, 2, 12, 12)
     plain = copy.deepcopy(net)(inputs)
-    assert torch.equal(run_net(copy.deepcopy(net), inputs), plain), "on a CPU a net is run as it is"
-    assert torch.equal(run_net(lambda a, b: a + b, inputs, inputs), 2 * inputs)
+    assert torch.equal(Training.run(copy.deepcopy(net), inputs), plain), "on a CPU a net is run as it is"
+    assert torch.equal(Training.run(lambda a, b: a + b, inputs, inputs), 2 * inputs)
     inside: list[torch.dtype] = []
     net[3].register_forward_hook(lambda module, given, result: inside.append(result.dtype))
     logits = Training.run(net, inputs, half=True)

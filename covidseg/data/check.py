@@ -13,7 +13,7 @@ from covidseg.data.folder import Case, load_dataset
 from covidseg.data.layout import has_lesion
 from covidseg.data.scan import Scan, read_mask, read_scan
 from covidseg.errors import DatasetError, InputFileError, NoLungError, one_of
-from covidseg.lungs import lung_masks
+from covidseg.lungs import threshold_lungs
 
 # Studies in each folder of MosMedData COVID19_1110, and the studies that have outlines.
 MOSMED_STUDIES = {"CT-0": 254, "CT-1": 684, "CT-2": 125, "CT-3": 45, "CT-4": 2}
@@ -100,7 +100,7 @@ def _check_case(case: Case, unit: str | None, anatomy: bool) -> VolumeReport:
         faults.append(f"every voxel has the value {scan.value_range[0]:g}")
     elif anatomy:
         try:
-            lung_masks(scan.pixels, check=scan)
+            threshold_lungs(scan.pixels, check=scan)
         except (InputFileError, NoLungError) as error:
             faults.append(str(error))
     if outside := [index for index in case.labels if index >= count]:

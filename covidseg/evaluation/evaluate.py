@@ -23,7 +23,7 @@ from covidseg.errors import DatasetError
 from covidseg.evaluation.metrics import Scores, auc, confusion, figures, macro, micro
 from covidseg.evaluation.statistics import level_counts, reliability_sums
 from covidseg.gradcam import CamSettings, activation_maps
-from covidseg.lungs import is_volume, lung_masks, to_grid
+from covidseg.lungs import is_volume, threshold_lungs, to_grid
 from covidseg.patches import patch_probabilities
 from covidseg.pipeline import Run
 from covidseg.preprocess import Crops, crop_masks, uncrop_all
@@ -374,7 +374,7 @@ class LungResult:
     names: np.ndarray
 
 
-def evaluate_lungs(data: Dataset, find: Finder = lung_masks) -> LungResult:
+def evaluate_lungs(data: Dataset, find: Finder = threshold_lungs) -> LungResult:
     """Measures lung masks on every slice with at least ``LEAST_LUNG`` of true lung; skips volumes without truth.
 
     ``find`` makes the masks: the threshold, or ``run.lungs``.
@@ -391,7 +391,7 @@ def evaluate_lungs(data: Dataset, find: Finder = lung_masks) -> LungResult:
     return LungResult(np.concatenate(dice), np.array(names))
 
 
-def lesion_coverage(data: Dataset, find: Finder = lung_masks) -> tuple[float, float]:
+def lesion_coverage(data: Dataset, find: Finder = threshold_lungs) -> tuple[float, float]:
     """How much of all lesions lies inside the lung masks, and how much of the slices they take up: two shares.
 
     A lesion outside the mask is lost for good, and a mask of everything loses none: the two belong together.

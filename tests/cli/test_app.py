@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -16,6 +17,7 @@ import pytest
 from tiny import STAGES, TINY, TINY_BASELINES, finished_run, stage_name
 from typer.testing import CliRunner, Result
 
+import covidseg
 from covidseg import DISCLAIMER, __version__
 from covidseg.cli import app, main
 from covidseg.cli.measure import PAIRS, measured_on, sides
@@ -27,7 +29,6 @@ from covidseg.errors import DatasetError, InputFileError
 from covidseg.evaluation.evaluate import read_truth
 from covidseg.evaluation.experiments import differences, strongest_earlier, table_lines
 from covidseg.evaluation.methods import BASELINE_PROFILES, SYSTEMS
-from covidseg.lungs import lung_masks
 from covidseg.pipeline import Run
 from covidseg.profiles import PROFILES
 
@@ -222,19 +223,21 @@ def test_help_works_everywhere(name: str) -> None:
     assert name or flat(DISCLAIMER[:40]) in flat(result.output)
 
 
-def test_lungs_writes_masks_that_lie_on_the_scans(tiny_phantom: Path, scan: Path, tmp_path: Path) -> None:
-    result = invoke("lungs", tiny_phantom / "im", "-o", tmp_path / "all")
+@pytest.mark.parametrize(("option", "find"), [
+    ((), covidseg.lung_masks), (("--threshold-only",), partial(covidseg.lung_masks, threshold_only=True))])
+def test_lungs_writes_masks_that_lie_on_the_scans(option, find, tiny_phantom: Path, scan: Path, tmp_path: Path) -> None:
+    result = invoke("lungs", *option, tiny_phantom / "im", "-o", tmp_path / "all")
     assert result.exit_code == 0
-    assert flat("lung in") in flat(result.output)
+    assert flat("lung in 10 of 10 slices") in flat(result.output)
     assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [f"phantom_0{k}.nii.gz" for k in range(4)]
     given, mask = nib.load(scan), nib.load(tmp_path / "all" / SCAN)
     assert mask.shape == given.shape
     np.testing.assert_allclose(mask.affine, given.affine)
     read = read_scan(scan)
-    expected = stored(write_like(lung_masks(read.pixels), read.grid, tmp_path / "expected.nii.gz"))
+    expected = stored(write_like(find(read), read.grid, tmp_path / "expected.nii.gz"))
     assert set(np.unique(expected)) == {0, 1}
     assert np.array_equal(stored(tmp_path / "all" / SCAN), expected)
-    assert invoke("lungs", scan, "-o", tmp_path / "named.nii").exit_code == 0
+    assert invoke("lungs", *option, scan, "-o", tmp_path / "named.nii").exit_code == 0
     assert np.array_equal(stored(tmp_path / "named.nii"), expected)
 
 

@@ -12,7 +12,7 @@ from covidseg.data.chest import spans
 from covidseg.data.phantom import PhantomPatient, PhantomSettings, make_patient
 from covidseg.data.scan import Grid, Scan, read_scan
 from covidseg.errors import InputFileError, NoLungError
-from covidseg.lungs import lung_masks, survey_lungs
+from covidseg.lungs import survey_lungs, threshold_lungs
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def patient() -> PhantomPatient:
 
 @pytest.fixture(scope="module")
 def plain(patient: PhantomPatient) -> np.ndarray:
-    return lung_masks(patient.hu)
+    return threshold_lungs(patient.hu)
 
 
 def scan_of(pixels: np.ndarray, millimetres: float = 1.3) -> Scan:
@@ -50,17 +50,17 @@ def test_what_is_no_chest_ct_is_refused_with_the_reason(name, patient):
     make, said = OTHERS[name]
     pixels = make(patient)
     with pytest.raises((InputFileError, NoLungError), match=rf"scan.nii.gz.*({said})"):
-        lung_masks(pixels, check=scan_of(pixels))
+        threshold_lungs(pixels, check=scan_of(pixels))
 
 
 @pytest.mark.parametrize(("millimetres", "taken"), [(1.3, True), (0.5, True), (0.12, False)])
 def test_a_child_is_taken_and_an_animal_is_not(millimetres, taken, patient):
     scan = scan_of(patient.hu, millimetres)
     if taken:
-        assert lung_masks(patient.hu, check=scan).any()
+        assert threshold_lungs(patient.hu, check=scan).any()
     else:
         with pytest.raises(InputFileError, match=r"has [0-9.]+ cm2.*voxel size"):
-            lung_masks(patient.hu, check=scan)
+            threshold_lungs(patient.hu, check=scan)
 
 
 def test_most_slices_that_tell_decide(patient):
@@ -68,10 +68,10 @@ def test_most_slices_that_tell_decide(patient):
     for good, bad, taken in ((4, 3, True), (3, 4, False), (1, 0, True)):
         pixels = np.concatenate([patient.hu[3:3 + good], mr[3:3 + bad], empty])
         if taken:
-            assert lung_masks(pixels, check=scan_of(pixels)).any()
+            assert threshold_lungs(pixels, check=scan_of(pixels)).any()
         else:
             with pytest.raises(InputFileError, match=f"in {bad} of {good + bad} slices"):
-                lung_masks(pixels, check=scan_of(pixels))
+                threshold_lungs(pixels, check=scan_of(pixels))
 
 
 def test_a_person_is_told_where_lungs_are_missing(patient, plain):
@@ -89,7 +89,7 @@ def test_a_person_is_told_where_the_picture_ends_inside_a_lung(patient):
     cut = patient.hu[:, :, left + 12:]
     found = survey_lungs(cut, check=scan_of(cut))
     assert any("the picture ends inside a lung in slices" in text for text in found.warnings)
-    assert dice(found.masks, lung_masks(patient.hu)[:, :, left + 12:]) > 0.97
+    assert dice(found.masks, threshold_lungs(patient.hu)[:, :, left + 12:]) > 0.97
 
 
 def test_a_person_is_told_of_one_lung_alone(patient, plain):
@@ -108,4 +108,4 @@ def test_spans():
 def test_every_real_scan_is_plausible(realct):
     for path in [*sorted((realct / "medseg9" / "im").glob("*.nii.gz")), realct / "medseg100" / "dev_im.nii.gz"]:
         scan = read_scan(path)
-        assert lung_masks(scan.pixels, check=scan).any()
+        assert threshold_lungs(scan.pixels, check=scan).any()

@@ -14,11 +14,11 @@ from scipy import ndimage as ndi
 
 from covidseg.data.grey import clean
 from covidseg.data.phantom import PhantomPatient, PhantomSettings, make_patient
-from covidseg.lungs import lung_masks
+from covidseg.lungs import threshold_lungs
 from covidseg.preprocess import normalise
 
 PATIENT = make_patient(PhantomSettings(slices=8), 0)
-LUNGS = lung_masks(PATIENT.hu)
+LUNGS = threshold_lungs(PATIENT.hu)
 K = 4
 
 
@@ -49,7 +49,7 @@ def test_a_slice_without_tissue_passes_through(image):
 def test_gain_offset_and_padding_do_not_matter(gain, offset, padding):
     """Padding in units of the way from air to tissue, so that it lies far below, between and far above them."""
     pixels = (field(PATIENT, 1000 * padding, PATIENT.hu[3:6]) * gain + offset).astype(np.float64)
-    assert dice(lung_masks(pixels, volume=False), lung_masks(PATIENT.hu[3:6], volume=False)) > 0.999
+    assert dice(threshold_lungs(pixels, volume=False), threshold_lungs(PATIENT.hu[3:6], volume=False)) > 0.999
 
 
 @pytest.mark.parametrize("kind", ["uint8", "int16", "uint16", "int32", "uint32", "float32", "float64"])
@@ -60,7 +60,7 @@ def test_the_type_of_the_voxels_does_not_matter(kind, beyond, patient):
     pixels = (patient.hu + 1024) * scale + (20 if kind == "uint8" else 2000)
     if beyond is not None:
         pixels = field(patient, float(limits.min if beyond == "low" else limits.max), pixels)
-    assert dice(lung_masks(pixels.astype(kind)), LUNGS) > 0.998
+    assert dice(threshold_lungs(pixels.astype(kind)), LUNGS) > 0.998
 
 
 def test_padding_is_found_where_it_lies(patient):
@@ -79,7 +79,7 @@ def test_padding_that_a_lossy_picture_smears_is_found(patient):
     beyond = clean(smeared).beyond
     assert beyond is not None
     assert len(np.unique(smeared[beyond])) > 1
-    assert dice(lung_masks(smeared[None]), LUNGS[K:K + 1]) > 0.99
+    assert dice(threshold_lungs(smeared[None]), LUNGS[K:K + 1]) > 0.99
 
 
 def test_a_turned_picture_has_corners_beyond_its_field(patient):

@@ -37,7 +37,7 @@ from covidseg.evaluation.evaluate import (
 from covidseg.evaluation.statistics import reliability_sums
 from covidseg.gradcam import CamSettings, activation_maps
 from covidseg.lungnet import robust_lungs
-from covidseg.lungs import lung_masks
+from covidseg.lungs import threshold_lungs
 from covidseg.patches import PatchNet, patch_probabilities
 from covidseg.pipeline import Run
 from covidseg.preprocess import Crops, PrepareSettings, crop_masks, make_crops, uncrop
@@ -77,7 +77,7 @@ def test_the_otsu_row_equals_a_direct_computation(measured: Evaluation, tiny_run
     counts = []
     for case in tiny_run.data.subset(MEASURED).cases:
         pixels, mask = read_scan(case.image).pixels, read_mask(case.mask)
-        for image, lung, truth in zip(pixels, lung_masks(pixels), mask, strict=True):
+        for image, lung, truth in zip(pixels, threshold_lungs(pixels), mask, strict=True):
             found = np.zeros(truth.shape, bool)
             if lung.any():
                 crop = robust_lungs(tiny_run.lung_net(), make_crops(image[None], lung[None], TINY.prepare),
@@ -308,7 +308,7 @@ def test_lung_dice_of_a_finder(tiny_phantom: Path, tiny_run: Run, squares: Datas
     assert len(perfect.dice) > 5
     assert (perfect.dice == 1).all()
     assert (evaluate_lungs(data, lambda given: ~truth).dice == 0).all()
-    for result, mask in ((evaluate_lungs(data), lung_masks(pixels)),
+    for result, mask in ((evaluate_lungs(data), threshold_lungs(pixels)),
                          (evaluate_lungs(data, tiny_run.lungs), tiny_run.lungs(pixels))):
         for name, value in zip(result.names, result.dice, strict=True):
             a, b = truth[int(name.split(":")[1])], mask[int(name.split(":")[1])]

@@ -16,7 +16,7 @@ from bench.volumes import crops, volume, write_volume
 from covidseg.classifier import Classifier
 from covidseg.data.scan import read_scan
 from covidseg.gradcam import activation_maps
-from covidseg.lungs import lung_masks
+from covidseg.lungs import threshold_lungs
 from covidseg.patches import PatchNet, patch_probabilities
 from covidseg.preprocess import Crops, WeakSet
 from covidseg.profiles import profile_named
@@ -37,7 +37,7 @@ def reading(folder: Path, slices: int, side: int) -> Work:
 
 def masking(folder: Path, slices: int, side: int) -> Work:
     pixels = volume(slices, side)
-    return lambda: int(lung_masks(pixels, volume=True).sum())
+    return lambda: int(threshold_lungs(pixels, volume=True).sum())
 
 
 def applying(method: Callable[[Any, Crops], np.ndarray], net: nn.Module, slices: int, side: int) -> Work:

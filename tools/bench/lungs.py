@@ -9,7 +9,7 @@ import torch
 from bench.command import covidseg
 from bench.measure import Setup, alternating, comparison, limited
 from bench.volumes import volume, write_volume
-from covidseg.lungs import lung_masks
+from covidseg.lungs import threshold_lungs
 
 
 def lungmask_net() -> torch.nn.Module:
@@ -33,7 +33,7 @@ def run(setup: Setup) -> dict[str, Any]:
         inputs = torch.from_numpy(small)[:, None].float().to(setup.device)
         net((inputs + 600) / 1624).argmax(dim=1).cpu()
 
-    ours, other = alternating([lambda: lung_masks(pixels, volume=True), theirs], max(1, setup.rounds - 2), setup.device)
+    ours, other = alternating([lambda: threshold_lungs(pixels, volume=True), theirs], max(1, setup.rounds - 2), setup.device)
     slices = setup.size(600, 12)
     path = write_volume(setup.folder / "lungs.nii.gz", slices, setup.size(512, 128))
     seconds, peak = covidseg(setup.folder, "lungs", path, "-o", setup.folder / "lungs-out.nii.gz")

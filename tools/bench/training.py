@@ -58,7 +58,8 @@ def plainly() -> Iterator[None]:
 
     def run_net(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         return function(*inputs)
-    with patch.multiple("covidseg.training", overlapped=in_turn, on_device=on_device, run_net=run_net):
+    with patch.multiple("covidseg.training", overlapped=in_turn, on_device=on_device), \
+            patch("covidseg.training.Training.run", staticmethod(run_net)):
         yield
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from covidseg.data.phantom import PhantomSettings, is_healthy, make_patient
 from covidseg.data.scan import Grid, write_like
-from covidseg.lungs import lung_masks
+from covidseg.lungs import threshold_lungs
 from covidseg.preprocess import Crops, PrepareSettings, make_crops
 
 
@@ -46,7 +46,7 @@ def write_volume(path: Path, slices: int, size: int = 512) -> Path:
 def crops(count: int, size: int = 160) -> Crops:
     """``count`` crops to the lungs of ``size`` pixels, enlarged from crops of 160."""
     pixels = volume(min(count, 48), 256)
-    lungs = lung_masks(pixels)
+    lungs = threshold_lungs(pixels)
     found = np.flatnonzero(lungs.any(axis=(1, 2)))
     some = make_crops(pixels[found], lungs[found], PrepareSettings()).take(np.arange(count) % len(found))
     if size == some.images.shape[-1]:
