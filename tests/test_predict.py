@@ -61,7 +61,8 @@ def in_lungs(maps: np.ndarray, lungs: np.ndarray, crops: Crops, found: np.ndarra
 def test_probabilities_stay_in_the_lung(tiny_run: Run, predictor: Predictor, scan_file: Path, copied: Path,
                                         tmp_path: Path) -> None:
     scan = read_scan(scan_file)
-    maps, completed, threshold = predictor.probabilities(scan), tiny_run.lungs(scan.pixels), threshold_lungs(scan.pixels)
+    maps, completed = predictor.probabilities(scan), tiny_run.lungs(scan.pixels)
+    threshold = threshold_lungs(scan.pixels)
     assert maps.shape == scan.pixels.shape
     assert maps.dtype == np.float32
     assert maps.max() <= 1

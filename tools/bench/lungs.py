@@ -33,7 +33,8 @@ def run(setup: Setup) -> dict[str, Any]:
         inputs = torch.from_numpy(small)[:, None].float().to(setup.device)
         net((inputs + 600) / 1624).argmax(dim=1).cpu()
 
-    ours, other = alternating([lambda: threshold_lungs(pixels, volume=True), theirs], max(1, setup.rounds - 2), setup.device)
+    ours, other = alternating([lambda: threshold_lungs(pixels, volume=True), theirs], max(1, setup.rounds - 2),
+                              setup.device)
     slices = setup.size(600, 12)
     path = write_volume(setup.folder / "lungs.nii.gz", slices, setup.size(512, 128))
     seconds, peak = covidseg(setup.folder, "lungs", path, "-o", setup.folder / "lungs-out.nii.gz")
