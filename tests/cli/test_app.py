@@ -14,7 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from tiny import STAGES, TINY, TINY_BASELINES, finished_run, stage_name
+from tiny import STAGES, TINY, TINY_BASELINES, stage_name
 from typer.testing import CliRunner, Result
 
 import covidseg
@@ -35,11 +35,6 @@ from covidseg.profiles import PROFILES
 SCAN = "phantom_01.nii.gz"
 ROOT = Path(__file__).resolve().parents[2]
 Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def tiny_run(tiny_phantom: Path) -> Run:
-    return finished_run(tiny_phantom)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from skimage.filters import threshold_otsu
-from tiny import TINY, finished_run, quiet, toy
+from tiny import TINY, quiet, toy
 
 from covidseg.classifier import Classifier
 from covidseg.curriculum import Round
@@ -44,11 +44,6 @@ from covidseg.preprocess import Crops, PrepareSettings, crop_masks, make_crops, 
 from covidseg.segmenter import lesion_probabilities, make_segmenter
 
 MEASURED = ["phantom_01", "phantom_02"]
-
-
-@pytest.fixture(scope="module")
-def tiny_run(tiny_phantom: Path) -> Run:
-    return finished_run(tiny_phantom)
 
 
 @pytest.fixture(scope="module")

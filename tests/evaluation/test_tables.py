@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from tiny import STAGES, TINY, finished_run, quiet, stage_name
+from tiny import STAGES, TINY, quiet, stage_name
 
 from covidseg import DISCLAIMER, pipeline
 from covidseg.evaluation.evaluate import Evaluation, StageResult
@@ -40,11 +40,6 @@ COUNTS = np.array([[10, 10, 10, 70], [0, 0, 0, 100], [0, 0, 20, 80]])
 REST = np.zeros((10, 3)), np.zeros((101, 4))
 EVALUATION = Evaluation([StageResult("first", "none", NAN, COUNTS, *REST),
                          StageResult("second", "slice labels", 0.4321, COUNTS[:1], *REST)], NAN, 3)
-
-
-@pytest.fixture(scope="module")
-def tiny_run(tiny_phantom: Path) -> Run:
-    return finished_run(tiny_phantom)
 
 
 def strict(text: str) -> dict:
