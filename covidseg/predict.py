@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +37,13 @@ class Prediction:
         slices: Of the scan.
         lesion_slices: How many of them show a lesion.
         lesion_ml: Volume of all lesions in millilitres, by the voxel size of the file.
+        warnings: What is odd about the file.
     """
 
     slices: int
     lesion_slices: int
     lesion_ml: float
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,16 @@ class Predictor:
 
     def predict_file(self, path: Path, target: Path, threshold: float | None = None,
                      probability_target: Path | None = None, volume: bool | None = None, *,
-                     progress: bool = False, check: bool = True) -> Prediction:
+                     series: str | None = None, progress: bool = False, check: bool = True) -> Prediction:
         """Writes the lesion mask of a scan.
 
         Args:
-            path: the scan.
+            path: the scan, a NIfTI file or a folder of DICOM slices.
             target: of the mask, which lies on the scan voxel by voxel.
             threshold: lesion from this probability on. Default: as the run was made.
             probability_target: of the probabilities, float32, if they are wanted.
             volume: whether the slices of the scan are one body in order; by default that is measured.
+            series: of a folder of DICOM slices, see :func:`covidseg.data.scan.read_scan`.
             progress: whether a bar is shown, if it takes long and there is a terminal.
             check: whether the scan has to look like chest CT.
 
@@ -111,7 +113,7 @@ class Predictor:
             OutputError: a result cannot be written.
         """
         level = self.profile.segmenter.threshold if threshold is None else threshold
-        scan = read_scan(path)
+        scan = read_scan(path, series=series)
         mask = np.zeros(scan.pixels.shape, bool)
         # The largest array of all, four bytes a voxel, is only made where it is wanted.
         maps = None if probability_target is None else np.zeros(scan.pixels.shape, np.float32)
@@ -123,7 +125,7 @@ class Predictor:
             write_like(maps, scan.grid, probability_target)
         write_like(mask, scan.grid, target)
         return Prediction(len(mask), int(mask.any(axis=(1, 2)).sum()),
-                          int(mask.sum()) * math.prod(scan.spacing) / 1000)
+                          int(mask.sum()) * scan.grid.voxel_ml(), scan.warnings)
 
     def _maps(self, scan: Scan, volume: bool | None, check: bool,
               progress: bool = False) -> Iterator[tuple[int, np.ndarray]]:
@@ -148,7 +150,7 @@ def segment(scan: Scan | Path | str, predictor: Predictor | None = None, *, volu
     """Lesion mask of a scan: the whole method in one call.
 
     Args:
-        scan: a scan, or the path of its NIfTI file.
+        scan: a scan, or the path of its NIfTI file or of a folder of DICOM slices.
         predictor: the nets; by default those that come with the package, read once.
         volume: whether the slices are one body in order; by default that is measured.
         check: whether the scan has to look like chest CT.

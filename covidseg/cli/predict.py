@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +12,14 @@ from rich.markup import escape
 
 from covidseg import DISCLAIMER
 from covidseg.cli.common import Device, Unchecked, console, errors, state
-from covidseg.errors import CovidsegError, InputFileError, SettingsError
+from covidseg.errors import CovidsegError, SettingsError
 
-Inputs = Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or folders of them.")]
+Inputs = Annotated[list[Path], typer.Argument(
+    help="CT scans: NIfTI files, folders of them, or folders of DICOM slices, each of which is one scan.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder, or a .nii.gz file for one scan.")]
+Series = Annotated[str | None, typer.Option(
+    help="Of a DICOM folder with several series: number in `covidseg data series`, UID or its last digits. "
+         "Default: most slices.")]
 Volume = Annotated[bool | None, typer.Option(
     "--volume/--stack", help="Slices of one body in order, or unrelated slices. Default: measured.")]
 
@@ -31,7 +35,7 @@ def targets_of(out: Path, sources: list[Path]) -> dict[Path, Path]:
     """Where each result goes: ``out`` itself if it is named like a file, else ``out/NAME.nii.gz``.
 
     Raises:
-        SettingsError: a result would replace a scan, or two results would have the same name.
+        SettingsError: a result would replace a scan or lie among its slices, or two results would have the same name.
     """
     from covidseg.data.scan import scan_id
 
@@ -40,6 +44,9 @@ def targets_of(out: Path, sources: list[Path]) -> dict[Path, Path]:
     targets = {source: out if is_file(out) else out / f"{scan_id(source)}.nii.gz" for source in sources}
     scans, names = {source.resolve() for source in sources}, Counter(targets.values())
     for source, target in targets.items():
+        if source.is_dir() and source.resolve() in target.resolve().parents:
+            raise SettingsError("the result would lie among the slices", path=target,
+                                remedy="Name a folder outside of the scan's after -o")
         if target.resolve() in scans:
             raise SettingsError("the result would replace the scan itself", path=target,
                                 remedy="Name another folder after -o")
@@ -50,13 +57,12 @@ def targets_of(out: Path, sources: list[Path]) -> dict[Path, Path]:
 
 
 def files_of(sources: list[Path]) -> list[Path]:
-    """Files as given; folders stand for the NIfTI files in them."""
+    """Files as given; folders stand for the NIfTI files in them, or for the DICOM series."""
+    from covidseg.data.dicom import scans_in
+
     files: list[Path] = []
     for source in sources:
-        inside = [p for p in sorted(source.iterdir()) if is_file(p)] if source.is_dir() else []
-        if source.is_dir() and not inside:
-            raise InputFileError("holds no NIfTI files", path=source, remedy="Name .nii or .nii.gz files")
-        files += inside or [source]
+        files += scans_in(source if source.name else source.resolve()) if source.is_dir() else [source]
     return files
 
 
@@ -76,6 +82,12 @@ def each(files: list[Path], work: Callable[[Path], str]) -> CovidsegError | None
     return failed
 
 
+def warn(warnings: Iterable[str]) -> None:
+    """Prints what is odd about a scan."""
+    for warning in filter(None, warnings):
+        errors.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False, soft_wrap=True)
+
+
 def end(failed: CovidsegError | None, files: list[Path]) -> None:
     """Ends with the exit code of an error, if there was one."""
     if failed is not None and len(files) == 1:
@@ -84,7 +96,7 @@ def end(failed: CovidsegError | None, files: list[Path]) -> None:
         raise typer.Exit(failed.exit_code)
 
 
-def lungs(inputs: Inputs, out: Out, volume: Volume = None, unchecked: Unchecked = False) -> None:
+def lungs(inputs: Inputs, out: Out, series: Series = None, volume: Volume = None, unchecked: Unchecked = False) -> None:
     """Writes threshold lung masks; no training needed."""
     from covidseg.data.chest import no_lung
     from covidseg.data.scan import read_scan, write_like
@@ -94,7 +106,8 @@ def lungs(inputs: Inputs, out: Out, volume: Volume = None, unchecked: Unchecked 
     targets = targets_of(out, files)
 
     def work(path: Path) -> str:
-        scan = read_scan(path)
+        scan = read_scan(path, series=series)
+        warn(scan.warnings)
         masks = lung_masks(scan.pixels, volume=volume, check=None if unchecked else scan, progress=True)
         found = int(masks.any(axis=(1, 2)).sum())
         if not found:
@@ -108,7 +121,7 @@ def lungs(inputs: Inputs, out: Out, volume: Volume = None, unchecked: Unchecked 
 def predict(inputs: Inputs, out: Out,
             run: Annotated[Path | None, typer.Option(
                 help="Folder written by `covidseg train`. Default: the nets that come with covidseg.")] = None,
-            volume: Volume = None,
+            series: Series = None, volume: Volume = None,
             threshold: Annotated[float | None, typer.Option(
                 min=0.001, max=1.0, help="Lesion from this probability on. Default: as the run was made.")] = None,
             probability: Annotated[bool, typer.Option(
@@ -131,10 +144,11 @@ def predict(inputs: Inputs, out: Out,
     predictor = load_predictor(SHIPPED if run is None else run, pick_device(device))
     level = predictor.profile.segmenter.threshold if threshold is None else threshold
     work = PartRun(predictor, which, targets, None if is_file(out) else out, level, volume, probability,
-                   not unchecked)
+                   not unchecked, series)
 
     def predicted(path: Path) -> str:
         row, before = work.predict(path, progress=True)
+        warn([row["warnings"]])
         found = f"lesion in {row['lesion_slices']} of {row['slices']} slices"
         return f"{found}, {'as predicted before in' if before else 'wrote'} {targets[path]}"
 
