@@ -45,13 +45,12 @@ def save(data: Dataset, path: Path) -> Path:
     return path
 
 
-def write_series(folder: Path, hu: Array, step: tuple[float, float, float] = (0, 0, 5), *, seed: int = 0,
-                 **tags: Any) -> list[Path]:
+def write_series(folder: Path, hu: Array, step: tuple[float, float, float] = (0, 0, 5), **tags: Any) -> list[Path]:
     """Writes ``(slices, rows, columns)`` HU from feet to head, under names without suffix and in no order.
 
     Returns the file of each slice.
     """
-    names = np.random.default_rng(seed).permutation(len(hu))
+    names = np.random.default_rng(0).permutation(len(hu))
     start = np.array([-80.0, -90.0, -1200.0])
     return [save(slice_of((pixels + 1024).astype(np.int16), start + k * np.array(step), **tags),
                  folder / f"IM{names[k]:05d}") for k, pixels in enumerate(hu)]

@@ -131,6 +131,9 @@ def predict(inputs: Inputs, out: Out,
             unchecked: Unchecked = False, device: Device = "auto") -> None:
     """Writes lesion masks that lie on their scans voxel by voxel, and a table of what was found.
 
+    A folder of DICOM slices is one scan: the CT series with most slices, or that of --series; its mask is NIfTI and has
+    the folder's name. `covidseg data series` lists what a folder holds.
+
     Scans that are done, by the same nets and with the same settings, are left as they are.
     """
     from covidseg.batch import Part, PartRun, parse_part, write_table
