@@ -58,11 +58,14 @@ def targets_of(out: Path, sources: list[Path]) -> dict[Path, Path]:
 
 def files_of(sources: list[Path]) -> list[Path]:
     """Files as given; folders stand for the NIfTI files in them, or for the DICOM series."""
-    from covidseg.data.dicom import scans_in
-
     files: list[Path] = []
     for source in sources:
-        files += scans_in(source if source.name else source.resolve()) if source.is_dir() else [source]
+        if source.is_dir():
+            from covidseg.data.dicom import scans_in  # with SimpleITK, which files alone can do without
+
+            files += scans_in(source if source.name not in ("", "..") else source.resolve())
+        else:
+            files.append(source)
     return files
 
 

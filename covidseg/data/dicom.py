@@ -35,6 +35,7 @@ WIDEST_GAP = 30.0    # mm that may be interpolated; whole lesions fit into more
 UNREADABLE = "DICOM without a picture, or damaged"
 STRAIGHT = 0.5       # mm that slices may stray sideways
 DIGITS = 6           # of a UID, shown and accepted
+MENTIONED = 9        # series in an error
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class File:
         position: ``(3,)`` mm, centre of the first voxel, in DICOM's axes (left, back, head).
         axes: ``(3, 3)``; its columns are the directions of columns, rows and slices in these axes.
         size: Columns, rows and frames.
-        spacing: Millimetres between columns, rows and slices; the last is the thickness if there is one frame.
+        spacing: Millimetres between columns, rows and slices; the last is the thickness of a single frame, or 0.
         acquisition: Which scan of a series it belongs to, in the scanner's own count.
         padding: HU outside of the field of view, if the file says so.
         whole: Whether HU are whole numbers.
@@ -109,6 +110,8 @@ def scans_in(folder: Path) -> list[Path]:
 
 def is_dicom(path: Path) -> bool:
     """Whether a file is DICOM by its content; names do not tell."""
+    if not path.is_file():  # a pipe would be waited for
+        return False
     try:
         with path.open("rb") as stream:
             return stream.read(132)[128:] == b"DICM"
@@ -160,7 +163,8 @@ def choose(path: Path, wanted: str | None = None) -> tuple[Series, tuple[str, ..
     if not found:
         fault = f"is {next(iter(skipped))}" if len(skipped) == 1 else f"holds no CT slices: {describe(skipped)}"
         raise InputFileError(fault, path=path, remedy="Give a series of CT slices")
-    listed = "; ".join(f"{number}: {one}" for number, one in enumerate(found, start=1))
+    listed = "; ".join(f"{number}: {one}" for number, one in enumerate(found[:MENTIONED], start=1))
+    listed += "; `covidseg data series` lists all" if len(found) > MENTIONED else ""
     chosen = found if wanted is None else [
         one for number, one in enumerate(found, start=1)
         if wanted in (str(number), one.uid) or (len(wanted) >= DIGITS and one.uid.endswith(wanted))]
@@ -168,13 +172,13 @@ def choose(path: Path, wanted: str | None = None) -> tuple[Series, tuple[str, ..
         raise InputFileError(f"holds no series {wanted}", path=path, remedy=f"Choose one with --series: {listed}")
     if len({one.study for one in chosen}) > 1:
         raise InputFileError("holds series of several examinations", path=path,
-                             remedy=f"Choose one with --series: {listed}")
+                             remedy=f"Name the folder of each, or choose one with --series: {listed}")
     if len(chosen) > 1 and chosen[0].slices() == chosen[1].slices():
         raise InputFileError("holds several series with equally many slices", path=path,
                              remedy=f"Choose one with --series: {listed}")
     warnings = []
-    if wanted is None and len(found) > 1:
-        warnings.append(f"took the series with most slices of {len(found)} (`covidseg data series` lists them)")
+    if len(chosen) > 1:
+        warnings.append(f"took the series with most slices of {len(chosen)} (`covidseg data series` lists them)")
     if skipped[UNREADABLE]:
         warnings.append(f"left out: {describe(Counter({UNREADABLE: skipped[UNREADABLE]}))}")
     return chosen[0], tuple(warnings)
@@ -266,7 +270,8 @@ def _read_tags(path: Path) -> tuple[str, str, File] | str:
     if "LOCALIZER" in tag("0008|0008").upper():
         return "a localizer"
     if size[2] > 1:
-        # GDCM reads positions of frames in even distances; otherwise it falls back on 1 mm in all directions.
+        # GDCM reads positions of frames in even distances; otherwise it falls back on 1 mm in all directions. It takes
+        # the rescaling of the first frame for all, which scanners write alike.
         if spacing == (1, 1, 1):
             return "multi-frame CT whose frames are not in even distances or in order"
         position, axes = np.array(reader.GetOrigin()), np.array(reader.GetDirection()).reshape(3, 3)
@@ -279,7 +284,7 @@ def _read_tags(path: Path) -> tuple[str, str, File] | str:
             return "CT with a direction that is none"
         position, axes = where, np.stack([x, y, np.cross(x, y)], axis=1)
         thickness = numbers("0018|0050", 1)
-        spacing = (*spacing[:2], float(thickness[0]) if thickness is not None and thickness[0] > 0 else 1.0)
+        spacing = (*spacing[:2], 0.0 if thickness is None else float(thickness[0]))
     padding, slope, intercept = (numbers(f"0028|{name}", 1) for name in ("0120", "1053", "1052"))
     if padding is not None:
         padding = padding * (1 if slope is None else slope or 1) + (0 if intercept is None else intercept)
@@ -337,7 +342,9 @@ def _stacking(path: Path, files: tuple[File, ...]) -> tuple[np.ndarray, np.ndarr
     new = np.diff(z, prepend=-np.inf) > SAME_PLACE
     places = z[new]
     if len(places) == 1:
-        return files[0].axes[:, 2] * files[0].spacing[2], np.zeros(len(files)), ()
+        thickness = files[0].spacing[2]
+        unknown = () if thickness > 0 else ("the thickness of the slice is unknown and taken for 1 mm",)
+        return files[0].axes[:, 2] * (thickness if thickness > 0 else 1.0), np.zeros(len(files)), unknown
     gaps = np.diff(places)
     usual = float(np.median(gaps))
     counts = np.maximum(1, np.rint(gaps / usual))

@@ -207,8 +207,22 @@ def write_like(array: np.ndarray, grid: Grid, path: str | Path) -> Path:
     if grid.two_dimensional:
         stored = stored[..., 0]
     suffix = ".nii" if path.name.lower().endswith(".nii") else ".nii.gz"
-    write_whole(path, lambda temporary: nib.save(nib.Nifti1Image(stored, grid.affine), temporary), suffix=suffix)
+    image = nib.Nifti1Image(stored, grid.affine)
+    if not np.allclose(straight := _without_tilt(grid.affine), grid.affine, atol=1e-3):
+        # ITK, and so 3D Slicer, opens no file whose only affine is sheared; it takes the other one, which places the
+        # result as ITK places the tilted series itself.
+        image.set_qform(straight, code="aligned")
+    write_whole(path, lambda temporary: nib.save(image, temporary), suffix=suffix)
     return path
+
+
+def _without_tilt(affine: np.ndarray) -> np.ndarray:
+    """The affine with its third axis at right angles to the others, and as long as before."""
+    straight = affine.copy()
+    normal = np.cross(affine[:3, 0], affine[:3, 1])
+    step = affine[:3, 2]
+    straight[:3, 2] = normal * np.sign(normal @ step) * np.linalg.norm(step) / np.linalg.norm(normal)
+    return straight
 
 
 # --- what a NIfTI file holds ----------------------------------------------------------------------------------------

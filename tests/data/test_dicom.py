@@ -54,7 +54,7 @@ def test_each_voxel_lies_where_its_slice_says(tmp_path: Path) -> None:
         np.testing.assert_array_equal(scan.pixels, upright.get(name, scan.pixels))
 
 
-@pytest.mark.parametrize("name", [name for name in PLANES if name != "gantry tilt"])
+@pytest.mark.parametrize("name", PLANES)
 def test_a_mask_lies_on_the_series_for_simpleitk(name: str, tmp_path: Path) -> None:
     directions, step = PLANES[name]
     write_series(tmp_path / "scan", HU, step, ImageOrientationPatient=list(directions))
@@ -223,6 +223,10 @@ def test_several_that_might_be_meant_are_refused_with_a_list(cd: Path) -> None:
     write_series(cd / "G", HU[:2], SeriesInstanceUID="1.6", StudyInstanceUID="9")
     with pytest.raises(InputFileError, match=r"several examinations.*4: 2 slices"):
         read_scan(cd)
+    for number in range(6):
+        write_series(cd / f"H{number}", HU[:1], SeriesInstanceUID=f"1.7.{number}")
+    with pytest.raises(InputFileError, match=r"9: 1 slice of .*; `covidseg data series` lists all"):
+        read_scan(cd)
 
 
 @pytest.mark.parametrize(("tags", "words"), [
@@ -240,6 +244,12 @@ def test_what_is_no_ct_is_refused_with_the_reason(tags: dict, words: str, tmp_pa
         with pytest.raises(InputFileError, match=words) as caught:
             read_scan(path)
         assert caught.value.remedy
+
+
+def test_a_slice_of_unknown_thickness(tmp_path: Path) -> None:
+    scan = read_scan(write_series(tmp_path, HU[:1], SliceThickness=None)[0])
+    assert scan.spacing[0] == 1
+    assert scan.warnings == ("the thickness of the slice is unknown and taken for 1 mm",)
 
 
 def test_a_damaged_slice_is_said_and_counts_as_missing(tmp_path: Path) -> None:
