@@ -103,7 +103,7 @@ def scans_in(folder: Path) -> list[Path]:
     if not nifti and not dicom:
         kinds = Counter(path.suffix.lower() or "without suffix" for path in _walk(folder))
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
-        raise InputFileError(f"holds no scan, neither NIfTI nor DICOM, but {f'files: {found}' if kinds else 'nothing'}",
+        raise InputFileError(f"holds neither NIfTI nor DICOM, but {found}" if kinds else "is a folder without files",
                              path=folder, remedy="Name .nii or .nii.gz files, or the folder of a DICOM series")
     return nifti or [folder]
 
@@ -346,7 +346,7 @@ def _stacking(path: Path, files: tuple[File, ...]) -> tuple[np.ndarray, np.ndarr
         unknown = () if thickness > 0 else ("the thickness of the slice is unknown and taken for 1 mm",)
         return files[0].axes[:, 2] * (thickness if thickness > 0 else 1.0), np.zeros(len(files)), unknown
     gaps = np.diff(places)
-    usual = float(np.median(gaps))
+    usual = float(np.quantile(gaps, 0.5, method="lower"))  # one that is there, also between a small and a wide gap
     counts = np.maximum(1, np.rint(gaps / usual))
     step = (positions[-1] - positions[0]) / counts.sum()  # the mean, since positions are rounded
     distance = float(step @ files[0].axes[:, 2])

@@ -143,7 +143,7 @@ def test_the_series_can_be_named_and_is_remembered(series: Path, run: Path, tmp_
 @pytest.mark.parametrize("command", ["lungs", "predict"])
 def test_folders_that_hold_no_series_of_ct(command: str, tmp_path: Path) -> None:
     (tmp_path / "scans").mkdir()
-    for tags, words in (({}, "holds no scan"), ({"Modality": "MR"}, "is MR, not CT"),
+    for tags, words in (({}, "without files"), ({"Modality": "MR"}, "is MR, not CT"),
                         ({"Modality": "CT", "ImageType": ["LOCALIZER"]}, "is a localizer")):
         if tags:
             write_series(tmp_path / "scans", np.zeros((1, 6, 5)), **tags)

@@ -97,7 +97,7 @@ def test_distances(places: list[float], distance: float, warning: str | None, tm
 
 @pytest.mark.parametrize(("places", "words"), [
     ([0, 5, 10, 60, 65], "lacks slices: their distance is 5.00 mm, but for that between 10.0 and 60.0 mm"),
-    ([0, 1, 2, 3, 23], "lacks slices")])
+    ([0, 1, 2, 3, 23], "lacks slices"), ([0, 5, 36], "lacks slices: their distance is 5.00 mm")])
 def test_too_much_is_missing(places: list[float], words: str, tmp_path: Path) -> None:
     at(tmp_path, places)
     with pytest.raises(InputFileError, match=words):
@@ -271,11 +271,11 @@ def test_pixels_that_cannot_be_decoded(tmp_path: Path) -> None:
 
 
 def test_folders_without_a_scan_or_with_two_kinds(tmp_path: Path) -> None:
-    with pytest.raises(InputFileError, match="no scan, neither NIfTI nor DICOM, but nothing"):
+    with pytest.raises(InputFileError, match="is a folder without files"):
         read_scan(tmp_path)
     for name in ("a.txt", "b.txt", "picture.png", "IM0001", ".hidden"):
         (tmp_path / name).write_text("text")
-    with pytest.raises(InputFileError, match=r"but files: 2 .txt, 1 without suffix, 1 .png"):
+    with pytest.raises(InputFileError, match=r"neither NIfTI nor DICOM, but 2 .txt, 1 without suffix, 1 .png"):
         read_scan(tmp_path)
     write_series(tmp_path / "below", HU)
     scan = read_scan(tmp_path)

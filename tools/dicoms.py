@@ -1,4 +1,4 @@
-"""Series of DICOM slices, made with pydicom from arrays."""
+"""Series of DICOM slices, made with pydicom from arrays; for tests and faults."""
 
 from __future__ import annotations
 
