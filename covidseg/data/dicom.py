@@ -66,6 +66,11 @@ class File:
         """Millimetres along the normal of the slice."""
         return float(self.position @ self.axes[:, 2])
 
+    def fits(self, other: File) -> bool:
+        """Whether two pictures of one size can be slices of one volume; a file of several frames is one by itself."""
+        return self.size[2] == 1 and np.allclose(self.axes, other.axes, atol=1e-2) \
+            and np.allclose(self.spacing[:2], other.spacing[:2], rtol=1e-2)
+
 
 @dataclass(frozen=True)
 class Series:
@@ -128,7 +133,7 @@ def find_series(path: Path) -> tuple[list[Series], Counter[str]]:
     Returns:
         The series, and how many DICOM files are no part of one, for each reason.
     """
-    groups: dict[tuple, list[File]] = defaultdict(list)
+    groups: dict[tuple, list[list[File]]] = defaultdict(list)  # of a series, those of one direction and spacing
     skipped: Counter[str] = Counter()
     with _silent():
         for name in filter(is_dicom, _walk(path) if path.is_dir() else [path]):
@@ -137,10 +142,14 @@ def find_series(path: Path) -> tuple[list[Series], Counter[str]]:
                 skipped[found] += 1
             else:
                 uid, study, file = found
-                alike = (uid, study, file.size, *np.round([*file.axes.flat, *file.spacing[:2]], 2))
-                groups[(*alike, name) if file.size[2] > 1 else alike].append(file)
-    series = [Series(uid, study, tuple(sorted(files, key=File.place)))
-              for (uid, study, *_), group in groups.items() for files in _acquisitions(group)]
+                alike = groups[uid, study, file.size]
+                group = next((group for group in alike if group[0].fits(file)), None)
+                if group is None:
+                    alike.append([file])
+                else:
+                    group.append(file)
+    series = [Series(uid, study, tuple(sorted(files, key=File.place))) for (uid, study, _), alike in groups.items()
+              for group in alike for files in _acquisitions(group)]
     return sorted(series, key=lambda one: (-one.slices(), one.uid, str(one.files[0].path))), skipped
 
 
