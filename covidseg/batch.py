@@ -26,8 +26,8 @@ Row = dict[str, str]  # one scan
 FOUND = ("slices", "lung_slices", "lesion_slices", "lesion_ml", "warnings")
 COLUMNS = ("name", "status", "error", *FOUND, "threshold", "nets", "scan_sha256", "mask_sha256")
 # A part's table says more: what went wrong, and all that has to be the same for a result to be kept.
-PART_COLUMNS = (*COLUMNS, "fault", "probability_sha256", "covidseg", "volume")
-MADE = ("covidseg", "nets", "threshold", "volume")
+PART_COLUMNS = (*COLUMNS, "fault", "probability_sha256", "covidseg", "volume", "series")
+MADE = ("covidseg", "nets", "threshold", "volume", "series")
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class PartRun:
         volume: whether the slices of each scan are one body in order; by default that is measured.
         probability: whether probabilities are written as well, beside the masks.
         check: whether scans have to look like chest CT.
+        series: of folders of DICOM slices, see :func:`covidseg.data.scan.read_scan`.
 
     Attributes:
         files: The scans of this part, in order.
@@ -85,12 +86,14 @@ class PartRun:
     """
 
     def __init__(self, predictor: Predictor, part: Part, targets: dict[Path, Path], out: Path | None,
-                 threshold: float, volume: bool | None = None, probability: bool = False, check: bool = True) -> None:
+                 threshold: float, volume: bool | None = None, probability: bool = False, check: bool = True,
+                 series: str | None = None) -> None:
         self.predictor, self.part, self.targets, self.out = predictor, part, targets, out
         self.threshold, self.volume, self.probability, self.check = threshold, volume, probability, check
+        self.series = series
         self.files = part.of(list(targets))
         made = {"covidseg": __version__, "nets": predictor.fingerprint(), "threshold": str(threshold),
-                "volume": str(volume)}
+                "volume": str(volume), "series": series or ""}
         before = {row["name"]: row for rows in (tables(out) if out is not None else {}).values() for row in rows
                   if row["mask_sha256"] and all(row[key] == made[key] for key in MADE)}
         # What was done before stays in the table, but counts only after a look at the files.
@@ -117,7 +120,8 @@ class PartRun:
             if not before:
                 row |= dict.fromkeys(files, "")
                 found = self.predictor.predict_file(scan, target, self.threshold, files.get("probability_sha256"),
-                                                    self.volume, progress=progress, check=self.check)
+                                                    self.volume, series=self.series, progress=progress,
+                                                    check=self.check)
                 row |= {"slices": str(found.slices), "lung_slices": str(found.lung_slices),
                         "lesion_slices": str(found.lesion_slices), "lesion_ml": f"{found.lesion_ml:.3f}",
                         "warnings": "; ".join(found.warnings), **{key: file_hash(path) for key, path in files.items()}}
@@ -219,5 +223,5 @@ def _csv(columns: tuple[str, ...], rows: Iterable[Row]) -> str:
 
 
 def _unchanged(path: Path, sha256: str) -> bool:
-    """Whether a file is there and has this hash; no file has an empty one."""
-    return bool(sha256) and os.path.isfile(path) and file_hash(path) == sha256
+    """Whether a file or folder is there and has this hash; no file has an empty one."""
+    return bool(sha256) and os.path.exists(path) and file_hash(path) == sha256

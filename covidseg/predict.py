@@ -111,15 +111,16 @@ class Predictor:
 
     def predict_file(self, path: Path, target: Path, threshold: float | None = None,
                      probability_target: Path | None = None, volume: bool | None = None, *,
-                     progress: bool = False, check: bool = True) -> Prediction:
+                     series: str | None = None, progress: bool = False, check: bool = True) -> Prediction:
         """Writes the lesion mask of a scan.
 
         Args:
-            path: the scan.
+            path: the scan, a NIfTI file or a folder of DICOM slices.
             target: of the mask, which lies on the scan voxel by voxel.
             threshold: lesion from this probability on. Default: as the run was made.
             probability_target: of the probabilities, float32, if they are wanted.
             volume: whether the slices of the scan are one body in order; by default that is measured.
+            series: of a folder of DICOM slices, see :func:`covidseg.data.scan.read_scan`.
             progress: whether a bar is shown, if it takes long and there is a terminal.
             check: whether the scan has to look like chest CT.
 
@@ -129,7 +130,7 @@ class Predictor:
             OutputError: a result cannot be written.
         """
         level = self.profile.segmenter.threshold if threshold is None else threshold
-        scan = read_scan(path)
+        scan = read_scan(path, series=series)
         found = lungs_of_scan(scan, self.profile.lungs, volume, check, progress)
         mask = np.zeros(scan.pixels.shape, bool)
         # The largest array of all, four bytes a voxel, is only made where it is wanted.
@@ -142,7 +143,7 @@ class Predictor:
             write_like(maps, scan.grid, probability_target)
         write_like(mask, scan.grid, target)
         return Prediction(len(mask), found.slices(), int(mask.any(axis=(1, 2)).sum()),
-                          int(mask.sum()) * scan.grid.voxel_ml(), found.warnings)
+                          int(mask.sum()) * scan.grid.voxel_ml(), scan.warnings + found.warnings)
 
     def _lesions(self, scan: Scan, found: Lungs, progress: bool = False) -> Iterator[tuple[int, np.ndarray]]:
         """Number and lesion probability ``(rows, columns)`` of each slice with a lung."""
@@ -211,7 +212,7 @@ def segment(scan: Scan | Path | str, predictor: Predictor | None = None, *, volu
     """Lesion mask of a scan: the whole method in one call.
 
     Args:
-        scan: a scan, or the path of its NIfTI file.
+        scan: a scan, or the path of its NIfTI file or of a folder of DICOM slices.
         predictor: the nets; by default those that come with the package, read once.
         volume: whether the slices are one body in order; by default that is measured.
         check: whether the scan has to look like chest CT.

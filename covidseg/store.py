@@ -58,7 +58,10 @@ def fingerprint(*parts: Any) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
+    """sha256 of a file, or of all files in a folder and below whatever their names, hexadecimal."""
+    if path.is_dir():
+        inside = sorted(file_hash(file) for file in path.rglob("*") if file.is_file())
+        return hashlib.sha256("".join(inside).encode()).hexdigest()
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

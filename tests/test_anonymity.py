@@ -1,7 +1,7 @@
 """What a scan's header says about a patient ends there: no file that is written holds a word of it.
 
-Only shape, affine and spacing of the input may be in an output. File names and the names of volumes in a label table
-are the user's own, and do appear in tables and reports.
+Only shape, affine and spacing of the input may be in an output, on a terminal as well. File names and the names of
+volumes in a label table are the user's own, and do appear in tables and reports.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
+from dicoms import write_series
 from tiny import TINY, all_stages, quiet
 from typer.testing import CliRunner
 
@@ -131,3 +133,54 @@ def test_runs_and_exports(run: Path, tmp_path: Path) -> None:
     assert len(list(run.rglob("*.safetensors"))) >= 10
     assert len(list(tmp_path.rglob("*.safetensors"))) == 3
     assert holding(run) == holding(tmp_path) == []
+
+
+@pytest.fixture
+def series(tiny_phantom: Path, tmp_path: Path) -> Path:
+    """A series of DICOM slices with the name in every tag that takes text, public, private or in a sequence."""
+    scan = read_scan(tiny_phantom / "im" / "phantom_01.nii.gz")
+    tags = dict.fromkeys(("PatientName", "PatientID", "InstitutionName", "SeriesDescription", "StudyDescription",
+                          "AccessionNumber", "ConvolutionKernel", "BodyPartExamined", "StudyID"), NAME)
+    tags["ImageType"] = ["ORIGINAL", "PRIMARY", "AXIAL", NAME]
+    tags |= dict.fromkeys(("PatientBirthDate", "StudyDate", "StudyTime"), "19500101")
+    inside = pydicom.Dataset()
+    inside.PatientName = NAME
+    files = write_series(tmp_path / "dicom", scan.pixels, (0, 0, 10), PixelSpacing=list(scan.spacing[1:]),
+                         ReferencedPatientSequence=[inside], StudyInstanceUID="1.2.19500101.1",
+                         SeriesInstanceUID="1.2.19500101.424242", **tags)
+    assert len(holding(tmp_path / "dicom")) == len(files)
+    return tmp_path / "dicom"
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR")  # of pydicom, which knows that a name is no code
+def test_dicom(series: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    out, said = tmp_path / "out", ""
+
+    def spoken(code: int, *arguments: object) -> None:
+        nonlocal said
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert getattr(result.exception, "exit_code", result.exit_code) == code, result.output
+        said += result.output + str(result.exception)
+    predict = ("predict", "--run", run, series, "-o", out, "--device", "cpu")
+    spoken(0, "lungs", series, "-o", tmp_path / "lungs")
+    spoken(0, *predict)
+    spoken(0, "data", "series", series)
+    first, second, *_ = sorted(series.iterdir())
+    first.write_bytes(first.read_bytes()[:-10])   # a warning
+    spoken(0, *predict)
+    data = pydicom.dcmread(second)
+    data.PixelData = bytes(len(data.PixelData))   # an error: two slices at the same place
+    data.save_as(series / "other")
+    spoken(3, *predict)
+    spoken(3, *predict, "--series", "7")
+    data.Modality, data.SeriesInstanceUID = NAME, "1.2.19500101.7"
+    data.save_as(series / "mr")
+    spoken(0, "data", "series", series)
+    said += "".join(capfd.readouterr())           # of ITK itself
+    assert "424242" in said, "what tells series apart is shown"
+    assert "DICOM without a picture" in said
+    assert "different slices" in said
+    (tmp_path / "said").mkdir()
+    (tmp_path / "said" / "output.txt").write_text(said)
+    for name in (NAME, "19500101"):
+        assert [holding(tmp_path / part, name) for part in ("out", "lungs", "said")] == [[], [], []]

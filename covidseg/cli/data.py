@@ -17,7 +17,7 @@ from covidseg.data.check import FolderReport, check_folder, check_mosmed
 from covidseg.data.fetch import first_checksum
 from covidseg.data.layout import get_dataset, lay_out_mosmed
 from covidseg.data.registry import Entry, cache_root, entry, home, is_present, load_registry
-from covidseg.errors import DownloadError
+from covidseg.errors import DownloadError, InputFileError
 
 app = typer.Typer(no_args_is_help=True, help="List, describe, fetch and check data sets.")
 
@@ -141,6 +141,20 @@ def check(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A data fol
     else:
         _show(report)
     report.raise_faults()
+
+
+@app.command()
+def series(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of DICOM slices.")]) -> None:
+    """List the CT series of a DICOM folder, with the number that --series takes; nothing that names a patient."""
+    from covidseg.data.dicom import describe, find_series
+
+    found, skipped = find_series(folder)
+    if not found and not skipped:
+        raise InputFileError("holds no DICOM files", path=folder, remedy="Name the folder of a DICOM series")
+    for number, one in enumerate(found, start=1):
+        print(f"{number}: CT, {one}")
+    if skipped:
+        print(f"left out: {describe(skipped)}")
 
 
 def _show(report: FolderReport) -> None:

@@ -13,10 +13,14 @@ from rich.markup import escape
 from covidseg import DISCLAIMER
 from covidseg.cli.common import Device, Unchecked, console, errors, state
 from covidseg.data.scan import SUFFIXES, read_scan, scan_id, write_like
-from covidseg.errors import CovidsegError, InputFileError, SettingsError
+from covidseg.errors import CovidsegError, SettingsError
 
-Inputs = Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or folders of them.")]
+Inputs = Annotated[list[Path], typer.Argument(
+    help="CT scans: NIfTI files, folders of them, or folders of DICOM slices, each of which is one scan.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder, or a .nii.gz file for one scan.")]
+Series = Annotated[str | None, typer.Option(
+    help="Of a DICOM folder with several series: number in `covidseg data series`, UID or its last digits. "
+         "Default: most slices.")]
 Volume = Annotated[bool | None, typer.Option(
     "--volume/--stack", help="Slices of one body in order, or unrelated slices. Default: measured.")]
 
@@ -33,6 +37,9 @@ def targets_of(out: Path, sources: list[Path]) -> dict[Path, Path]:
     targets = {source: out if is_file(out) else out / f"{scan_id(source)}.nii.gz" for source in sources}
     scans, names = {source.resolve() for source in sources}, Counter(targets.values())
     for source, target in targets.items():
+        if source.is_dir() and source.resolve() in target.resolve().parents:
+            raise SettingsError("the result would lie among the slices", path=target,
+                                remedy="Name a folder outside of the scan's after -o")
         if target.resolve() in scans:
             raise SettingsError("the result would replace the scan itself", path=target,
                                 remedy="Name another folder after -o")
@@ -43,13 +50,15 @@ def targets_of(out: Path, sources: list[Path]) -> dict[Path, Path]:
 
 
 def files_of(sources: list[Path]) -> list[Path]:
-    """Files as given; folders stand for the NIfTI files in them."""
+    """Files as given; folders stand for the NIfTI files in them, or for the DICOM series."""
     files: list[Path] = []
     for source in sources:
-        found = [p for p in sorted(source.iterdir()) if is_file(p)] if source.is_dir() else [source]
-        if not found:
-            raise InputFileError("holds no NIfTI files", path=source, remedy="Name .nii or .nii.gz files")
-        files += found
+        if source.is_dir():
+            from covidseg.data.dicom import scans_in  # with SimpleITK, which files alone can do without
+
+            files += scans_in(source if source.name not in ("", "..") else source.resolve())
+        else:
+            files.append(source)
     return files
 
 
@@ -69,19 +78,19 @@ def each(files: list[Path], work: Callable[[Path], str]) -> CovidsegError | None
     return failed
 
 
+def warn(warnings: Iterable[str]) -> None:
+    """Prints what is odd about a scan."""
+    for warning in filter(None, warnings):
+        errors.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False, soft_wrap=True)
+
+
 def end(failed: CovidsegError | None, files: list[Path]) -> None:
     """Ends with the exit code of an error, if there was one."""
     if failed is not None:
         raise failed if len(files) == 1 else typer.Exit(failed.exit_code)
 
 
-def warn(path: Path, warnings: Iterable[str]) -> None:
-    """Says what is odd about a scan."""
-    for text in warnings:
-        errors.print(f"[yellow]warning:[/yellow] {escape(path.name)}: {escape(text)}", highlight=False, soft_wrap=True)
-
-
-def lungs(inputs: Inputs, out: Out, volume: Volume = None,
+def lungs(inputs: Inputs, out: Out, series: Series = None, volume: Volume = None,
           threshold_only: Annotated[bool, typer.Option(
               "--threshold-only", help="Without the lung net, which adds what disease hides.")] = False,
           unchecked: Unchecked = False) -> None:
@@ -93,10 +102,11 @@ def lungs(inputs: Inputs, out: Out, volume: Volume = None,
     find = lungs_of_scan if threshold_only else shipped_predictor().lungs
 
     def work(path: Path) -> str:
-        scan = read_scan(path)
+        scan = read_scan(path, series=series)
+        warn(scan.warnings)
         found = find(scan, volume=volume, check=not unchecked, progress=True)
         write_like(found.masks, scan.grid, targets[path])
-        warn(path, found.warnings)
+        warn(found.warnings)
         return f"lung in {found.slices()} of {len(found.masks)} slices, wrote {targets[path]}"
 
     end(each(files, work), files)
@@ -105,7 +115,7 @@ def lungs(inputs: Inputs, out: Out, volume: Volume = None,
 def predict(inputs: Inputs, out: Out,
             run: Annotated[Path | None, typer.Option(
                 help="Folder written by `covidseg train`. Default: the nets that come with covidseg.")] = None,
-            volume: Volume = None,
+            series: Series = None, volume: Volume = None,
             threshold: Annotated[float | None, typer.Option(
                 min=0.001, max=1.0, help="Lesion from this probability on. Default: as the run was made.")] = None,
             probability: Annotated[bool, typer.Option(
@@ -114,6 +124,9 @@ def predict(inputs: Inputs, out: Out,
                 help="i/n: of all scans, only part i of n, for several machines; see `covidseg merge`.")] = None,
             unchecked: Unchecked = False, device: Device = "auto") -> None:
     """Writes lesion masks that lie on their scans voxel by voxel, and a table of what was found.
+
+    A folder of DICOM slices is one scan: the CT series with most slices, or that of --series; its mask is NIfTI and has
+    the folder's name. `covidseg data series` lists what a folder holds.
 
     Scans that are done, by the same nets and with the same settings, are left as they are.
     """
@@ -128,11 +141,11 @@ def predict(inputs: Inputs, out: Out,
     predictor = load_predictor(SHIPPED if run is None else run, pick_device(device))
     level = predictor.profile.segmenter.threshold if threshold is None else threshold
     work = PartRun(predictor, which, targets, None if is_file(out) else out, level, volume, probability,
-                   not unchecked)
+                   not unchecked, series)
 
     def predicted(path: Path) -> str:
         row, before = work.predict(path, progress=True)
-        warn(path, row["warnings"].split("; ") if row["warnings"] else ())
+        warn([row["warnings"]])
         found = f"lung in {row['lung_slices']} and lesion in {row['lesion_slices']} of {row['slices']} slices"
         return f"{found}, {'as predicted before in' if before else 'wrote'} {targets[path]}"
 

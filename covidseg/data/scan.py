@@ -1,4 +1,4 @@
-"""Reading and writing scans: NIfTI in, upright ``(slices, rows, columns)`` arrays out, and back.
+"""Reading and writing scans: NIfTI or DICOM in, upright ``(slices, rows, columns)`` arrays out, and NIfTI back.
 
 A NIfTI file says in an affine matrix which way each of its axes points. Here every file is turned the same way up:
 
@@ -30,7 +30,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from nibabel.volumeutils import apply_read_scaling
 
 from covidseg.atomic import write_whole
-from covidseg.errors import InputFileError, OutputError, one_of
+from covidseg.errors import InputFileError, OutputError, SettingsError, one_of
 
 SUFFIXES = (".nii", ".nii.gz")
 # Upright order: slices towards the head (S), rows towards the back (P), columns towards the left (L).
@@ -69,7 +69,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Scan:
-    """One CT file, upright.
+    """One CT scan, upright.
 
     ``unit`` is ``"HU"`` where values go clearly below water (0 HU), otherwise ``"display"`` (0..255 grey levels).
     """
@@ -80,41 +80,62 @@ class Scan:
     unit: str
     path: Path  # where it was read from
     grid: Grid  # layout of the file, for writing results with write_like
+    warnings: tuple[str, ...] = ()  # what is odd about it, one sentence each
 
 
 def scan_id(path: str | Path) -> str:
-    """File name without ``.nii`` or ``.nii.gz``: ``case_01.nii.gz`` -> ``case_01``."""
+    """Name without ``.nii``, ``.nii.gz`` or ``.dcm``: ``case_01.nii.gz`` -> ``case_01``; of a folder, its name."""
     name = Path(path).name
-    for suffix in reversed(SUFFIXES):
+    for suffix in (*reversed(SUFFIXES), ".dcm"):
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return name
 
 
-def read_scan(path: str | Path, *, unit: str | None = None) -> Scan:
-    """Reads a CT volume or a stack of slices from NIfTI, upright and in its stored type.
+def read_scan(path: str | Path, *, unit: str | None = None, series: str | None = None) -> Scan:
+    """Reads a CT volume or a stack of slices from NIfTI, or a series of DICOM slices, upright and in its stored type.
 
     Args:
-        path: a ``.nii`` or ``.nii.gz`` file of two or three axes.
+        path: a ``.nii`` or ``.nii.gz`` file of two or three axes, a folder with DICOM slices in it or below it, or one
+            DICOM file.
         unit: ``"HU"`` or ``"display"`` where only that will do; by default either.
+        series: of several DICOM series in the folder, the one to take: number in the list of ``covidseg data series``,
+            UID, or at least the last six digits of it. By default the one with most slices.
 
     Raises:
-        InputFileError: the file is missing, damaged, not NIfTI, not one grey-value volume, holds NaN, or has another
-            unit.
-        SettingsError: there is no such unit.
+        InputFileError: the file is missing, damaged, not NIfTI or DICOM, not one grey-value volume, holds NaN, or has
+            another unit; the folder holds no series of CT slices that makes a volume, or several that might be meant.
+        SettingsError: there is no such unit, or ``series`` is given for a NIfTI file.
     """
     names = {"HU": "Hounsfield units", "display": "grey levels of a display window"}
     if unit is not None:
         one_of(unit, names, "unit")
     path = Path(path)
-    header = read_header(path)
-    voxels, grid = read_voxels(header), header.grid
+    warnings: tuple[str, ...] = ()
+    if _holds_dicom(path):
+        from covidseg.data.dicom import read_series  # which needs this module
+
+        voxels, grid, warnings = read_series(path, series)
+    elif series is not None:
+        raise SettingsError("is not DICOM and has no series", path=path, remedy="Leave --series out")
+    else:
+        header = read_header(path)
+        voxels, grid = read_voxels(header), header.grid
     low, high = float(voxels.min()), float(voxels.max())
     found = "HU" if low < -200 else "display"
     if unit is not None and unit != found:
         raise InputFileError(f"holds values from {low:g} to {high:g}, which are not {names[unit]}", path=path,
                              remedy=f"Take it for {names[found]}, or export the scan again")
-    return Scan(apply_orientation(voxels, grid.to_upright()), grid.spacing(), (low, high), found, path, grid)
+    return Scan(apply_orientation(voxels, grid.to_upright()), grid.spacing(), (low, high), found, path, grid, warnings)
+
+
+def _holds_dicom(path: Path) -> bool:
+    """Whether a path is that of a DICOM file, or of a folder with DICOM and no NIfTI files in it."""
+    if path.name.lower().endswith(SUFFIXES) or not path.exists():
+        return False
+    from covidseg.data.dicom import is_dicom, scans_in
+
+    return scans_in(path) == [path] if path.is_dir() else is_dicom(path)
 
 
 def read_mask(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
@@ -167,8 +188,22 @@ def write_like(array: np.ndarray, grid: Grid, path: str | Path) -> Path:
     if grid.two_dimensional:
         stored = stored[..., 0]
     suffix = ".nii" if path.name.lower().endswith(".nii") else ".nii.gz"
-    write_whole(path, lambda temporary: nib.save(nib.Nifti1Image(stored, grid.affine), temporary), suffix=suffix)
+    image = nib.Nifti1Image(stored, grid.affine)
+    if not np.allclose(straight := _without_tilt(grid.affine), grid.affine, atol=1e-3):
+        # ITK, and so 3D Slicer, opens no file whose only affine is sheared; it takes the other one, which places the
+        # result as ITK places the tilted series itself.
+        image.set_qform(straight, code="aligned")
+    write_whole(path, lambda temporary: nib.save(image, temporary), suffix=suffix)
     return path
+
+
+def _without_tilt(affine: np.ndarray) -> np.ndarray:
+    """The affine with its third axis at right angles to the others, and as long as before."""
+    straight = affine.copy()
+    normal = np.cross(affine[:3, 0], affine[:3, 1])
+    step = affine[:3, 2]
+    straight[:3, 2] = normal * np.sign(normal @ step) * np.linalg.norm(step) / np.linalg.norm(normal)
+    return straight
 
 
 # --- what a NIfTI file holds ----------------------------------------------------------------------------------------
@@ -214,7 +249,7 @@ def read_header(path: Path, affine: np.ndarray | None = None) -> Header:
         raise refusal("is a folder, not a scan", "Name the NIfTI files inside it")
     if not path.name.lower().endswith(SUFFIXES):
         raise refusal("is not a NIfTI file (.nii or .nii.gz)",
-                      "Convert DICOM series or pictures to NIfTI first, for instance with dcm2niix")
+                      "Convert it to NIfTI first; only scans may be DICOM as well")
     with _faults(path):
         # Not nib.load, which takes some NIfTI files for surfaces of a brain and then reads XML.
         kind = nib.Nifti2Image if nib.Nifti2Image.path_maybe_image(path)[0] else nib.Nifti1Image

@@ -5,13 +5,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+from dicoms import write_series
 from tiny import finished_run
 from typer.testing import CliRunner, Result
 
 from covidseg.cli import app
 from covidseg.cli.predict import targets_of
-from covidseg.errors import SettingsError
+from covidseg.data.scan import read_scan, write_like
+from covidseg.errors import InputFileError, SettingsError
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +87,68 @@ def test_thousands_of_scans_have_their_targets_at_once(tmp_path: Path) -> None:
     assert len(set(targets.values())) == 5000
     with pytest.raises(SettingsError, match="several inputs are called 4999"):
         targets_of(tmp_path / "out", [*scans, tmp_path / "other" / "4999.nii"])
+
+
+@pytest.fixture
+def series(tiny_phantom: Path, tmp_path: Path) -> Path:
+    """A phantom as a folder of DICOM slices."""
+    scan = read_scan(tiny_phantom / "im" / "phantom_01.nii.gz")
+    slices, rows, columns = scan.spacing
+    write_series(tmp_path / "case.7" / "deep", scan.pixels, (0, 0, slices), PixelSpacing=[rows, columns])
+    return tmp_path / "case.7"
+
+
+def test_a_folder_of_dicom_slices_is_one_scan(series: Path, run: Path, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = read_scan(series)
+    nifti = write_like(scan.pixels, scan.grid, tmp_path / "same.nii.gz")
+    for number, command in enumerate((["predict", "--run", run], ["lungs"])):
+        out = tmp_path / str(number)
+        result = invoke(*command, series, nifti, "-o", out)
+        assert result.exit_code == 0, result.output
+        assert "[1/2] case.7: " in result.output
+        mask, same = nib.load(out / "case.7.nii.gz"), nib.load(out / "same.nii.gz")
+        assert np.asanyarray(mask.dataobj).any()
+        np.testing.assert_array_equal(mask.dataobj, same.dataobj)
+        np.testing.assert_array_equal(mask.affine, same.affine)
+    monkeypatch.chdir(series)
+    assert invoke("lungs", ".", "-o", tmp_path / "dot").exit_code == 0
+    assert names(tmp_path / "dot") == ["case.7.nii.gz"]
+    assert isinstance(invoke("lungs", ".", "-o", "out").exception, SettingsError)
+    assert not (series / "out").exists()
+
+
+def test_the_series_can_be_named_and_is_remembered(series: Path, run: Path, tmp_path: Path) -> None:
+    files = sorted((series / "deep").iterdir())
+    write_series(series / "other", read_scan(series).pixels[:8], (0, 0, 5), SeriesInstanceUID="1.2.777777")
+    options = ["predict", "--run", run, series, "-o", tmp_path / "out"]
+    first = invoke(*options)
+    assert first.exit_code == 0
+    assert "warning: took the series with most slices of 2" in first.output
+    assert "as predicted before" in (again := invoke(*options).output)
+    assert "warning: took the series" in again, "it is still so"
+    assert "took the series" in (tmp_path / "out" / "predictions.csv").read_text()
+    second = invoke(*options, "--series", "2")
+    assert "of 8 slices, wrote" in second.output
+    assert "warning" not in second.output
+    files[0].unlink()
+    assert "wrote" in invoke(*options, "--series", "2").output, "the folder is another"
+    assert isinstance(invoke(*options, "--series", "5").exception, InputFileError)
+    listed = invoke("data", "series", series)
+    assert listed.exit_code == 0
+    assert listed.output.splitlines()[1].startswith("2: CT, 8 slices of 128 x 128, ")
+    assert isinstance(invoke("data", "series", tmp_path / "out").exception, InputFileError)
+
+
+@pytest.mark.parametrize("command", ["lungs", "predict"])
+def test_folders_that_hold_no_series_of_ct(command: str, tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    for tags, words in (({}, "without files"), ({"Modality": "MR"}, "is MR, not CT"),
+                        ({"Modality": "CT", "ImageType": ["LOCALIZER"]}, "is a localizer")):
+        if tags:
+            write_series(tmp_path / "scans", np.zeros((1, 6, 5)), **tags)
+        result = invoke(command, tmp_path / "scans", "-o", tmp_path / "out")
+        assert isinstance(result.exception, InputFileError)
+        assert words in str(result.exception)
+    (tmp_path / "scans" / "one.nii.gz").touch()
+    assert "holds both" in str(invoke(command, tmp_path / "scans", "-o", tmp_path / "out").exception)
