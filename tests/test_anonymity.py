@@ -131,9 +131,12 @@ def test_command_lungs(scans: Path, tmp_path: Path) -> None:
 
 def test_command_predict(scans: Path, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert command("predict", "--run", run, scans, "-o", out, "--probability", "--device", "cpu") == 3
+    assert command("predict", "--run", run, scans, "-o", out, "--probability", "--preview", "--device",
+                   "cpu") == 3
     assert sorted(path.name for path in out.rglob("*") if path.is_file()) == [
-        "part-1-of-1.csv", "predictions.csv", "scan.nii.gz", "scan_probability.nii.gz"]
+        "part-1-of-1.csv", "predictions.csv", "scan.nii.gz", "scan_preview.html", "scan_probability.nii.gz"]
+    page = (out / "scan_preview.html").read_text(encoding="utf-8")
+    assert not [folder.name for folder in scans.parents if len(folder.name) > 4 and folder.name in page]
     assert "broken" in (out / "predictions.csv").read_text()
     assert holding(out) == []
 

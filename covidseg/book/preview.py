@@ -62,7 +62,7 @@ def preview_page(scan: Scan, lungs: Lungs, lesions: np.ndarray, *, name: str = "
     ml = scan.grid.voxel_ml()
     share = lesion.sum() / max(1, either.sum())
     count = len(lesions)
-    pictures, window, padded = _pictures(scan, lungs)
+    pictures, grey = _pictures(scan, lungs)
     places = np.flatnonzero(lesion if lesion.any() else lung if lung.any() else np.ones(count))
     _, down, across = scan.spacing
     content = {
@@ -89,11 +89,7 @@ def preview_page(scan: Scan, lungs: Lungs, lesions: np.ndarray, *, name: str = "
             ["axes as stored", "towards " + ", ".join(WAYS[way] for way in nib.aff2axcodes(scan.grid.affine))],
             ["spacing", f"{across:.3g} mm across, {down:.3g} mm down, {scan.spacing[0]:.3g} mm between slices"],
             ["slices", "of one body, in order" if lungs.volume else "unrelated, so without a volume in ml"],
-            ["grey values", f"{'' if window.startswith('centre') else 'not '}in Hounsfield units, "
-                            f"{scan.value_range[0]:g} to {scan.value_range[1]:g}"],
-            ["shown", window],
-            ["padding", f"outside the field of view in {padded} of {count} slices, shown black" if padded else
-                        "none found"]],
+            *grey],
         "made": [*(made or {}).items(), ("covidseg", __version__)]}
     title = f"{name}: lesions in chest CT" if name else "Lesions in chest CT"
     # A name may hold letters that no text file takes; and nothing in the JSON may end the script that holds it.
@@ -105,9 +101,9 @@ def preview_page(scan: Scan, lungs: Lungs, lesions: np.ndarray, *, name: str = "
 
 # --- pictures -------------------------------------------------------------------------------------------------------
 
-def _pictures(scan: Scan, lungs: Lungs) -> tuple[list[str], str, int]:
-    """All slices as base64 JPEG, how they are windowed, in words, and how many of them have padding."""
-    limits, words = _window(scan, lungs)
+def _pictures(scan: Scan, lungs: Lungs) -> tuple[list[str], list[list[str]]]:
+    """All slices as base64 JPEG, and what was understood of their grey values."""
+    limits, unit, shown = _window(scan, lungs)
     count, rows, columns = scan.pixels.shape
     _, down, across = scan.spacing
     mm = max(min(down, across), max(rows * down, columns * across) / min(SIDE, isqrt(PIXELS // count)))
@@ -123,11 +119,15 @@ def _pictures(scan: Scan, lungs: Lungs) -> tuple[list[str], str, int]:
     some = images[::-(-count // SAMPLES)]
     quality = next((q for q in QUALITIES if sum(len(_jpeg(image, q)) for image in some) / len(some) * count <= BYTES),
                    QUALITIES[-1])
-    return [base64.b64encode(_jpeg(image, quality)).decode() for image in images], words, padded
+    return [base64.b64encode(_jpeg(image, quality)).decode() for image in images], [
+        ["grey values", f"{unit}, {scan.value_range[0]:g} to {scan.value_range[1]:g}"],
+        ["shown", shown],
+        ["padding", f"found outside the field of view in {padded} of {count} slices, shown black" if padded else
+                    "none found"]]
 
 
-def _window(scan: Scan, lungs: Lungs) -> tuple[np.ndarray, str]:
-    """Values that are black and white in each slice, ``(slices, 2)``, and the same in words.
+def _window(scan: Scan, lungs: Lungs) -> tuple[np.ndarray, str, str]:
+    """Values that are black and white in each slice, ``(slices, 2)``, their unit, and the window in words.
 
     Hounsfield units have the usual lung window. All else is shown relative to the air and the soft tissue in it: the
     slices of a volume alike, unrelated ones each by itself.
@@ -140,13 +140,15 @@ def _window(scan: Scan, lungs: Lungs) -> tuple[np.ndarray, str]:
     if scan.unit == "HU" and tissue < NO_HU:
         centre, width = LUNG_WINDOW
         low, high = centre - width / 2, centre + width / 2
-        return np.tile([low, high], (len(scan.pixels), 1)), f"centre {centre:g}, width {width:g} HU"
+        ends = np.tile([low, high], (len(scan.pixels), 1))
+        return ends, "in Hounsfield units", f"centre {centre:g}, width {width:g} HU"
     ends = np.tile([air, tissue], (len(scan.pixels), 1))
     if not lungs.volume:
         ends[numbers] = levels
     ends = np.clip(ends[:, :1] + (ends[:, 1:] - ends[:, :1]) * NORMAL_RANGE, *scan.value_range)
-    return ends, (f"stored values from {ends[0, 0]:.0f} (black) to {ends[0, 1]:.0f} (white)" if lungs.volume else
-                  "brightness fitted to each slice")
+    return ends, "not in Hounsfield units", (
+        f"stored values from {ends[0, 0]:.0f} (black) to {ends[0, 1]:.0f} (white)" if lungs.volume else
+        "brightness fitted to each slice")
 
 
 def _jpeg(image: Image.Image, quality: int) -> bytes:
