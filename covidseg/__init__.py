@@ -11,7 +11,7 @@ A chapter is a module, and a stage imports only earlier stages and what all of t
     shared   augment, training, devices, unet, profiles, store, atomic, errors
     above    pipeline (the recipe), predict (masks for new scans), batch (many of them)
     wings    data (scans, sets, phantom), evaluation (metrics, Table 1), baselines (earlier systems),
-             cli (commands), book (what only the chapters use)
+             cli (commands), book (what the chapters show, and the page of `predict --preview`)
 
 **Not a medical device.** Nothing here may be used for diagnosis or treatment.
 """

@@ -26,7 +26,8 @@ Row = dict[str, str]  # one scan
 FOUND = ("slices", "lung_slices", "lesion_slices", "lesion_ml", "warnings")
 COLUMNS = ("name", "status", "error", *FOUND, "threshold", "nets", "scan_sha256", "mask_sha256")
 # A part's table says more: what went wrong, and all that has to be the same for a result to be kept.
-PART_COLUMNS = (*COLUMNS, "fault", "probability_sha256", "covidseg", "volume", "series")
+PART_COLUMNS = (*COLUMNS, "fault", "probability_sha256", "preview_sha256", "covidseg", "volume", "series")
+HASHES = tuple(key for key in PART_COLUMNS if key.endswith("_sha256"))
 MADE = ("covidseg", "nets", "threshold", "volume", "series")
 
 
@@ -79,6 +80,7 @@ class PartRun:
         probability: whether probabilities are written as well, beside the masks.
         check: whether scans have to look like chest CT.
         series: of folders of DICOM slices, see :func:`covidseg.data.scan.read_scan`.
+        preview: whether a page to look at is written as well, ``NAME_preview.html``.
 
     Attributes:
         files: The scans of this part, in order.
@@ -87,10 +89,10 @@ class PartRun:
 
     def __init__(self, predictor: Predictor, part: Part, targets: dict[Path, Path], out: Path | None,
                  threshold: float, volume: bool | None = None, probability: bool = False, check: bool = True,
-                 series: str | None = None) -> None:
+                 series: str | None = None, preview: bool = False) -> None:
         self.predictor, self.part, self.targets, self.out = predictor, part, targets, out
-        self.threshold, self.volume, self.probability, self.check = threshold, volume, probability, check
-        self.series = series
+        self.threshold, self.volume, self.check, self.series = threshold, volume, check, series
+        self.probability, self.preview = probability, preview
         self.files = part.of(list(targets))
         made = {"covidseg": __version__, "nets": predictor.fingerprint(), "threshold": str(threshold),
                 "volume": str(volume), "series": series or ""}
@@ -115,13 +117,18 @@ class PartRun:
         files = {"scan_sha256": scan, "mask_sha256": target}
         if self.probability:
             files["probability_sha256"] = target.with_name(f"{scan_id(target)}_probability.nii.gz")
-        before = all(_unchanged(path, row[key]) for key, path in files.items())
+        if self.preview:
+            files["preview_sha256"] = target.with_name(f"{scan_id(target)}_preview.html")
+        done = {key: _unchanged(path, row[key]) for key, path in files.items()}
+        before = all(done.values())
         try:
             if not before:
-                row |= dict.fromkeys(files, "")
+                same = done["scan_sha256"] and done["mask_sha256"]  # else all that was made from them is out of date
+                row |= dict.fromkeys(files if same else HASHES, "")
                 found = self.predictor.predict_file(scan, target, self.threshold, files.get("probability_sha256"),
-                                                    self.volume, series=self.series, progress=progress,
-                                                    check=self.check)
+                                                    self.volume, series=self.series,
+                                                    preview_target=files.get("preview_sha256"),
+                                                    progress=progress, check=self.check)
                 row |= {"slices": str(found.slices), "lung_slices": str(found.lung_slices),
                         "lesion_slices": str(found.lesion_slices), "lesion_ml": f"{found.lesion_ml:.3f}",
                         "warnings": "; ".join(found.warnings), **{key: file_hash(path) for key, path in files.items()}}

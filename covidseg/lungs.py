@@ -92,10 +92,12 @@ class Lungs:
     Attributes:
         masks: ``(S, H, W)`` bool. A slice without lung is all False.
         warnings: What a person should know of them, see :func:`covidseg.data.chest.lung_warnings`.
+        volume: Whether the slices are one body in order, as was said or measured.
     """
 
     masks: np.ndarray
     warnings: tuple[str, ...]
+    volume: bool
 
     def slices(self) -> int:
         """How many slices show lung."""
@@ -146,7 +148,7 @@ def survey_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(), vo
     for mask, lung, region in zip(masks, aerated, with_bar(found, "outlines", progress), strict=True):
         lungs.append(complete(without_trachea(lung, region.body), region, settings) if lung.any() else lung)
         mask[:] = enlarge(lungs[-1], mask.shape)
-    return Lungs(masks, lung_warnings(lungs, found, volume))
+    return Lungs(masks, lung_warnings(lungs, found, volume), volume)
 
 
 def large_in_3d(aerated: np.ndarray, share: float) -> np.ndarray:

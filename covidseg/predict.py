@@ -7,7 +7,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from covidseg.data.chest import no_lung
-from covidseg.data.scan import Scan, read_scan, write_like
+from covidseg.data.scan import Scan, read_scan, scan_id, write_like
 from covidseg.errors import OutputError, ScanWarning
 from covidseg.lungnet import make_lung_net, robust_lungs
 from covidseg.lungs import Lungs, LungSettings, survey_lungs, with_bar
 from covidseg.preprocess import Crops, make_crops, uncrop
 from covidseg.profiles import REPORT, Profile, read_report
 from covidseg.segmenter import lesion_probabilities, make_segmenter
-from covidseg.store import fingerprint, load_arrays, load_net, net_arrays, save_arrays, write_with_hash
+from covidseg.store import fingerprint, load_arrays, load_net, net_arrays, save_arrays, write_text, write_with_hash
 from covidseg.unet import for_prediction
 
 SHIPPED = Path(__file__).parent / "weights"  # a run cut down by export_run; its model card lies beside it
@@ -51,11 +51,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Trained nets with the settings they were trained with; ``lung_net`` is None where the run has none."""
+    """Trained nets with the settings they were trained with; ``lung_net`` is None where the run has none.
+
+    ``shipped`` says whether they are those that come with the package.
+    """
 
     segmenter: nn.Module
     lung_net: nn.Module | None
     profile: Profile
+    shipped: bool = False
 
     @functools.cached_property
     def _nets(self) -> tuple[nn.Module | None, nn.Module]:
@@ -107,11 +111,12 @@ class Predictor:
         for part, crops in self._completed(scan, found, "lung net", progress):
             for k, lung, box in zip(part, crops.lungs, crops.boxes, strict=True):
                 masks[k] = uncrop(lung, box, masks[k].shape) > 0.5
-        return Lungs(masks, found.warnings)
+        return Lungs(masks, found.warnings, found.volume)
 
     def predict_file(self, path: Path, target: Path, threshold: float | None = None,
                      probability_target: Path | None = None, volume: bool | None = None, *,
-                     series: str | None = None, progress: bool = False, check: bool = True) -> Prediction:
+                     series: str | None = None, preview_target: Path | None = None, progress: bool = False,
+                     check: bool = True) -> Prediction:
         """Writes the lesion mask of a scan.
 
         Args:
@@ -121,6 +126,7 @@ class Predictor:
             probability_target: of the probabilities, float32, if they are wanted.
             volume: whether the slices of the scan are one body in order; by default that is measured.
             series: of a folder of DICOM slices, see :func:`covidseg.data.scan.read_scan`.
+            preview_target: of an HTML page that shows scan, lungs and lesions, if it is wanted.
             progress: whether a bar is shown, if it takes long and there is a terminal.
             check: whether the scan has to look like chest CT.
 
@@ -135,22 +141,39 @@ class Predictor:
         mask = np.zeros(scan.pixels.shape, bool)
         # The largest array of all, four bytes a voxel, is only made where it is wanted.
         maps = None if probability_target is None else np.zeros(scan.pixels.shape, np.float32)
-        for k, p in self._lesions(scan, found, progress):
+        lungs = None if preview_target is None or self.lung_net is None else np.zeros_like(mask)
+        for k, p in self._lesions(scan, found, progress, lungs):
             mask[k] = p >= level
             if maps is not None:
                 maps[k] = p
         if maps is not None and probability_target is not None:
             write_like(maps, scan.grid, probability_target)
+        if preview_target is not None:
+            best = found if lungs is None else replace(found, masks=lungs)
+            self._write_preview(preview_target, scan, best, mask, scan_id(target), level)
         write_like(mask, scan.grid, target)
         return Prediction(len(mask), found.slices(), int(mask.any(axis=(1, 2)).sum()),
                           int(mask.sum()) * scan.grid.voxel_ml(), scan.warnings + found.warnings)
 
-    def _lesions(self, scan: Scan, found: Lungs, progress: bool = False) -> Iterator[tuple[int, np.ndarray]]:
-        """Number and lesion probability ``(rows, columns)`` of each slice with a lung."""
+    def _write_preview(self, target: Path, scan: Scan, lungs: Lungs, mask: np.ndarray, name: str, level: float) -> None:
+        from covidseg.book.preview import preview_page  # draws pictures, which nothing else here needs
+
+        write_text(target, preview_page(scan, lungs, mask, name=name, made={
+            "nets": "those that come with covidseg" if self.shipped else "of a training run, named by --run",
+            "their fingerprint": self.fingerprint(), "threshold": f"lesion from a probability of {level:g} on"}))
+
+    def _lesions(self, scan: Scan, found: Lungs, progress: bool = False,
+                 lungs: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """Number and lesion probability ``(rows, columns)`` of each slice with a lung.
+
+        Its completed lungs go into ``lungs``, ``(slices, rows, columns)`` bool, if they are wanted.
+        """
         for part, crops in self._completed(scan, found, "lesions", progress):
             with torch.inference_mode():
                 small = lesion_probabilities(self._nets[1], crops)                                # (B, size, size)
-            for k, p, box in zip(part, small, crops.boxes, strict=True):
+            for k, p, lung, box in zip(part, small, crops.lungs, crops.boxes, strict=True):
+                if lungs is not None:
+                    lungs[k] = uncrop(lung, box, lungs[k].shape) > 0.5
                 yield k, uncrop(p, box, scan.pixels.shape[1:])
 
     def _completed(self, scan: Scan, found: Lungs, what: str,
@@ -254,7 +277,8 @@ def load_predictor(run: Path = SHIPPED, device: torch.device = torch.device("cpu
         path = run / "stages" / files[name]
         return load_net(empty, load_arrays(path)[0], path).to(device)
     return Predictor(read("segmenter", make_segmenter(profile.segmenter)),
-                     read("lung_net", make_lung_net(profile.lung_net)) if "lung_net" in files else None, profile)
+                     read("lung_net", make_lung_net(profile.lung_net)) if "lung_net" in files else None, profile,
+                     shipped=run == SHIPPED)
 
 
 def export_run(run: Path, out: Path) -> list[Path]:

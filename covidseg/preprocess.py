@@ -118,13 +118,19 @@ def normalise(image: np.ndarray, lung: np.ndarray) -> np.ndarray:
         clipped to [-0.3, 1.5].
     """
     image = image.astype(np.float32)
+    air, tissue = air_and_tissue(image, lung)
+    return np.clip((image - air) / (tissue - air), *CLIP).astype(np.float32)
+
+
+def air_and_tissue(image: np.ndarray, lung: np.ndarray) -> tuple[float, float]:
+    """The values of :func:`normalise`, same arguments, that become 0 and 1."""
+    image = image.astype(np.float32)
     air = np.percentile(image[lung], 10)
     # Tissue close to the lungs only: the air around the patient and burnt-in text say nothing about the window.
     rows, columns = np.flatnonzero(lung.any(axis=1)), np.flatnonzero(lung.any(axis=0))
     near = image[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
     bright = near[near > threshold_otsu(near)] if near.min() < near.max() else near
-    tissue = max(float(np.median(bright)), float(air) + 1e-3)
-    return np.clip((image - air) / (tissue - air), *CLIP).astype(np.float32)
+    return air, max(float(np.median(bright)), float(air) + 1e-3)
 
 
 def lung_box(lung: np.ndarray, margin: float) -> tuple[int, int, int, int]:

@@ -41,14 +41,14 @@ def named(path: Path, target: Path) -> Path:
     return target
 
 
-def holding(folder: Path) -> list[str]:
+def holding(folder: Path, name: str = NAME) -> list[str]:
     """Files that hold the name, also behind compression, in other letters and in two bytes a letter."""
     found = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         raw = path.read_bytes()
         if raw[:2] == b"\x1f\x8b":
             raw += gzip.decompress(raw)
-        if any(word.lower().encode(code) in raw.lower() for word in NAME.split("^") for code in ("ascii", "utf-16-le")):
+        if any(word.lower().encode(code) in raw.lower() for word in name.split("^") for code in ("ascii", "utf-16-le")):
             found.append(str(path.relative_to(folder)))
     return found
 
@@ -121,9 +121,11 @@ def test_commands(scans: Path, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert command("lungs", scans, "-o", out) == 3, "one of the two is broken"
     assert [path.name for path in out.rglob("*") if path.is_file()] == ["scan.nii.gz"]
-    assert command("predict", "--run", run, scans, "-o", out, "--probability", "--device", "cpu") == 3
+    assert command("predict", "--run", run, scans, "-o", out, "--probability", "--preview", "--device", "cpu") == 3
     assert sorted(path.name for path in out.rglob("*") if path.is_file()) == [
-        "part-1-of-1.csv", "predictions.csv", "scan.nii.gz", "scan_probability.nii.gz"]
+        "part-1-of-1.csv", "predictions.csv", "scan.nii.gz", "scan_preview.html", "scan_probability.nii.gz"]
+    page = (out / "scan_preview.html").read_text(encoding="utf-8")
+    assert not [folder.name for folder in scans.parents if len(folder.name) > 4 and folder.name in page]
     assert "broken" in (out / "predictions.csv").read_text()
     assert holding(out) == []
 

@@ -40,10 +40,10 @@ def scans(tiny_phantom: Path, tmp_path: Path) -> list[Path]:
 
 
 def run(predictor: Predictor, scans: list[Path], out: Path, part: str = "1/1", level: float = LEVEL,
-        probability: bool = False) -> list[str]:
+        probability: bool = False, preview: bool = False) -> list[str]:
     """One part; the names of the scans that were predicted, and not done before."""
     work = PartRun(predictor, parse_part(part), {scan: out / scan.name for scan in scans}, out, level,
-                   probability=probability)
+                   probability=probability, preview=preview)
     fresh = []
     for scan in work.files:
         with suppress(InputFileError):
@@ -158,6 +158,25 @@ def test_what_is_done_is_not_done_again(predictor: Predictor, scans: list[Path],
     assert run(predictor, good, out) == []
     assert run(predictor, good, out, probability=True) == ["phantom_02"]
     assert content(out).items() >= before.items()
+
+
+def test_what_goes_with_a_mask_is_made_where_it_is_missing_or_out_of_date(
+        predictor: Predictor, scans: list[Path], done: Path, tmp_path: Path) -> None:
+    out, good = Path(shutil.copytree(done, tmp_path / "out")), [scan for scan in scans if "phantom" in scan.name]
+    before, page = content(out), out / "phantom_01_preview.html"
+    assert run(predictor, good, out, preview=True) == GOOD
+    assert content(out).items() >= {key: raw for key, raw in before.items() if key.endswith(".nii.gz")}.items()
+    assert run(predictor, good, out, probability=True, preview=True) == [], "what was there before counts still"
+    first = page.read_bytes()
+    page.unlink()
+    assert run(predictor, good, out) == []
+    assert run(predictor, good, out, preview=True) == ["phantom_01"]
+    assert page.read_bytes() == first
+    changed = read_scan(next(scan for scan in good if "phantom_01" in scan.name))
+    write_like(changed.pixels[::-1].copy(), changed.grid, changed.path)
+    assert run(predictor, good, out) == ["phantom_01"]
+    assert run(predictor, good, out, probability=True) == run(predictor, good, out, preview=True) == ["phantom_01"]
+    assert page.read_bytes() != first
 
 
 def brighter(scan: Path) -> None:

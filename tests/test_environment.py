@@ -222,14 +222,15 @@ def test_a_setting_is_one_of_a_few() -> None:
 # --- the wheel ---------------------------------------------------------------------------------------------------
 
 def packed_files() -> set[str]:
-    """What has to come along with the modules: nets, recorded runs, registry, splits, licences, quizzes, `py.typed`."""
+    """What has to come along with the modules: nets, recorded runs, registry, splits, licences, quizzes and so on."""
     nets = {f"stages/{net}.safetensors{end}" for net in ("segmenter", "patches", "lung_net") for end in ("", ".sha256")}
     weights = {f"covidseg/weights/{name}" for name in {"run.json", "run.json.sha256", "MODEL_CARD.md", *nets}}
     data = {f"covidseg/_data/{folder.name}/{path.relative_to(folder)}"
             for folder in (ROOT / "results", ROOT / "data/splits", ROOT / "data/licences")
             for path in folder.rglob("*") if path.is_file()}
     quizzes = {str(path.relative_to(ROOT)) for path in (ROOT / "covidseg" / "book" / "quizzes").glob("*.json")}
-    return {*weights, *data, *quizzes, "covidseg/_data/registry.toml", "covidseg/py.typed"}
+    return {*weights, *data, *quizzes, "covidseg/book/preview.html", "covidseg/_data/registry.toml",
+            "covidseg/py.typed"}
 
 
 def wheel_faults(names: set[str]) -> list[str]:

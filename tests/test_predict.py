@@ -367,3 +367,24 @@ def test_an_export_needs_a_run_and_room(tiny_run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError):
         export_run(tiny_run.folder, tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("completed", [True, False])
+def test_a_preview_shows_the_lungs_and_lesions_of_the_masks(tiny_phantom: Path, tmp_path: Path, completed: bool,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr("covidseg.book.preview.preview_page", lambda *args, **named: given.append((args, named)) or "x")
+    predictor = shipped_predictor() if completed else replace(shipped_predictor(), lung_net=None, shipped=False)
+    scan = tiny_phantom / "im" / "phantom_01.nii.gz"
+    plain = predictor.predict_file(scan, tmp_path / "plain.nii.gz", 0.3)
+    assert predictor.predict_file(scan, tmp_path / "case.nii.gz", 0.3, preview_target=tmp_path / "p.html") == plain
+    assert (tmp_path / "case.nii.gz").read_bytes() == (tmp_path / "plain.nii.gz").read_bytes()
+    ((shown, lungs, mask), named), = given
+    np.testing.assert_array_equal(mask, read_mask(tmp_path / "case.nii.gz", like=shown))
+    found = predictor.lungs(shown)
+    np.testing.assert_array_equal(lungs.masks, found.masks)
+    assert (lungs.warnings, lungs.volume) == (found.warnings, found.volume) == (plain.warnings, True)
+    assert named["name"] == "case"
+    assert named["made"] == {
+        "nets": "those that come with covidseg" if completed else "of a training run, named by --run",
+        "their fingerprint": predictor.fingerprint(), "threshold": "lesion from a probability of 0.3 on"}

@@ -3,7 +3,8 @@
 In Jupyter and on Colab ipywidgets draw when a slider moves. While the book is built (``COVIDSEG_STATIC=1``) every
 choice is drawn at once and leaves plain HTML: pictures and range inputs, a dozen words of script and no library, so
 that the page works with no kernel and no network. Without JavaScript, and on paper, a selection of the pictures stands
-side by side.
+side by side. :func:`explore_scan` shows the page that ``covidseg predict --preview`` writes: a whole scan and what was
+found in it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,18 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from covidseg.book.figures import draw_slice, legend, new_figure, overlay
+from covidseg.book.preview import preview_page
+from covidseg.data.scan import Scan
 from covidseg.errors import SettingsError
+from covidseg.lungs import Lungs
+from covidseg.predict import shipped_predictor
 
 # More frames than that make a page of many megabytes.
 MOST_FRAMES = 80
 # How many of them stand side by side where no slider can move.
 MONTAGE = 6
 DPI = 90
+PAGE_HEIGHT = "48rem"
 
 Draw = Callable[..., "Figure | tuple[Figure, str]"]
 
@@ -176,6 +182,40 @@ def browse(images: np.ndarray, masks: Mapping[str, np.ndarray] | None = None, *,
         return figure, titles[number] if number < len(titles) else f"slice {number}"
 
     return explore(draw, {"slice": range(0, len(images), every)}, name=name)
+
+
+class ScanPage:
+    """A page of :func:`explore_scan`, shown in a frame when it is the value of a cell; ``page`` is its HTML."""
+
+    def __init__(self, page: str) -> None:
+        self.page = page
+
+    def _repr_html_(self) -> str:
+        # Whole pages cannot stand inside others; and in a frame of its own none of the notebook is in its reach.
+        return (f'<iframe srcdoc="{html.escape(self.page)}" sandbox="allow-scripts" title="Slices of a scan with '
+                f'outlines of lungs and lesions" style="width:100%;height:{PAGE_HEIGHT};border:0"></iframe>')
+
+
+def explore_scan(scan: Scan, mask: np.ndarray, lungs: np.ndarray | Lungs | None = None, *, name: str = "") -> ScanPage:
+    """All slices of a scan with outlines of lungs and lesions, amounts by slice, and what was understood of the file.
+
+    Args:
+        scan: the scan.
+        mask: ``(slices, rows, columns)`` bool, its lesions, by whatever method.
+        lungs: its lungs, bool as ``mask``, of one body in order; by default the best that the package finds, with
+            whether the slices are one body, and with warnings. What :meth:`covidseg.predict.Predictor.lungs` found will
+            do as well.
+        name: what the scan is called on the page.
+
+    Raises:
+        NoLungError: no lungs were given, and there are none in any slice.
+        SettingsError: scan, mask and lungs have not one shape.
+    """
+    if lungs is None:
+        lungs = shipped_predictor().lungs(scan, check=False)
+    elif not isinstance(lungs, Lungs):
+        lungs = Lungs(lungs, (), volume=True)
+    return ScanPage(preview_page(scan, lungs, mask, name=name))
 
 
 def _image(figure: Figure, form: str, **options: Any) -> bytes:

@@ -120,6 +120,8 @@ def predict(inputs: Inputs, out: Out,
                 min=0.001, max=1.0, help="Lesion from this probability on. Default: as the run was made.")] = None,
             probability: Annotated[bool, typer.Option(
                 "--probability", help="Also write NAME_probability.nii.gz.")] = False,
+            preview: Annotated[bool, typer.Option(
+                "--preview", help="Also write NAME_preview.html, a page to look at in a browser.")] = False,
             part: Annotated[str | None, typer.Option(
                 help="i/n: of all scans, only part i of n, for several machines; see `covidseg merge`.")] = None,
             unchecked: Unchecked = False, device: Device = "auto") -> None:
@@ -141,7 +143,7 @@ def predict(inputs: Inputs, out: Out,
     predictor = load_predictor(SHIPPED if run is None else run, pick_device(device))
     level = predictor.profile.segmenter.threshold if threshold is None else threshold
     work = PartRun(predictor, which, targets, None if is_file(out) else out, level, volume, probability,
-                   not unchecked, series)
+                   not unchecked, series, preview)
 
     def predicted(path: Path) -> str:
         row, before = work.predict(path, progress=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from covidseg.book.explore import MOST_FRAMES, Explorer, browse, explore, is_static
+from covidseg.book.explore import MOST_FRAMES, Explorer, browse, explore, explore_scan, is_static
 from covidseg.book.figures import new_figure
+from covidseg.book.preview import preview_page
+from covidseg.data.scan import read_mask, read_scan
 from covidseg.errors import SettingsError
+from covidseg.lungs import Lungs, survey_lungs
+from covidseg.predict import Predictor
 
 
 def draw(level: float, side: str) -> tuple[Figure, str]:
@@ -116,3 +121,26 @@ def test_browse_shows_slices_with_their_titles() -> None:
     assert list(every_second.controls["slice"]) == [0, 2], "the slices' own numbers"
     assert every_second.frame([1])[1] == "head"
     assert len(shown.frame([0])[0].axes[0].collections) == 1  # the outline
+
+
+def test_a_scan_is_shown_in_a_frame(tiny_phantom: Path, browser: Any, tmp_path: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = read_scan(tiny_phantom / "im" / "phantom_01.nii.gz")
+    mask = read_mask(tiny_phantom / "mask" / "phantom_01.nii.gz", like=scan)
+    found = survey_lungs(scan.pixels)
+    with monkeypatch.context() as patch:  # the nets take their time
+        patch.setattr(Predictor, "lungs", lambda *args, check: found)
+        shown = explore_scan(scan, mask, name="<a name>")
+    assert shown.page == explore_scan(scan, mask, found, name="<a name>").page
+    assert shown.page == preview_page(scan, found, mask, name="<a name>")
+    assert explore_scan(scan, mask, found.masks).page == preview_page(scan, Lungs(found.masks, (), True), mask)
+    frame = shown._repr_html_()
+    assert html.unescape(frame.partition('srcdoc="')[2].partition('"')[0]) == shown.page
+    file = tmp_path / "page.html"
+    file.write_text(f"<body>{frame}", encoding="utf-8")
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    inner = page.frame_locator("iframe")
+    assert not inner.locator("#said").inner_text().startswith("Slice 0: ")
+    inner.locator("#slice").press("Home")
+    assert inner.locator("#said").inner_text().startswith("Slice 0: ")

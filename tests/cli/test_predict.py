@@ -62,6 +62,18 @@ def test_a_second_run_says_that_nothing_was_to_be_done(tiny_phantom: Path, run: 
     assert times == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.nii.gz")}
 
 
+def test_previews_are_written_where_they_are_asked_for(tiny_phantom: Path, run: Path, tmp_path: Path) -> None:
+    options = ["predict", "--run", run, tiny_phantom / "im" / "phantom_01.nii.gz", "-o", tmp_path / "out"]
+    assert invoke(*options).exit_code == 0
+    assert names(tmp_path / "out") == ["parts", "phantom_01.nii.gz", "predictions.csv"]
+    assert "as predicted before" not in invoke(*options, "--preview").output
+    page = (tmp_path / "out" / "phantom_01_preview.html").read_text(encoding="utf-8")
+    assert "<title>phantom_01: lesions in chest CT</title>" in page
+    assert "of a training run, named by --run" in page
+    assert str(tmp_path) not in page
+    assert "as predicted before" in invoke(*options, "--preview").output
+
+
 def test_a_bad_scan_has_a_row_and_an_exit_code(tiny_phantom: Path, run: Path, tmp_path: Path) -> None:
     scans = Path(shutil.copytree(tiny_phantom / "im", tmp_path / "scans"))
     (scans / "bad.nii.gz").write_bytes(b"not a scan")
