@@ -134,7 +134,7 @@ def survey_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(), vo
         small = to_grid(picture.values, settings.grid)
         beyond = None if picture.beyond is None else to_grid(picture.beyond, settings.grid) > 0.5
         found.append(regions(small, settings, beyond))
-        doubts.append(doubt(small, found[-1]) if check is not None else None)
+        doubts.append(doubt(small, found[-1], picture.split) if check is not None else None)
         thumbnails.append(to_grid(small, 32))
     if check is not None:
         pixel_cm2 = math.prod(check.spacing[1:]) / 100 * (pixels[0].size / found[0].body.size)

@@ -49,12 +49,13 @@ class Regions:
     ends: np.ndarray
 
 
-def doubt(image: np.ndarray, region: Regions) -> str | None:
+def doubt(image: np.ndarray, region: Regions, split: bool = False) -> str | None:
     """What speaks against a slice of chest CT; an empty text if nothing does, None if the slice cannot tell.
 
     Args:
         image: ``(h, w)`` slice on the working grid, cleaned (:func:`covidseg.data.grey.clean`).
         region: what thresholds found in it.
+        split: whether nothing in the slice lies halfway between dark and bright.
     """
     body, air = int(region.body.sum()), int(region.aerated.sum())
     rest = region.body & ~region.aerated & ~region.diseased
@@ -63,7 +64,9 @@ def doubt(image: np.ndarray, region: Regions) -> str | None:
     dark, tissue = np.percentile(image[region.aerated], 10), np.median(image[rest])
     level = (image - dark) / max(tissue - dark, 1e-6)
     islands = ndi.binary_fill_holes(region.aerated) & ~region.aerated
-    if islands.sum() > ENCLOSED * air or ((~region.body).mean() > TELLING and np.median(level[~region.body]) > OUTSIDE):
+    outside = level[~region.body]
+    if split or islands.sum() > ENCLOSED * air or (outside.size > TELLING * level.size
+                                                   and np.median(outside) > OUTSIDE):
         return "grey levels seem to be inverted, or negative values wrapped to positive ones: air is not the darkest"
     if (image[region.aerated] <= image.min()).mean() > CLIPPED:
         return "air has one value throughout, so that nothing can be seen in a lung"

@@ -379,7 +379,7 @@ def _stacking(path: Path, files: tuple[File, ...]) -> tuple[np.ndarray, np.ndarr
         raise InputFileError(f"lacks slices: their distance is {usual:.2f} mm, but for that between {where}", path=path,
                              remedy="Export the whole series again, or each part as a series of its own")
     kind = "uneven distances" if off.max() > near else "missing slices"
-    return step, steps, (f"{kind}: {usual:.2f} mm, but not between {where}; slices were interpolated there",)
+    return step, steps, (f"{kind} between {where}, elsewhere every {usual:.2f} mm: interpolated there",)
 
 
 def _stack(path: Path, files: tuple[File, ...], steps: np.ndarray) -> tuple[np.ndarray, int]:

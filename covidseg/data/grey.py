@@ -19,6 +19,8 @@ LOOK = 128               # side of the thinned picture that levels and padding a
 SAME = 0.015             # values this close, as a share of the range of tissue, are the same: JPEG rings a little
 BELOW, ABOVE = 0.2, 1.0  # of the way from air to tissue: darker or brighter than all else by more is no tissue
 LIKE_AIR = 0.1           # likewise: padding that is so close to air does no harm and stays
+FAR = 1000               # times as far from 0 as from each other: values that need another origin
+SPLIT = 0.002            # of the picture lies between dark and bright at least
 LEAST_PADDING = 0.01     # share of a slice
 ROUND = 1.0              # pixels of the thinned picture by which the edge of a round field of view may stray
 CORNERS = 8              # a straight-edged field of view has no more
@@ -33,10 +35,13 @@ class Picture:
             array as the slice where there is nothing to do.
         beyond: ``(H, W)`` bool, what lies outside the field of view; None where the field fills the slice or cannot be
             told from air.
+        split: Whether nothing lies halfway between dark and bright. In CT something always does, such as the skin;
+            where negative values were stored as large positive ones, nothing does.
     """
 
     values: np.ndarray
     beyond: np.ndarray | None = None
+    split: bool = False
 
 
 def clean(image: np.ndarray) -> Picture:
@@ -49,10 +54,15 @@ def clean(image: np.ndarray) -> Picture:
         image: ``(H, W)`` values of any unit, gain and offset.
     """
     step = max(1, max(image.shape) // LOOK)
-    small = image[::step, ::step].astype(np.float32)
-    value, spread = _corner_value(small)
+    small = image[::step, ::step].astype(np.float64)
+    lowest, spread = small.min(), np.ptp(small)
+    if spread == 0:
+        return Picture(image)
+    if abs(lowest) > FAR * spread:  # single precision could not tell them apart
+        image, small = (image.astype(np.float64) - lowest).astype(np.float32), small - lowest
+    value, tolerance = _corner_value(small)
     beyond, padding = None, np.zeros(small.shape, bool)
-    for near in (0.0, spread):  # of one value exactly; else, as after lossy compression, nearly so
+    for near in (0.0, tolerance):  # of one value exactly; else, as after lossy compression, nearly so
         padding = _at_the_edge(np.abs(small - value) <= near)
         if padding.mean() >= LEAST_PADDING and _is_field(~padding):
             reach = ndi.binary_dilation(padding, iterations=2).repeat(step, axis=0).repeat(step, axis=1)
@@ -64,13 +74,14 @@ def clean(image: np.ndarray) -> Picture:
         return Picture(image)
     dark = np.searchsorted(inner, threshold_otsu(np.clip(inner, low, high)), "right")
     air, tissue = inner[dark // 10], inner[(dark + count) // 2]
+    between = np.searchsorted(inner, (air + 0.25 * (tissue - air), air + 0.75 * (tissue - air)))
     low, high = low - BELOW * (tissue - air), high + ABOVE * (tissue - air)
     values = image
     if beyond is not None and abs(value - air) > LIKE_AIR * (tissue - air):
         values = np.where(beyond, np.float32(air), image)
     if values.min() < low or values.max() > high:
         values = np.clip(values, np.float32(low), np.float32(high))
-    return Picture(values, beyond)
+    return Picture(values, beyond, bool(between[1] - between[0] < SPLIT * count))
 
 
 def _corner_value(small: np.ndarray) -> tuple[float, float]:

@@ -79,8 +79,8 @@ def at(folder: Path, places: list[float], **tags: object) -> list[Path]:
 
 
 @pytest.mark.parametrize(("places", "distance", "warning"), [
-    ([0, 5, 10, 25, 30], 5, "missing slices: 5.00 mm, but not between 10.0 and 25.0 mm"),
-    ([0, 5, 10, 17, 22], 5.5, "uneven distances: 5.00 mm, but not between 10.0 and 17.0 mm"),
+    ([0, 5, 10, 25, 30], 5, "missing slices between 10.0 and 25.0 mm, elsewhere every 5.00 mm"),
+    ([0, 5, 10, 17, 22], 5.5, "uneven distances between 10.0 and 17.0 mm, elsewhere every 5.00 mm"),
     ([0, 0.6, 1.3, 1.9, 2.5], 0.625, None),  # rounded to .1 mm
     ([0, *np.arange(1, 21) * 1.0, *(20 + np.arange(1, 21) * 1.05)], 1.025, "uneven distances"),  # a drift
     ([0, 20, 40, 60], 20, None), ([7], 5, None)])
@@ -257,7 +257,7 @@ def test_a_damaged_slice_is_said_and_counts_as_missing(tmp_path: Path) -> None:
     files[3].write_bytes(files[3].read_bytes()[:-20])
     assert read_scan(tmp_path).warnings == (
         "left out: DICOM without a picture, or damaged (1 file)",
-        "missing slices: 5.00 mm, but not between -1190.0 and -1180.0 mm; slices were interpolated there")
+        "missing slices between -1190.0 and -1180.0 mm, elsewhere every 5.00 mm: interpolated there")
 
 
 def test_pixels_that_cannot_be_decoded(tmp_path: Path) -> None:

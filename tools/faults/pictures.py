@@ -46,6 +46,12 @@ def among_others(change: Callable[[np.ndarray], np.ndarray]) -> Make:
     return make
 
 
+def small(supplies: Supplies) -> None:
+    """Lungs of a few square centimetres."""
+    grid = read_scan(supplies.volume()).grid
+    stored(supplies.scan().pixels.transpose(2, 1, 0), "scan.nii.gz", grid.affine @ np.diag((0.1, 0.1, 1, 1)))
+
+
 def water(supplies: Supplies) -> None:
     """A body without air, such as slices of the abdomen."""
     rows, columns = np.mgrid[:96, :96]
@@ -95,6 +101,14 @@ FAULTS = [
     Fault("a photograph", PREDICT, InputFileError, SCAN, picture(lambda _: pictures.camera()[None, ::2, ::2])),
     Fault("a photograph with hardly anything dark in it", PREDICT, NoLungError, (*SCAN, "--unchecked"),
           picture(lambda _: pictures.moon()[None, ::2, ::2])),
+    Fault("a page of text", PREDICT, InputFileError, SCAN, picture(lambda _: pictures.page()[None])),
+    Fault("inverted grey levels", PREDICT, InputFileError, (*SCAN, "inverted"),
+          picture(lambda pixels: 255 - grey_levels(pixels))),
+    Fault("negative values that were stored as unsigned ones", PREDICT, InputFileError, (*SCAN, "wrapped"),
+          picture(lambda pixels: pixels.astype(np.int16).view(np.uint16))),
+    Fault("a soft-tissue window, in which lungs are black", PREDICT, InputFileError, (*SCAN, "one value"),
+          picture(lambda pixels: (np.clip(pixels / 400.0 + 0.4, 0, 1) * 255).astype(np.uint8))),
+    Fault("an animal, or a voxel size that is a tenth", PREDICT, InputFileError, (*SCAN, "cm2"), small),
     Fault("no lung in any slice", PREDICT, NoLungError, SCAN, water),
     Fault("every voxel the same", PREDICT, NoLungError, SCAN,
           lambda supplies: stored(np.full(SHAPE, -1000, np.int16))),
