@@ -142,7 +142,7 @@ class Predictor:
             write_like(maps, scan.grid, probability_target)
         write_like(mask, scan.grid, target)
         return Prediction(len(mask), found.slices(), int(mask.any(axis=(1, 2)).sum()),
-                          int(mask.sum()) * scan.grid.voxel_ml(), found.warnings)
+                          int(mask.sum()) * scan.grid.voxel_ml(), scan.warnings + found.warnings)
 
     def _lesions(self, scan: Scan, found: Lungs, progress: bool = False) -> Iterator[tuple[int, np.ndarray]]:
         """Number and lesion probability ``(rows, columns)`` of each slice with a lung."""
@@ -202,7 +202,7 @@ def lung_masks(scan: Scan | Path | str, predictor: Predictor | None = None, *, t
 
 
 def _warn(scan: Scan, found: Lungs) -> None:
-    for text in found.warnings:
+    for text in scan.warnings + found.warnings:
         warnings.warn(f"{scan.path.name}: {text}", ScanWarning, stacklevel=3)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,7 @@ from rich.markup import escape
 
 from covidseg import DISCLAIMER
 from covidseg.cli.common import Device, Unchecked, console, errors, state
-from covidseg.data.scan import SUFFIXES, read_scan, scan_id, write_like
+from covidseg.data.scan import SUFFIXES, read_scan, scan_id, scans_in, write_like
 from covidseg.errors import CovidsegError, InputFileError, SettingsError
 
 Inputs = Annotated[list[Path], typer.Argument(help="CT scans (NIfTI) or folders of them.")]
@@ -26,19 +25,29 @@ def is_file(out: Path) -> bool:
     return out.name.lower().endswith(SUFFIXES)
 
 
-def targets_of(out: Path, sources: list[Path]) -> dict[Path, Path]:
-    """Where each result goes: ``out`` itself if it is named like a file, else ``out/NAME.nii.gz``."""
+def targets_of(out: Path, sources: list[Path], beside: tuple[str, ...] = ()) -> dict[Path, Path]:
+    """Where each result goes: ``out`` itself if it is named like a file, else ``out/NAME.nii.gz``.
+
+    Args:
+        out: file or folder.
+        sources: the scans.
+        beside: endings of what is written beside each result, as ``_probability.nii.gz``.
+
+    Raises:
+        SettingsError: a file that will be written is a scan, or is to be written twice.
+    """
     if is_file(out) and len(sources) > 1:
         raise SettingsError("several inputs cannot be written to one file", path=out, remedy="Name a folder after -o")
     targets = {source: out if is_file(out) else out / f"{scan_id(source)}.nii.gz" for source in sources}
-    scans, names = {source.resolve() for source in sources}, Counter(targets.values())
+    scans, written = {source.resolve() for source in sources}, dict[Path, Path]()
     for source, target in targets.items():
-        if target.resolve() in scans:
-            raise SettingsError("the result would replace the scan itself", path=target,
-                                remedy="Name another folder after -o")
-        if names[target] > 1:
-            raise SettingsError(f"several inputs are called {scan_id(source)}, their results would replace each other",
-                                path=target, remedy="Do them one by one, each with its own -o")
+        for file in (target, *(target.with_name(f"{scan_id(target)}{ending}") for ending in beside)):
+            if file.resolve() in scans:
+                raise SettingsError("the result would replace a scan", path=file, remedy="Name another folder after -o")
+            if (other := written.setdefault(file, source)) is not source:
+                names = " and ".join(dict.fromkeys(map(scan_id, (other, source))))
+                raise SettingsError(f"several inputs are called {names}, their results would replace each other",
+                                    path=file, remedy="Do them one by one, each with its own -o")
     return targets
 
 
@@ -46,7 +55,7 @@ def files_of(sources: list[Path]) -> list[Path]:
     """Files as given; folders stand for the NIfTI files in them."""
     files: list[Path] = []
     for source in sources:
-        found = [p for p in sorted(source.iterdir()) if is_file(p)] if source.is_dir() else [source]
+        found = scans_in(source) if source.is_dir() else [source]
         if not found:
             raise InputFileError("holds no NIfTI files", path=source, remedy="Name .nii or .nii.gz files")
         files += found
@@ -96,7 +105,7 @@ def lungs(inputs: Inputs, out: Out, volume: Volume = None,
         scan = read_scan(path)
         found = find(scan, volume=volume, check=not unchecked, progress=True)
         write_like(found.masks, scan.grid, targets[path])
-        warn(path, found.warnings)
+        warn(path, scan.warnings + found.warnings)
         return f"lung in {found.slices()} of {len(found.masks)} slices, wrote {targets[path]}"
 
     end(each(files, work), files)
@@ -117,14 +126,14 @@ def predict(inputs: Inputs, out: Out,
 
     Scans that are done, by the same nets and with the same settings, are left as they are.
     """
-    from covidseg.batch import Part, PartRun, parse_part, write_table
+    from covidseg.batch import PROBABILITY, Part, PartRun, parse_part, write_table
     from covidseg.devices import pick_device
     from covidseg.predict import SHIPPED, load_predictor
 
     which = Part() if part is None else parse_part(part)
     if part is not None and is_file(out):
         raise SettingsError("parts cannot be written to one file", path=out, remedy="Name a folder after -o")
-    targets = targets_of(out, files_of(inputs))
+    targets = targets_of(out, files_of(inputs), (PROBABILITY,) if probability else ())
     predictor = load_predictor(SHIPPED if run is None else run, pick_device(device))
     level = predictor.profile.segmenter.threshold if threshold is None else threshold
     work = PartRun(predictor, which, targets, None if is_file(out) else out, level, volume, probability,
@@ -139,7 +148,7 @@ def predict(inputs: Inputs, out: Out,
     console.print(DISCLAIMER)
     failed = each(work.files, predicted)
     if part is None and not is_file(out):
-        write_table(out, list(work.rows.values()))
+        write_table(out, work.table())
     end(failed, work.files)
 
 
