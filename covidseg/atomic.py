@@ -100,9 +100,12 @@ def _make_locked(path: Path, folder: bool) -> int:
 
 @contextmanager
 def _held(place: int) -> Iterator[int]:
+    """Closes what is open, and unlocks it also for a process that was forked meanwhile and has it open, too."""
     try:
         yield place
     finally:
+        with suppress(OSError):
+            fcntl.flock(place, fcntl.LOCK_UN)
         os.close(place)
 
 

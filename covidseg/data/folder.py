@@ -102,7 +102,8 @@ def _volume_cases(root: Path, images: dict[str, Path], labelled: bool) -> tuple[
     labels, patients = _read_labels(table) if labelled else ({}, {})
     if unknown := sorted(set(labels) - set(images)):
         raise DatasetError(f"names volumes that im/ does not hold: {', '.join(unknown)}", path=table,
-                           remedy="Add the scans or remove their lines")
+                           remedy=f"Add the scans or correct their lines; im/ holds {', '.join(sorted(images)[:3])}"
+                                  f"{f' and {len(images) - 3} more' if len(images) > 3 else ''}")
     lungs, masks = _by_id(root / "lung"), _by_id(root / "mask")
     return tuple(Case(name, image, labels.get(name, {}), patients.get(name, name), lungs.get(name), masks.get(name))
                  for name, image in images.items())

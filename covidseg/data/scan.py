@@ -41,6 +41,8 @@ SPACING = (0.01, 200.0)  # mm; no CT has less or more, though stacks of single s
 BLOCK = 1 << 18          # bytes decompressed at a time, since a gzip stream makes a copy of each piece
 DEFLATE = 1032           # times smaller than its content is the most that a compressed file can be
 GZIP = b"\x1f\x8b"        # first bytes of a compressed file
+OTHERS = {b"<": "a web page", b"PK": "a zip archive", b"\x89PNG": "a picture", b"NRRD": "an NRRD file",
+          b"vers": "a pointer of Git LFS (`git lfs pull` fetches the file)"}
 # What a header says about place, by two ways: which program follows which differs, so results say both, as their scan.
 PLACE = ("sform_code", "srow_x", "srow_y", "srow_z", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
          "qoffset_y", "qoffset_z", "pixdim", "xyzt_units")
@@ -274,6 +276,8 @@ def read_header(path: Path, affine: np.ndarray | None = None) -> Header:
         raise refusal("no such file", "Check the spelling of the path") from None
     if path.is_dir():
         raise refusal("is a folder, not a scan", "Name the NIfTI files inside it")
+    if not path.is_file():
+        raise refusal("is no ordinary file", "Write what it gives into one first")
     if path.name.lower().endswith((".hdr", ".img", ".hdr.gz", ".img.gz")):
         raise refusal("is one half of a pair of files (.hdr and .img)",
                       "Make one file of both with nibabel's `nib-convert NAME.hdr NAME.nii.gz`")
@@ -331,16 +335,18 @@ def _fields(path: Path) -> tuple[Any, int]:
         start = stream.read(4)
         kind = nib.Nifti2Header if int.from_bytes(start, "little") == 540 or int.from_bytes(start, "big") == 540 \
             else nib.Nifti1Header
+        if found := next((what for begin, what in OTHERS.items() if start.startswith(begin)), ""):
+            raise ValueError(f"it is {found}, whatever its name says")
         fields: Any = kind(start + stream.read(kind.sizeof_hdr - 4), check=False)
         extended = stream.read(4)[:1] not in (b"", b"\0")  # what follows then are remarks
     offset, least, bits = float(fields["vox_offset"]), kind.single_vox_offset, int(fields["bitpix"])
-    if not offset >= 0 or offset % 1 or (extended and offset < least):
-        raise ValueError(f"its voxels are said to begin at byte {offset:g}, the field vox_offset")
-    fields["vox_offset"] = max(offset, least)  # the standard's least is meant by 0, which some programs write
+    fields["vox_offset"] = least
     fields.check_fix(Logger("", CRITICAL + 1))  # it raises what is wrong; a log line besides would only confuse
+    if not 0 <= offset < math.inf or offset % 1 or (extended and offset < least):
+        raise ValueError(f"its voxels are said to begin at byte {offset:g}, the field vox_offset")
     if bits not in (0, 8 * (stored := fields.get_data_dtype()).itemsize):
         raise ValueError(f"its voxels are said to have {bits} bits and to be {stored}")
-    return fields, int(fields["vox_offset"])
+    return fields, max(int(offset), least)  # some programs write 0 and mean the least that the standard allows
 
 
 def _contradictions(fields: Any, grid: Grid) -> tuple[str, ...]:
