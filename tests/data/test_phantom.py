@@ -13,9 +13,16 @@ from scipy.stats import mannwhitneyu
 from skimage.filters import threshold_otsu
 
 from covidseg.data.folder import load_dataset
-from covidseg.data.phantom import LOOKALIKES, PhantomPatient, PhantomSettings, is_healthy, make_patient, write_phantom
+from covidseg.data.phantom import (
+    LOOKALIKES,
+    PhantomPatient,
+    PhantomSettings,
+    is_healthy,
+    make_patient,
+    patient,
+    write_phantom,
+)
 from covidseg.data.phantom import lesions as lesions_module
-from covidseg.data.phantom import patient
 from covidseg.data.phantom.anatomy import make_chest, make_frame, smooth_noise
 from covidseg.data.phantom.lesions import CONSOLIDATION, CRAZY_PAVING, GROUND_GLASS, MIN_LESION_AREA_MM2
 from covidseg.data.phantom.vessels import MURRAY, draw_tubes, grow_tree

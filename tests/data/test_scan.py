@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from data_server import ORIENTATIONS, oriented
+from nibabel.affines import from_matvec
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from covidseg.data.scan import PLACE, Grid, read_mask, read_scan, scan_id, scans_in, shown, write_like
@@ -104,10 +105,10 @@ def test_a_sheared_voxel_holds_less_than_its_sides_say(tmp_path):
     assert scan.warnings == ()
 
 
-AWAY = AFFINE + [[0] * 4, [0] * 4, [0, 0, 0, -76], [0] * 4]
+AWAY = from_matvec(AFFINE[:3, :3], (0, 0, -76))
 BOTH_WAYS = {"far apart": (AFFINE, AWAY, {}), "sheared": (tilted(), AFFINE, {}), "only a qform": (None, AWAY, {}),
              "only a sform": (AWAY, None, {}), "broken qform": (AFFINE, AFFINE, {"quatern_b": 4}),
-             "NaN as qform": (AFFINE, AFFINE, {"quatern_b": np.nan}), "in millimetres": (AFFINE, AFFINE, {"xyzt_units": 2})}
+             "NaN as qform": (AFFINE, AFFINE, {"quatern_b": np.nan}), "a unit": (AFFINE, AFFINE, {"xyzt_units": 2})}
 
 
 @pytest.mark.parametrize("case", BOTH_WAYS)

@@ -16,13 +16,13 @@ from rich.table import Table
 
 from covidseg import DISCLAIMER, __version__
 from covidseg.store import write_text
-from faults import batches, disks, downloads, files, headers, pictures, runs, tables
+from faults import batches, disks, downloads, files, headers, people, pictures, runs, tables
 from faults.supplies import make_supplies
 from faults.trial import Fault, Outcome, attempt
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS: dict[str, list[Fault]] = {module.GROUP: module.FAULTS for module in (
-    files, headers, pictures, tables, runs, batches, disks, downloads)}
+    files, headers, pictures, tables, runs, batches, disks, downloads, people)}
 
 
 def record(outcomes: dict[str, list[Outcome]]) -> dict[str, Any]:

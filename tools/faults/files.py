@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from covidseg.errors import InputFileError
-from faults.supplies import Supplies, upright, with_header
+from faults.supplies import Supplies, with_header
 from faults.trial import Fault, Make
 
 GROUP = "damaged files"
@@ -50,11 +50,6 @@ def renamed_picture(folder: Path, supplies: Supplies) -> None:
     (folder / "scan.nii.gz").write_bytes(picture.getvalue())
 
 
-def uncompressed(folder: Path, supplies: Supplies) -> None:
-    upright(supplies.scan().pixels, folder / "plain.nii")
-    (folder / "plain.nii").rename(folder / "scan.nii.gz")
-
-
 def damaged_for_training(folder: Path, supplies: Supplies) -> None:
     data = supplies.data(folder / "data")
     path = data / "im" / "phantom_02.nii.gz"
@@ -80,8 +75,6 @@ FAULTS = [
     Fault("DICOM, with its own suffix", "covidseg predict scan.dcm -o out", InputFileError, ("scan.dcm",),
           bytes_of(lambda raw: bytes(128) + b"DICM", "scan.dcm"), leaves=REPORTS),
     Fault("a PNG picture with the suffix of a scan", PREDICT, InputFileError, ("scan.nii.gz",), renamed_picture,
-          leaves=REPORTS),
-    Fault("not compressed, although its suffix says so", PREDICT, InputFileError, ("scan.nii.gz",), uncompressed,
           leaves=REPORTS),
     Fault("a header that promises a terabyte", "covidseg predict scan.nii -o out", InputFileError, ("scan.nii",),
           lambda folder, supplies: with_header(supplies.volume(), folder / "scan.nii",
