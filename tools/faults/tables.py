@@ -93,8 +93,6 @@ FAULTS = [
           table(lambda rows: [{**row, "patient": str(k)} for k, row in enumerate(rows)])),
     Fault("a column is missing", TRAIN, DatasetError, ("slice_labels.csv", "has_lesion"),
           raw_table(lambda raw: raw.replace(b"has_lesion", b"lesion"))),
-    Fault("semicolons instead of commas", TRAIN, DatasetError, ("slice_labels.csv",),
-          raw_table(lambda raw: raw.replace(b",", b";"))),
     Fault("not text", TRAIN, DatasetError, ("slice_labels.csv",), raw_table(lambda raw: b"\xff\xfe" + raw)),
     Fault("no label table", TRAIN, DatasetError, ("slice_labels.csv",), no_table),
     Fault("a folder in place of the label table", TRAIN, DatasetError, ("slice_labels.csv",), folder_for_table),
