@@ -40,7 +40,7 @@ colab: $(READY)  ## Run every chapter on Colab's versions, outside the repositor
 	$(BIN)/python tools/colab_check.py
 
 bench: $(READY)  ## Measure speed and memory side by side with other ways, into results/bench-*.json
-	VIRTUAL_ENV='$(CURDIR)/$(VENV)' $(BIN)/uv pip install --no-config --quiet --require-hashes -r requirements-bench.lock
+	VIRTUAL_ENV="$$(pwd -P)/$(VENV)" $(BIN)/uv pip install --no-config --quiet --require-hashes -r requirements-bench.lock
 	PYTHONPATH=tools $(BIN)/python -m bench $(BENCH_ARGS)
 
 faults: $(READY)  ## Try every fault in the table of faults, and write what happened into results/faults.json
@@ -56,7 +56,7 @@ audit: $(READY) $(VENV)/.trust  ## Look the pinned packages up in the database o
 	$(BIN)/pip-audit --require-hashes --disable-pip -r requirements.lock
 
 $(VENV)/.trust: $(READY) requirements-trust.lock
-	VIRTUAL_ENV='$(CURDIR)/$(VENV)' $(BIN)/uv pip install --no-config --quiet --require-hashes -r requirements-trust.lock
+	VIRTUAL_ENV="$$(pwd -P)/$(VENV)" $(BIN)/uv pip install --no-config --quiet --require-hashes -r requirements-trust.lock
 	touch $@
 
 # One process a core, up to four: each imports everything and needs a gigabyte. A module's tests stay together, so that
@@ -85,7 +85,7 @@ venv: $(READY)  ## Only make the environment
 
 # The stamp holds the path of the checkout. If it is missing, names another place (the folder was moved or copied) or
 # the interpreter is gone, the environment is half made or broken, and it is made afresh.
-ifneq ($(shell [ "$$(cat $(READY) 2>/dev/null)" = "$(CURDIR)" ] && $(BIN)/python -c '' 2>/dev/null && echo whole),whole)
+ifneq ($(shell [ "$$(cat $(READY) 2>/dev/null)" = "$$(pwd -P)" ] && $(BIN)/python -c '' 2>/dev/null && echo whole),whole)
 $(READY): FORCE
 REBUILD := yes
 endif
@@ -116,14 +116,14 @@ $(READY): requirements-bootstrap.txt requirements.lock pyproject.toml
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-bootstrap.txt; \
 	if [ "$$(uname -s)" = Linux ]; then \
 	  echo 'make: installing the pinned packages (some minutes when they have to be downloaded)'; \
-	  VIRTUAL_ENV='$(CURDIR)/$(VENV)' $(BIN)/uv pip sync --quiet --require-hashes \
+	  VIRTUAL_ENV="$$(pwd -P)/$(VENV)" $(BIN)/uv pip sync --quiet --require-hashes \
 	    --build-constraints requirements.lock requirements.lock requirements-bootstrap.txt; \
-	  VIRTUAL_ENV='$(CURDIR)/$(VENV)' $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e .; \
+	  VIRTUAL_ENV="$$(pwd -P)/$(VENV)" $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e .; \
 	else \
 	  echo 'make: requirements.lock covers Linux only; installing what pyproject.toml asks for instead'; \
-	  VIRTUAL_ENV='$(CURDIR)/$(VENV)' $(BIN)/uv pip install --quiet --no-build-isolation -e '.[book,dev]'; \
+	  VIRTUAL_ENV="$$(pwd -P)/$(VENV)" $(BIN)/uv pip install --quiet --no-build-isolation -e '.[book,dev]'; \
 	fi; \
-	printf '%s' '$(CURDIR)' > $(READY)
+	printf '%s' "$$(pwd -P)" > $(READY)
 
 strip: $(READY)  ## Remove outputs and run-time metadata from the chapters
 	$(BIN)/python -m nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" chapters/*.ipynb

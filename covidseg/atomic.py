@@ -1,14 +1,22 @@
-"""Writing a file in one piece: whoever looks sees the old file or the whole new one, never half of it."""
+"""Writing a file in one piece: whoever looks sees the old file or the whole new one, never half of it.
+
+Temporary files lie beside what they become and are locked while they are written. A lock ends with its program, so
+that what a killed program left behind is known, and removed when the next file is written in that folder.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from covidseg.errors import OutputError
+
+MARK = ".covidseg-"  # names of temporary files and folders begin with it; the target's may be as long as names can be
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, suffix: str = "") -> None:
@@ -28,23 +36,84 @@ def whole_file(path: Path, *, suffix: str = "") -> Iterator[Path]:
     Raises:
         OutputError: the file cannot be written; nothing is left behind, and an old file stays as it was.
     """
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not mkstemp, which lets only the owner read: the permissions of ordinary files can be asked for only by
         # changing them for the whole program, and another thread might make a file right then.
-        new = path.with_name(f".{path.name}-{secrets.token_hex(4)}{suffix}")
-        new.touch(exist_ok=False)
-        temporary = new
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
+        with _temporary(path.parent, suffix=suffix) as temporary:
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"cannot be written ({getattr(error, 'strerror', None) or error})", path=path,
                           remedy="Check free space and permissions, or choose another folder") from error
+
+
+@contextmanager
+def work_folder(parent: Path) -> Iterator[Path]:
+    """A temporary folder in ``parent``, which is there already; it is removed at the end with what is left in it."""
+    with _temporary(parent, folder=True) as folder:
+        yield folder
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other programs that ask for the same folder waiting; they go on when this one is done or dead.
+
+    The folder is made if it is missing. One that cannot be made or locked keeps nobody waiting; what is wrong with it
+    is said when something is written there.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(_held(os.open(folder, os.O_RDONLY))), fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _temporary(parent: Path, *, folder: bool = False, suffix: str = "") -> Iterator[Path]:
+    """A new file or folder, locked until it is removed or renamed; those that nobody locks any more are removed."""
+    for left in parent.glob(f"{MARK}*"):
+        with suppress(OSError), _held(os.open(left, os.O_RDONLY if left.is_dir() else os.O_RDWR)) as place:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(left)
+    path = parent / f"{MARK}{secrets.token_hex(4)}{suffix}"
+    try:
+        with _held(_make_locked(path, folder)):
+            yield path
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        _remove(path)
+
+
+def _make_locked(path: Path, folder: bool) -> int:
+    """Makes a file or folder and locks it; what is returned holds the lock while it is open."""
+    while True:
+        if folder:
+            path.mkdir()
+        place = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with suppress(OSError):  # a file system without locks: nobody can tell what is left over, and nobody removes it
+            fcntl.flock(place, fcntl.LOCK_EX)
+        if path.exists():
+            return place
+        os.close(place)  # another program took it for a leftover before it was locked
+
+
+@contextmanager
+def _held(place: int) -> Iterator[int]:
+    """Closes what is open, and unlocks it also for a process that was forked meanwhile and has it open, too."""
+    try:
+        yield place
+    finally:
+        with suppress(OSError):
+            fcntl.flock(place, fcntl.LOCK_UN)
+        os.close(place)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

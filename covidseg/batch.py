@@ -4,6 +4,8 @@ Part ``i`` of ``n`` takes every ``n``-th scan of the sorted list. Its table, ``p
 has a row for each of its scans and is up to date after each of them. A scan is left as it is if a table says what was
 made of it, with the same nets and settings, and the files are unchanged; so a part that was stopped is simply started
 once more. :func:`merge` puts the tables together.
+
+A run that is not divided adds to the table of earlier ones in the same folder; parts belong to one list of scans.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ import io
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from covidseg import __version__
-from covidseg.data.scan import scan_id
+from covidseg.atomic import alone
+from covidseg.data.scan import scan_id, scans_in, shown
 from covidseg.errors import CovidsegError, DatasetError, SettingsError
 from covidseg.predict import Predictor
 from covidseg.store import file_hash, write_text
@@ -29,6 +33,8 @@ COLUMNS = ("name", "status", "error", *FOUND, "threshold", "nets", "scan_sha256"
 PART_COLUMNS = (*COLUMNS, "fault", "probability_sha256", "preview_sha256", "covidseg", "volume", "series")
 HASHES = tuple(key for key in PART_COLUMNS if key.endswith("_sha256"))
 MADE = ("covidseg", "nets", "threshold", "volume", "series")
+# Endings of the files of probabilities and of the page to look at, beside the mask.
+PROBABILITY, PREVIEW = "_probability.nii.gz", "_preview.html"
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Part:
 
     def of(self, files: list[Path]) -> list[Path]:
         """The files of this part, in order of their names."""
-        return sorted(files, key=lambda path: (scan_id(path), path))[self.number - 1::self.count]
+        return sorted(files, key=lambda path: (_name(path), path))[self.number - 1::self.count]
 
     def table(self, out: Path) -> Path:
         """Where the table of this part lies."""
@@ -85,6 +91,10 @@ class PartRun:
     Attributes:
         files: The scans of this part, in order.
         rows: What is known of each of them, by name.
+
+    Raises:
+        SettingsError: parts in the folder hold other scans than those of ``targets``.
+        OutputError: the table cannot be written.
     """
 
     def __init__(self, predictor: Predictor, part: Part, targets: dict[Path, Path], out: Path | None,
@@ -96,12 +106,20 @@ class PartRun:
         self.files = part.of(list(targets))
         made = {"covidseg": __version__, "nets": predictor.fingerprint(), "threshold": str(threshold),
                 "volume": str(volume), "series": series or ""}
-        before = {row["name"]: row for rows in (tables(out) if out is not None else {}).values() for row in rows
+        found = tables(out) if out is not None else {}
+        names = set(map(_name, targets))
+        others = sorted({row["name"] for other, rows in found.items() if other.count == part.count > 1 for row in rows}
+                        - names)
+        if others:
+            raise SettingsError(f"holds parts of another list of scans, with {', '.join(others[:3])}"
+                                f"{f' and {len(others) - 3} more' if len(others) > 3 else ''}", path=out,
+                                remedy="Give the same scans to all parts, or another folder after -o")
+        before = {row["name"]: row for rows in found.values() for row in rows
                   if row["mask_sha256"] and all(row[key] == made[key] for key in MADE)}
         # What was done before stays in the table, but counts only after a look at the files.
         empty = dict.fromkeys(PART_COLUMNS, "") | made
         self.rows = {name: {**empty, "name": name, **before.get(name, {}), "status": "open"}
-                     for name in map(scan_id, self.files)}
+                     for name in map(_name, self.files)}
         self.write()
 
     def predict(self, scan: Path, *, progress: bool = False) -> tuple[Row, bool]:
@@ -113,12 +131,12 @@ class PartRun:
         Raises:
             CovidsegError: the scan cannot be read, shows no lung, or its mask cannot be written; the row says so.
         """
-        row, target = self.rows[scan_id(scan)], self.targets[scan]
+        row, target = self.rows[_name(scan)], self.targets[scan]
         files = {"scan_sha256": scan, "mask_sha256": target}
         if self.probability:
-            files["probability_sha256"] = target.with_name(f"{scan_id(target)}_probability.nii.gz")
+            files["probability_sha256"] = target.with_name(scan_id(target) + PROBABILITY)
         if self.preview:
-            files["preview_sha256"] = target.with_name(f"{scan_id(target)}_preview.html")
+            files["preview_sha256"] = target.with_name(scan_id(target) + PREVIEW)
         done = {key: _unchanged(path, row[key]) for key, path in files.items()}
         before = all(done.values())
         try:
@@ -144,22 +162,49 @@ class PartRun:
     def write(self) -> None:
         """Writes the table of this part; one without scans has a table as well."""
         if self.out is not None:
-            write_text(self.part.table(self.out), _csv(PART_COLUMNS, self.rows.values()))
+            with alone(self.out / "parts"):  # another program may add scans of its own to the same table
+                write_text(self.part.table(self.out), _csv(PART_COLUMNS, self.table()))
+
+    def table(self) -> list[Row]:
+        """The rows of this part; of a run that is not divided also those of earlier ones, but for lost masks."""
+        own = list(self.rows.values())
+        if self.out is None or self.part.count > 1:
+            return own
+        others = [row for row in _rows_of(self.part.table(self.out)) or () if row["name"] not in self.rows
+                  and (row["status"] != "done" or _mask(self.out, row["name"]).exists())]
+        return sorted([*own, *others], key=lambda row: row["name"])
 
 
 def tables(out: Path) -> dict[Part, list[Row]]:
     """The tables of all parts in an output folder; a damaged one counts as missing."""
     found = {}
     for path in sorted((out / "parts").glob("part-*-of-*.csv")):
-        try:
+        with suppress(SettingsError):
             part = parse_part(path.stem.removeprefix("part-").replace("-of-", "/"))
-            table = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8"), newline=""), strict=True)
-            rows = list(table)
-        except (OSError, UnicodeError, csv.Error, SettingsError):
-            continue
-        if tuple(table.fieldnames or ()) == PART_COLUMNS and all(map(_is_row, rows)):
-            found[part] = rows
+            if (rows := _rows_of(path)) is not None:
+                found[part] = rows
     return found
+
+
+def _rows_of(path: Path) -> list[Row] | None:
+    """The rows of a part's table; None if it is missing or damaged."""
+    try:
+        table = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8"), newline=""), strict=True)
+        rows = list(table)
+    except (OSError, UnicodeError, csv.Error):
+        return None
+    return rows if tuple(table.fieldnames or ()) == PART_COLUMNS and all(map(_is_row, rows)) else None
+
+
+def _name(scan: Path) -> str:
+    """What a scan is called in tables."""
+    return shown(scan_id(scan))
+
+
+def _mask(out: Path, name: str) -> Path:
+    """The mask of a scan by its name in tables, in which bytes that are no UTF-8 are escaped."""
+    path = out / f"{name}.nii.gz"
+    return path if path.exists() else next((other for other in scans_in(out) if _name(other) == name), path)
 
 
 def _is_row(row: dict) -> bool:
@@ -199,12 +244,12 @@ def merge(out: Path) -> list[Row]:
     if any(found[part] != rows[part.number - 1::part.count] for part in parts):
         raise DatasetError("parts were made from different lists of scans", path=out,
                            remedy="Run all parts again with the same scans and options")
-    odd = [str(part) for part in parts if any(row[key] != rows[0][key] for row in found[part] for key in MADE)]
-    if odd:
-        raise DatasetError(f"part {', '.join(odd)} was made with other nets or settings than part {parts[0]}", path=out,
-                           remedy="Run all parts again with the same scans and options")
+    if odd := [row["name"] for row in rows if any(row[key] != rows[0][key] for key in MADE)]:
+        others = ", ".join(str(part) for part in parts if any(row["name"] in odd for row in found[part]))
+        raise DatasetError(f"{odd[0]} (in part {others}) was made with other nets or settings than {rows[0]['name']}",
+                           path=out, remedy="Run all parts again with the same scans and options")
     for row in rows:
-        mask = out / f"{row['name']}.nii.gz"
+        mask = _mask(out, row["name"])
         if row["status"] == "done" and not _unchanged(mask, row["mask_sha256"]):
             raise DatasetError("is missing, or is not what was predicted", path=mask,
                                remedy="Run `covidseg predict` again with the same scans and options")

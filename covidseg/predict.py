@@ -226,7 +226,7 @@ def lung_masks(scan: Scan | Path | str, predictor: Predictor | None = None, *, t
 
 
 def _warn(scan: Scan, found: Lungs) -> None:
-    for text in found.warnings:
+    for text in scan.warnings + found.warnings:
         warnings.warn(f"{scan.path.name}: {text}", ScanWarning, stacklevel=3)
 
 

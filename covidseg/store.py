@@ -67,12 +67,13 @@ def file_hash(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a small text file in one piece.
+    """Writes a small text file in one piece, as UTF-8.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    # A file name may hold bytes that are no UTF-8; they are shown escaped.
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def save_arrays(path: Path, arrays: Arrays, notes: dict[str, Any] | None = None) -> None:
@@ -214,9 +215,6 @@ class Store:
                 except Timeout:
                     self.log(f"another program is making {path.name} in this folder; waiting for it")
                     lock.acquire()
-                for name in (path.name, f"{path.name}.sha256"):  # a program that was killed left what it was writing
-                    for left in path.parent.glob(f".{name}-*"):
-                        left.unlink(missing_ok=True)
             yield
         finally:
             lock.release()

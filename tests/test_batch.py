@@ -257,7 +257,8 @@ def test_missing_parts_are_named_with_the_command_to_run(three: Path) -> None:
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"name": "another"}, "parts were made from different lists of scans"),
-    *[({key: "other"}, "part 2/3 was made with other nets or settings") for key in MADE],
+    *[({key: "other"}, r"phantom_01 \(in part 2/3\) was made with other nets or settings than phantom_00")
+      for key in MADE],
     ({"mask_sha256": "0" * 64}, r"phantom_01\.nii\.gz.*not what was predicted"),
     (Path.unlink, r"phantom_02\.nii\.gz.*not what was predicted"),
     (lambda mask: cut(mask, 1), r"phantom_02\.nii\.gz.*not what was predicted")])

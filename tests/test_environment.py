@@ -289,6 +289,24 @@ def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
     assert not (tmp_path / ".venv" / ".ready").exists()
 
 
+@pytest.mark.parametrize("name", ["it's here", 'a "b" $HOME `c`'])
+def test_make_works_in_a_folder_whatever_its_name(tmp_path: Path, name: str) -> None:
+    """With programs in place of Python and uv that only say where they were asked to work."""
+    folder = tmp_path / name
+    folder.mkdir()
+    for file in ("Makefile", "requirements.lock", "requirements-bootstrap.txt", "pyproject.toml"):
+        (folder / file).symlink_to(ROOT / file)
+    fake = folder / "python"
+    fake.write_text('#!/bin/sh\n[ "$1 $2" = "-m venv" ] && mkdir -p .venv/bin && cp python .venv/bin/python && '
+                    'cp python .venv/bin/uv\n[ "$1" != pip ] || echo "$VIRTUAL_ENV"\n')
+    fake.chmod(0o755)
+    done = run_make("venv", "PYTHON=./python", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert f"{folder}/.venv" in done.stdout
+    assert (folder / ".venv" / ".ready").read_text() == str(folder)
+    assert "new environment" not in run_make("venv", "PYTHON=./python", folder=folder).stdout
+
+
 def picture_faults(svg: str) -> list[str]:
     """What a drawing lacks for readers who cannot see it or read it on a dark page."""
     root = ElementTree.fromstring(svg)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -87,6 +89,12 @@ def main() -> None:
     # Threads that wait for each other sleep; spinning, they take the cores from whatever else runs, and everything gets
     # several times as slow. OpenMP reads this when torch is imported, which no module above does.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no UTF-8; stderr does so anyway
+    # A scheduler that wants the machine back ends programs so; what is half written is removed on the way out. Several
+    # processes of one training are ended by torchrun, and waiting for each other would keep them alive.
+    if os.environ.get("WORLD_SIZE", "1") == "1" and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app()
     except CovidsegError as error:

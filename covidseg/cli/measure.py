@@ -40,6 +40,8 @@ def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NI
     from covidseg.evaluation.tables import scores_json, scores_table
     from covidseg.store import write_text
 
+    if out is not None and out.resolve() in (path.resolve() for path in (prediction, truth, lungs) if path is not None):
+        raise SettingsError("the figures would replace a mask", path=out, remedy="Name another file after --json")
     reference = read_scan(truth)
     true, predicted = read_mask(truth), read_mask(prediction, like=reference)
     if lungs is not None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from rich.markup import escape
 
 from covidseg import DISCLAIMER
 from covidseg.cli.common import Device, Unchecked, console, errors, state
-from covidseg.data.scan import SUFFIXES, read_scan, scan_id, write_like
+from covidseg.data.scan import SUFFIXES, read_scan, scan_id, shown, write_like
 from covidseg.errors import CovidsegError, SettingsError
 
 Inputs = Annotated[list[Path], typer.Argument(
@@ -30,22 +29,32 @@ def is_file(out: Path) -> bool:
     return out.name.lower().endswith(SUFFIXES)
 
 
-def targets_of(out: Path, sources: list[Path]) -> dict[Path, Path]:
-    """Where each result goes: ``out`` itself if it is named like a file, else ``out/NAME.nii.gz``."""
+def targets_of(out: Path, sources: list[Path], beside: Sequence[str] = ()) -> dict[Path, Path]:
+    """Where each result goes: ``out`` itself if it is named like a file, else ``out/NAME.nii.gz``.
+
+    Args:
+        out: file or folder.
+        sources: the scans.
+        beside: endings of what is written beside each result, as ``_probability.nii.gz``.
+
+    Raises:
+        SettingsError: a file that will be written is a scan, or is to be written twice.
+    """
     if is_file(out) and len(sources) > 1:
         raise SettingsError("several inputs cannot be written to one file", path=out, remedy="Name a folder after -o")
     targets = {source: out if is_file(out) else out / f"{scan_id(source)}.nii.gz" for source in sources}
-    scans, names = {source.resolve() for source in sources}, Counter(targets.values())
+    scans, written = {source.resolve() for source in sources}, dict[Path, Path]()
     for source, target in targets.items():
         if source.is_dir() and source.resolve() in target.resolve().parents:
             raise SettingsError("the result would lie among the slices", path=target,
                                 remedy="Name a folder outside of the scan's after -o")
-        if target.resolve() in scans:
-            raise SettingsError("the result would replace the scan itself", path=target,
-                                remedy="Name another folder after -o")
-        if names[target] > 1:
-            raise SettingsError(f"several inputs are called {scan_id(source)}, their results would replace each other",
-                                path=target, remedy="Do them one by one, each with its own -o")
+        for file in (target, *(target.with_name(f"{scan_id(target)}{ending}") for ending in beside)):
+            if file.resolve() in scans:
+                raise SettingsError("the result would replace a scan", path=file, remedy="Name another folder after -o")
+            if (other := written.setdefault(file, source)) is not source:
+                names = " and ".join(dict.fromkeys(map(scan_id, (other, source))))
+                raise SettingsError(f"several inputs are called {names}, their results would replace each other",
+                                    path=file, remedy="Do them one by one, each with its own -o")
     return targets
 
 
@@ -54,9 +63,9 @@ def files_of(sources: list[Path]) -> list[Path]:
     files: list[Path] = []
     for source in sources:
         if source.is_dir():
-            from covidseg.data.dicom import scans_in  # with SimpleITK, which files alone can do without
+            from covidseg.data.dicom import inputs_in  # with SimpleITK, which files alone can do without
 
-            files += scans_in(source if source.name not in ("", "..") else source.resolve())
+            files += inputs_in(source if source.name not in ("", "..") else source.resolve())
         else:
             files.append(source)
     return files
@@ -78,10 +87,10 @@ def each(files: list[Path], work: Callable[[Path], str]) -> CovidsegError | None
     return failed
 
 
-def warn(warnings: Iterable[str]) -> None:
+def warn(path: Path, warnings: Iterable[str]) -> None:
     """Prints what is odd about a scan."""
-    for warning in filter(None, warnings):
-        errors.print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False, soft_wrap=True)
+    for text in filter(None, warnings):
+        errors.print(f"[yellow]warning:[/yellow] {escape(shown(path.name))}: {escape(text)}", soft_wrap=True)
 
 
 def end(failed: CovidsegError | None, files: list[Path]) -> None:
@@ -103,10 +112,9 @@ def lungs(inputs: Inputs, out: Out, series: Series = None, volume: Volume = None
 
     def work(path: Path) -> str:
         scan = read_scan(path, series=series)
-        warn(scan.warnings)
         found = find(scan, volume=volume, check=not unchecked, progress=True)
         write_like(found.masks, scan.grid, targets[path])
-        warn(found.warnings)
+        warn(path, scan.warnings + found.warnings)
         return f"lung in {found.slices()} of {len(found.masks)} slices, wrote {targets[path]}"
 
     end(each(files, work), files)
@@ -132,14 +140,15 @@ def predict(inputs: Inputs, out: Out,
 
     Scans that are done, by the same nets and with the same settings, are left as they are.
     """
-    from covidseg.batch import Part, PartRun, parse_part, write_table
+    from covidseg.batch import PREVIEW, PROBABILITY, Part, PartRun, parse_part, write_table
     from covidseg.devices import pick_device
     from covidseg.predict import SHIPPED, load_predictor
 
     which = Part() if part is None else parse_part(part)
     if part is not None and is_file(out):
         raise SettingsError("parts cannot be written to one file", path=out, remedy="Name a folder after -o")
-    targets = targets_of(out, files_of(inputs))
+    beside = [ending for ending, wanted in ((PROBABILITY, probability), (PREVIEW, preview)) if wanted]
+    targets = targets_of(out, files_of(inputs), beside)
     predictor = load_predictor(SHIPPED if run is None else run, pick_device(device))
     level = predictor.profile.segmenter.threshold if threshold is None else threshold
     work = PartRun(predictor, which, targets, None if is_file(out) else out, level, volume, probability,
@@ -147,14 +156,14 @@ def predict(inputs: Inputs, out: Out,
 
     def predicted(path: Path) -> str:
         row, before = work.predict(path, progress=True)
-        warn([row["warnings"]])
+        warn(path, row["warnings"].split("; "))
         found = f"lung in {row['lung_slices']} and lesion in {row['lesion_slices']} of {row['slices']} slices"
         return f"{found}, {'as predicted before in' if before else 'wrote'} {targets[path]}"
 
     console.print(DISCLAIMER)
     failed = each(work.files, predicted)
     if part is None and not is_file(out):
-        write_table(out, list(work.rows.values()))
+        write_table(out, work.table())
     end(failed, work.files)
 
 

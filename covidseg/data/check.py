@@ -11,7 +11,7 @@ from pathlib import Path
 
 from covidseg.data.folder import Case, load_dataset
 from covidseg.data.layout import has_lesion
-from covidseg.data.scan import Scan, read_mask, read_scan
+from covidseg.data.scan import Scan, read_mask, read_scan, scan_id, scans_in
 from covidseg.errors import DatasetError, InputFileError, NoLungError, one_of
 from covidseg.lungs import threshold_lungs
 
@@ -82,9 +82,10 @@ def check_folder(root: str | Path, unit: str | None = None, *, anatomy: bool = T
     else:
         faults += [f"{case.id}: no slice has a line in the label table, so training leaves the volume out"
                    for case in cases if not case.labels]
-    known = {case.image.name for case in cases}
+    known = {case.id for case in cases}
     for kind in ("lung", "mask"):
-        lonely = sorted(p.name for p in (root / kind).glob("*") if p.name not in known and not p.name.startswith("."))
+        lonely = sorted(p.name for p in (root / kind).glob("*")
+                        if scan_id(p) not in known and not p.name.startswith("."))
         faults += [f"{kind}/{name} belongs to no image of the same name in im/" for name in lonely]
     return FolderReport(root, tuple(_check_case(case, unit, anatomy) for case in cases), tuple(faults))
 
@@ -137,11 +138,11 @@ def check_mosmed(root: Path, unit: str | None = None, *, anatomy: bool = True) -
     faults = []
     studies: dict[int, Path] = {}
     for grade, expected in MOSMED_STUDIES.items():
-        found = sorted((root / "studies" / grade).glob("*.nii.gz"))
+        found = scans_in(root / "studies" / grade)
         if len(found) != expected:
             faults.append(f"studies/{grade} holds {len(found)} scans, the published set has {expected}")
         for path in found:
-            name = re.fullmatch(r"study_(\d{4})\.nii\.gz", path.name)
+            name = re.fullmatch(r"study_(\d{4})", scan_id(path))
             if name is None:
                 faults.append(f"studies/{grade}/{path.name} is not called study_NNNN.nii.gz")
             elif int(name[1]) in studies:
@@ -149,14 +150,15 @@ def check_mosmed(root: Path, unit: str | None = None, *, anatomy: bool = True) -
             else:
                 studies[int(name[1])] = path
     volumes = []
+    masks = {scan_id(path): path for path in scans_in(root / "masks")}
     for number in MOSMED_OUTLINED:
-        mask = root / "masks" / f"study_{number:04d}_mask.nii.gz"
-        if not mask.exists():
-            faults.append(f"masks/{mask.name} is missing")
+        study = f"study_{number:04d}"
+        if (mask := masks.get(f"{study}_mask")) is None:
+            faults.append(f"masks/{study}_mask.nii.gz is missing")
         elif number not in studies:
             faults.append(f"masks/{mask.name} has no study")
         else:
-            case = Case(f"study_{number:04d}", studies[number], {}, f"study_{number:04d}", None, mask)
+            case = Case(study, studies[number], {}, study, None, mask)
             volumes.append(_check_case(case, unit, anatomy))
     return FolderReport(root, tuple(volumes), tuple(faults))
 

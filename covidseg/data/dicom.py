@@ -23,7 +23,7 @@ import numpy as np
 import SimpleITK as sitk
 from skimage.segmentation import clear_border
 
-from covidseg.data.scan import SPACING, SUFFIXES, Grid
+from covidseg.data.scan import SPACING, Grid, scans_in
 from covidseg.errors import InputFileError
 
 CT = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.2.1": "Enhanced CT",
@@ -94,13 +94,13 @@ class Series:
                 f"{' x '.join(f'{step:.2f}' for step in mm)} mm, UID ...{self.uid[-DIGITS:]}")
 
 
-def scans_in(folder: Path) -> list[Path]:
+def inputs_in(folder: Path) -> list[Path]:
     """What a folder stands for: the NIfTI files in it, or the folder itself if DICOM files lie in it or below.
 
     Raises:
         InputFileError: it holds neither, or both.
     """
-    nifti = [path for path in sorted(folder.iterdir()) if path.name.lower().endswith(SUFFIXES)]
+    nifti = scans_in(folder)
     dicom = any(map(is_dicom, _walk(folder)))
     if nifti and dicom:
         raise InputFileError("holds both NIfTI and DICOM files", path=folder,

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from covidseg.atomic import whole_file
-from covidseg.data.scan import SUFFIXES, scan_id
+from covidseg.data.scan import scan_id, scans_in
 from covidseg.errors import DatasetError
 
 # What the first line of a label table must name.
@@ -78,35 +78,41 @@ def load_dataset(root: str | Path, *, labels: bool = True) -> Dataset:
     root = Path(root)
     if not root.is_dir():
         raise DatasetError("no such data folder", path=root, remedy="Run `covidseg data list` to see what there is")
-    images = sorted(p for p in (root / "im").glob("*") if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
-    ids = [scan_id(p) for p in images]
-    if twice := sorted({i for i in ids if ids.count(i) > 1}):
-        raise DatasetError(f"holds {twice[0]} both as .nii and as .nii.gz", path=root / "im", remedy="Keep one of them")
-    if images:
+    if images := _by_id(root / "im"):
         return Dataset(root, _volume_cases(root, images, labels))
-    if stacks := sorted(root.glob("*_im.nii.gz")):
-        return Dataset(root, tuple(_stack_case(image, labels) for image in stacks))
+    files = _by_id(root)
+    if stacks := [name.removesuffix("_im") for name in files if name.endswith("_im")]:
+        return Dataset(root, tuple(_stack_case(name, files, labels) for name in stacks))
     raise DatasetError("holds no scans", path=root,
                        remedy="Expected im/*.nii.gz and slice_labels.csv, or NAME_im.nii.gz and NAME_slices.csv")
 
 
-def _volume_cases(root: Path, images: list[Path], labelled: bool) -> tuple[Case, ...]:
+def _by_id(folder: Path) -> dict[str, Path]:
+    """The scans of a folder, by name; none may be there twice."""
+    found: dict[str, Path] = {}
+    for path in scans_in(folder):
+        if (other := found.setdefault(scan_id(path), path)) is not path:
+            raise DatasetError(f"holds {scan_id(path)} both as {other.name} and as {path.name}", path=folder,
+                               remedy="Keep one of them")
+    return found
+
+
+def _volume_cases(root: Path, images: dict[str, Path], labelled: bool) -> tuple[Case, ...]:
     table = root / "slice_labels.csv"
     labels, patients = _read_labels(table) if labelled else ({}, {})
-    if unknown := sorted(set(labels) - {scan_id(p) for p in images}):
+    if unknown := sorted(set(labels) - set(images)):
         raise DatasetError(f"names volumes that im/ does not hold: {', '.join(unknown)}", path=table,
-                           remedy="Add the scans or remove their lines")
-    return tuple(
-        Case(i := scan_id(image), image, labels.get(i, {}), patients.get(i, i),
-             *(path if (path := root / kind / image.name).exists() else None for kind in ("lung", "mask")))
-        for image in images)
+                           remedy=f"Add the scans or correct their lines; im/ holds {', '.join(sorted(images)[:3])}"
+                                  f"{f' and {len(images) - 3} more' if len(images) > 3 else ''}")
+    lungs, masks = _by_id(root / "lung"), _by_id(root / "mask")
+    return tuple(Case(name, image, labels.get(name, {}), patients.get(name, name), lungs.get(name), masks.get(name))
+                 for name, image in images.items())
 
 
-def _stack_case(image: Path, labelled: bool) -> Case:
-    name = image.name.removesuffix("_im.nii.gz")
+def _stack_case(name: str, files: dict[str, Path], labelled: bool) -> Case:
+    image = files[f"{name}_im"]
     labels, _ = _read_labels(image.with_name(f"{name}_slices.csv"), name) if labelled else ({}, {})
-    mask = image.with_name(f"{name}_mask.nii.gz")
-    return Case(name, image, labels.get(name, {}), name, mask=mask if mask.exists() else None)
+    return Case(name, image, labels.get(name, {}), name, mask=files.get(f"{name}_mask"))
 
 
 def _read_labels(table: Path, stack: str | None = None) -> tuple[dict[str, dict[int, int]], dict[str, str]]:
@@ -118,7 +124,8 @@ def _read_labels(table: Path, stack: str | None = None) -> tuple[dict[str, dict[
     found, rows = read_table(table)
     if missing := [column for column in columns if column not in found]:
         raise DatasetError(f"lacks the column {', '.join(missing)}", path=table,
-                           remedy=f"The first line must name {', '.join(columns)}")
+                           remedy=f"The first line must name {', '.join(columns)}, with commas; "
+                                  f"it names {', '.join(sorted(found)) or 'nothing'}")
     labels: dict[str, dict[int, int]] = {}
     patients: dict[str, str] = {}
     for number, row in rows:
@@ -145,18 +152,29 @@ def _read_labels(table: Path, stack: str | None = None) -> tuple[dict[str, dict[
 # --- CSV tables -----------------------------------------------------------------------------------------------------
 
 def read_table(table: Path) -> tuple[set[str], list[tuple[int, dict[str, str]]]]:
-    """Names of the columns of a CSV table, and its lines with their numbers; cells that a line lacks are None."""
+    """Names of the columns of a CSV table, and its lines with their numbers; cells that a line lacks are None.
+
+    Columns are separated as in the first line: by commas or, as spreadsheets write in some languages, by semicolons or
+    tabs. White space around a cell is left out.
+    """
     try:
         with table.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            return set(reader.fieldnames or []), list(enumerate(reader, start=2))
+            first = stream.readline()
+            stream.seek(0)
+            separator = next((mark for mark in ",;\t" if mark in first), ",")
+            reader = csv.DictReader(stream, delimiter=separator, skipinitialspace=True)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            return set(reader.fieldnames), [
+                (number, {name: cell.strip() if isinstance(cell, str) else cell for name, cell in row.items()})
+                for number, row in enumerate(reader, start=2)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DatasetError(f"is not a CSV table ({error})", path=table, remedy="Save it as UTF-8 CSV") from error
 
 
 def write_table(table: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Writes a CSV table that appears only when complete."""
-    with whole_file(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+    with whole_file(table) as temporary, temporary.open("w", newline="", encoding="utf-8",
+                                                        errors="backslashreplace") as stream:
         csv.writer(stream, lineterminator="\n").writerows([columns, *rows])
 
 

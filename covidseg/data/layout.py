@@ -13,18 +13,27 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 from nibabel.orientations import apply_orientation
 
-from covidseg.atomic import write_whole
+from covidseg.atomic import alone, work_folder, write_whole
 from covidseg.data.fetch import Fetched, fetch, unpack, writing_to
 from covidseg.data.folder import STACK_COLUMNS, VOLUME_COLUMNS, write_table
-from covidseg.data.registry import Entry
-from covidseg.data.scan import SUFFIXES, Grid, Header, read_header, read_mask, read_voxels, scan_id, write_like
+from covidseg.data.registry import Entry, is_present
+from covidseg.data.scan import (
+    Grid,
+    Header,
+    is_scan,
+    read_header,
+    read_mask,
+    read_voxels,
+    scan_id,
+    scans_in,
+    write_like,
+)
 from covidseg.errors import DatasetError, DownloadError, InputFileError
 
 LESION_PIXELS = 40
@@ -45,26 +54,30 @@ def get_dataset(item: Entry, folder: str | Path, *, everything: bool = False, no
     """Downloads, checks, unpacks and lays out a data set whose licence has been accepted.
 
     The published files go to ``downloads/`` in the folder, with ``everything`` the optional ones too. ``note`` is told
-    of every file, and of everything that was not as expected but could be settled.
+    of every file, and of everything that was not as expected but could be settled. Another program that fetches into
+    the same folder is waited for.
 
     Raises:
         CovidsegError: whatever :func:`covidseg.data.fetch.fetch` or :func:`lay_out` refuses.
     """
     folder = Path(folder)
-    fetched: dict[str, Fetched] = {}
-    for remote in item.files:
-        if remote.optional and not everything:
-            continue
-        fetched[remote.name] = done = fetch(remote, folder / "downloads")
-        note(f"{remote.name}: {'downloaded' if done.new else 'already there'}, checked against {done.checked}")
-        if not remote.checksum:
-            note(f"  Note: no checksum is published for {remote.name}. Its sha256 is kept in {remote.name}.sha256; "
-                 "later downloads must match it, but nothing vouches for the first.")
-    files = {r.role: fetched[r.name].path for r in item.files if r.name in fetched and r.role != "extra"}
-    lay_out(item, files, folder, lambda line: note(f"  Note: {line}"))
-    source = json.dumps({"name": item.name, "doi": item.doi, "licence": item.licence, "citation": item.citation,
-                         "files": {name: done.checked for name, done in fetched.items()}}, indent=1) + "\n"
-    write_whole(folder / "source.json", lambda temporary: temporary.write_text(source, encoding="utf-8"))
+    with alone(folder):
+        if is_present(folder) and not everything:  # while this program waited
+            return
+        fetched: dict[str, Fetched] = {}
+        for remote in item.files:
+            if remote.optional and not everything:
+                continue
+            fetched[remote.name] = done = fetch(remote, folder / "downloads")
+            note(f"{remote.name}: {'downloaded' if done.new else 'already there'}, checked against {done.checked}")
+            if not remote.checksum:
+                note(f"  Note: no checksum is published for {remote.name}. Its sha256 is kept in {remote.name}.sha256; "
+                     "later downloads must match it, but nothing vouches for the first.")
+        files = {r.role: fetched[r.name].path for r in item.files if r.name in fetched and r.role != "extra"}
+        lay_out(item, files, folder, lambda line: note(f"  Note: {line}"))
+        source = json.dumps({"name": item.name, "doi": item.doi, "licence": item.licence, "citation": item.citation,
+                             "files": {name: done.checked for name, done in fetched.items()}}, indent=1) + "\n"
+        write_whole(folder / "source.json", lambda temporary: temporary.write_text(source, encoding="utf-8"))
 
 
 def lay_out(item: Entry, files: dict[str, Path], folder: str | Path, note: Note = lambda line: None) -> None:
@@ -83,8 +96,8 @@ def lay_out(item: Entry, files: dict[str, Path], folder: str | Path, note: Note 
             _lay_out_stack(files["image"], files["mask"], folder, note)
             return
         # Inside the target, so that the files need not be copied from one disk to another.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".unpack-") as work:
-            found = {role: _scans(unpack(path, Path(work) / role)) for role, path in files.items()}
+        with work_folder(folder) as work:
+            found = {role: _scans(unpack(path, work / role)) for role, path in files.items()}
             _check_archives(found, folder)
             names = sorted(found["image"], key=lambda name: (int(name), "") if name.isdigit() else (math.inf, name))
             _lay_out_volumes({name: {role: found[role][name] for role in found} for name in names}, folder, note,
@@ -95,7 +108,7 @@ def _scans(paths: Iterable[Path]) -> dict[str, Path]:
     """NIfTI files by volume name, wherever in the archive they lay; side files of some packers are left out."""
     found: dict[str, Path] = {}
     for path in paths:
-        if not path.name.endswith(SUFFIXES) or path.name.startswith("."):
+        if not is_scan(path):
             continue
         if scan_id(path) in found:
             raise DownloadError(f"the archive holds two volumes {scan_id(path)}", path=path.name,
@@ -113,7 +126,7 @@ def _check_archives(found: dict[str, dict[str, Path]], folder: Path) -> None:
         if odd := sorted(set(found.get(role, {})) ^ set(images)):
             raise DatasetError(f"volumes {', '.join(odd)} have an image or a {role} but not both", path=folder,
                                remedy="Download the archives again")
-    if foreign := {scan_id(p) for p in (folder / "im").glob("*")} - set(images):
+    if foreign := {scan_id(p) for p in scans_in(folder / "im")} - set(images):
         raise DatasetError(f"holds other scans already: {', '.join(sorted(foreign))}", path=folder / "im",
                            remedy="Choose an empty folder with --to")
 
@@ -159,8 +172,10 @@ def lay_out_mosmed(folder: str | Path) -> None:
         OutputError: the folder cannot be written.
     """
     folder = Path(folder)
-    studies = {scan_id(p): p for p in sorted(folder.glob("studies/CT-*/study_*.nii.gz"))}
-    masks = {scan_id(p).removesuffix("_mask"): p for p in folder.glob("masks/study_*_mask.nii.gz")}
+    studies = {scan_id(p): p for grade in sorted(folder.glob("studies/CT-*")) for p in scans_in(grade)
+               if p.name.startswith("study_")}
+    masks = {name.removesuffix("_mask"): p for p in scans_in(folder / "masks")
+             if (name := scan_id(p)).startswith("study_") and name.endswith("_mask")}
     if lonely := sorted(set(masks) - set(studies)):
         raise DatasetError(f"outlines without a study: {', '.join(lonely)}", path=folder / "masks",
                            remedy="Add the studies or remove the outlines")
@@ -206,7 +221,7 @@ def _put(source: Path, target: Path, *, like: Path | None = None, note: Note = l
             return
     target.unlink(missing_ok=True)
     try:
-        os.link(source, target)  # costs no disk space; not every file system can
+        os.link(source.resolve(), target)  # costs no disk space; not every file system can
     except OSError:
         write_whole(target, lambda temporary: shutil.copyfile(source, temporary))
 

@@ -9,6 +9,7 @@ import os
 import re
 import tomllib
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +25,8 @@ ROLES = ("image", "lung", "mask", "extra")
 # Names a file may have: no path separators, no leading dot, nothing that a shell or file system reads otherwise.
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 CHECKSUM = re.compile(r"md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}")
+# Sets that records in results/ name and the chapters show: 8-bit pictures, of which the register has the originals.
+RECORDED = {"medseg9": "medseg2", "medseg100": "medseg1"}
 LOCAL = [("http", host) for host in ("localhost", "127.0.0.1", "::1")]
 
 
@@ -157,8 +160,18 @@ def entry(name: str) -> Entry:
     """The data set of that name; a DatasetError if there is none."""
     register = load_registry()
     if name not in register:
-        raise DatasetError(f"there is no data set '{name}'", remedy=f"Known are {', '.join(register)}")
+        raise DatasetError(f"there is no data set '{name}'", remedy=known_names(name))
     return register[name]
+
+
+def known_names(name: str) -> str:
+    """Which data sets there are, and which of them may have been meant by a name that is none."""
+    known = list(load_registry())
+    if name in RECORDED:
+        return f"In recorded results it stands for pictures made from {RECORDED[name]}: name that. " \
+               f"Known are {', '.join(known)}"
+    near = get_close_matches(name.lower(), known, 1)
+    return "".join(f"Did you mean {other}? " for other in near) + f"Known are {', '.join(known)}"
 
 
 def is_present(folder: str | Path) -> bool:
@@ -186,7 +199,7 @@ def resolve(name_or_dir: str | Path) -> Path:
         if folder.is_dir():
             return folder
         raise DatasetError("is neither a data folder nor the name of a data set", path=name_or_dir,
-                           remedy=f"Known names are {', '.join(register)}")
+                           remedy=known_names(name))
     folder = home(name)
     if register[name].kind == "generated":
         from covidseg.data.phantom import write_phantom

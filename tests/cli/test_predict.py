@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -12,10 +16,13 @@ from dicoms import write_series
 from tiny import finished_run
 from typer.testing import CliRunner, Result
 
+from covidseg.atomic import MARK
+from covidseg.batch import Part, tables
 from covidseg.cli import app
 from covidseg.cli.predict import targets_of
 from covidseg.data.scan import read_scan, write_like
-from covidseg.errors import InputFileError, SettingsError
+from covidseg.errors import InputFileError, ScanWarning, SettingsError
+from covidseg.predict import lung_masks
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +143,9 @@ def test_the_series_can_be_named_and_is_remembered(series: Path, run: Path, tmp_
     options = ["predict", "--run", run, series, "-o", tmp_path / "out"]
     first = invoke(*options)
     assert first.exit_code == 0
-    assert "warning: took the series with most slices of 2" in first.output
+    assert "warning: case.7: took the series with most slices of 2" in first.output
     assert "as predicted before" in (again := invoke(*options).output)
-    assert "warning: took the series" in again, "it is still so"
+    assert "warning: case.7: took the series" in again, "it is still so"
     assert "took the series" in (tmp_path / "out" / "predictions.csv").read_text()
     second = invoke(*options, "--series", "2")
     assert "of 8 slices, wrote" in second.output
@@ -164,3 +171,100 @@ def test_folders_that_hold_no_series_of_ct(command: str, tmp_path: Path) -> None
         assert words in str(result.exception)
     (tmp_path / "scans" / "one.nii.gz").touch()
     assert "holds both" in str(invoke(command, tmp_path / "scans", "-o", tmp_path / "out").exception)
+# --- names, outputs and ends ------------------------------------------------------------------------------------------
+
+def test_no_output_of_a_call_replaces_a_scan_or_another_output(tiny_phantom: Path, run: Path, tmp_path: Path) -> None:
+    for name in ("c", "c_probability"):
+        shutil.copy(tiny_phantom / "im" / "phantom_01.nii.gz", tmp_path / f"{name}.nii.gz")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    options = ["predict", "--run", run, "--probability", "-o"]
+    one = invoke(*options, tmp_path / "c.nii.gz", tmp_path / "c_probability.nii.gz")
+    two = invoke(*options, tmp_path / "out", tmp_path)
+    for result, words in ((one, "would replace a scan"), (two, "inputs are called c and c_probability")):
+        assert isinstance(result.exception, SettingsError)
+        assert words in str(result.exception)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert len(targets_of(tmp_path / "out", [tmp_path / "c.nii.gz", tmp_path / "c_probability.nii.gz"])) == 2
+
+
+def test_a_later_call_adds_to_the_table_of_an_earlier_one(tiny_phantom: Path, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for number in (2, 1, 1):
+        scan = tiny_phantom / "im" / f"phantom_0{number}.nii.gz"
+        assert invoke("predict", "--run", run, scan, "-o", out).exit_code == 0
+    for table in (out / "predictions.csv", out / "parts" / "part-1-of-1.csv"):
+        lines = table.read_text().splitlines()
+        assert [line.split(",")[:2] for line in lines[1:]] == [["phantom_01", "done"], ["phantom_02", "done"]]
+    assert "2 scans" in invoke("merge", out).output
+    scan = tiny_phantom / "im" / "phantom_03.nii.gz"
+    assert invoke("predict", "--run", run, scan, "-o", out, "--threshold", 0.9).exit_code == 0
+    assert "phantom_03 (in part 1/1) was made with other nets" in str(invoke("merge", out).exception)
+    (out / "phantom_03.nii.gz").unlink()  # taken back
+    assert invoke("predict", "--run", run, tiny_phantom / "im" / "phantom_01.nii.gz", "-o", out).exit_code == 0
+    assert "2 scans" in invoke("merge", out).output
+
+
+def test_parts_of_another_list_are_not_mixed(tiny_phantom: Path, run: Path, tmp_path: Path) -> None:
+    first, second = (tiny_phantom / "im" / f"phantom_0{k}.nii.gz" for k in (1, 2))
+    assert invoke("predict", "--run", run, first, "-o", tmp_path / "out", "--part", "1/2").exit_code == 0
+    before = (tmp_path / "out" / "parts" / "part-1-of-2.csv").read_bytes()
+    result = invoke("predict", "--run", run, second, "-o", tmp_path / "out", "--part", "1/2")
+    assert isinstance(result.exception, SettingsError)
+    assert "another list of scans, with phantom_01" in str(result.exception)
+    assert (tmp_path / "out" / "parts" / "part-1-of-2.csv").read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
+def test_a_name_that_is_no_utf8_is_shown_escaped(tiny_phantom: Path, run: Path, tmp_path: Path) -> None:
+    name, out = os.fsdecode(b"caf\xe9.nii.gz"), tmp_path / "out"
+    (tmp_path / "scans").mkdir()
+    shutil.copy(tiny_phantom / "im" / "phantom_01.nii.gz", tmp_path / "scans" / name)
+    for said in ("wrote", "as predicted before"):
+        command = [sys.executable, "-m", "covidseg", "predict", "--run", run, tmp_path / "scans", "-o", out]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "caf\\udce9.nii.gz" in done.stdout
+        assert said in done.stdout
+    assert (out / name).exists()
+    assert (out / "predictions.csv").read_text(encoding="utf-8").splitlines()[1].startswith("caf\\xe9,done,")
+    assert "1 scans" in invoke("merge", out).output
+
+
+def test_what_a_header_contradicts_itself_in_is_said(tiny_phantom: Path, run: Path, tmp_path: Path) -> None:
+    image = nib.load(tiny_phantom / "im" / "phantom_01.nii.gz")
+    image.header["pixdim"][3] *= 0.75
+    nib.save(image, tmp_path / "scan.nii.gz")
+    for command in (["predict", "--run", run], ["lungs", "--threshold-only"]):
+        result = invoke(*command, tmp_path / "scan.nii.gz", "-o", tmp_path / command[0])
+        assert "warning: scan.nii.gz: its sform says voxels of" in result.stderr
+        assert "its pixdim" in result.stderr
+    assert "its pixdim" in (tmp_path / "predict" / "predictions.csv").read_text()
+    with pytest.warns(ScanWarning, match="its pixdim"):
+        lung_masks(tmp_path / "scan.nii.gz", threshold_only=True)
+
+
+ENDED = """
+import os, signal, sys
+from pathlib import Path
+from covidseg import atomic, batch, cli
+
+def write(path):
+    if path.parent.name == "out" and path.name.startswith(atomic.MARK):
+        os.kill(os.getpid(), signal.{signal})  # while the mask is written
+flush = atomic._flush
+atomic._flush = lambda path: (write(path), flush(path))
+sys.argv = ["covidseg", *sys.argv[1:]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("name", "code", "left"), [("SIGTERM", 143, 0), ("SIGKILL", -signal.SIGKILL, 1)])
+def test_nothing_is_left_of_a_call_that_was_ended(tiny_phantom: Path, run: Path, tmp_path: Path, name: str, code: int,
+                                                  left: int) -> None:
+    scans, out = sorted((tiny_phantom / "im").iterdir())[:2], tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", ENDED.format(signal=name), "predict", "--run", run, *scans, "-o", out],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert len(list(out.glob(f"{MARK}*"))) == left
+    assert [row["status"] for row in tables(out)[Part()]] == ["open", "open"]
+    assert invoke("lungs", "--threshold-only", scans[0], "-o", out).exit_code == 0
+    assert list(out.glob(f"{MARK}*")) == []

@@ -75,6 +75,24 @@ def test_other_files_more_columns_and_a_byte_order_mark_do_no_harm(tmp_path):
     assert [(c.id, c.labels) for c in data.cases] == [("a", {0: 0}), ("b", {0: 1})]
 
 
+@pytest.mark.parametrize("separator", [";", "\t", ", ", " ; "])
+def test_columns_may_be_separated_as_spreadsheets_do(tmp_path, separator):
+    data = load_dataset(volumes(tmp_path / "d", GOOD.replace(",", separator)))
+    assert [(c.id, c.labels, c.patient) for c in data.cases] == [("a", {0: 0, 2: 1}, "p1"), ("b", {1: 0}, "p2")]
+
+
+def test_hidden_files_are_no_scans_and_capitals_make_no_difference(tmp_path):
+    root = volumes(tmp_path / "d", names=("A.NII.GZ", "b.nii", "._A.NII.GZ", "._b.nii"), table=GOOD.replace("a,", "A,"))
+    (root / "mask").mkdir()
+    for name in ("A.nii.gz", "b.nii.gz", "._A.nii.gz"):
+        (root / "mask" / name).touch()
+    assert [(c.id, c.image.name, c.mask and c.mask.name) for c in load_dataset(root).cases] == [
+        ("A", "A.NII.GZ", "A.nii.gz"), ("b", "b.nii", "b.nii.gz")]
+    stack = stacks(tmp_path / "s")
+    (stack / "._dev_im.nii.gz").touch()
+    assert [c.id for c in load_dataset(stack).cases] == ["dev"]
+
+
 def test_labels_may_be_missing_where_they_are_not_needed(tmp_path):
     for root in (volumes(tmp_path / "v", None), stacks(tmp_path / "s", None)):
         assert load_dataset(root, labels=False).labels() == 0
@@ -107,14 +125,14 @@ def test_folders_that_are_no_data(tmp_path):
     check_refused(tmp_path / "empty", "holds no scans", "slice_labels.csv")
     (volumes(tmp_path / "d", None) / "slice_labels.csv").mkdir()
     check_refused(tmp_path / "d", "slice_labels.csv", "not a CSV table")
-    check_refused(volumes(tmp_path / "twice", names=("a.nii", "a.nii.gz")), "holds a both as .nii and as .nii.gz")
+    check_refused(volumes(tmp_path / "twice", names=("a.nii", "a.nii.gz")), "holds a both as a.nii and as a.nii.gz")
 
 
 @pytest.mark.parametrize(("table", "words"), [
     (None, ["slice_labels.csv", "no such label table", "volume, slice, has_lesion"]),
     ("", ["lacks the column volume, slice, has_lesion"]),
     ("volume,slice\na,0\n", ["lacks the column has_lesion"]),
-    ("volume;slice;has_lesion\na;0;0\n", ["lacks the column volume, slice, has_lesion"]),
+    ("volume|slice|has_lesion\na|0|0\n", ["lacks the column volume", "with commas", "names volume|slice|has_lesion"]),
     ("volume,slice,has_lesion\na,0,0\na,1,2\n", ["line 3", "has_lesion 0 or 1"]),
     ("volume,slice,has_lesion\na,0,\n", ["line 2", "has_lesion 0 or 1"]),
     ("volume,slice,has_lesion\na,0,yes\n", ["line 2"]),
@@ -122,7 +140,7 @@ def test_folders_that_are_no_data(tmp_path):
     ("volume,slice,has_lesion\na,1.5,0\n", ["line 2"]),
     ("volume,slice,has_lesion\na,1\n", ["line 2"]),
     ("volume,slice,has_lesion\na,1,0\na,1,1\n", ["line 3", "slice 1 of volume a a second time"]),
-    ("volume,slice,has_lesion\na,1,0\nz,1,1\ny,0,1\n", ["im/ does not hold: y, z"]),
+    ("volume,slice,has_lesion\na,1,0\nz,1,1\ny,0,1\n", ["im/ does not hold: y, z", "im/ holds a, b"]),
     ("volume,slice,has_lesion\n,1,0\n", ["line 2 names no volume"]),
     (GOOD + "b,2,0,p3\n", ["line 5 gives volume b to another patient"]),
     (b"volume,slice,has_lesion\n\xff\xfe,0,1\n", ["not a CSV table", "UTF-8"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,3 +138,23 @@ def test_mosmed_that_cannot_be_laid_out(mosmed: Path, tmp_path: Path) -> None:
     (tmp_path / "empty" / "studies").mkdir(parents=True)
     with pytest.raises(DatasetError, match="neither"):
         lay_out_mosmed(tmp_path / "empty")
+
+
+def test_mosmed_may_be_links_to_where_it_lies(mosmed: Path, tmp_path: Path) -> None:
+    for path in sorted(mosmed.rglob("*.nii.gz")):
+        link = tmp_path / "linked" / path.relative_to(mosmed)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(path, link.parent))
+        (link.parent / f"._{path.name}").write_bytes(b"side file")
+    lay_out_mosmed(tmp_path / "linked")
+    cases = load_dataset(tmp_path / "linked").cases
+    assert [c.id for c in cases] == ["study_0001", "study_0002", "study_0003"]
+    assert all(read_scan(c.image).pixels.any() for c in cases)
+    assert cases[2].mask is not None
+    assert read_mask(cases[2].mask).any()
+
+
+def test_a_set_that_came_while_one_waited_is_not_fetched_again(mosmed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lay_out_mosmed(mosmed)
+    monkeypatch.setattr(layout, "fetch", None)
+    layout.get_dataset(entry("medseg2"), mosmed)

@@ -13,7 +13,15 @@ from scipy.stats import mannwhitneyu
 from skimage.filters import threshold_otsu
 
 from covidseg.data.folder import load_dataset
-from covidseg.data.phantom import LOOKALIKES, PhantomPatient, PhantomSettings, is_healthy, make_patient, write_phantom
+from covidseg.data.phantom import (
+    LOOKALIKES,
+    PhantomPatient,
+    PhantomSettings,
+    is_healthy,
+    make_patient,
+    patient,
+    write_phantom,
+)
 from covidseg.data.phantom import lesions as lesions_module
 from covidseg.data.phantom.anatomy import make_chest, make_frame, smooth_noise
 from covidseg.data.phantom.lesions import CONSOLIDATION, CRAZY_PAVING, GROUND_GLASS, MIN_LESION_AREA_MM2
@@ -270,6 +278,17 @@ def test_a_crash_leaves_no_half_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
         write_phantom(tmp_path / "file" / "p", SMALL)
+
+
+def test_of_two_programs_that_make_it_at_once_both_have_it(folder, tmp_path, monkeypatch):
+    write = patient._write_patients
+
+    def overtaken(built: Path, *rest: object) -> None:
+        write(built, *rest)
+        shutil.copytree(folder, tmp_path / "new")
+    monkeypatch.setattr(patient, "_write_patients", overtaken)
+    assert write_phantom(tmp_path / "new", SMALL) == tmp_path / "new"
+    assert contents(tmp_path) == {f"new/{name}": raw for name, raw in contents(folder).items()}
 
 
 @pytest.mark.parametrize("wrong", [

@@ -166,3 +166,13 @@ def test_installed_package_finds_its_own_copy(tmp_path: Path, monkeypatch: pytes
     assert data_root() == package / "_data"
     (package / "_data").rmdir()
     assert data_root() == tmp_path / "site" / "data"
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("medseg9", "made from medseg2: name that. Known are medseg1"), ("medseg100", "made from medseg1"),
+    ("mosmeddata", "Did you mean mosmed?"), ("Phantom", "Did you mean phantom?"), ("xyz", "Known are medseg1, med")])
+def test_a_name_that_is_none_gets_the_one_that_was_meant(name: str, words: str) -> None:
+    for ask in (entry, resolve):
+        with pytest.raises(DatasetError) as caught:
+            ask(name)
+        assert words in str(caught.value)

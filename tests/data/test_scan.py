@@ -7,14 +7,17 @@ import itertools
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from data_server import ORIENTATIONS, oriented
+from nibabel.affines import from_matvec
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-from covidseg.data.scan import Grid, read_mask, read_scan, scan_id, write_like
+from covidseg.data.scan import PLACE, Grid, read_mask, read_scan, scan_id, scans_in, shown, write_like
 from covidseg.errors import CovidsegError, InputFileError, OutputError, SettingsError
 
 UPRIGHT_SHAPE = (4, 5, 6)  # slices, rows, columns
@@ -75,6 +78,67 @@ def test_an_oblique_scan_keeps_its_spacing_and_affine(tmp_path):
     assert scan.spacing == pytest.approx((5.0, 0.8, 0.7), rel=1e-6)
     np.testing.assert_allclose(nib.load(write_like(scan.pixels, scan.grid, tmp_path / "b.nii.gz")).affine, affine,
                                atol=1e-5)
+
+
+# --- what a header says by two ways -------------------------------------------------------------------------------
+
+def tilted() -> np.ndarray:
+    """The affine of a gantry tilted by 20 degrees: slices that follow each other askew, 5 mm along the table."""
+    sheared = AFFINE.copy()
+    sheared[1:3, 2] = 5 * np.sin(np.deg2rad(20)), 5 * np.cos(np.deg2rad(20))
+    return sheared
+
+
+def placed(path: Path, sform: np.ndarray | None, qform: np.ndarray | None, **fields: object) -> Path:
+    """A scan that says its place by a sform, a qform or both, and then something else in some fields."""
+    image = nib.Nifti1Image(upright_volume().T, AFFINE)
+    image.set_qform(qform, None if qform is None else 1, update_affine=False)
+    image.set_sform(sform, 0 if sform is None else 2)
+    nib.save(image, path)
+    return patch(path, **fields) if fields else path
+
+
+def test_a_sheared_voxel_holds_less_than_its_sides_say(tmp_path):
+    scan = read_scan(save(tmp_path / "tilted.nii", upright_volume().T, tilted()))
+    assert scan.spacing == pytest.approx((5, 0.8, 0.7), rel=1e-6)
+    assert scan.grid.voxel_ml() == pytest.approx(0.7 * 0.8 * 5 * np.cos(np.deg2rad(20)) / 1000, rel=1e-6)
+    assert scan.warnings == ()
+
+
+AWAY = from_matvec(AFFINE[:3, :3], (0, 0, -76))
+BOTH_WAYS = {"far apart": (AFFINE, AWAY, {}), "sheared": (tilted(), AFFINE, {}), "only a qform": (None, AWAY, {}),
+             "only a sform": (AWAY, None, {}), "broken qform": (AFFINE, AFFINE, {"quatern_b": 4}),
+             "NaN as qform": (AFFINE, AFFINE, {"quatern_b": np.nan}), "a unit": (AFFINE, AFFINE, {"xyzt_units": 2})}
+
+
+@pytest.mark.parametrize("case", BOTH_WAYS)
+def test_a_result_says_its_place_by_all_ways_as_its_scan(tmp_path, case):
+    sform, qform, fields = BOTH_WAYS[case]
+    path = placed(tmp_path / "scan.nii", sform, qform, **fields)
+    scan = read_scan(path)
+    back = read_header_fields(write_like(scan.pixels > 0, scan.grid, tmp_path / "mask.nii"))
+    for name, value in read_header_fields(path).items():
+        np.testing.assert_array_equal(back[name], value, err_msg=name)
+
+
+def read_header_fields(path: Path) -> dict[str, np.ndarray]:
+    header = np.frombuffer(path.read_bytes(), nib.Nifti1Header.template_dtype, 1)[0]
+    return {name: header[name][:4] if name == "pixdim" else header[name] for name in PLACE}
+
+
+@pytest.mark.parametrize(("sform", "qform", "fields", "words"), [
+    (AFFINE, AFFINE, {}, None), (AFFINE, None, {}, None), (None, AFFINE, {}, None),
+    (AFFINE, None, {"pixdim": (1, 0.7, 0.8, 4.96, 1, 1, 1, 1)}, None),  # rounded
+    (AFFINE, None, {"pixdim": (1, 0.7, 0.8, 3.75, 1, 1, 1, 1)}, ["0.7 x 0.8 x 5 mm", "0.7 x 0.8 x 3.75 mm"]),
+    (AFFINE, AWAY, {}, ["(0.0, 0.0, 0.0) mm", "(0.0, 0.0, -76.0) mm"]),
+    (AFFINE, AFFINE @ np.diag((1, 1, -1, 1)), {}, ["voxel (0, 0, 3)", "15.0) mm", "-15.0) mm"]),
+    (AFFINE, AFFINE, {"quatern_b": 4}, ["qform cannot be computed"]),
+    (AFFINE, AFFINE, {"quatern_b": np.nan}, ["nan"]), (AFFINE, AFFINE, {"xyzt_units": 1}, ["metres"])])
+def test_ways_that_disagree_are_a_warning_with_both_values(tmp_path, sform, qform, fields, words):
+    warnings = read_scan(placed(tmp_path / "scan.nii", sform, qform, **fields)).warnings
+    assert len(warnings) == (words is not None)
+    for word in words or ():
+        assert word in warnings[0]
 
 
 # --- types, units and axes --------------------------------------------------------------------------------------
@@ -157,7 +221,8 @@ from covidseg.data.scan import read_scan
 def memory(name: str) -> int:  # kilobytes
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
 
-before = memory("VmRSS")  # not the peak until now: that of the imports would hide some of what comes
+open("/proc/self/clear_refs", "w").write("5")  # forget the peak of the imports
+before = peak()
 scan = read_scan(sys.argv[1])
 print(memory("VmHWM") - before)
 """
@@ -299,6 +364,75 @@ def test_a_damaged_header_raises_nothing_but_typed_errors(tmp_path):
     assert seen == {InputFileError}
 
 
+@pytest.mark.parametrize("offset", [0, 348])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_voxels_begin_where_the_standard_says_at_the_earliest(tmp_path, offset, kind):
+    path = tmp_path / "scan.nii"
+    nib.save(kind(upright_volume().T, AFFINE), path)
+    raw = bytearray(path.read_bytes())
+    np.frombuffer(raw, kind.header_class.template_dtype, 1)["vox_offset"] = offset
+    path.write_bytes(raw)
+    np.testing.assert_array_equal(read_scan(path).pixels, upright_volume())
+    raw[kind.header_class.sizeof_hdr] = 1  # remarks follow, so that voxels cannot
+    path.write_bytes(raw)
+    check_refused(path, f"begin at byte {offset}", "vox_offset")
+
+
+@pytest.mark.parametrize(("fields", "word"), [
+    *(({"vox_offset": offset}, "begin at byte") for offset in (np.nan, np.inf, -16, 352.5)),
+    ({"vox_offset": 353}, ""), ({"vox_offset": 1e9}, "byte 1000000000"), ({"bitpix": 8}, "8 bits and to be int16")])
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+def test_fields_that_contradict_the_file(tmp_path, fields, word, name):
+    check_refused(patch(save(tmp_path / name, upright_volume().T), **fields), word)
+
+
+@pytest.mark.parametrize(("name", "change"), [("scan.nii", gzip.compress), ("scan.nii.gz", gzip.decompress)])
+def test_compressed_or_not_is_told_by_the_content(tmp_path, name, change):
+    path = save(tmp_path / name, upright_volume().T)
+    path.write_bytes(change(path.read_bytes()))
+    np.testing.assert_array_equal(read_scan(path).pixels, upright_volume())
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("a.hdr", b"", ["pair", "nib-convert"]), ("a.img.gz", b"", ["pair", "nib-convert"]),
+    ("a.nii.gz", b"<!DOCTYPE html>", ["a web page"]), ("a.nii.gz", b"PK\3\4" + bytes(400), ["a zip archive"]),
+    ("a.nii", b"version https://git-lfs.github.com/spec/v1", ["Git LFS"])])
+def test_what_a_file_is_instead_is_said(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    check_refused(tmp_path / name, *words)
+
+
+def test_names_that_lead_to_no_file(tmp_path):
+    (tmp_path / "link.nii.gz").symlink_to("nowhere.nii.gz")
+    check_refused(tmp_path / "link.nii.gz", "a link to a file that is not there")
+    (tmp_path / "loop.nii").symlink_to("loop.nii")
+    check_refused(tmp_path / "loop.nii", "cannot be opened", "name")
+    os.mkfifo(tmp_path / "pipe.nii")
+    check_refused(tmp_path / "pipe.nii", "no ordinary file")
+    check_refused(tmp_path / f"{'long' * 70}.nii", "cannot be opened", "name")
+
+
+@pytest.mark.parametrize("fields", [{"datatype": 9999}, {"vox_offset": 100}, {"pixdim": (1, -0.7, 0.8, 5, 1, 1, 1, 1)}])
+def test_an_error_is_the_only_thing_that_is_said(tmp_path, fields, caplog):
+    with suppress(InputFileError):
+        read_scan(patch(save(tmp_path / "scan.nii", BLANK), **fields))
+    assert not caplog.records, "nibabel's own lines say little"
+
+
+# --- files in a folder ------------------------------------------------------------------------------------------
+
+def test_the_scans_of_a_folder(tmp_path):
+    for name in ("b.nii", "A.NII.GZ", "._b.nii", ".hidden.nii.gz", "notes.txt", "a.nii.gz.part"):
+        (tmp_path / name).touch()
+    assert [path.name for path in scans_in(tmp_path)] == ["A.NII.GZ", "b.nii"]
+    assert scans_in(tmp_path / "none") == []
+
+
+def test_a_name_that_is_no_utf8_can_be_written():
+    assert shown(os.fsdecode(b"caf\xe9")) == "caf\\xe9"
+    assert shown("café") == "café"
+
+
 # --- masks ------------------------------------------------------------------------------------------------------
 
 def test_a_mask_is_true_above_zero_and_lies_upright(tmp_path):
@@ -320,6 +454,21 @@ def test_a_mask_has_to_fit_its_image(tmp_path):
     for affine in (np.diag((0.7, -0.8, 5.0, 1.0)), moved):
         with pytest.raises(InputFileError, match="another affine"):
             read_mask(save(tmp_path / "m.nii.gz", fitting, affine), like=scan)
+
+
+@pytest.mark.parametrize("codes", ["LPS", "SAR", "ALI"])
+def test_a_mask_of_the_same_place_may_have_its_voxels_in_another_order(tmp_path, codes):
+    array, affine = oriented(upright_volume(), "RAS")
+    scan = read_scan(save(tmp_path / "im.nii.gz", array, affine))
+    mask = nib.Nifti1Image((array > 0).astype(np.uint8), affine)
+    turned = ornt_transform(io_orientation(affine), axcodes2ornt(codes))
+    nib.save(mask.as_reoriented(turned), tmp_path / "m.nii.gz")
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.nii.gz", like=scan), scan.pixels > 0)
+    moved = mask.as_reoriented(turned)
+    moved.affine[0, 3] += 1
+    nib.save(nib.Nifti1Image(np.asarray(moved.dataobj), moved.affine), tmp_path / "m.nii.gz")
+    with pytest.raises(InputFileError, match="another affine"):
+        read_mask(tmp_path / "m.nii.gz", like=scan)
 
 
 @pytest.mark.parametrize(("values", "complaint"), [

@@ -12,13 +12,13 @@ from typing import Any
 
 from covidseg import DISCLAIMER, __version__
 from covidseg.store import write_text
-from faults import batches, dicom, disks, downloads, files, pictures, runs, tables
+from faults import batches, dicom, disks, downloads, files, people, pictures, runs, tables
 from faults.supplies import make_supplies
 from faults.trial import Fault, attempt
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS: dict[str, list[Fault]] = {name: faults for module in (
-    files, dicom, pictures, tables, runs, batches, disks, downloads) for name, faults in module.GROUPS.items()}
+    files, dicom, pictures, tables, runs, batches, disks, downloads, people) for name, faults in module.GROUPS.items()}
 
 
 Row = dict[str, Any]

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from covidseg.errors import InputFileError
-from faults.supplies import AFFINE, Supplies, nothing, stored, upright, with_header
+from faults.supplies import AFFINE, Supplies, nothing, stored, with_header
 from faults.trial import Fault, Make
 
 FLIPS = 40
@@ -42,11 +42,6 @@ def flipped(supplies: Supplies) -> None:
 
 def renamed_picture(supplies: Supplies) -> None:
     Image.fromarray(np.arange(4096, dtype=np.uint8).reshape(64, 64)).save("scan.nii.gz", "png")
-
-
-def uncompressed(supplies: Supplies) -> None:
-    upright(supplies.scan().pixels, "plain.nii")
-    Path("plain.nii").rename("scan.nii.gz")
 
 
 def damaged_for_training(supplies: Supplies) -> None:
@@ -92,7 +87,6 @@ FILES = [
     _fault("DICOM, with its own suffix", bytes_of(lambda raw: bytes(128) + b"DICM", "scan.dcm"),
            "covidseg predict scan.dcm -o out"),
     _fault("a PNG picture with the suffix of a scan", renamed_picture),
-    _fault("not compressed, although its suffix says so", uncompressed),
     _fault("a header that promises a terabyte",
            lambda supplies: with_header(supplies, dim=[3, 30000, 30000, 600, 1, 1, 1, 1]),
            PLAIN),

@@ -80,7 +80,6 @@ FAULTS = [
     _fault("a volume of two patients", lines(lambda found: [[*line[:3], str(k)] for k, line in enumerate(found)]),
            TABLE, "phantom_00"),
     _fault("a column is missing", raw(lambda content: content.replace(b"has_lesion", b"lesion")), TABLE, "has_lesion"),
-    _fault("semicolons instead of commas", raw(lambda content: content.replace(b",", b";"))),
     _fault("not text", raw(lambda content: b"\xff\xfe" + content)),
     _fault("no label table", no_table),
     _fault("a folder in place of the label table", folder_for_table),

@@ -43,7 +43,7 @@ class Fault:
     Attributes:
         title: What is wrong, in a few words.
         command: What a user types; with ``call``, the line of Python.
-        error: The error whose exit code has to be the command's.
+        error: The error whose exit code has to be the command's; None where it is to be understood, if with a warning.
         names: What the message has to name, usually the file.
         make: Fills the working directory, which is empty before.
         during: Holds while the command runs: a full disk, a server that misbehaves.
@@ -55,7 +55,7 @@ class Fault:
 
     title: str
     command: str
-    error: type[CovidsegError]
+    error: type[CovidsegError] | None
     names: tuple[str, ...]
     make: Make
     during: During = nullcontext
@@ -130,13 +130,14 @@ def spoken(fault: Fault) -> tuple[int, str, str]:
 def judged(fault: Fault, code: int, said: list[str]) -> list[str]:
     """What is wrong with an exit code and with what was said."""
     complaints = []
-    if code != fault.error.exit_code:
-        complaints.append(f"ends with {code}, not with {fault.error.exit_code}")
-    if odd := [line for line in said if not line.startswith(("error: ", "fault: "))]:
+    expected, lines = (fault.error.exit_code, fault.lines) if fault.error else (0, 0)
+    if code != expected:
+        complaints.append(f"ends with {code}, not with {expected}")
+    if odd := [line for line in said if not line.startswith(("error: ", "fault: ", "warning: "))]:
         complaints.append(f"prints a trace or something else: {odd[-1]}")
     messages = [line for line in said if line.startswith("error: ")]
-    if len(messages) != fault.lines:
-        complaints.append(f"says {len(messages)} messages, not {fault.lines}")
+    if len(messages) != lines:
+        complaints.append(f"says {len(messages)} messages, not {lines}")
     if any(REMEDY.fullmatch(message) is None for message in messages):
         complaints.append("says no remedy")
     complaints += [f"does not name {name}" for name in fault.names if name not in "\n".join(said)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from covidseg.atomic import work_folder
 from covidseg.data.folder import VOLUME_COLUMNS, write_table
 from covidseg.data.phantom.anatomy import Array, apply_scanner, coverage, lung_tissue, make_chest, make_frame
 from covidseg.data.phantom.lesions import (
@@ -140,14 +140,12 @@ def write_phantom(folder: str | Path, settings: PhantomSettings | None = None, *
         return _check_finished(folder, settings)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as workshop:
-            built = Path(workshop) / "phantom"
+        with work_folder(folder.parent) as workshop:
+            built = workshop / "phantom"
             built.mkdir()
             _write_patients(built, settings, progress)
-            if folder.exists():
-                folder.rmdir()
             try:
-                os.replace(built, folder)
+                os.replace(built, folder)  # in place of an empty folder as well
             except OSError:
                 if not folder.exists():
                     raise
