@@ -150,7 +150,7 @@ def read_scan(path: str | Path, *, unit: str | None = None, series: str | None =
         raise SettingsError("is not DICOM and has no series", path=path, remedy="Leave --series out")
     else:
         header = read_header(path)
-        voxels, grid = read_voxels(header), header.grid
+        voxels, grid, warnings = read_voxels(header), header.grid, header.warnings
     low, high = float(voxels.min()), float(voxels.max())
     found = "HU" if low < -200 else "display"
     if unit is not None and unit != found:

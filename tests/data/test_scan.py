@@ -222,7 +222,7 @@ def memory(name: str) -> int:  # kilobytes
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
 
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak of the imports
-before = peak()
+before = memory("VmRSS")
 scan = read_scan(sys.argv[1])
 print(memory("VmHWM") - before)
 """
