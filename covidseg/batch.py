@@ -21,7 +21,8 @@ from pathlib import Path
 
 from covidseg import __version__
 from covidseg.atomic import alone
-from covidseg.data.scan import scan_id, scans_in, shown
+from covidseg.data.nifti import scans_in
+from covidseg.data.scan import scan_id, shown
 from covidseg.errors import CovidsegError, DatasetError, SettingsError
 from covidseg.predict import Predictor
 from covidseg.store import file_hash, write_text

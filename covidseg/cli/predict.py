@@ -11,7 +11,8 @@ from rich.markup import escape
 
 from covidseg import DISCLAIMER
 from covidseg.cli.common import Device, Unchecked, console, errors, state
-from covidseg.data.scan import SUFFIXES, read_scan, scan_id, shown, write_like
+from covidseg.data.nifti import SUFFIXES
+from covidseg.data.scan import read_scan, scan_id, shown, write_like
 from covidseg.errors import CovidsegError, SettingsError
 
 Inputs = Annotated[list[Path], typer.Argument(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from covidseg.data.folder import Case, load_dataset
 from covidseg.data.layout import has_lesion
-from covidseg.data.scan import Scan, read_mask, read_scan, scan_id, scans_in
+from covidseg.data.nifti import scans_in
+from covidseg.data.scan import Scan, read_mask, read_scan, scan_id
 from covidseg.errors import DatasetError, InputFileError, NoLungError, one_of
 from covidseg.lungs import threshold_lungs
 

@@ -23,7 +23,8 @@ import numpy as np
 import SimpleITK as sitk
 from skimage.segmentation import clear_border
 
-from covidseg.data.scan import SPACING, Grid, scans_in
+from covidseg.data.nifti import SPACING, scans_in
+from covidseg.data.scan import Grid
 from covidseg.errors import InputFileError
 
 CT = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.2.1": "Enhanced CT",

@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from covidseg.atomic import whole_file
-from covidseg.data.scan import scan_id, scans_in
+from covidseg.data.nifti import scans_in
+from covidseg.data.scan import scan_id
 from covidseg.errors import DatasetError
 
 # What the first line of a label table must name.

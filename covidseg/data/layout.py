@@ -22,18 +22,9 @@ from nibabel.orientations import apply_orientation
 from covidseg.atomic import alone, work_folder, write_whole
 from covidseg.data.fetch import Fetched, fetch, unpack, writing_to
 from covidseg.data.folder import STACK_COLUMNS, VOLUME_COLUMNS, write_table
+from covidseg.data.nifti import Header, is_scan, read_header, read_voxels, scans_in
 from covidseg.data.registry import Entry, is_present
-from covidseg.data.scan import (
-    Grid,
-    Header,
-    is_scan,
-    read_header,
-    read_mask,
-    read_voxels,
-    scan_id,
-    scans_in,
-    write_like,
-)
+from covidseg.data.scan import Grid, read_mask, scan_id, write_like
 from covidseg.errors import DatasetError, DownloadError, InputFileError
 
 LESION_PIXELS = 40

@@ -17,7 +17,8 @@ from data_server import ORIENTATIONS, oriented
 from nibabel.affines import from_matvec
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-from covidseg.data.scan import PLACE, Grid, read_mask, read_scan, scan_id, scans_in, shown, write_like
+from covidseg.data.nifti import PLACE, scans_in
+from covidseg.data.scan import Grid, read_mask, read_scan, scan_id, shown, write_like
 from covidseg.errors import CovidsegError, InputFileError, OutputError, SettingsError
 
 UPRIGHT_SHAPE = (4, 5, 6)  # slices, rows, columns

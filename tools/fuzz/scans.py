@@ -9,7 +9,8 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation
 
-from covidseg.data.scan import SPACING, Scan, read_mask, read_scan, write_like
+from covidseg.data.nifti import SPACING
+from covidseg.data.scan import Scan, read_mask, read_scan, write_like
 from covidseg.errors import InputFileError
 
 AFFINE = np.array([[-0.7, 0, 0, 10], [0, 0, -0.8, 20], [0, 5.0, 0, -30], [0, 0, 0, 1]])
