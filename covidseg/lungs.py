@@ -43,7 +43,8 @@ from covidseg.data.chest import Regions, check_chest, doubt, lung_warnings
 from covidseg.data.grey import clean
 from covidseg.data.scan import Scan
 
-CUT_LUNG = 0.6                          # of a dark region inside the hull of flesh, if it is lung at the picture's end
+CUT_LUNG, LEAST_CUT = 0.6, 0.01         # of a dark region inside the hull of flesh, and of flesh, if it is cut lung
+TELL = 16                               # slices of a scan that are asked whether they are chest CT, evenly spread
 PATIENCE = 2                            # seconds without a bar that shows progress
 T = TypeVar("T")
 
@@ -128,14 +129,13 @@ def threshold_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(),
 def survey_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
                  check: Scan | None = None, progress: bool = False) -> Lungs:
     """:func:`threshold_lungs`, with what is odd about them."""
-    found, doubts, thumbnails = list[Regions](), [], []
+    found, doubts, thumbnails = list[Regions](), list[str | None](), list[np.ndarray]()
     for image in with_bar(pixels, "lungs", progress):
-        picture = clean(image)
-        small = to_grid(picture.values, settings.grid)
-        beyond = None if picture.beyond is None else to_grid(picture.beyond, settings.grid) > 0.5
-        found.append(regions(small, settings, beyond))
-        doubts.append(doubt(small, found[-1], picture.split) if check is not None else None)
-        thumbnails.append(to_grid(small, 32))
+        picture = clean(to_grid(image, settings.grid))
+        found.append(regions(picture.values, settings, picture.beyond))
+        if check is not None and len(thumbnails) % (1 + len(pixels) // TELL) == 0:
+            doubts.append(doubt(picture.values, found[-1], picture.split))
+        thumbnails.append(to_grid(picture.values, 32))
     if check is not None:
         pixel_cm2 = math.prod(check.spacing[1:]) / 100 * (pixels[0].size / found[0].body.size)
         check_chest(doubts, found, check.path, pixel_cm2)
@@ -243,23 +243,19 @@ def _closed_body(flesh: np.ndarray, beyond: np.ndarray, ends: np.ndarray) -> np.
     What is dark and reaches an end of the picture is air around the patient, or a lung that is cut off; the latter lies
     for the most part inside the convex hull of what flesh there is.
     """
-    body = fill_holes(flesh) & ~beyond
-    at_end = ends & ~body
-    if not at_end.any():
-        return body
-    rows, columns = (np.flatnonzero(flesh.any(axis=axis)) for axis in (1, 0))
-    box = np.zeros_like(flesh)
-    box[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] = True
-    labels, _ = ndi.label(~body & ~beyond)
+    labels, _ = ndi.label(~flesh & ~beyond)
     pixels, hull = sizes(labels), None
-    for part in np.unique(labels[at_end]):
+    at_end = np.unique(labels[ends & ~flesh])
+    inside = pixels > 0
+    inside[at_end] = False
+    rows, columns = (np.flatnonzero(flesh.any(axis=axis)) for axis in (1, 0))
+    box = labels[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    for part in at_end[pixels[at_end] > LEAST_CUT * flesh.sum()]:
         # The hull is dear, and most of the air around a patient lies outside even of the box around it.
-        if part and (labels[box] == part).sum() > CUT_LUNG * pixels[part]:
-            hull = convex_hull_image(flesh) if hull is None else hull
-            bay = labels == part
-            if (hull & bay).sum() > CUT_LUNG * pixels[part]:
-                body |= bay
-    return body
+        if (box == part).sum() > CUT_LUNG * pixels[part]:
+            hull = convex_hull_image(flesh[::4, ::4]) if hull is None else hull  # every fourth pixel will do
+            inside[part] = (labels[::4, ::4][hull] == part).sum() > CUT_LUNG * (labels[::4, ::4] == part).sum()
+    return flesh | inside[labels]
 
 
 def without_trachea(aerated: np.ndarray, body: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ LIKE_AIR = 0.1           # likewise: padding that is so close to air does no har
 FAR = 1000               # times as far from 0 as from each other: values that need another origin
 SPLIT = 0.002            # of the picture lies between dark and bright at least
 LEAST_PADDING = 0.01     # share of a slice
-ROUND = 1.0              # pixels of the thinned picture by which the edge of a round field of view may stray
+ROUND = 1.5              # pixels of the thinned picture by which most of the edge of a round field may stray
 CORNERS = 8              # a straight-edged field of view has no more
 
 
@@ -62,13 +62,15 @@ def clean(image: np.ndarray) -> Picture:
         image, small = (image.astype(np.float64) - lowest).astype(np.float32), small - lowest
     value, tolerance = _corner_value(small)
     beyond, padding = None, np.zeros(small.shape, bool)
-    for near in (0.0, tolerance):  # of one value exactly; else, as after lossy compression, nearly so
+    # Of one value exactly; else, as after the lossy compression of pictures, nearly so.
+    for near in (0.0, tolerance) if image.dtype.itemsize == 1 else (0.0,):
         padding = _at_the_edge(np.abs(small - value) <= near)
-        if padding.mean() >= LEAST_PADDING and _is_field(~padding):
-            reach = ndi.binary_dilation(padding, iterations=2).repeat(step, axis=0).repeat(step, axis=1)
+        if padding.mean() >= LEAST_PADDING and _is_field(padding):
+            reach = _grown(_grown(padding)).repeat(step, axis=0).repeat(step, axis=1)
             beyond = reach[:image.shape[0], :image.shape[1]] & (np.abs(image.astype(np.float32) - value) <= near)
+            beyond = _grown(beyond)  # where the picture was resampled, padding runs into its edge
             break
-    inner = np.sort(small[~padding])  # in order, so that every quantile is an entry
+    inner = np.sort(small[~padding][::2])  # in order, so that every quantile is an entry
     count = len(inner)
     if not count or (low := inner[count // 200]) == (high := inner[count * 49 // 50]):
         return Picture(image)
@@ -101,23 +103,26 @@ def _at_the_edge(mask: np.ndarray) -> np.ndarray:
     return np.isin(labels, np.unique(edge[edge > 0]))
 
 
-def _is_field(inside: np.ndarray) -> bool:
-    """Whether a region ``(h, w)`` bool can be a field of view: a disk, or a shape with few straight edges."""
-    inside = ndi.binary_fill_holes(inside)
-    labels, count = ndi.label(inside)
-    if count > 1:
-        inside = labels == np.argmax(np.bincount(labels.ravel())[1:]) + 1
-    outline = max(find_contours(np.pad(inside, 1).astype(float), 0.5), key=len, default=np.zeros((0, 2))) - 1
-    if len(outline) < 40:
-        return False
-    within = ((outline > 0.5) & (outline < np.array(inside.shape) - 1.5)).all(axis=1)   # not along the slice's edge
-    y, x = outline[within].T
+def _grown(mask: np.ndarray) -> np.ndarray:
+    """A mask ``(h, w)`` bool and the pixels beside it."""
+    grown = mask.copy()
+    grown[1:] |= mask[:-1]
+    grown[:-1] |= mask[1:]
+    grown[:, 1:] |= mask[:, :-1]
+    grown[:, :-1] |= mask[:, 1:]
+    return grown
+
+
+def _is_field(padding: np.ndarray) -> bool:
+    """Whether what padding ``(h, w)`` bool leaves can be a field of view: a disk, or few straight edges."""
+    y, x = np.nonzero(_grown(padding) & ~padding)
     if len(y) < 20:
         return False
     # A circle through the points, by least squares: y^2 + x^2 = 2 a y + 2 b x + c.
     terms = np.stack([2 * y, 2 * x, np.ones(len(y))], axis=1)
     a, b, c = np.linalg.lstsq(terms, y ** 2 + x ** 2, rcond=None)[0]
     radius = np.sqrt(max(c + a ** 2 + b ** 2, 0))
-    if np.std(np.hypot(y - a, x - b) - radius) < ROUND and radius < 2 * max(inside.shape):
+    if np.quantile(np.abs(np.hypot(y - a, x - b) - radius), 0.8) < ROUND and radius < 2 * max(padding.shape):
         return True
+    outline = max(find_contours(np.pad(~padding, 1).astype(float), 0.5), key=len)
     return len(approximate_polygon(outline, 1.5)) - 1 <= CORNERS

@@ -66,7 +66,7 @@ def test_the_type_of_the_voxels_does_not_matter(kind, beyond, patient):
 def test_padding_is_found_where_it_lies(patient):
     for value in (-2000, 0, 3000):
         picture = clean(field(patient, value, patient.hu, 8)[K])
-        assert dice(picture.beyond, field(patient, 1, np.zeros_like(patient.hu), 8)[K] > 0) > 0.99
+        assert dice(picture.beyond, field(patient, 1, np.zeros_like(patient.hu), 8)[K] > 0) > 0.98
         assert picture.values.min() > -1300
         assert picture.values.max() < 1600
 
