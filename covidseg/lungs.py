@@ -5,6 +5,8 @@ with the classifier. A plain threshold fails on exactly the patients that matter
 as the chest wall and drops out. The steps here keep most diseased lung in; what stays out is solid consolidation
 that lies broadly against the chest wall without a hazy rim, which no threshold can tell from the wall:
 
+0. Grey values are cleaned (:func:`covidseg.data.grey.clean`): padding outside the field of view becomes air, metal and
+   faulty voxels are cut off. Where the field of view ends inside a lung, its edge counts as chest wall.
 1. Otsu's threshold finds the *body* (largest bright component, holes filled), which leaves out air around the
    patient, the table and burnt-in text.
 2. Two brightness levels are measured inside it: ``air`` (10th percentile of the dark pixels) and ``tissue``
