@@ -108,7 +108,7 @@ class Lungs:
 
 
 def threshold_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
-               check: Scan | None = None, progress: bool = False) -> np.ndarray:
+                    check: Scan | None = None, progress: bool = False) -> np.ndarray:
     """Threshold lung masks of all slices.
 
     Args:
@@ -133,7 +133,7 @@ def survey_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(), vo
     """:func:`threshold_lungs`, with what is odd about them."""
     found, doubts, thumbnails = list[Regions](), list[str | None](), list[np.ndarray]()
     for image in with_bar(pixels, "lungs", progress):
-        picture = clean(to_grid(image, settings.grid))
+        picture = clean(to_grid(image, settings.grid), lossy=image.dtype.itemsize == 1)
         found.append(regions(picture.values, settings, picture.beyond))
         if check is not None and len(thumbnails) % (1 + len(pixels) // TELL) == 0:
             doubts.append(doubt(picture.values, found[-1], picture.split))

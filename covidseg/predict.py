@@ -187,7 +187,7 @@ class Predictor:
 
 
 def lungs_of_scan(scan: Scan, settings: LungSettings = LungSettings(), volume: bool | None = None, check: bool = True,
-               progress: bool = False) -> Lungs:
+                  progress: bool = False) -> Lungs:
     """Threshold lungs of a scan; at least one slice has some.
 
     Raises:

@@ -44,7 +44,7 @@ class Picture:
     split: bool = False
 
 
-def clean(image: np.ndarray) -> Picture:
+def clean(image: np.ndarray, lossy: bool | None = None) -> Picture:
     """Recognises padding and cuts off values that no tissue has.
 
     Padding is a region of one value that holds corners of the slice. It lies beyond the field of view if what it
@@ -52,7 +52,10 @@ def clean(image: np.ndarray) -> Picture:
 
     Args:
         image: ``(H, W)`` values of any unit, gain and offset.
+        lossy: whether padding may have been smeared by lossy compression; by default where values have 8 bits, as in
+            pictures.
     """
+    lossy = image.dtype.itemsize == 1 if lossy is None else lossy
     step = max(1, max(image.shape) // LOOK)
     small = image[::step, ::step].astype(np.float64)
     lowest, spread = small.min(), np.ptp(small)
@@ -63,7 +66,7 @@ def clean(image: np.ndarray) -> Picture:
     value, tolerance = _corner_value(small)
     beyond, padding = None, np.zeros(small.shape, bool)
     # Of one value exactly; else, as after the lossy compression of pictures, nearly so.
-    for near in (0.0, tolerance) if image.dtype.itemsize == 1 else (0.0,):
+    for near in (0.0, tolerance) if lossy else (0.0,):
         padding = _at_the_edge(np.abs(small - value) <= near)
         if padding.mean() >= LEAST_PADDING and _is_field(padding):
             reach = _grown(_grown(padding)).repeat(step, axis=0).repeat(step, axis=1)

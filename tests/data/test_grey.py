@@ -79,6 +79,8 @@ def test_padding_that_a_lossy_picture_smears_is_found(patient):
     beyond = clean(smeared).beyond
     assert beyond is not None
     assert len(np.unique(smeared[beyond])) > 1
+    assert clean(smeared.astype(np.float32)).beyond is None, "of other types, one value has to be one value"
+    assert clean(smeared.astype(np.float32), lossy=True).beyond is not None
     assert dice(threshold_lungs(smeared[None]), LUNGS[K:K + 1]) > 0.99
 
 
