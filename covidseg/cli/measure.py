@@ -34,31 +34,42 @@ def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NI
              out: Annotated[Path | None, typer.Option(
                  "--json", help="Also write the figures to this file; - prints only them.")] = None,
              ) -> None:
-    """Measures a mask: Dice, IoU, PPV, sensitivity, specificity."""
-    from covidseg.data.scan import read_mask, read_scan
-    from covidseg.evaluation.metrics import confusion, macro, micro
-    from covidseg.evaluation.tables import scores_json, scores_table
+    """Measures a mask: Dice, IoU, PPV, sensitivity, specificity, and HD95, the distance of the outlines."""
+    from covidseg.data.scan import read_classes, read_mask, read_scan
+    from covidseg.evaluation.metrics import class_counts, class_sensitivity, confusion, distance, hd95, macro, micro
+    from covidseg.evaluation.tables import classes_json, distance_json, figure, scores_json, scores_table
     from covidseg.store import write_text
 
     if out is not None and out.resolve() in (path.resolve() for path in (prediction, truth, lungs) if path is not None):
         raise SettingsError("the figures would replace a mask", path=out, remedy="Name another file after --json")
     reference = read_scan(truth)
-    true, predicted = read_mask(truth), read_mask(prediction, like=reference)
+    classes, predicted = read_classes(truth), read_mask(prediction, like=reference)
     if lungs is not None:
         inside = read_mask(lungs, like=reference)
-        keep = inside.any(axis=(1, 2))
+        keep, classes, predicted = inside.any(axis=(1, 2)), classes * inside, predicted & inside
         # Pixels outside the lung leave the count altogether, also as true negatives.
-        counts = np.concatenate([confusion(predicted[k][inside[k]][None, None], true[k][inside[k]][None, None])
+        counts = np.concatenate([confusion(predicted[k][inside[k]][None, None], classes[k][inside[k]][None, None] > 0)
                                  for k in np.flatnonzero(keep)]) if keep.any() else np.zeros((1, 4), np.int64)
     else:
-        counts = confusion(predicted, true)
+        counts = confusion(predicted, classes > 0)
     pooled, each = micro(counts), macro(counts)
-    content = {"slices": len(counts), "micro": scores_json(pooled), "macro": scores_json(each)}
+    side = reference.grid.pixel_mm()
+    height, width = side or (1.0, 1.0)
+    apart = distance(hd95(predicted, classes > 0, (height / width, 1.0)),
+                     np.full(len(classes), width if side else np.nan))
+    found = class_sensitivity(class_counts(predicted, classes))
+    content = {"slices": len(counts), "micro": scores_json(pooled), "macro": scores_json(each),
+               "hd95": distance_json(apart), **classes_json(found)}
     if str(out) == "-":
         print(json.dumps(content, indent=2))  # alone on standard output, for pipes
         return
     table = scores_table([("mask", pooled.as_dict(), each.as_dict())])
     console.print(table.rich(f"{prediction.name} against {truth.name}, {len(counts)} slices"))
+    console.print(f"HD95 {figure(apart.mean, '.1f')} {apart.unit}, mean of {apart.slices} slices; left out: "
+                  f"{apart.empty} in which only one of the masks holds anything", soft_wrap=True)
+    if found:
+        console.print("sensitivity by class: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()),
+                      soft_wrap=True)
     if out is not None:
         write_text(out, json.dumps(content, indent=2) + "\n")
 

@@ -63,6 +63,11 @@ class Grid:
         slices, rows, columns = np.sqrt((upright[:3, :3] ** 2).sum(axis=0)).tolist()
         return slices, rows, columns
 
+    def pixel_mm(self) -> tuple[float, float] | None:
+        """Height and width of a pixel in mm; None for voxels of 1 x 1 x 1, which is written where nobody knows."""
+        spacing = self.spacing()
+        return None if np.allclose(spacing, 1, atol=1e-6) else spacing[1:]
+
     def voxel_ml(self) -> float:
         """Volume of a voxel in millilitres; of a sheared grid, as a tilted gantry makes it, less than its sides say."""
         return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000

@@ -111,7 +111,22 @@ def read_mask(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
         InputFileError: the file cannot be read, does not fit ``like``, or is no mask: it holds numbers below 0, or such
             as 0.25. A scan or probabilities would give figures that look like others.
     """
-    path = Path(path)
+    return _mask_values(Path(path), like) > 0
+
+
+def read_classes(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
+    """Reads a mask whose numbers are classes, as ``(slices, rows, columns)`` uint8, upright; 255 is 255 or more.
+
+    Arguments and errors are those of :func:`read_mask`.
+    """
+    values = _mask_values(Path(path), like)
+    if values.dtype.kind == "f":
+        values = np.maximum(np.rint(values), values > 0)  # inside for read_mask, inside here
+    return np.minimum(values, 255).astype(np.uint8)
+
+
+def _mask_values(path: Path, like: Scan | None) -> np.ndarray:
+    """The whole numbers of a mask, upright and in their stored type."""
     header = read_header(path)
     grid = header.grid
     if like is not None:
@@ -129,7 +144,8 @@ def read_mask(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
     if not whole or voxels.min() < 0:
         raise InputFileError(f"is no mask: it holds {'numbers below 0' if whole else 'fractions'}", path=path,
                              remedy="Give whole numbers, 0 for what is outside; cut probabilities at a threshold")
-    return apply_orientation(voxels, grid.to_upright()) > 0
+    turned: np.ndarray = apply_orientation(voxels, grid.to_upright())
+    return turned
 
 
 def write_like(array: np.ndarray, grid: Grid, path: str | Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from skimage.filters import threshold_otsu
@@ -18,9 +19,21 @@ from tqdm import tqdm
 from covidseg.classifier import Classifier, Ensemble, slice_probabilities
 from covidseg.data.folder import Case, Dataset
 from covidseg.data.grey import clean
-from covidseg.data.scan import Scan, read_mask, read_scan
+from covidseg.data.scan import Scan, read_classes, read_mask, read_scan
 from covidseg.errors import DatasetError
-from covidseg.evaluation.metrics import Scores, auc, confusion, figures, macro, micro
+from covidseg.evaluation.metrics import (
+    Distance,
+    Scores,
+    auc,
+    class_counts,
+    class_sensitivity,
+    confusion,
+    distance,
+    figures,
+    hd95,
+    macro,
+    micro,
+)
 from covidseg.evaluation.statistics import level_counts, reliability_sums
 from covidseg.gradcam import CamSettings, activation_maps
 from covidseg.lungs import is_volume, threshold_lungs, to_grid
@@ -38,15 +51,24 @@ class Truth:
     Attributes:
         case: The scan's entry in its data folder.
         scan: The picture.
-        mask: ``(S, H, W)`` bool.
+        classes: ``(S, H, W)`` uint8, 0 outside lesions, else the number of a class; 1 in a mask without classes.
         slices: ``(M,)`` int. The slices that are measured: the labelled ones, or all if none has a label. A split
             leaves only one side's labels in a stack of slices, and so decides what is measured.
     """
 
     case: Case
     scan: Scan
-    mask: np.ndarray
+    classes: np.ndarray
     slices: np.ndarray
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """``(S, H, W)`` bool, lesions of any class."""
+        return self.classes > 0
+
+    def pixel_mm(self) -> tuple[float, float] | None:
+        """Height and width of a pixel in mm; None where nobody knows, as of pictures in grey levels of a display."""
+        return self.scan.grid.pixel_mm() if self.scan.unit == "HU" else None
 
 
 def read_truth(dataset: Dataset) -> Iterator[Truth]:
@@ -60,12 +82,12 @@ def read_truth(dataset: Dataset) -> Iterator[Truth]:
             raise DatasetError(f"has no lesion mask for {case.id}", path=dataset.root,
                                remedy="Evaluation needs mask/ID.nii.gz beside im/ID.nii.gz")
         scan = read_scan(case.image)
-        mask = read_mask(case.mask, like=scan)
-        slices = np.array(sorted(case.labels)) if case.labels else np.arange(len(mask))
-        if slices[-1] >= len(mask):
-            raise DatasetError(f"volume {case.id} has {len(mask)} slices, slice {slices[-1]} is labelled",
+        classes = read_classes(case.mask, like=scan)
+        slices = np.array(sorted(case.labels)) if case.labels else np.arange(len(classes))
+        if slices[-1] >= len(classes):
+            raise DatasetError(f"volume {case.id} has {len(classes)} slices, slice {slices[-1]} is labelled",
                                path=dataset.root, remedy="Slices count from 0; correct the label table")
-        yield Truth(case, scan, mask, slices)
+        yield Truth(case, scan, classes, slices)
 
 
 def training_truth(run: Run) -> np.ndarray:
@@ -96,6 +118,9 @@ class StageResult:
         reliability: ``(bins, 3)`` sums of the map inside the lungs, for
             :func:`covidseg.evaluation.statistics.calibration`.
         levels: ``(101, 4)`` pooled counts for outlines drawn at 0, 0.01, ... 1.
+        classes: ``(N, 3, 2)`` :func:`covidseg.evaluation.metrics.class_counts`.
+        distances: ``(N,)`` HD95 of each slice in pixels, :func:`covidseg.evaluation.metrics.hd95`.
+        pixel_mm: ``(N,)`` width of a pixel in mm; NaN where nobody knows.
     """
 
     name: str
@@ -104,6 +129,9 @@ class StageResult:
     counts: np.ndarray
     reliability: np.ndarray
     levels: np.ndarray
+    classes: np.ndarray
+    distances: np.ndarray
+    pixel_mm: np.ndarray
 
     def macro(self) -> Scores:
         """Mean over slices with a lesion."""
@@ -112,6 +140,14 @@ class StageResult:
     def micro(self) -> Scores:
         """Over pooled pixels of all slices."""
         return micro(self.counts)
+
+    def class_sensitivity(self) -> dict[str, float]:
+        """Sensitivity of each class of lesions by its name; empty where the masks tell no classes apart."""
+        return class_sensitivity(self.classes)
+
+    def distance(self) -> Distance:
+        """Mean HD95, in mm where the size of all pixels is known."""
+        return distance(self.distances, self.pixel_mm)
 
 
 @dataclass(frozen=True)
@@ -268,7 +304,7 @@ def measure(run: Run, test: Dataset, methods: Sequence[Method], *, progress: boo
             probability, maps = method.maps(scan.crops, scan.volume)
             if probability is not None:
                 verdict.append(probability[scan.seen])
-            rows.append([_counted(row, scan.full(small).clip(0, 1), mask, lungs)
+            rows.append([_counted(row, scan.full(small).clip(0, 1), truth, lungs)
                          for row, small in zip(method.rows, maps, strict=True)])
     inside = np.concatenate(lung_counts)
     areas = [auc(np.concatenate(verdict), np.concatenate(labels)) if verdict else float("nan") for verdict in verdicts]
@@ -276,17 +312,22 @@ def measure(run: Run, test: Dataset, methods: Sequence[Method], *, progress: boo
             for rows, area in zip(counted, areas, strict=True)]
 
 
-def _counted(row: tuple[str, str, float], maps: np.ndarray, mask: np.ndarray, lungs: np.ndarray) -> StageResult:
-    """What one outline gets right in some full slices ``(M, H, W)``. All that is measured is counted here."""
-    return StageResult(*row, confusion(maps >= cut_level(row[2]), mask), reliability_sums(maps[lungs], mask[lungs]),
-                       level_counts(maps, mask))
+def _counted(row: tuple[str, str, float], maps: np.ndarray, truth: Truth, lungs: np.ndarray) -> StageResult:
+    """What one outline gets right in the measured slices ``(M, H, W)``. All that is measured is counted here."""
+    outline, mask = maps >= cut_level(row[2]), truth.mask[truth.slices]
+    height, width = truth.pixel_mm() or (1.0, 1.0)
+    return StageResult(*row, confusion(outline, mask), reliability_sums(maps[lungs], mask[lungs]),
+                       level_counts(maps, mask), class_counts(outline, truth.classes[truth.slices]),
+                       hd95(outline, mask, (height / width, 1.0)),
+                       np.full(len(mask), width if truth.pixel_mm() else np.nan))
 
 
 def _joined(scans: Sequence[StageResult]) -> StageResult:
     """One row from those of all scans."""
-    return replace(scans[0], counts=np.concatenate([scan.counts for scan in scans]),
-                   reliability=np.sum([scan.reliability for scan in scans], axis=0),
-                   levels=np.sum([scan.levels for scan in scans], axis=0))
+    return replace(
+        scans[0], **{name: np.concatenate([getattr(scan, name) for scan in scans])
+                     for name in ("counts", "classes", "distances", "pixel_mm")},
+        **{name: np.sum([getattr(scan, name) for scan in scans], axis=0) for name in ("reliability", "levels")})
 
 
 def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None) -> Evaluation:

@@ -1,4 +1,4 @@
-"""Dice, IoU, PPV, sensitivity and specificity, per slice (macro) and over pooled pixels (micro); AUC of a score.
+"""Dice, IoU, PPV, sensitivity and specificity, per slice (macro) and over pooled pixels (micro); AUC; HD95.
 
 *Macro* averages a figure over slices: a small lesion counts as much as a large one. *Micro* adds up the pixels of
 all slices first: large lesions dominate. Slices are always full slices, as in the published table; on crops to the
@@ -7,12 +7,14 @@ lungs the same prediction has another specificity.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy.stats import rankdata
 
 NAMES = ("dice", "iou", "ppv", "sensitivity", "specificity")
+CLASSES = ("ground glass", "consolidation", "effusion")  # 1, 2 and 3 in the masks that MedSeg publishes
 
 
 @dataclass(frozen=True)
@@ -90,3 +92,85 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     if not positives or not negatives:
         return float("nan")
     return float((rankdata(scores)[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+# --- classes of lesions, and distance of outlines -------------------------------------------------------------------
+
+def class_counts(prediction: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Pixels of each of :data:`CLASSES` that were marked, and all that there are, for every slice.
+
+    Args:
+        prediction: ``(N, H, W)`` bool.
+        classes: ``(N, H, W)`` uint8, 0 outside, else the number of a class. A mask that holds other numbers knows
+            other classes, and nothing of it is counted.
+
+    Returns:
+        ``(N, 3, 2)`` int64.
+    """
+    known = classes.max(initial=0) <= len(CLASSES)
+    each = [(classes == k) & known for k in range(1, len(CLASSES) + 1)]
+    return np.stack([np.stack([(one & prediction).sum(axis=(1, 2)), one.sum(axis=(1, 2))], axis=1)
+                     for one in each], axis=1).astype(np.int64)
+
+
+def class_sensitivity(counts: np.ndarray) -> dict[str, float]:
+    """Sensitivity over the pooled pixels of each class that is there, from ``(N, 3, 2)`` :func:`class_counts`.
+
+    Empty for masks of one number: they tell no classes apart.
+    """
+    there = {name: (hit, size) for name, (hit, size) in zip(CLASSES, counts.sum(axis=0).tolist(), strict=True) if size}
+    return {name: hit / size for name, (hit, size) in there.items()} if len(there) > 1 else {}
+
+
+def hd95(prediction: np.ndarray, truth: np.ndarray, sides: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
+    """95th percentile of the distances between the outlines of two masks (HD95), slice by slice, as MONAI has it.
+
+    Of the distances from each outline to the other, the larger percentile counts.
+
+    Args:
+        prediction: ``(N, H, W)`` bool.
+        truth: ``(N, H, W)`` bool.
+        sides: height and width of a pixel.
+
+    Returns:
+        ``(N,)`` float64 in the unit of ``sides``: NaN where neither mask holds anything, infinite where only one does.
+    """
+    marked, lesion = prediction.any(axis=(1, 2)), truth.any(axis=(1, 2))
+    result = np.where(marked != lesion, np.inf, np.nan)
+    if both := np.flatnonzero(marked & lesion).tolist():
+        import torch
+        from monai.metrics import compute_hausdorff_distance  # takes seconds to import
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # MONAI warns of how it calls itself
+            for k in both:
+                one, other = (torch.from_numpy(mask[None, None, k]) for mask in (prediction, truth))
+                result[k] = float(compute_hausdorff_distance(one, other, include_background=True, percentile=95,
+                                                             spacing=list(sides)))
+    return result
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far outlines lie apart on average.
+
+    Attributes:
+        mean: Mean :func:`hd95` of the slices in which both masks hold something; NaN if there is none.
+        unit: ``mm`` or ``px``.
+        slices: How many these are.
+        empty: Slices in which only one of the two masks holds anything, so that there is no distance.
+    """
+
+    mean: float
+    unit: str
+    slices: int
+    empty: int
+
+
+def distance(distances: np.ndarray, pixel_mm: np.ndarray) -> Distance:
+    """Mean of distances of slices ``(N,)`` in pixels; in mm if the width of a pixel ``(N,)`` is nowhere NaN."""
+    known = bool(len(pixel_mm)) and not np.isnan(pixel_mm).any()
+    finite = np.isfinite(distances)
+    values = (distances * pixel_mm if known else distances)[finite]
+    return Distance(float(values.mean()) if len(values) else float("nan"), "mm" if known else "px", len(values),
+                    int(np.isinf(distances).sum()))

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich import table as rich_table
 
 from covidseg import DISCLAIMER
-from covidseg.evaluation.metrics import NAMES, Scores
+from covidseg.evaluation.metrics import NAMES, Distance, Scores
 
 if TYPE_CHECKING:
     from covidseg.evaluation.evaluate import Evaluation
@@ -79,6 +79,17 @@ def scores_json(scores: Scores) -> dict[str, float | None]:
     return {name: _digits(value) for name, value in scores.as_dict().items()}
 
 
+def distance_json(found: Distance) -> Record:
+    """The distance of outlines, HD95, and on how many slices it stands."""
+    return {**asdict(found), "mean": None if math.isnan(found.mean) else round(found.mean, 2)}
+
+
+def classes_json(sensitivity: Mapping[str, float]) -> Record:
+    """Sensitivity by class as an entry of a record; no entry for masks that tell no classes apart."""
+    digits = {name: _digits(value) for name, value in sensitivity.items()}
+    return {"sensitivity_by_class": digits} if digits else {}
+
+
 def evaluation_json(evaluation: Evaluation) -> Record:
     """All that was measured on a test set, as plain JSON values."""
     inside, share = evaluation.lung_shares()
@@ -87,7 +98,8 @@ def evaluation_json(evaluation: Evaluation) -> Record:
         "lungs": {"lesion_inside": _digits(inside), "share_of_slice": _digits(share)},
         "rows": [{"name": stage.name, "supervision": stage.supervision,
                   "threshold": None if math.isnan(stage.threshold) else round(stage.threshold, 3),
-                  "macro": scores_json(stage.macro()), "micro": scores_json(stage.micro())}
+                  "macro": scores_json(stage.macro()), "micro": scores_json(stage.micro()),
+                  "hd95": distance_json(stage.distance()), **classes_json(stage.class_sensitivity())}
                  for stage in evaluation.stages],
     }
 
@@ -98,10 +110,22 @@ STAGE_HEADS = ("Dice", "IoU", "PPV", "sensitivity", "specificity", "macro Dice")
 
 
 def evaluation_markdown(evaluation: Evaluation) -> str:
-    """The stages of a run for a page of the book: pooled figures, and the macro Dice."""
-    return Table(("", "taught with", *STAGE_HEADS), "ll" + "r" * 6, [
-        [stage.name, stage.supervision, *map(figure, (*stage.micro().as_dict().values(), stage.macro().dice))]
-        for stage in evaluation.stages]).markdown()
+    """The stages of a run for a page of the book: pooled figures, macro Dice, distance of outlines.
+
+    HD95 stands on the slices in which both masks hold something, *of* those in which either does. Where the masks tell
+    classes of lesions apart, the sensitivity of each follows.
+    """
+    first = evaluation.stages[0]
+    classes = list(first.class_sensitivity())
+    rows = []
+    for stage in evaluation.stages:
+        apart = stage.distance()
+        rows.append([
+            stage.name, stage.supervision, *map(figure, (*stage.micro().as_dict().values(), stage.macro().dice)),
+            figure(apart.mean, ".1f"), f"{apart.slices} of {apart.slices + apart.empty}",
+            *(figure(stage.class_sensitivity()[name]) for name in classes)])
+    heads = "HD95, " + first.distance().unit, "on slices", *(f"sens. of {name}" for name in classes)
+    return Table(("", "taught with", *STAGE_HEADS, *heads), "ll" + "r" * (6 + len(heads)), rows).markdown()
 
 
 def scores_table(rows: Iterable[tuple[str, Mapping[str, float | None], Mapping[str, float | None]]]) -> Table:

@@ -530,7 +530,10 @@ def test_evaluate_against_figures_by_hand(drawn: tuple[Path, Path, Path], tmp_pa
         "slices": 3,
         "micro": {"dice": 0.4, "iou": 0.25, "ppv": 0.5, "sensitivity": 0.3333, "specificity": round(260 / 270, 4)},
         "macro": {"dice": 0.25, "iou": 0.1667, "ppv": 0.25, "sensitivity": 0.25,
-                  "specificity": round((70 / 80 + 1 + 1) / 3, 4)}}
+                  "specificity": round((70 / 80 + 1 + 1) / 3, 4)},
+        "hd95": {"mean": 1.0, "unit": "px", "slices": 1, "empty": 1}}
+    assert "HD95 1.0 px, mean of 1 slices; left out: 1" in table.output
+    assert "by class" not in table.output
     # In the lung: slices 0 and 2, 50 pixels each: 10 hits, 10 false alarms, 10 + 5 missed, 20 + 45 rest.
     assert invoke("evaluate", prediction, truth, "--lungs", lung, "--json", tmp_path / "deep/s.json").exit_code == 0
     assert strict((tmp_path / "deep/s.json").read_text()) == {
@@ -538,7 +541,25 @@ def test_evaluate_against_figures_by_hand(drawn: tuple[Path, Path, Path], tmp_pa
         "micro": {"dice": round(20 / 45, 4), "iou": round(10 / 35, 4), "ppv": 0.5, "sensitivity": 0.4,
                   "specificity": round(65 / 75, 4)},
         "macro": {"dice": 0.25, "iou": 0.1667, "ppv": 0.25, "sensitivity": 0.25,
-                  "specificity": round((2 / 3 + 1) / 2, 4)}}
+                  "specificity": round((2 / 3 + 1) / 2, 4)},
+        "hd95": {"mean": 1.0, "unit": "px", "slices": 1, "empty": 1}}
+
+
+def test_evaluate_tells_classes_apart_and_measures_in_mm(tmp_path: Path) -> None:
+    truth, lung = np.zeros((10, 10, 1), np.uint8), np.zeros((10, 10, 1), np.uint8)
+    truth[4, :5], truth[4, 5:] = 1, 3
+    lung[:, 4:] = 1
+    prediction = save((truth == 1).astype(np.uint8), tmp_path / "p.nii.gz", 0.5, 2.0, 5.0)
+    masks = prediction, save(truth, tmp_path / "t.nii.gz", 0.5, 2.0, 5.0)
+    whole = strict(invoke("evaluate", *masks, "--json", "-").output)
+    assert whole["sensitivity_by_class"] == {"ground glass": 1, "effusion": 0}
+    # Seen from the truth: five pixels of ten are 1 to 5 pixels of 2 mm away; rank 0.95 * 9 is 8.55.
+    assert whole["hd95"] == {"mean": pytest.approx(2 * 4.55), "unit": "mm", "slices": 1, "empty": 0}
+    assert "sensitivity by class: ground glass 1.000, effusion 0.000" in invoke("evaluate", *masks).output
+    inside = strict(invoke("evaluate", *masks, "--lungs", save(lung, tmp_path / "l.nii.gz", 0.5, 2.0, 5.0), "--json",
+                           "-").output)
+    assert inside["sensitivity_by_class"] == whole["sensitivity_by_class"]
+    assert inside["hd95"]["mean"] == pytest.approx(2 * 4.75)
 
 
 def test_undefined_figures_are_null_not_nan(tmp_path: Path) -> None:

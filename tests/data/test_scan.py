@@ -18,7 +18,7 @@ from nibabel.affines import from_matvec
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from covidseg.data.nifti import PLACE, scans_in
-from covidseg.data.scan import Grid, read_mask, read_scan, scan_id, shown, write_like
+from covidseg.data.scan import Grid, read_classes, read_mask, read_scan, scan_id, shown, write_like
 from covidseg.errors import CovidsegError, InputFileError, OutputError, SettingsError
 
 UPRIGHT_SHAPE = (4, 5, 6)  # slices, rows, columns
@@ -483,6 +483,24 @@ def test_what_is_no_mask(tmp_path, values, complaint):
 def test_masks_may_be_stored_as_numbers_with_a_point_that_are_nearly_whole(tmp_path):
     values = np.resize(np.array([0, 1.0001, 2.9999], np.float32), (6, 5, 4))
     assert read_mask(save(tmp_path / "m.nii.gz", values)).sum() == 80
+
+
+def test_the_numbers_of_a_mask_are_its_classes(tmp_path):
+    for values, expected in ((np.array([0, 1, 3], np.uint8), [0, 1, 3]), (np.array([0, 1, 300], np.int16), [0, 1, 255]),
+                             (np.array([0, 0.0001, 2.9999], np.float32), [0, 1, 3])):
+        path = save(tmp_path / "m.nii.gz", np.resize(values, (6, 5, 4)))
+        classes = read_classes(path)
+        assert classes.dtype == np.uint8
+        assert np.unique(classes).tolist() == expected
+        np.testing.assert_array_equal(classes > 0, read_mask(path))
+    with pytest.raises(InputFileError, match="shape"):
+        read_classes(path, like=read_scan(save(tmp_path / "im.nii.gz", np.zeros((6, 5, 3), np.int16))))
+
+
+def test_a_voxel_of_one_millimetre_each_way_has_no_known_size():
+    assert Grid((6, 5, 4), np.diag([-0.7, -0.8, 5.0, 1.0])).pixel_mm() == pytest.approx((0.8, 0.7))
+    assert Grid((6, 5, 4), np.diag([-1.0, -1.0, 5.0, 1.0])).pixel_mm() == (1, 1)
+    assert Grid((6, 5, 4), np.diag([-1.0, -1.0, 1.0, 1.0])).pixel_mm() is None
 
 
 # --- writing ----------------------------------------------------------------------------------------------------

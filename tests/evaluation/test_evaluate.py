@@ -34,6 +34,7 @@ from covidseg.evaluation.evaluate import (
     training_truth,
     unseen_slices,
 )
+from covidseg.evaluation.metrics import hd95
 from covidseg.evaluation.statistics import reliability_sums
 from covidseg.gradcam import CamSettings, activation_maps
 from covidseg.lungnet import robust_lungs
@@ -379,6 +380,28 @@ def test_methods_are_measured_apart_on_the_same_slices(untrained: SimpleNamespac
     assert above.stages[0].counts.tolist() == nothing, "a lesion from the threshold on"
     assert exact.classifier_auc == 0.5, "the same verdict of all slices"
     assert np.isnan(above.classifier_auc), "it judges no slice"
+
+
+@pytest.mark.parametrize("unit", ["mm", "px"])
+def test_classes_and_distances_of_the_measured_slices(untrained: SimpleNamespace, squares: Dataset, tmp_path: Path,
+                                                      unit: str) -> None:
+    """The lungs are marked, against a mask with classes; distances are in mm if the scan is no picture."""
+    case = replace(squares.cases[0], labels={0: 1, 2: 1})
+    classes = np.zeros((4, 80, 80), np.uint8)
+    classes[0, 10, 30:50], classes[2, 10, 39], classes[1] = 1, 2, 3   # slice 1 is not measured
+    grid = Grid((80, 80, 4), np.diag([-0.5, -0.5, 5.0, 1.0]))
+    pixels = read_scan(case.image).pixels
+    pixels = pixels if unit == "mm" else ((pixels + 1000) / 10).astype(np.uint8)
+    case = replace(case, image=write_like(pixels, grid, tmp_path / "a.nii.gz"),
+                   mask=write_like(classes, grid, tmp_path / "b.nii.gz"))
+    untrained.crops = in_lungs(left_half)
+    marking = Method([("lungs", "none", 0.5)], lambda crops, volume: (None, [crops.lungs.astype(np.float32)]))
+    row = measure(untrained, Dataset(tmp_path, (case,)), [marking])[0].stages[0]  # type: ignore[arg-type]
+    assert row.class_sensitivity() == {"ground glass": 0.5, "consolidation": 1.0}
+    marked = np.zeros((2, 80, 80), bool)
+    marked[:, :, :40] = True
+    expected = hd95(marked, classes[[0, 2]] > 0).mean() * (0.5 if unit == "mm" else 1)
+    assert (row.distance().mean, row.distance().unit) == (pytest.approx(expected), unit)
 
 
 def test_each_method_together_is_as_it_is_alone(tiny_run: Run, measured: Evaluation) -> None:

@@ -148,7 +148,8 @@ def test_a_comparison_that_was_stopped_goes_on(results: list[Record], run: Run, 
 
 
 def hand_made(count: int = 1) -> Evaluation:
-    row = StageResult("by hand", "none", 0.5, np.tile([1, 2, 3, 4], (count, 1)), np.zeros((10, 3)), np.zeros((101, 4)))
+    row = StageResult("by hand", "none", 0.5, np.tile([1, 2, 3, 4], (count, 1)), np.zeros((10, 3)), np.zeros((101, 4)),
+                      np.zeros((count, 3, 2)), np.ones(count), np.ones(count))
     return Evaluation([row], float("nan"), count, names=tuple(f"v:{k}" for k in range(count)))
 
 

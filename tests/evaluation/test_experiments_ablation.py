@@ -115,7 +115,8 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def evaluate(run: Run, test: Dataset, **rest: object) -> Evaluation:
         seen.append("true lungs" if run.profile.true_lungs else "found lungs")
-        counted = np.array([[1, 2, 3, 4]]), np.zeros((10, 3)), np.zeros((101, 4))
+        counted = (np.array([[1, 2, 3, 4]]), np.zeros((10, 3)), np.zeros((101, 4)), np.zeros((1, 3, 2)), np.ones(1),
+                   np.ones(1))
         return Evaluation([StageResult("Segmenter", "slice labels", 0.5, *counted)], float("nan"), 1)
     monkeypatch.setattr(module, "VARIANTS", {name: VARIANTS[name] for name in ("whole", "true-lungs")})
     monkeypatch.setattr(module, "evaluate_run", evaluate)

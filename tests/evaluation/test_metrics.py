@@ -17,7 +17,20 @@ from covidseg.data.folder import Dataset, load_dataset
 from covidseg.data.scan import Grid, write_like
 from covidseg.errors import DatasetError
 from covidseg.evaluation.evaluate import read_truth
-from covidseg.evaluation.metrics import NAMES, Scores, auc, confusion, figures, macro, micro
+from covidseg.evaluation.metrics import (
+    NAMES,
+    Distance,
+    Scores,
+    auc,
+    class_counts,
+    class_sensitivity,
+    confusion,
+    distance,
+    figures,
+    hd95,
+    macro,
+    micro,
+)
 
 pytestmark = [pytest.mark.filterwarnings(f"error:{what}:RuntimeWarning")
               for what in ("invalid value", "divide by zero")]
@@ -246,3 +259,45 @@ def test_truth_needs_masks(tmp_path):
     write_like(np.zeros((2, 8, 8), np.int16), Grid((8, 8, 2), np.eye(4)), tmp_path / "im" / "a.nii.gz")
     with pytest.raises(DatasetError, match="no lesion mask for a"):
         next(read_truth(load_dataset(tmp_path, labels=False)))
+
+
+# --- classes and distance ---------------------------------------------------------------------------------------
+
+def test_sensitivity_by_class_by_hand() -> None:
+    classes = np.array([[[1, 1, 1, 1, 3]], [[0, 0, 3, 3, 3]]], np.uint8)
+    counts = class_counts(masks("##..#", "###.."), classes)
+    assert counts.tolist() == [[[2, 4], [0, 0], [1, 1]], [[0, 0], [0, 0], [1, 3]]]
+    assert class_sensitivity(counts) == {"ground glass": 0.5, "effusion": 0.5}
+
+
+@pytest.mark.parametrize("value", [1, 3, 255])
+def test_a_mask_of_one_number_tells_no_classes_apart(value: int) -> None:
+    classes = masks("##...").astype(np.uint8) * np.uint8(value)
+    assert class_sensitivity(class_counts(masks("#...."), classes)) == {}
+
+
+def test_numbers_of_other_classes_are_not_counted() -> None:
+    assert not class_counts(masks("#####"), np.array([[[0, 1, 2, 3, 4]]], np.uint8)).any()
+
+
+def test_hd95_by_hand() -> None:
+    one, other = np.zeros((4, 30, 30), bool), np.zeros((4, 30, 30), bool)
+    one[0, 3, 4] = other[0, 6, 8] = True
+    for k, length in ((1, 20), (2, 10)):
+        one[k, 5, :length] = other[k, 5, :length] = True
+        one[k, 15, 0] = True            # one pixel more, ten away
+    other[3, 0, 0] = True
+    # Of 21 distances one is 10: the 95th percentile is the 20th of them, 0. Of 11, it lies halfway from 0 to 10.
+    np.testing.assert_allclose(hd95(one, other), [5, 0, 5, np.inf])
+    np.testing.assert_allclose(hd95(other, one), [5, 0, 5, np.inf], err_msg="the same both ways")
+    np.testing.assert_allclose(hd95(one, other, (0.5, 2.0))[0], np.hypot(1.5, 8))
+    assert hd95(one, one).tolist() == [0, 0, 0, pytest.approx(np.nan, nan_ok=True)]
+
+
+def test_mean_distance_is_in_mm_where_all_pixels_have_a_size() -> None:
+    apart = np.array([4.0, np.nan, np.inf, 2.0])
+    assert distance(apart, np.array([0.5, 1, 1, 2])) == Distance(3, "mm", 2, 1)
+    assert distance(apart, np.array([0.5, 1, 1, np.nan])) == Distance(3, "px", 2, 1)
+    nothing = distance(apart[1:3], np.ones(2))
+    assert math.isnan(nothing.mean)
+    assert (nothing.slices, nothing.empty) == (0, 1)

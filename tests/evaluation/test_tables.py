@@ -37,9 +37,11 @@ from covidseg.profiles import profile_from
 NAN = float("nan")
 # Slices: half found; nothing there and nothing found; missed.
 COUNTS = np.array([[10, 10, 10, 70], [0, 0, 0, 100], [0, 0, 20, 80]])
-REST = np.zeros((10, 3)), np.zeros((101, 4))
-EVALUATION = Evaluation([StageResult("first", "none", NAN, COUNTS, *REST),
-                         StageResult("second", "slice labels", 0.4321, COUNTS[:1], *REST)], NAN, 3)
+REST = np.zeros((10, 3)), np.zeros((101, 4)), np.zeros((3, 3, 2), int)
+APART = np.array([3.0, NAN, np.inf])  # pixels, as the slices above
+EVALUATION = Evaluation([StageResult("first", "none", NAN, COUNTS, *REST, APART, np.full(3, 0.5)),
+                         StageResult("second", "slice labels", 0.4321, COUNTS[:1], *REST, APART[:1], np.full(1, 0.5))],
+                        NAN, 3)
 
 
 def strict(text: str) -> dict:
@@ -66,6 +68,8 @@ def test_evaluation_as_json_by_hand() -> None:
     # macro: slices 0 and 2 carry a lesion, with Dice 0.5 and 0.
     assert first["macro"]["dice"] == 0.25
     assert first["macro"]["iou"] == 0.1667
+    assert first["hd95"] == {"mean": 1.5, "unit": "mm", "slices": 1, "empty": 1}
+    assert "sensitivity_by_class" not in first, "masks of one number"
     assert evaluation_json(replace(EVALUATION, classifier_auc=0.98765))["classifier_auc"] == 0.9877
     assert content["lungs"] == {"lesion_inside": None, "share_of_slice": None}
     lungs = evaluation_json(replace(EVALUATION, lungs=np.array([[2, 1, 1, 3], [0, 1, 0, 0]])))["lungs"]
@@ -74,10 +78,19 @@ def test_evaluation_as_json_by_hand() -> None:
 
 def test_markdown_table_has_a_row_for_each_stage_and_a_cell_for_each_heading() -> None:
     assert evaluation_markdown(EVALUATION).splitlines() == [
-        "| | taught with | Dice | IoU | PPV | sensitivity | specificity | macro Dice |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-        "| first | none | 0.333 | 0.200 | 0.500 | 0.250 | 0.962 | 0.250 |",
-        "| second | slice labels | 0.500 | 0.333 | 0.500 | 0.500 | 0.875 | 0.500 |"]
+        "| | taught with | Dice | IoU | PPV | sensitivity | specificity | macro Dice | HD95, mm | on slices |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| first | none | 0.333 | 0.200 | 0.500 | 0.250 | 0.962 | 0.250 | 1.5 | 1 of 2 |",
+        "| second | slice labels | 0.500 | 0.333 | 0.500 | 0.500 | 0.875 | 0.500 | 1.5 | 1 of 1 |"]
+
+
+def test_classes_of_lesions_have_columns_and_entries_of_their_own() -> None:
+    hits = np.array([[[5, 10], [0, 0], [1, 4]], [[5, 10], [0, 0], [0, 0]], [[0, 0]] * 3])
+    told = replace(EVALUATION, stages=[replace(EVALUATION.stages[0], classes=hits)])
+    assert evaluation_json(told)["rows"][0]["sensitivity_by_class"] == {"ground glass": 0.5, "effusion": 0.25}
+    head, _, row = evaluation_markdown(told).splitlines()
+    assert head.endswith("| sens. of ground glass | sens. of effusion |")
+    assert row.endswith("| 0.500 | 0.250 |")
 
 
 def test_a_terminal_shows_the_same_with_the_disclaimer_breaks_heads_and_dims_emphasis() -> None:
