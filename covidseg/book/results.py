@@ -150,12 +150,16 @@ def system_grid(images: Sequence[np.ndarray], lungs: Sequence[np.ndarray], truth
 
 
 def interval_plot(lines: Sequence[Line], published: Mapping[str, float] | None = None) -> Figure:
-    """Micro Dice of every system: its interval as a bar, each seed as a dot, and what was published, by its title."""
+    """Micro Dice of every system: its interval as a bar, each seed as a dot, and what was published, by its title.
+
+    Where nobody knows the patients, the legend says what the intervals are over.
+    """
     figure, axes = new_figure(1, 1, (7.2, 0.34 * len(lines) + 1.1))
     panel = axes[0, 0]
     for row, line in enumerate(lines):
         panel.plot(line.interval, [row, row], color=CYCLE[5], linewidth=6, solid_capstyle="butt",
-                   label="95 % interval, mean over seeds" if row == 0 else None)
+                   label=f"95 % interval{'' if line.patients else ' over slices (too narrow)'}, mean over seeds"
+                   if row == 0 else None)
         panel.plot(line.micro[:, 0], np.full(len(line.micro), row), "o", color=CYCLE[0], markersize=5,
                    label="a seed" if row == 0 else None)
     marked = [(row, published[line.title]) for row, line in enumerate(lines) if published and line.title in published]
@@ -227,7 +231,8 @@ def reliability_diagram(sums: Mapping[str, np.ndarray]) -> Figure:
 def size_table(dice: Mapping[str, np.ndarray], edges: Sequence[float], count: np.ndarray) -> Figure:
     """Macro Dice by size of the lesion as a coloured table, from :func:`covidseg.evaluation.statistics.dice_by_size`.
 
-    ``dice`` are title of a system -> ``(K,)`` in [0, 1]; NaN, an empty bin, stays white.
+    ``dice`` are title of a system -> ``(K,)`` in [0, 1]; NaN, a bin of too few slices, stays white with a dash. The
+    ``count`` of its slices stands below each bin.
     """
     values = np.array(list(dice.values()))                                               # (systems, K)
     figure, axes = new_figure(1, 1, (7.2, 0.34 * len(values) + 1.2))

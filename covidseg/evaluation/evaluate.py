@@ -324,10 +324,11 @@ def _counted(row: tuple[str, str, float], maps: np.ndarray, truth: Truth, lungs:
 
 def _joined(scans: Sequence[StageResult]) -> StageResult:
     """One row from those of all scans."""
-    return replace(
-        scans[0], **{name: np.concatenate([getattr(scan, name) for scan in scans])
-                     for name in ("counts", "classes", "distances", "pixel_mm")},
-        **{name: np.sum([getattr(scan, name) for scan in scans], axis=0) for name in ("reliability", "levels")})
+    def slices(name: str) -> np.ndarray:
+        return np.concatenate([getattr(scan, name) for scan in scans])
+    return replace(scans[0], counts=slices("counts"), classes=slices("classes"), distances=slices("distances"),
+                   pixel_mm=slices("pixel_mm"), reliability=np.sum([scan.reliability for scan in scans], axis=0),
+                   levels=np.sum([scan.levels for scan in scans], axis=0))
 
 
 def evaluate_run(run: Run, test: Dataset, *, upper_bound: bool | None = None) -> Evaluation:

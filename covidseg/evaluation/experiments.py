@@ -8,7 +8,7 @@ live in one folder of stages: a stage that a change does not touch is trained on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,9 +19,9 @@ from covidseg.errors import one_of
 from covidseg.evaluation.crossval import cross_validated
 from covidseg.evaluation.evaluate import Evaluation, evaluate_run, measure
 from covidseg.evaluation.methods import PUBLISHED, SYSTEMS, BaselineProfile, Trained, system_names
-from covidseg.evaluation.metrics import figures, macro
+from covidseg.evaluation.metrics import NAMES, figures, macro, micro
 from covidseg.evaluation.statistics import Difference, bootstrap_difference, bootstrap_interval, paired_test
-from covidseg.evaluation.tables import Record, Table, evaluation_json, figure, spread
+from covidseg.evaluation.tables import Record, Table, evaluation_json, figure, scores_json, spread
 from covidseg.pipeline import Run
 from covidseg.profiles import Profile, faithful
 from covidseg.store import fingerprint, write_text
@@ -101,6 +101,32 @@ def levels_of(results: Sequence[Record]) -> np.ndarray | None:
     return np.concatenate([marked, marked[:, :1] - marked], axis=2)  # at level 0 everything is marked
 
 
+def subset(results: Sequence[Record], slices: slice) -> list[Record]:
+    """Results restricted to a run of their slices, in the order of the record.
+
+    A record keeps the counts of each slice for the answer alone. So other rows are left out, and levels, reliability
+    and AUC, which belong to all slices together, are None.
+    """
+    kept = []
+    for result in results:
+        part = {**result, "counts": dict(list(result["counts"].items())[slices]), "levels": None, "reliability": None,
+                "classifier_auc": None}
+        counts = counts_of([part])[0]
+        answer = {key: result["rows"][-1][key] for key in ("name", "supervision", "threshold")}
+        kept.append({**part, "slices": len(counts), "rows": [
+            {**answer, "micro": scores_json(micro(counts)), "macro": scores_json(macro(counts))}]})
+    return kept
+
+
+def split_table(results: Sequence[Record], parts: Mapping[str, slice]) -> Table:
+    """Micro and macro Dice of every system on parts of the slices, each mean over seeds."""
+    def cell(counts: np.ndarray) -> str:
+        return " / ".join(figure(float(np.mean([average(each).dice for each in counts]))) for average in (micro, macro))
+    return Table(("micro / macro Dice", *parts), "l" + "r" * len(parts), [
+        [SYSTEMS[name].full_title, *(cell(counts_of(own)[:, part]) for part in parts.values())]
+        for name, own in by_system(results).items()])
+
+
 def patients_of(results: Sequence[Record]) -> np.ndarray | None:
     """Volume of each slice, for drawing whole volumes; None for a single stack, whose patients nobody knows."""
     volumes = np.array([name.rsplit(":", 1)[0] for name in results[0]["counts"]])
@@ -117,13 +143,16 @@ class Line:
         seeds: The seeds it was trained with.
         micro: ``(seeds, 5)`` Dice, IoU, PPV, sensitivity and specificity of pooled pixels.
         macro: ``(seeds,)`` mean Dice of the slices with a lesion.
-        interval: 95 % bootstrap interval of the micro Dice over slices (or volumes), mean over seeds.
+        interval: 95 % bootstrap interval of the micro Dice over patients, mean over seeds.
+        patients: Whether patients are known; if not, all intervals are over slices, and so too narrow.
+        rule: ``(seeds, 6)`` micro figures and macro Dice of the outline that the system's authors draw; None if that is
+            not another one.
         auc: ``(seeds,)`` of the slice verdict; NaN where there is none.
         parameters: Numbers that were learned; None where nobody counted.
         seconds: Training time of a seed; None where it was not taken.
         dice: How far ours is ahead of the strongest earlier system in micro Dice; None for other systems.
         iou: How far it is ahead in micro IoU.
-        p: P-value of the paired test of both.
+        p: P-value of the paired test of both; NaN where too few patients are known.
     """
 
     key: str
@@ -132,6 +161,8 @@ class Line:
     micro: np.ndarray
     macro: np.ndarray
     interval: tuple[float, float]
+    patients: bool
+    rule: np.ndarray | None
     auc: np.ndarray
     parameters: int | None
     seconds: float | None
@@ -166,11 +197,14 @@ def table_lines(results: Sequence[Record]) -> list[Line]:
             other = counts_of(systems[strongest])
             pair = {"dice": bootstrap_difference(counts, other, "dice", groups=groups),
                     "iou": bootstrap_difference(counts, other, "iou", groups=groups),
-                    "p": paired_test(counts, other, groups=groups)}
+                    "p": float("nan") if groups is None else paired_test(counts, other, groups)}
+        ruled = [r["rows"][0] for r in own if SYSTEMS[name].rule and len(r["rows"]) > 1]
+        rule = np.array([[*(row["micro"][each] for each in NAMES), row["macro"]["dice"]] for row in ruled], float)
         lines.append(Line(
             name, SYSTEMS[name].title, tuple(r["seed"] for r in own), figures(counts.sum(axis=1)),
             np.array([macro(each).dice for each in counts]), bootstrap_interval(counts, groups=groups),
-            auc, own[0]["parameters"], float(np.mean(seconds)) if seconds else None, **pair))
+            groups is not None, rule if len(rule) else None, auc, own[0]["parameters"],
+            float(np.mean(seconds)) if seconds else None, **pair))
     return lines
 
 
@@ -180,28 +214,37 @@ HEADS = ("Dice", "IoU", "PPV", "sens.", "spec.", "macro\nDice", "95 %\nof Dice",
 def table1(lines: Sequence[Line], *, narrow: bool = False) -> Table:
     """Table 1: micro figures and macro Dice, means over seeds with their deviation.
 
-    Under the last system of each kind stands what was published of it. The abstract does not say whether its figures
-    are micro or macro. ``narrow`` is for a terminal of 80 columns and leaves out all deviations but that of Dice.
+    Under a system stands the outline that its own authors draw, if that is another one, and under the last system of
+    each kind what was published of it. The abstract does not say whether its figures are micro or macro. ``narrow`` is
+    for a terminal of 80 columns and leaves out all deviations but that of Dice, and what differs from a publication.
     """
     rows = []
     for k, line in enumerate(lines):
         low, high = line.interval
-        cells = [*(spread(column) for column in line.micro.T), spread(line.macro),
-                 "–" if np.isnan(low) else f"{low:.3f} to {high:.3f}", spread(line.auc)]
-        if narrow:
-            cells = [cells[0].replace(" ± ", "±"), *(c.split(" ± ")[0].replace(" to ", "-") for c in cells[1:])]
-        rows.append([line.title, *cells])
-        published = SYSTEMS[line.key].published
+        system = SYSTEMS[line.key]
+        drawn = [[line.title if narrow else system.full_title, *(spread(column) for column in line.micro.T),
+                  spread(line.macro), "–" if np.isnan(low) else f"{low:.3f} to {high:.3f}", spread(line.auc)]]
+        if line.rule is not None:
+            drawn.append([f"{line.title}: its own rule", *(spread(column) for column in line.rule.T), "", ""])
+        for title, first, *others in drawn:
+            rows.append([title, first.replace(" ± ", "±"), *(c.split(" ± ")[0].replace(" to ", "-") for c in others)]
+                        if narrow else [title, first, *others])
+        published = system.published
         if published and all(SYSTEMS[later.key].published != published for later in lines[k + 1:]):
             rows.append([f"*published: {published}*", *(f"{value:.2f}" for value in PUBLISHED[published]), "", "", ""])
     return Table(("", *HEADS), "l" + "r" * len(HEADS), rows)
 
 
 def differences(lines: Sequence[Line], strongest: str) -> list[str]:
-    """A sentence for each of our rows: how far ahead of the strongest earlier system, and how sure that is."""
+    """A sentence for each of our rows: how far ahead of the strongest earlier system, and how sure that is.
+
+    Where nobody knows the patients there is no test, since its slices would have to be independent.
+    """
     return [f"{line.title} against {SYSTEMS[strongest].title}: Dice {line.dice.mean:+.3f} ({line.dice.low:+.3f} to "
             f"{line.dice.high:+.3f}), IoU {line.iou.mean:+.3f} ({line.iou.low:+.3f} to {line.iou.high:+.3f}), "
-            + ("too few slices for a paired test" if np.isnan(line.p) else f"signed rank test p = {line.p:.1g}")
+            + ("no test: the patients of these slices are not known, and intervals over slices are too narrow"
+               if not line.patients else "too few patients for a paired test" if np.isnan(line.p)
+               else f"signed rank test over patients p = {line.p:.1g}")
             for line in lines if line.dice is not None and line.iou is not None]
 
 

@@ -37,7 +37,7 @@ from covidseg.store import fingerprint, net_form
 
 @dataclass(frozen=True)
 class BaselineProfile:
-    """Settings of the earlier systems: ported to single slices, and as published, on slabs (``_3d``).
+    """Settings of the earlier systems: ported to single slices, and their 3D nets on slabs (``_3d``).
 
     ``grad_cam`` is the map of the classifiers as it is drawn without any later stage: last block, one scale.
     """
@@ -141,7 +141,7 @@ def _baseline(run: Run, name: str, make: Callable[[], Net], settings: BaselineSe
 def _decovnet(run: Run, baselines: BaselineProfile, dims: int = 2) -> Trained:
     settings = baselines.decovnet if dims == 2 else baselines.decovnet_3d
     return _baseline(run, f"decovnet{dims}d", partial(DeCoVNet, settings), settings,
-                     (f"top {settings.top:.0%} of the map", "slice labels", 0.5))
+                     (f"top {settings.top:.0%} of the map, where bright", "slice labels", 0.5))
 
 
 def _ad3d_mil(run: Run, baselines: BaselineProfile, dims: int = 2) -> Trained:
@@ -165,14 +165,26 @@ def _masks(run: Run, baselines: BaselineProfile) -> Trained:
 
 @dataclass(frozen=True)
 class System:
-    """One of the systems that are compared: its title in the table, and what trains what is missing in a run.
+    """One of the systems that are compared.
 
-    ``published`` names its row in :data:`PUBLISHED`; empty if it has none.
+    Attributes:
+        title: Short, for figures.
+        train: Trains what is missing of it in a run.
+        published: Its row in :data:`PUBLISHED`; empty if it has none.
+        ours: Of an earlier system, what is not as its authors published it.
+        rule: Whether its first outline is the one that its authors' code draws; the last one is always its answer.
     """
 
     title: str
     train: Callable[[Run, BaselineProfile], Trained]
     published: str = ""
+    ours: str = ""
+    rule: bool = False
+
+    @property
+    def full_title(self) -> str:
+        """For a table: the title, and what differs from the publication."""
+        return f"{self.title} (our {self.ours})" if self.ours else self.title
 
 
 # Dice, IoU, PPV, sensitivity, specificity on the 100 slices of MedSeg's first set, quoted from the abstract.
@@ -182,10 +194,12 @@ PUBLISHED = {"DeCoVNet": (0.72, 0.56, 0.73, 0.70, 0.98), "AD3D-MIL": (0.68, 0.51
 SYSTEMS = {
     "otsu": System("Otsu in the lung, no learning", _otsu),
     "grad-cam": System("plain Grad-CAM", _grad_cam),
-    "decovnet": System("DeCoVNet, slices", _decovnet, "DeCoVNet"),
-    "decovnet-3d": System("DeCoVNet, slabs", partial(_decovnet, dims=3), "DeCoVNet"),
-    "ad3d-mil": System("AD3D-MIL, slices", _ad3d_mil, "AD3D-MIL"),
-    "ad3d-mil-3d": System("AD3D-MIL, slabs", partial(_ad3d_mil, dims=3), "AD3D-MIL"),
+    "decovnet": System("DeCoVNet on slices", _decovnet, "DeCoVNet", "2D port, lungs, map, level and training", True),
+    "decovnet-3d": System("DeCoVNet on slabs", partial(_decovnet, dims=3), "DeCoVNet",
+                          "lungs, map, level and training", True),
+    "ad3d-mil": System("AD3D-MIL on slices", _ad3d_mil, "AD3D-MIL", "2D port, lungs, map, level and training"),
+    "ad3d-mil-3d": System("AD3D-MIL on slabs", partial(_ad3d_mil, dims=3), "AD3D-MIL",
+                          "lungs, map, level and training"),
     "faithful": System("ours, faithful", partial(_ours, change=faithful), "dual-task mutual learning"),
     "extended": System("ours, extended", _ours, "dual-task mutual learning"),
     "masks": System("U-Net, true masks", _masks),

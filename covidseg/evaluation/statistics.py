@@ -8,7 +8,8 @@ raise ValueError for shapes that do not fit, slices that are not the same, and n
 the seed of the training. Here only slices are drawn. The figure is averaged over the seeds that there are, and those
 stay as they are; show the spread over seeds beside the interval. Nor is it known how other hospitals or readers differ.
 Slices of one patient resemble each other: taken for independent, they make intervals too narrow and p-values too
-small. Name their patients in ``groups``, ``(N,)``, and whole patients are drawn or ranked.
+small. Name their patients in ``groups``, ``(N,)``, and whole patients are drawn or ranked. Where nobody knows them, an
+interval over slices is the best there is, and too narrow; a p-value would be worth nothing, and there is none.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from scipy.stats import wilcoxon
 from covidseg.evaluation.metrics import NAMES, figures
 
 FEWEST = 6  # with fewer, the smallest two-sided p-value of the signed rank test, 2 / 2^n, is above 0.05
+FEWEST_IN_BIN = 10  # slices, for the mean of a bin to be shown
 LEVEL = 0.95  # share of the draws inside an interval
 
 
@@ -78,12 +80,12 @@ def bootstrap_difference(ours: np.ndarray, other: np.ndarray, figure: str = "dic
     return Difference(float(observed[0]), *_ends(drawn))
 
 
-def paired_test(ours: np.ndarray, other: np.ndarray, *, groups: np.ndarray | None = None) -> float:
+def paired_test(ours: np.ndarray, other: np.ndarray, groups: np.ndarray) -> float:
     """Two-sided p-value of the signed rank test (Wilcoxon 1945) on the Dice of the slices with a lesion.
 
-    With ``groups`` one mean difference per group is ranked. Differences of 0 are left out, as in Wilcoxon's paper; p
-    is 1 if all are. NaN with fewer than :data:`FEWEST` slices (or groups) with a lesion, where p could not fall below
-    0.05 whatever the systems do.
+    One mean difference for each patient in ``groups`` ``(N,)`` is ranked: the test wants independent ones. Differences
+    of 0 are left out, as in Wilcoxon's paper; p is 1 if all are. NaN with fewer than :data:`FEWEST` patients with a
+    lesion, where p could not fall below 0.05 whatever the systems do.
     """
     ours, other = _same_slices(ours, other)
     difference = slice_dice(ours) - slice_dice(other)
@@ -103,14 +105,16 @@ def dice_by_size(counts: np.ndarray, edges: Sequence[float]) -> tuple[np.ndarray
     1000 on.
 
     Returns:
-        Number of slices, ``(K,)`` int, and Dice, ``(K,)`` in [0, 1], NaN in an empty bin.
+        Number of slices, ``(K,)`` int, and Dice, ``(K,)`` in [0, 1], NaN in a bin of fewer than
+        :data:`FEWEST_IN_BIN` slices, whose mean is a matter of chance.
     """
     if not (np.diff(edges) > 0).all():
         raise ValueError(f"edges {list(edges)} do not ascend")
     dice = slice_dice(counts)
     known, which = ~np.isnan(dice), np.digitize(_area(_seeds(counts))[0], edges)
     count = np.bincount(which[known], minlength=len(edges) + 1)
-    return count, _ratio(np.bincount(which[known], dice[known], minlength=len(edges) + 1), count)
+    mean = _ratio(np.bincount(which[known], dice[known], minlength=len(edges) + 1), count)
+    return count, np.where(count < FEWEST_IN_BIN, np.nan, mean)
 
 
 def reliability_sums(probabilities: np.ndarray, truth: np.ndarray, bins: int = 10) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ from covidseg.evaluation.experiments import VARIANTS, Line, by_system
 
 def line(title: str, *dice: float, interval: tuple[float, float] = (0.1, 0.3)) -> Line:
     micro = np.array([[value, 0.1, 0.1, 0.1, 0.9] for value in dice])
-    seeds = tuple(range(len(dice)))
-    return Line(title, title, seeds, micro, np.array(dice), interval, np.full(len(dice), np.nan), None, None)
+    seeds, auc = tuple(range(len(dice))), np.full(len(dice), np.nan)
+    return Line(title, title, seeds, micro, np.array(dice), interval, True, None, auc, None, None)
 
 
 def texts(figure: Figure) -> list[str]:
@@ -118,6 +119,9 @@ def test_intervals_seeds_and_published_figures_stand_in_their_rows() -> None:
     assert (list(published.get_xdata()), list(published.get_ydata())) == ([0.74], [1])
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["first", "second"]
     assert len(results.interval_plot([line("first", 0.2)]).axes[0].lines) == 2, "nothing published"
+    for patients in (True, False):
+        legend = results.interval_plot([replace(line("first", 0.2), patients=patients)]).legends[0].get_texts()
+        assert ("too narrow" in legend[0].get_text()) is not patients
 
 
 def test_reliability_diagram_leaves_out_empty_bins() -> None:
@@ -131,13 +135,13 @@ def test_reliability_diagram_leaves_out_empty_bins() -> None:
 
 
 def test_size_table_shows_every_bin() -> None:
-    figure = results.size_table({"a": np.array([0.1, 0.2, np.nan]), "b": np.array([0.7, 0.8, np.nan])},
-                                [100, 2000], np.array([1, 12, 0]))
+    figure = results.size_table({"a": np.array([np.nan, 0.1, 0.2]), "b": np.array([np.nan, 0.7, 0.8])},
+                                [100, 2000], np.array([1, 12, 10]))
     panel = figure.axes[0]
-    assert texts(figure) == ["0.10", "0.20", "–", "0.70", "0.80", "–"]
+    assert texts(figure) == ["–", "0.10", "0.20", "–", "0.70", "0.80"], "no figure of a single slice"
     assert [label.get_text() for label in panel.get_yticklabels()] == ["a", "b"]
     assert [label.get_text() for label in panel.get_xticklabels()] == [
-        "below 100\n1 slice", "100 to 2,000\n12 slices", "from 2,000\n0 slices"]
+        "below 100\n1 slice", "100 to 2,000\n12 slices", "from 2,000\n10 slices"]
 
 
 def test_operating_curves_run_through_the_counts() -> None:

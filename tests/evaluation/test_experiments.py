@@ -40,12 +40,15 @@ from covidseg.evaluation.experiments import (
     levels_of,
     measured_key,
     patients_of,
+    split_table,
     strongest_earlier,
+    subset,
     table1,
     table_lines,
     volume_table,
 )
 from covidseg.evaluation.methods import PUBLISHED, SYSTEMS, BaselineProfile, System, Trained
+from covidseg.evaluation.metrics import NAMES as FIGURES
 from covidseg.evaluation.metrics import macro, micro
 from covidseg.evaluation.statistics import bootstrap_difference, bootstrap_interval, paired_test
 from covidseg.evaluation.tables import Record
@@ -352,7 +355,8 @@ def test_ours_are_compared_with_the_strongest_in_pairs(names: list[str]) -> None
         assert lines[name].dice == bootstrap_difference(own, other, "dice", groups=groups)
         assert lines[name].iou == bootstrap_difference(own, other, "iou", groups=groups)
         assert lines[name].dice != lines[name].iou
-        np.testing.assert_equal(lines[name].p, paired_test(own, other, groups=groups))
+        assert lines[name].patients is (groups is not None)
+        np.testing.assert_equal(lines[name].p, np.nan if groups is None else paired_test(own, other, groups))
         expected = np.mean([micro(a).dice - micro(b).dice for a, b in zip(own, other, strict=True)])
         assert lines[name].dice.mean == pytest.approx(expected)  # type: ignore[union-attr]
     for name in lines.keys() - set(OURS):
@@ -361,16 +365,20 @@ def test_ours_are_compared_with_the_strongest_in_pairs(names: list[str]) -> None
 
 
 def test_differences_as_sentences() -> None:
-    lines = table_lines(comparison(2, STACK))
+    patients = [f"p{k}:0" for k in range(len(LESION))]
+    lines = table_lines(comparison(2, patients))
     faithful, extended = differences(lines, "decovnet")
     line = next(line for line in lines if line.key == "extended")
     assert line.p < 0.01
     dice, iou = (f"+{each.mean:.3f} (+{each.low:.3f} to +{each.high:.3f})" for each in (line.dice, line.iou) if each)
-    assert extended == (f"ours, extended against DeCoVNet, slices: Dice {dice}, IoU {iou}, "
-                        f"signed rank test p = {line.p:.1g}")
-    assert faithful.startswith("ours, faithful against DeCoVNet, slices: ")
+    assert extended == (f"ours, extended against DeCoVNet on slices: Dice {dice}, IoU {iou}, "
+                        f"signed rank test over patients p = {line.p:.1g}")
+    assert faithful.startswith("ours, faithful against DeCoVNet on slices: ")
     few = differences(table_lines(comparison(2)), "decovnet")
-    assert [sentence.endswith("too few slices for a paired test") for sentence in few] == [True, True], "five volumes"
+    assert [sentence.endswith("too few patients for a paired test") for sentence in few] == [True, True], "five volumes"
+    unknown = differences(table_lines(comparison(2, STACK)), "decovnet")
+    assert all("no test: the patients of these slices are not known" in sentence for sentence in unknown)
+    assert not any("p =" in sentence for sentence in unknown)
     alone = table_lines([r for r in comparison(1) if r["system"] not in EARLIER])
     assert differences(alone, "decovnet") == []
 
@@ -400,28 +408,67 @@ def test_published_figures_stand_once_under_the_last_system_of_their_kind() -> N
     three_d = [record(name, 0, counts(0.5, 90)) for name in ("decovnet-3d", "ad3d-mil-3d")]
     rows = cells(table_lines(comparison(1) + three_d))
     assert list(rows) == [
-        SYSTEMS["otsu"].title, SYSTEMS["grad-cam"].title, "DeCoVNet, slices", "DeCoVNet, slabs",
-        "*published: DeCoVNet*", "AD3D-MIL, slices", "AD3D-MIL, slabs", "*published: AD3D-MIL*", "ours, faithful",
+        *(SYSTEMS[name].full_title for name in ("otsu", "grad-cam", "decovnet", "decovnet-3d")),
+        "*published: DeCoVNet*", *(SYSTEMS[name].full_title for name in ("ad3d-mil", "ad3d-mil-3d")),
+        "*published: AD3D-MIL*", "ours, faithful",
         "ours, extended", "*published: dual-task mutual learning*", SYSTEMS["masks"].title]
     assert rows["*published: DeCoVNet*"] == ["0.72", "0.56", "0.73", "0.70", "0.98", "", "", ""]
     for name, figures in PUBLISHED.items():
         assert [float(cell) for cell in rows[f"*published: {name}*"][:5]] == list(figures)
     some = [r for r in comparison(1) if r["system"] in ("otsu", "decovnet", "faithful", "masks")]
-    assert list(cells(table_lines(some)))[1:5] == ["DeCoVNet, slices", "*published: DeCoVNet*", "ours, faithful",
-                                                   "*published: dual-task mutual learning*"]
+    assert list(cells(table_lines(some)))[1:5] == [
+        "DeCoVNet on slices (our 2D port, lungs, map, level and training)", "*published: DeCoVNet*", "ours, faithful",
+        "*published: dual-task mutual learning*"]
+
+
+def drawn_by_rule(system: str, dice: float) -> Record:
+    rows = [{"name": name, "supervision": "slice labels", "threshold": 0.5, "micro": dict.fromkeys(FIGURES, value),
+             "macro": dict.fromkeys(FIGURES, value / 2)} for name, value in (("top", dice), ("level", 0.9))]
+    return {**record(system, 0, counts(0.5, 90)), "rows": rows}
+
+
+def test_the_outline_of_a_systems_own_authors_stands_below_it() -> None:
+    rows = cells(table_lines([drawn_by_rule("decovnet-3d", 0.25), drawn_by_rule("ad3d-mil", 0.75)]))
+    assert list(rows)[:2] == [SYSTEMS["decovnet-3d"].full_title, "DeCoVNet on slabs: its own rule"]
+    assert rows["DeCoVNet on slabs: its own rule"] == ["0.250"] * 5 + ["0.125", "", ""]
+    assert sum("own rule" in title for title in rows) == 1, "AD3D-MIL's authors draw none"
+
+
+def test_a_subset_has_the_figures_of_its_slices_and_nothing_of_the_others() -> None:
+    whole = [{**drawn_by_rule(name, 0.25), "levels": ["1 2"] * 101, "hd95": 3} for name in ("decovnet", "extended")]
+    for name, result in zip(("decovnet", "extended"), subset(whole, slice(4, None)), strict=True):
+        table = counts(0.5, 90)[4:]
+        assert counts_of([result]).tolist() == [table.tolist()]
+        assert (result["system"], result["slices"], list(result["counts"])) == (name, len(table), NAMES[4:])
+        assert result["rows"][-1]["micro"]["dice"] == round(micro(table).dice, 4)
+        assert result["rows"][-1]["macro"]["dice"] == round(macro(table).dice, 4)
+        assert [result[key] for key in ("levels", "reliability", "classifier_auc")] == [None] * 3
+        assert len(result["rows"]) == 1
+    assert "own rule" not in table1(table_lines(subset(whole, slice(4, None)))).markdown()
+
+
+def test_the_split_table_by_hand() -> None:
+    table = split_table(comparison(2), {"first": slice(0, 4), "all": slice(None)})
+    assert table.heads == ("micro / macro Dice", "first", "all")
+    own = [counts(0.8, 60, seed=seed + 10) for seed in (0, 1)]
+    for column, part in ((1, slice(0, 4)), (2, slice(None))):
+        means = [np.mean([average(each[part]).dice for each in own]) for average in (micro, macro)]
+        row = next(row for row in table.rows if row[0] == "ours, extended")
+        assert row[column] == f"{means[0]:.3f} / {means[1]:.3f}"
 
 
 def test_both_tables_show_the_figures_of_their_lines() -> None:
     """The terminal's shows deviations of Dice only, for want of room."""
     lines = table_lines(comparison(3))
     rows, narrow = cells(lines), table1(lines, narrow=True)
-    assert [row[0] for row in narrow.rows] == list(rows)
+    assert [row[0] for row in narrow.rows] == [title.split(" (our")[0] for title in rows]
     short = {row[0]: row[1:] for row in narrow.rows}
     for line in lines:
         columns = [*line.micro.T, line.macro]
         low, high = (f"{end:.3f}" for end in line.interval)
-        assert rows[line.title] == [*(f"{each.mean():.3f} ± {each.std(ddof=1):.3f}" for each in columns),
-                                    f"{low} to {high}", "–" if line.key == "otsu" else "0.900 ± 0.100"]
+        assert rows[SYSTEMS[line.key].full_title] == [
+            *(f"{each.mean():.3f} ± {each.std(ddof=1):.3f}" for each in columns), f"{low} to {high}",
+            "–" if line.key == "otsu" else "0.900 ± 0.100"]
         dice, *others = (f"{each.mean():.3f}" for each in columns)
         assert short[line.title] == [f"{dice}±{columns[0].std(ddof=1):.3f}", *others, f"{low}-{high}",
                                      "–" if line.key == "otsu" else "0.900"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from scipy import stats
 from covidseg.evaluation.metrics import NAMES, confusion, macro, micro
 from covidseg.evaluation.statistics import (
     FEWEST,
+    FEWEST_IN_BIN,
     Difference,
     at_sensitivity,
     bootstrap_difference,
@@ -94,23 +96,28 @@ def test_difference_is_that_of_a_plain_loop_with_other_numbers_of_seeds(seeds):
 
 # --- the test ---------------------------------------------------------------------------------------------------
 
+def each(counts: np.ndarray) -> np.ndarray:
+    """Every slice of a patient of its own."""
+    return np.arange(counts.shape[-2])
+
+
 def test_p_of_equal_systems_is_one(seeds):
-    assert paired_test(seeds, seeds) == 1
-    assert paired_test(seeds, seeds[[2, 0, 1]]) == 1  # the same seeds in another order: nothing but rounding
+    assert paired_test(seeds, seeds, each(seeds)) == 1
+    assert paired_test(seeds, seeds[[2, 0, 1]], each(seeds)) == 1  # in another order: nothing but rounding
 
 
 def test_p_of_a_clearly_better_system_is_tiny(rng):
     area, hard = rng.integers(100, 900, 52), rng.uniform(0.2, 0.7, 52)
     ours, other = simulated(rng, hard + 0.2, area), simulated(rng, hard, area)
-    assert paired_test(ours, other) < 1e-6
-    assert paired_test(ours, other) == paired_test(other, ours)  # two-sided
+    assert paired_test(ours, other, each(ours)) < 1e-6
+    assert paired_test(ours, other, each(ours)) == paired_test(other, ours, each(ours))  # two-sided
 
 
 def test_p_is_that_of_the_slices_with_a_lesion(seeds):
     ours, other = seeds[:2], seeds[2]
     dice = [[macro(c[n:n + 1]).dice for n in range(3, 30)] for c in seeds]
     expected = stats.wilcoxon(np.mean(dice[:2], axis=0), dice[2]).pvalue
-    assert paired_test(ours, other) == pytest.approx(expected, rel=1e-9)
+    assert paired_test(ours, other, each(ours)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_p_ranks_one_difference_per_group(rng):
@@ -118,15 +125,15 @@ def test_p_ranks_one_difference_per_group(rng):
     patients = np.arange(8).repeat(10)
     area = np.where(patients > 0, 400, 0)
     ours, other = simulated(rng, np.full(80, 0.9), area), simulated(rng, np.full(80, 0.3), area)
-    assert paired_test(ours, other, groups=patients) == pytest.approx(2 / 2**7)
-    assert paired_test(ours, other) < 1e-10
-    assert math.isnan(paired_test(ours, other, groups=patients // 2))
+    assert paired_test(ours, other, patients) == pytest.approx(2 / 2**7)
+    assert paired_test(ours, other, each(ours)) < 1e-10
+    assert math.isnan(paired_test(ours, other, patients // 2))
 
 
-def test_too_few_slices_have_no_p(seeds):
+def test_too_few_patients_have_no_p(seeds):
     enough = seeds[:, :3 + FEWEST]  # the first three have no lesion
-    assert 0 < paired_test(enough[0], enough[1]) <= 1
-    assert math.isnan(paired_test(enough[0, :-1], enough[1, :-1]))
+    assert 0 < paired_test(enough[0], enough[1], each(enough)) <= 1
+    assert math.isnan(paired_test(enough[0, :-1], enough[1, :-1], each(enough)[:-1]))
     assert 2 / 2**FEWEST < 0.05 < 2 / 2**(FEWEST - 1)
 
 
@@ -146,7 +153,7 @@ def test_without_any_lesion_there_is_no_dice():
     found = bootstrap_difference(healthy, healthy)
     assert np.isnan([found.mean, found.low, found.high]).all()
     assert bootstrap_interval(alarms) == (0, 0)  # as metrics.micro: pooled, false alarms make Dice 0
-    assert math.isnan(paired_test(healthy, alarms))
+    assert math.isnan(paired_test(healthy, alarms, each(healthy)))
     one_lesion = np.concatenate([[[10, 0, 0, 90]], healthy[:9]])
     assert bootstrap_interval(one_lesion) == (1, 1), "draws without a lesion are left out"
     count, dice = dice_by_size(alarms, [10])
@@ -164,6 +171,7 @@ def test_a_single_slice_or_group_has_no_interval(seeds):
 
 def test_what_does_not_fit_is_refused(seeds):
     one, swapped = seeds[0], seeds[0][::-1]
+    comparisons = bootstrap_difference, partial(paired_test, groups=each(one))
     larger = one + np.array([0, 0, 0, 7])
     for bad in (one[0], one[:, :3], seeds[None], seeds[:0]):
         with pytest.raises(ValueError, match="neither"):
@@ -171,10 +179,10 @@ def test_what_does_not_fit_is_refused(seeds):
     for bad in (swapped, larger):
         with pytest.raises(ValueError, match="same ones in the same order"):
             bootstrap_interval(np.stack([one, bad]))
-        for function in (bootstrap_difference, paired_test):
+        for function in comparisons:
             with pytest.raises(ValueError, match="same ones in the same order"):
                 function(one, bad)
-    for function in (bootstrap_difference, paired_test):
+    for function in comparisons:
         with pytest.raises(ValueError, match="30 slices, other 29"):
             function(one, one[:-1])
         with pytest.raises(ValueError, match="group for each of 30"):
@@ -190,18 +198,27 @@ def test_what_does_not_fit_is_refused(seeds):
 # --- lesion size ------------------------------------------------------------------------------------------------
 
 def test_dice_by_size_by_hand():
-    counts = np.array([[0, 0, 99, 901], [100, 0, 0, 900], [50, 0, 50, 900], [500, 0, 500, 0], [0, 9, 0, 991]])
+    one = [[0, 0, 99, 901], [100, 0, 0, 900], [50, 0, 50, 900], [500, 0, 500, 0], [0, 9, 0, 991]]
+    counts = np.repeat(one, FEWEST_IN_BIN, axis=0)
     count, dice = dice_by_size(counts, [100, 1000])
-    assert count.tolist() == [1, 2, 1]  # the slice without a lesion is in none
+    assert count.tolist() == [10, 20, 10]  # the slices without a lesion are in none
     assert dice == pytest.approx([0, (1 + 2 / 3) / 2, 2 / 3])
     count, dice = dice_by_size(counts, [1, 2, 99])
-    assert count.tolist() == [0, 0, 0, 4]
+    assert count.tolist() == [0, 0, 0, 40]
     assert dice == pytest.approx([math.nan] * 3 + [macro(counts).dice], nan_ok=True)
 
 
+def test_no_conclusion_from_a_bin_of_fewer_than_ten_slices():
+    counts = np.repeat([[50, 0, 50, 900], [500, 0, 500, 0]], [FEWEST_IN_BIN - 1, FEWEST_IN_BIN], axis=0)
+    count, dice = dice_by_size(counts, [500])
+    assert count.tolist() == [9, 10]
+    assert dice == pytest.approx([math.nan, 2 / 3], nan_ok=True)
+
+
 def test_dice_by_size_is_the_mean_over_seeds(seeds):
-    _, dice = dice_by_size(seeds, [200, 500])
-    np.testing.assert_allclose(dice, np.mean([dice_by_size(c, [200, 500])[1] for c in seeds], axis=0))
+    _, dice = dice_by_size(seeds, [400])
+    assert not np.isnan(dice).any()
+    np.testing.assert_allclose(dice, np.mean([dice_by_size(c, [400])[1] for c in seeds], axis=0))
     for edges in ([500, 200], [200, 200]):
         with pytest.raises(ValueError, match="do not ascend"):
             dice_by_size(seeds, edges)
