@@ -20,6 +20,7 @@ from covidseg.cli import app
 from covidseg.data.folder import load_dataset
 from covidseg.data.scan import Scan, read_mask, read_scan
 from covidseg.evaluation.evaluate import read_truth
+from covidseg.evaluation.experiments import subset, table_lines
 from covidseg.evaluation.metrics import confusion, micro
 from covidseg.patches import PatchNet
 from covidseg.predict import SHIPPED, Predictor, load_predictor
@@ -80,6 +81,12 @@ def test_the_card_quotes_the_recorded_figures_and_says_what_a_user_has_to_know()
         micro_, macro_ = rows[name]["micro"], rows[name]["macro"]
         expected = [micro_[f] for f in ("dice", "iou", "ppv", "sensitivity", "specificity")] + [macro_["dice"]]
         assert figures == [f"{value:.3f}" for value in expected]
+    method = [result for result in read_records("table1-medseg9-on-100-full")["table1-medseg9-on-100-full"]["results"]
+              if result["system"] == "extended"]
+    for name, part in (("52 tuned on", slice(0, 52)), ("48 not tuned on", slice(52, 100)), ("all 100", slice(None))):
+        line, = table_lines(subset(method, part))
+        figures = [f"{value:.3f}" for value in (*line.micro.mean(axis=0), line.macro.mean())]
+        assert f"| {name} | {' | '.join(figures)} |" in card
     for word in ("cc0", "not a medical device", "covidseg train", "limits", "sha256", "13521509"):
         assert word in card.lower(), "what a user has to know"
 
