@@ -86,8 +86,8 @@ def distance_json(found: Distance) -> Record:
 
 def classes_json(sensitivity: Mapping[str, float]) -> Record:
     """Sensitivity by class as an entry of a record; no entry for masks that tell no classes apart."""
-    digits = {name: _digits(value) for name, value in sensitivity.items()}
-    return {"sensitivity_by_class": digits} if digits else {}
+    found = {name: round(value, 4) for name, value in sensitivity.items()}
+    return {"sensitivity_by_class": found} if found else {}
 
 
 def evaluation_json(evaluation: Evaluation) -> Record:
