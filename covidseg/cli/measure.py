@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 Data = Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`; `medseg` trains on "
                                         "medseg2 and measures on medseg1.")]
 Test = Annotated[str | None, typer.Option(
-    help="Folder or name to measure on; default: the test side of the set's own split.")]
+    help="Folder or name to measure on; default: the test side of the set's own split. Where no volume has a lesion "
+         "mask, verdicts on slices are measured in place of outlines.")]
 
 # Names that stand for two sets, one to train on and one to measure on: MedSeg's second and first, as in Table 1.
 PAIRS = {"medseg": ("medseg2", "medseg1")}
@@ -71,7 +72,11 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
               out: Annotated[Path | None, typer.Option(
                   help="Folder for a run of each seed; goes on there if it was stopped.")] = None,
               deterministic: Deterministic = False, unchecked: Unchecked = False) -> None:
-    """Trains all systems on the same slice labels, measures them on the same slices, and prints Table 1."""
+    """Trains all systems on the same slice labels, measures them on the same slices, and prints Table 1.
+
+    On a set without lesion masks it prints how well they tell slices with a lesion from healthy ones, and how much they
+    mark in both. With the same --out, what was trained for one test set serves for the next.
+    """
     from covidseg.devices import use_deterministic_kernels
     from covidseg.evaluation import experiments
     from covidseg.evaluation.methods import BASELINE_PROFILES, system_names
@@ -81,7 +86,8 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
     if deterministic:
         use_deterministic_kernels()
     data, test = sides(data, test)
-    names = system_names(systems.split(",") if systems else None)  # a misspelt name ends it here, before any training
+    asked = systems.split(",") if systems else None
+    system_names(asked)  # a misspelt name ends it here, before any training
     folder = out or Path("runs") / f"{Path(data).name}-{profile}"
     testing, tested = measured_on(data, test)
     command = _command("reproduce", data, test, unchecked, profile=profile, seeds=seeds, systems=systems)
@@ -90,22 +96,36 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
     for seed in _numbers(seeds):
         run = open_run(data, profile, seed, folder / f"seed{seed}", "train" if test is None else None, device,
                        check=not unchecked, log=console.print)
-        results += experiments.compare(run, testing, names, BASELINE_PROFILES[profile], progress=True)
-        if "extended" in names:  # so that `covidseg predict --run` and `covidseg export` take the folder
+        results += experiments.compare(run, testing, asked, BASELINE_PROFILES[profile], progress=True)
+        if "extended" in system_names(asked):  # so that `covidseg predict --run` and `covidseg export` take the folder
             write_run(run, f"{command} (seed {seed})")
         console.print(f"seed {seed} done after {time.monotonic() - start:.0f} s")
     content = {**recorded(command, testing, tested, run, start), "rivals": asdict(BASELINE_PROFILES[profile]),
                "results": results}
-    write_text(folder / "table1.json", json.dumps(content, indent=1) + "\n")
+    report = folder / ("table1.json" if experiments.outlined(testing) else "verdicts.json")
+    write_text(report, json.dumps(content, indent=1) + "\n")
+    made = f"profile {profile}, seeds {seeds}"
+    if not experiments.outlined(testing):
+        show_verdicts(results, Path(data).name, tested, made, report)
+        return
     lines, strongest = experiments.table_lines(results), experiments.strongest_earlier(results)
     console.print(experiments.table1(lines, narrow=True).rich(
         f"trained on slice labels of {Path(data).name}, measured on {tested}: {results[0]['slices']} full slices, "
-        f"profile {profile}, seeds {seeds}"))
+        f"{made}"))
     if (volumes := experiments.volume_table(results)) is not None:
         console.print(volumes.rich("Dice of each volume"))
     for sentence in experiments.differences(lines, strongest) if strongest else []:
         console.print(sentence, soft_wrap=True)
-    console.print(f"report in {folder / 'table1.json'}")
+    console.print(f"report in {report}")
+
+
+def show_verdicts(results: list[dict[str, Any]], trained: str, tested: str, made: str, report: Path) -> None:
+    """Prints the table of :mod:`covidseg.evaluation.verdicts`, and where the report is."""
+    from covidseg.evaluation.verdicts import verdict_count, verdict_table
+
+    console.print(verdict_table(results, narrow=True).rich(
+        f"trained on slice labels of {trained}, verdicts on {tested}: {verdict_count(results)}, {made}"))
+    console.print(f"report in {report}")
 
 
 def _command(name: str, data: str, test: str | None, unchecked: bool, **options: str | None) -> str:
@@ -172,7 +192,7 @@ def sides(data: str, test: str | None) -> tuple[str, str | None]:
 def measured_on(data: str, test: str | None) -> tuple[Dataset, str]:
     """What to measure on and its name: ``test``, or by default the test side of the split of ``data``.
 
-    Volumes without a lesion mask are left out (most of MosMedData's), unless none has one, which is an error later on.
+    Volumes without a lesion mask are left out (most of MosMedData's), unless none has one.
     """
     from covidseg.pipeline import open_data
 

@@ -70,21 +70,22 @@ class Table:
 
 # --- JSON -----------------------------------------------------------------------------------------------------------
 
-def _digits(value: float) -> float | None:
+def digits(value: float) -> float | None:
+    """Four digits; None where undefined, since JSON has no NaN."""
     return None if math.isnan(value) else round(value, 4)
 
 
 def scores_json(scores: Scores) -> dict[str, float | None]:
-    """Figures with four digits; None where undefined, since JSON has no NaN."""
-    return {name: _digits(value) for name, value in scores.as_dict().items()}
+    """Figures by their names, with :func:`digits`."""
+    return {name: digits(value) for name, value in scores.as_dict().items()}
 
 
 def evaluation_json(evaluation: Evaluation) -> Record:
     """All that was measured on a test set, as plain JSON values."""
     inside, share = evaluation.lung_shares()
     return {
-        "slices": evaluation.slices, "classifier_auc": _digits(evaluation.classifier_auc),
-        "lungs": {"lesion_inside": _digits(inside), "share_of_slice": _digits(share)},
+        "slices": evaluation.slices, "classifier_auc": digits(evaluation.classifier_auc),
+        "lungs": {"lesion_inside": digits(inside), "share_of_slice": digits(share)},
         "rows": [{"name": stage.name, "supervision": stage.supervision,
                   "threshold": None if math.isnan(stage.threshold) else round(stage.threshold, 3),
                   "macro": scores_json(stage.macro()), "micro": scores_json(stage.micro())}
@@ -120,6 +121,11 @@ def seeds_markdown(results: Sequence[Record]) -> str:
     return Table(("", *STAGE_HEADS), "l" + "r" * 6, [
         [name, *(spread(column) for column in np.array(seeds, float).T)]  # of None it makes NaN
         for name, seeds in rows.items()]).markdown()
+
+
+def rounds_used(records: Iterable[Record]) -> str:
+    """Which round of the exchange was used with each seed, ``2, 2, 1``; empty where that is not known."""
+    return ", ".join(str(record["best_round"]) for record in records if record.get("best_round"))
 
 
 def ablation_rows(results: Iterable[Record]) -> list[tuple[str, Record]]:

@@ -29,6 +29,7 @@ from covidseg.errors import DatasetError, InputFileError
 from covidseg.evaluation.evaluate import read_truth
 from covidseg.evaluation.experiments import differences, strongest_earlier, table_lines
 from covidseg.evaluation.methods import BASELINE_PROFILES, SYSTEMS
+from covidseg.evaluation.verdicts import verdict_count
 from covidseg.pipeline import Run
 from covidseg.profiles import PROFILES
 
@@ -442,6 +443,23 @@ def test_reproduce_on_a_folder_of_its_own(tiny_phantom: Path, tiny_run: Run, tmp
     assert "step" not in again.output, "nothing is trained a second time"
     assert "system:" not in again.output, "nor measured"
     assert check_table(folder, list(SYSTEMS), [0], 10)["results"] == content["results"]
+
+
+def test_reproduce_where_only_labels_are_known(tiny_phantom: Path, tiny_run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(tiny_run.folder, folder / "seed0")
+    test = copied(tiny_phantom, tmp_path / "labelled", {1: 1, 2: 2})
+    shutil.rmtree(test / "mask")
+    result = invoke("reproduce", "--data", tiny_phantom, "--test", test, "--out", folder, "--device", "cpu",
+                    "--systems", "otsu,extended")
+    assert result.exit_code == 0
+    assert "step" not in result.output, "what was trained for another test set serves again"
+    content = strict((folder / "verdicts.json").read_text(encoding="utf-8"))
+    assert not (folder / "table1.json").exists()
+    assert [(r["system"], r["slices"]) for r in content["results"]] == [("otsu", 20), ("extended", 20)]
+    assert set(content["test_data"]) == {"phantom_01.nii.gz", "phantom_02.nii.gz"}
+    assert flat(verdict_count(content["results"])) in flat(result.output)
+    assert f"{content['results'][1]['verdict_auc']:.3f}" in result.output
 
 
 def test_volumes_without_a_mask_are_not_measured(tiny_phantom: Path, tmp_path: Path,
