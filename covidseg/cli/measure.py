@@ -149,34 +149,45 @@ def _numbers(text: str) -> list[int]:
 def ablate_command(
         data: Data, test: Test = None,
         only: Annotated[str | None, typer.Option(help="Names of variants, with commas; default: all of them.")] = None,
-        profile: Profile = "quick", method: Method = "extended", seed: Seed = 0, device: Device = "auto",
+        profile: Profile = "quick", method: Method = "extended", seed: Seed = 0,
+        seeds: Annotated[str | None, typer.Option(help="Several seeds, with commas, in place of --seed.")] = None,
+        device: Device = "auto",
         out: Annotated[Path | None, typer.Option(help="Folder of the run; goes on there if it was stopped.")] = None,
         unchecked: Unchecked = False) -> None:
-    """Trains variants of the method with one thing changed at a time, and prints what each part adds."""
-    from covidseg.evaluation.experiments import ablate, variant_names
-    from covidseg.evaluation.tables import ablation_rows, scores_table
+    """Trains variants of the method with one thing changed at a time, and prints what each part adds.
+
+    With the same --out, what was trained for one test set serves for the next.
+    """
+    from covidseg.evaluation.experiments import ablate, outlined, variant_names
+    from covidseg.evaluation.tables import ablation_table
     from covidseg.pipeline import open_run
     from covidseg.store import write_text
 
     data, test = sides(data, test)
     asked = only.split(",") if only else None
     variant_names(asked)  # a misspelt name ends it here, before anything is trained
-    folder = out or Path("runs") / f"{Path(data).name}-{profile}-{method}-seed{seed}"
+    numbers = _numbers(seeds) if seeds else [seed]
+    folder = out or Path("runs") / f"{Path(data).name}-{profile}-{method}{'' if seeds else f'-seed{seed}'}"
     testing, tested = measured_on(data, test)
-    start = time.monotonic()
-    run = open_run(data, profile, seed, folder, "train" if test is None else None, device, method=method,
-                   check=not unchecked, log=console.print)
+    start, results = time.monotonic(), []
     console.print(DISCLAIMER)
-    results = []
-    for name, result in ablate(run, testing, asked, log=run.log):
-        console.print(f"{name} done after {time.monotonic() - start:.0f} s", markup=False)
-        results.append(result)
-    table = scores_table((title, row["micro"], row["macro"]) for title, row in ablation_rows(results))
-    console.print(table.rich(f"trained on {Path(data).name}, measured on {tested}, {method}, seed {seed}"))
-    command = _command("ablate", data, test, unchecked, only=only, profile=profile, method=method, seed=str(seed))
-    content = {**recorded(command, testing, tested, run, start), "seed": seed, "variants": results}
-    write_text(folder / "ablation.json", json.dumps(content, indent=2) + "\n")
-    console.print(f"report in {folder / 'ablation.json'}")
+    for number in numbers:
+        run = open_run(data, profile, number, folder, "train" if test is None else None, device, method=method,
+                       check=not unchecked, log=console.print)
+        for name, result in ablate(run, testing, asked, log=run.log):
+            console.print(f"{name} done after {time.monotonic() - start:.0f} s", markup=False)
+            results.append(result)
+    which = {"seeds": seeds} if seeds else {"seed": str(seed)}
+    command = _command("ablate", data, test, unchecked, only=only, profile=profile, method=method, **which)
+    content = {**recorded(command, testing, tested, run, start), "seeds": numbers, "variants": results}
+    report = folder / ("ablation.json" if outlined(testing) else "ablation-verdicts.json")
+    write_text(report, json.dumps(content, indent=2) + "\n")
+    made = f"{method}, seeds {', '.join(map(str, numbers))}"
+    if not outlined(testing):
+        show_verdicts(results, Path(data).name, tested, made, report)
+        return
+    console.print(ablation_table(results).rich(f"trained on {Path(data).name}, measured on {tested}, {made}"))
+    console.print(f"report in {report}")
 
 
 # --- what is measured, and what a recorded result says of itself -----------------------------------------------------

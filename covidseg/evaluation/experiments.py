@@ -17,7 +17,7 @@ import numpy as np
 from covidseg.data.folder import Dataset
 from covidseg.errors import one_of
 from covidseg.evaluation.crossval import cross_validated
-from covidseg.evaluation.evaluate import Evaluation, evaluate_run, measure
+from covidseg.evaluation.evaluate import Evaluation, evaluate_run, measure, stage_method
 from covidseg.evaluation.methods import PUBLISHED, SYSTEMS, BaselineProfile, Trained, system_names
 from covidseg.evaluation.metrics import figures, macro
 from covidseg.evaluation.statistics import Difference, bootstrap_difference, bootstrap_interval, paired_test
@@ -310,9 +310,11 @@ def ablate(run: Run, test: Dataset, names: list[str] | None = None, *,
            log: Log = print) -> Iterator[tuple[str, dict[str, Any]]]:
     """Trains and measures variants of a run, one after the other; ``whole`` with full supervision if there are masks.
 
+    Runs of several seeds may share a folder.
+
     Args:
         run: data, settings, seed and folder of the whole method.
-        test: measured slices, with masks.
+        test: measured slices; without any mask the verdicts on them are measured, as in :func:`compare`.
         names: keys of :data:`VARIANTS`; default all.
         log: receives a line for each variant that is trained or left out.
 
@@ -325,15 +327,26 @@ def ablate(run: Run, test: Dataset, names: list[str] | None = None, *,
         if names is None and profile.true_lungs and any(case.lung is None for case in run.data.cases):
             log(f"ablation: {name} left out, the training set has no true lungs")
             continue
+        if names is None and name == "pixel-masks" and not outlined(test):
+            log(f"ablation: {name} left out, the test set has no lesion masks")
+            continue
         variant = Run(run.data, profile, run.seed, run.folder, run.device.type, log)
         tested = fingerprint(variant.key("segmenter"), measured)
         path = run.folder / "ablation" / f"{name}-{tested}.json"
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
         else:
-            log(f"ablation: {VARIANTS[name].title}")
-            result = cross_validated(variant, test) if name == "pixel-masks" else evaluate_run(
-                variant, test, upper_bound=None if name == "whole" else False)
-            content = {"name": name, "title": VARIANTS[name].title, **evaluation_json(result)}
+            log(f"ablation: {VARIANTS[name].title}, seed {run.seed}")
+            content = {"name": name, "title": VARIANTS[name].title, "seed": run.seed, **_ablated(name, variant, test)}
             write_text(path, json.dumps(content, indent=2) + "\n")
         yield name, content
+
+
+def _ablated(name: str, variant: Run, test: Dataset) -> Record:
+    """What a variant reached, and the rounds of its exchange: how far the maps agreed in each, and which was used."""
+    if name == "pixel-masks":
+        return evaluation_json(cross_validated(variant, test))
+    reached = evaluation_json(evaluate_run(variant, test, upper_bound=None if name == "whole" else False)) \
+        if outlined(test) else verdict_json(judge(variant, test, [stage_method(variant)])[0])
+    agreements = [round(each.agreement, 4) for each in variant.rounds()]
+    return {"best_round": variant.best(), "agreements": agreements, **reached}

@@ -134,9 +134,21 @@ def ablation_rows(results: Iterable[Record]) -> list[tuple[str, Record]]:
             if result["name"] == "whole" or row["name"] in ("Patch MIL", "Segmenter")]
 
 
+def ablation_table(variants: Iterable[Record]) -> Table:
+    """Variants of an ablation: means over seeds with their deviation, and which round was used with each seed."""
+    rows: dict[str, list[Record]] = {}
+    for variant in variants:
+        for title, row in ablation_rows([variant]):
+            rows.setdefault(title, []).append({**row, "best_round": variant.get("best_round")})
+    cells = [[title, *(spread(np.array([row["micro"][name] for row in own], float))  # of None it makes NaN
+                       for name in ("dice", "ppv", "sensitivity")),
+              spread(np.array([row["macro"]["dice"] for row in own], float)), rounds_used(own)]
+             for title, own in rows.items()]
+    heads = ["variant: stage", "Dice", "PPV", "sensitivity", "macro\nDice", "round\nused"]
+    width = len(heads) - (not any(row[-1] for row in cells))  # older records do not say which round
+    return Table(heads[:width], "l" + "r" * (width - 1), [row[:width] for row in cells])
+
+
 def ablation_markdown(records: Iterable[Record]) -> str:
     """Table of an ablation, and of more variants measured on the same slices with the same profile."""
-    variants = [variant for record in records for variant in record["variants"]]
-    return Table(("variant: stage", "Dice", "PPV", "sensitivity", "macro Dice"), "l" + "r" * 4, [
-        [title, *(figure(row["micro"][name]) for name in ("dice", "ppv", "sensitivity")),
-         figure(row["macro"]["dice"])] for title, row in ablation_rows(variants)]).markdown()
+    return ablation_table(variant for record in records for variant in record["variants"]).markdown()
