@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 Data = Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`; `medseg` trains on "
                                         "medseg2 and measures on medseg1.")]
-Test = Annotated[str | None, typer.Option(
-    help="Folder or name to measure on; default: the test side of the set's own split. Where no volume has a lesion "
-         "mask, verdicts on slices are measured in place of outlines.")]
+TEST_HELP = ("Folder or name to measure on; default: the test side of the set's own split. Where no volume has a "
+             "lesion mask, verdicts on slices are measured in place of outlines.")
+Test = Annotated[str | None, typer.Option(help=TEST_HELP)]
+TestOrLeftOut = Annotated[str | None, typer.Option(
+    help=f"{TEST_HELP} `left-out`: each patient of the training set in turn, by nets trained on all others.")]
 
 # Names that stand for two sets, one to train on and one to measure on: MedSeg's second and first, as in Table 1.
 PAIRS = {"medseg": ("medseg2", "medseg1")}
+LEFT_OUT = "left-out"
 
 
 def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NIfTI).")],
@@ -64,7 +67,7 @@ def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NI
         write_text(out, json.dumps(content, indent=2) + "\n")
 
 
-def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
+def reproduce(data: Data, test: TestOrLeftOut = None, profile: Profile = "quick",
               seeds: Annotated[str, typer.Option(help="Seeds, with commas: all is trained with each of them.")] = "0",
               systems: Annotated[str | None, typer.Option(
                   help="Names of systems, with commas; default: all of them.")] = None,
@@ -79,6 +82,7 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
     """
     from covidseg.devices import use_deterministic_kernels
     from covidseg.evaluation import experiments
+    from covidseg.evaluation.leftout import compare_left_out
     from covidseg.evaluation.methods import BASELINE_PROFILES, system_names
     from covidseg.pipeline import open_run, write_run
     from covidseg.store import write_text
@@ -96,13 +100,17 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
     for seed in _numbers(seeds):
         run = open_run(data, profile, seed, folder / f"seed{seed}", "train" if test is None else None, device,
                        check=not unchecked, log=console.print)
-        results += experiments.compare(run, testing, asked, BASELINE_PROFILES[profile], progress=True)
-        if "extended" in system_names(asked):  # so that `covidseg predict --run` and `covidseg export` take the folder
-            write_run(run, f"{command} (seed {seed})")
+        if test == LEFT_OUT:
+            results += compare_left_out(run, asked, BASELINE_PROFILES[profile], progress=True)
+        else:
+            results += experiments.compare(run, testing, asked, BASELINE_PROFILES[profile], progress=True)
+            if "extended" in system_names(asked):  # so that `predict --run` and `export` take the folder
+                write_run(run, f"{command} (seed {seed})")
         console.print(f"seed {seed} done after {time.monotonic() - start:.0f} s")
     content = {**recorded(command, testing, tested, run, start), "rivals": asdict(BASELINE_PROFILES[profile]),
                "results": results}
-    report = folder / ("table1.json" if experiments.outlined(testing) else "verdicts.json")
+    report = folder / ("left-out.json" if test == LEFT_OUT else
+                       "table1.json" if experiments.outlined(testing) else "verdicts.json")
     write_text(report, json.dumps(content, indent=1) + "\n")
     made = f"profile {profile}, seeds {seeds}"
     if not experiments.outlined(testing):
@@ -164,6 +172,8 @@ def ablate_command(
     from covidseg.store import write_text
 
     data, test = sides(data, test)
+    if test == LEFT_OUT:
+        raise SettingsError("ablate leaves no patients out", remedy="Name a set to measure on after --test")
     asked = only.split(",") if only else None
     variant_names(asked)  # a misspelt name ends it here, before anything is trained
     numbers = _numbers(seeds) if seeds else [seed]
@@ -203,12 +213,16 @@ def sides(data: str, test: str | None) -> tuple[str, str | None]:
 def measured_on(data: str, test: str | None) -> tuple[Dataset, str]:
     """What to measure on and its name: ``test``, or by default the test side of the split of ``data``.
 
+    To leave patients out in turn is to measure on ``data`` itself, without its masks.
     Volumes without a lesion mask are left out (most of MosMedData's), unless none has one.
     """
     from covidseg.pipeline import open_data
 
     if test is None:
         return open_data(data, "test"), f"{Path(data).name} (test side)"
+    if test == LEFT_OUT:
+        own = open_data(data)
+        return replace(own, cases=tuple(replace(case, mask=None) for case in own.cases)), "patients left out in turn"
     found = open_data(test)
     masked = [case.id for case in found.cases if case.mask is not None] or [case.id for case in found.cases]
     if left_out := len(found.cases) - len(masked):

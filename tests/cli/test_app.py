@@ -25,7 +25,7 @@ from covidseg.data.folder import VOLUME_COLUMNS, load_dataset, write_table
 from covidseg.data.registry import load_registry
 from covidseg.data.scan import Grid, read_scan, write_like
 from covidseg.data.splits import read_split
-from covidseg.errors import DatasetError, InputFileError
+from covidseg.errors import DatasetError, InputFileError, SettingsError
 from covidseg.evaluation.evaluate import read_truth
 from covidseg.evaluation.experiments import differences, strongest_earlier, table_lines
 from covidseg.evaluation.methods import BASELINE_PROFILES, SYSTEMS
@@ -460,6 +460,22 @@ def test_reproduce_where_only_labels_are_known(tiny_phantom: Path, tiny_run: Run
     assert set(content["test_data"]) == {"phantom_01.nii.gz", "phantom_02.nii.gz"}
     assert flat(verdict_count(content["results"])) in flat(result.output)
     assert f"{content['results'][1]['verdict_auc']:.3f}" in result.output
+
+
+def test_reproduce_leaves_patients_out(tiny_phantom: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    command = ["--data", tiny_phantom, "--test", "left-out", "--device", "cpu"]
+    result = invoke("reproduce", *command, "--systems", "otsu", "--out", folder)
+    assert result.exit_code == 0
+    content = strict((folder / "left-out.json").read_text(encoding="utf-8"))
+    assert content["test"] == "patients left out in turn"
+    assert content["command"].startswith(f"covidseg reproduce --data {tiny_phantom.name} --test left-out --profile")
+    assert set(content["test_data"]) == {f"{name}.nii.gz" for name in content["data"]}, "masks are not opened"
+    assert len(list((folder / "seed0").glob("without-*"))) == len(content["data"])
+    assert not (folder / "seed0" / "run.json").exists(), "no run was trained on all of them"
+    assert flat(verdict_count(content["results"])) in flat(result.output)
+    with pytest.raises(SettingsError, match="leaves no patients out"):
+        invoke("ablate", *command)
 
 
 def test_volumes_without_a_mask_are_not_measured(tiny_phantom: Path, tmp_path: Path,
