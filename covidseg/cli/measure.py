@@ -196,7 +196,8 @@ def ablate_command(
     if not outlined(testing):
         show_verdicts(results, Path(data).name, tested, made, report)
         return
-    console.print(ablation_table(results).rich(f"trained on {Path(data).name}, measured on {tested}, {made}"))
+    console.print(ablation_table(results, narrow=True).rich(
+        f"trained on {Path(data).name}, measured on {tested}, {made}"))
     console.print(f"report in {report}")
 
 

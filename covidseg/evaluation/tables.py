@@ -134,19 +134,27 @@ def ablation_rows(results: Iterable[Record]) -> list[tuple[str, Record]]:
             if result["name"] == "whole" or row["name"] in ("Patch MIL", "Segmenter")]
 
 
-def ablation_table(variants: Iterable[Record]) -> Table:
-    """Variants of an ablation: means over seeds with their deviation, and which round was used with each seed."""
-    rows: dict[str, list[Record]] = {}
+def ablation_table(variants: Iterable[Record], *, narrow: bool = False) -> Table:
+    """Variants of an ablation: means over seeds with their deviation, and which round was used with each seed.
+
+    ``narrow`` is for a terminal of 80 columns and leaves out all deviations but that of Dice.
+    """
+    found: dict[str, list[Record]] = {}
     for variant in variants:
         for title, row in ablation_rows([variant]):
-            rows.setdefault(title, []).append({**row, "best_round": variant.get("best_round")})
-    cells = [[title, *(spread(np.array([row["micro"][name] for row in own], float))  # of None it makes NaN
-                       for name in ("dice", "ppv", "sensitivity")),
-              spread(np.array([row["macro"]["dice"] for row in own], float)), rounds_used(own)]
-             for title, own in rows.items()]
-    heads = ["variant: stage", "Dice", "PPV", "sensitivity", "macro\nDice", "round\nused"]
-    width = len(heads) - (not any(row[-1] for row in cells))  # older records do not say which round
-    return Table(heads[:width], "l" + "r" * (width - 1), [row[:width] for row in cells])
+            found.setdefault(title, []).append({**row, "best_round": variant.get("best_round")})
+    rows = []
+    for title, own in found.items():
+        figures = [[row["micro"]["dice"], row["micro"]["ppv"], row["micro"]["sensitivity"], row["macro"]["dice"]]
+                   for row in own]
+        cells, rounds = [spread(column) for column in np.array(figures, float).T], rounds_used(own)  # of None NaN
+        if narrow:
+            cells = [cells[0].replace(" ± ", "±"), *(cell.split(" ± ")[0] for cell in cells[1:])]
+            rounds = rounds.replace(" ", "")
+        rows.append([title, *cells, rounds])
+    heads = ["variant: stage", "Dice", "PPV", "sens." if narrow else "sensitivity", "macro\nDice", "round\nused"]
+    width = len(heads) - (not any(row[-1] for row in rows))  # older records do not say which round
+    return Table(heads[:width], "l" + "r" * (width - 1), [row[:width] for row in rows])
 
 
 def ablation_markdown(records: Iterable[Record]) -> str:

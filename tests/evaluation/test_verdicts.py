@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from test_results import verdict_faults
 from tiny import TINY, TINY_BASELINES, finished_run, quiet
 
@@ -118,6 +120,10 @@ def test_the_table_has_means_intervals_and_rounds() -> None:
     assert f" ({low:.3f} to {high:.3f})" in text
     assert "round" not in verdict_table([bare]).markdown()
     assert [row[0] for row in verdict_table([{**bare, "title": "a variant"}], narrow=True).rows] == ["a variant"]
+    screen = Console(width=80, file=io.StringIO())
+    screen.print(verdict_table(pair, narrow=True).rich("on a terminal"))
+    assert f"{low:.2f}-{high:.2f}".replace("0.", ".") in screen.file.getvalue(), "whole"
+    assert "1,2" in screen.file.getvalue()
     assert verdict_count(pair) == ("40 slices of 20 patients, 14 healthy and 26 diseased; no lung was found in 4 of "
                                    "them")
     with pytest.raises(ValueError, match="differ in their slices"):
