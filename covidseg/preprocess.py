@@ -228,12 +228,9 @@ def weak_set(dataset: Dataset, settings: PrepareSettings = PrepareSettings(),
     crops, labels, patients, names = [], [], [], []
     for case in tqdm(dataset.cases, desc="lung masks", unit="volume", disable=not progress):
         scan = read_scan(case.image)
-        beyond = [k for k in case.labels if k >= len(scan.pixels)]
-        if beyond:
-            raise DatasetError(f"volume {case.id} has {len(scan.pixels)} slices, slice {beyond[0]} is labelled",
-                               path=dataset.root, remedy="Slices count from 0; correct the label table")
+        labelled = dataset.labelled(case, len(scan.pixels))
         lungs = threshold_lungs(scan.pixels, lung_settings, check=scan if dataset.check else None)
-        keep = [k for k in sorted(case.labels) if lungs[k].mean() >= settings.least_lung]
+        keep = [k for k in labelled if lungs[k].mean() >= settings.least_lung]
         if keep:
             crops.append(make_crops(scan.pixels[keep], lungs[keep], settings))
             labels += [case.labels[k] for k in keep]

@@ -21,6 +21,7 @@ from covidseg.evaluation.experiments import (
 )
 from covidseg.evaluation.methods import PUBLISHED, SYSTEMS
 from covidseg.evaluation.metrics import NAMES, macro, micro
+from covidseg.evaluation.verdicts import verdict_json, verdicts_from
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = sorted((ROOT / "results").glob("table1-*.json"))
@@ -187,3 +188,19 @@ def test_the_check_of_ablations_fires() -> None:
     content["environment"] = {}
     content["data"]["1"] = "abc"
     assert len(ablation_faults(content)) == 5
+
+
+VERDICTS = sorted((ROOT / "results").glob("verdicts-*.json"))
+
+
+def verdict_faults(content: dict) -> list[str]:
+    """What does not fit in recorded verdicts: figures are computed again from what was said of each slice."""
+    return [f"{result.get('system')} seed {result.get('seed')}: {name} does not fit the slices"
+            for result in content["results"]
+            for name, value in verdict_json(verdicts_from(result)).items() if result[name] != value]
+
+
+@pytest.mark.parametrize("path", VERDICTS, ids=lambda p: p.stem)
+def test_recorded_verdicts_are_complete(path: Path) -> None:
+    content = read(path.stem)
+    assert shared_faults(content, "rivals", "results") + verdict_faults(content) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 
 Data = Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`; `medseg` trains on "
                                         "medseg2 and measures on medseg1.")]
-Test = Annotated[str | None, typer.Option(
-    help="Folder or name to measure on; default: the test side of the set's own split.")]
+TEST_HELP = ("Folder or name to measure on; default: the test side of the set's own split. Where no volume has a "
+             "lesion mask, verdicts on slices are measured in place of outlines.")
+Test = Annotated[str | None, typer.Option(help=TEST_HELP)]
+TestOrLeftOut = Annotated[str | None, typer.Option(
+    help=f"{TEST_HELP} `left-out`: each patient of the training set in turn, by nets trained on all others.")]
 
 # Names that stand for two sets, one to train on and one to measure on: MedSeg's second and first, as in Table 1.
 PAIRS = {"medseg": ("medseg2", "medseg1")}
+LEFT_OUT = "left-out"
 
 
 def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NIfTI).")],
@@ -74,7 +78,7 @@ def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NI
         write_text(out, json.dumps(content, indent=2) + "\n")
 
 
-def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
+def reproduce(data: Data, test: TestOrLeftOut = None, profile: Profile = "quick",
               seeds: Annotated[str, typer.Option(help="Seeds, with commas: all is trained with each of them.")] = "0",
               systems: Annotated[str | None, typer.Option(
                   help="Names of systems, with commas; default: all of them.")] = None,
@@ -82,9 +86,14 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
               out: Annotated[Path | None, typer.Option(
                   help="Folder for a run of each seed; goes on there if it was stopped.")] = None,
               deterministic: Deterministic = False, unchecked: Unchecked = False) -> None:
-    """Trains all systems on the same slice labels, measures them on the same slices, and prints Table 1."""
+    """Trains all systems on the same slice labels, measures them on the same slices, and prints Table 1.
+
+    On a set without lesion masks it prints how well they tell slices with a lesion from healthy ones, and how much they
+    mark in both. With the same --out, what was trained for one test set serves for the next.
+    """
     from covidseg.devices import use_deterministic_kernels
     from covidseg.evaluation import experiments
+    from covidseg.evaluation.leftout import compare_left_out
     from covidseg.evaluation.methods import BASELINE_PROFILES, system_names
     from covidseg.pipeline import open_run, write_run
     from covidseg.store import write_text
@@ -92,7 +101,8 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
     if deterministic:
         use_deterministic_kernels()
     data, test = sides(data, test)
-    names = system_names(systems.split(",") if systems else None)  # a misspelt name ends it here, before any training
+    asked = systems.split(",") if systems else None
+    system_names(asked)  # a misspelt name ends it here, before any training
     folder = out or Path("runs") / f"{Path(data).name}-{profile}"
     testing, tested = measured_on(data, test)
     command = _command("reproduce", data, test, unchecked, profile=profile, seeds=seeds, systems=systems)
@@ -101,22 +111,40 @@ def reproduce(data: Data, test: Test = None, profile: Profile = "quick",
     for seed in _numbers(seeds):
         run = open_run(data, profile, seed, folder / f"seed{seed}", "train" if test is None else None, device,
                        check=not unchecked, log=console.print)
-        results += experiments.compare(run, testing, names, BASELINE_PROFILES[profile], progress=True)
-        if "extended" in names:  # so that `covidseg predict --run` and `covidseg export` take the folder
-            write_run(run, f"{command} (seed {seed})")
+        if test == LEFT_OUT:
+            results += compare_left_out(run, asked, BASELINE_PROFILES[profile], progress=True)
+        else:
+            results += experiments.compare(run, testing, asked, BASELINE_PROFILES[profile], progress=True)
+            if "extended" in system_names(asked):  # so that `predict --run` and `export` take the folder
+                write_run(run, f"{command} (seed {seed})")
         console.print(f"seed {seed} done after {time.monotonic() - start:.0f} s")
     content = {**recorded(command, testing, tested, run, start), "rivals": asdict(BASELINE_PROFILES[profile]),
                "results": results}
-    write_text(folder / "table1.json", json.dumps(content, indent=1) + "\n")
+    report = folder / ("left-out.json" if test == LEFT_OUT else
+                       "table1.json" if experiments.outlined(testing) else "verdicts.json")
+    write_text(report, json.dumps(content, indent=1) + "\n")
+    made = f"profile {profile}, seeds {seeds}"
+    if not experiments.outlined(testing):
+        show_verdicts(results, Path(data).name, tested, made, report)
+        return
     lines, strongest = experiments.table_lines(results), experiments.strongest_earlier(results)
     console.print(experiments.table1(lines, narrow=True).rich(
         f"trained on slice labels of {Path(data).name}, measured on {tested}: {results[0]['slices']} full slices, "
-        f"profile {profile}, seeds {seeds}"))
+        f"{made}"))
     if (volumes := experiments.volume_table(results)) is not None:
         console.print(volumes.rich("Dice of each volume"))
     for sentence in experiments.differences(lines, strongest) if strongest else []:
         console.print(sentence, soft_wrap=True)
-    console.print(f"report in {folder / 'table1.json'}")
+    console.print(f"report in {report}")
+
+
+def show_verdicts(results: list[dict[str, Any]], trained: str, tested: str, made: str, report: Path) -> None:
+    """Prints the table of :mod:`covidseg.evaluation.verdicts`, and where the report is."""
+    from covidseg.evaluation.verdicts import verdict_count, verdict_table
+
+    console.print(verdict_table(results, narrow=True).rich(
+        f"trained on slice labels of {trained}, verdicts on {tested}: {verdict_count(results)}, {made}"))
+    console.print(f"report in {report}")
 
 
 def _command(name: str, data: str, test: str | None, unchecked: bool, **options: str | None) -> str:
@@ -140,34 +168,48 @@ def _numbers(text: str) -> list[int]:
 def ablate_command(
         data: Data, test: Test = None,
         only: Annotated[str | None, typer.Option(help="Names of variants, with commas; default: all of them.")] = None,
-        profile: Profile = "quick", method: Method = "extended", seed: Seed = 0, device: Device = "auto",
+        profile: Profile = "quick", method: Method = "extended", seed: Seed = 0,
+        seeds: Annotated[str | None, typer.Option(help="Several seeds, with commas, in place of --seed.")] = None,
+        device: Device = "auto",
         out: Annotated[Path | None, typer.Option(help="Folder of the run; goes on there if it was stopped.")] = None,
         unchecked: Unchecked = False) -> None:
-    """Trains variants of the method with one thing changed at a time, and prints what each part adds."""
-    from covidseg.evaluation.experiments import ablate, variant_names
-    from covidseg.evaluation.tables import ablation_rows, scores_table
+    """Trains variants of the method with one thing changed at a time, and prints what each part adds.
+
+    With the same --out, what was trained for one test set serves for the next.
+    """
+    from covidseg.evaluation.experiments import ablate, outlined, variant_names
+    from covidseg.evaluation.tables import ablation_table
     from covidseg.pipeline import open_run
     from covidseg.store import write_text
 
     data, test = sides(data, test)
+    if test == LEFT_OUT:
+        raise SettingsError("ablate leaves no patients out", remedy="Name a set to measure on after --test")
     asked = only.split(",") if only else None
     variant_names(asked)  # a misspelt name ends it here, before anything is trained
-    folder = out or Path("runs") / f"{Path(data).name}-{profile}-{method}-seed{seed}"
+    numbers = _numbers(seeds) if seeds else [seed]
+    folder = out or Path("runs") / f"{Path(data).name}-{profile}-{method}{'' if seeds else f'-seed{seed}'}"
     testing, tested = measured_on(data, test)
-    start = time.monotonic()
-    run = open_run(data, profile, seed, folder, "train" if test is None else None, device, method=method,
-                   check=not unchecked, log=console.print)
+    start, results = time.monotonic(), []
     console.print(DISCLAIMER)
-    results = []
-    for name, result in ablate(run, testing, asked, log=run.log):
-        console.print(f"{name} done after {time.monotonic() - start:.0f} s", markup=False)
-        results.append(result)
-    table = scores_table((title, row["micro"], row["macro"]) for title, row in ablation_rows(results))
-    console.print(table.rich(f"trained on {Path(data).name}, measured on {tested}, {method}, seed {seed}"))
-    command = _command("ablate", data, test, unchecked, only=only, profile=profile, method=method, seed=str(seed))
-    content = {**recorded(command, testing, tested, run, start), "seed": seed, "variants": results}
-    write_text(folder / "ablation.json", json.dumps(content, indent=2) + "\n")
-    console.print(f"report in {folder / 'ablation.json'}")
+    for number in numbers:
+        run = open_run(data, profile, number, folder, "train" if test is None else None, device, method=method,
+                       check=not unchecked, log=console.print)
+        for name, result in ablate(run, testing, asked, log=run.log):
+            console.print(f"{name} done after {time.monotonic() - start:.0f} s", markup=False)
+            results.append(result)
+    which = {"seeds": seeds} if seeds else {"seed": str(seed)}
+    command = _command("ablate", data, test, unchecked, only=only, profile=profile, method=method, **which)
+    content = {**recorded(command, testing, tested, run, start), "seeds": numbers, "variants": results}
+    report = folder / ("ablation.json" if outlined(testing) else "ablation-verdicts.json")
+    write_text(report, json.dumps(content, indent=2) + "\n")
+    made = f"{method}, seeds {', '.join(map(str, numbers))}"
+    if not outlined(testing):
+        show_verdicts(results, Path(data).name, tested, made, report)
+        return
+    console.print(ablation_table(results, narrow=True).rich(
+        f"trained on {Path(data).name}, measured on {tested}, {made}"))
+    console.print(f"report in {report}")
 
 
 # --- what is measured, and what a recorded result says of itself -----------------------------------------------------
@@ -183,12 +225,16 @@ def sides(data: str, test: str | None) -> tuple[str, str | None]:
 def measured_on(data: str, test: str | None) -> tuple[Dataset, str]:
     """What to measure on and its name: ``test``, or by default the test side of the split of ``data``.
 
-    Volumes without a lesion mask are left out (most of MosMedData's), unless none has one, which is an error later on.
+    To leave patients out in turn is to measure on ``data`` itself, without its masks.
+    Volumes without a lesion mask are left out (most of MosMedData's), unless none has one.
     """
     from covidseg.pipeline import open_data
 
     if test is None:
         return open_data(data, "test"), f"{Path(data).name} (test side)"
+    if test == LEFT_OUT:
+        own = open_data(data)
+        return replace(own, cases=tuple(replace(case, mask=None) for case in own.cases)), "patients left out in turn"
     found = open_data(test)
     masked = [case.id for case in found.cases if case.mask is not None] or [case.id for case in found.cases]
     if left_out := len(found.cases) - len(masked):

@@ -58,6 +58,18 @@ class Dataset:
                                remedy=f"It holds {', '.join(by_id)}")
         return replace(self, cases=tuple(by_id[i] for i in ids))
 
+    def labelled(self, case: Case, count: int) -> list[int]:
+        """Numbers of a volume's labelled slices, in order.
+
+        Raises:
+            DatasetError: one of them is beyond the ``count`` slices that the volume has.
+        """
+        numbers = sorted(case.labels)
+        if numbers and numbers[-1] >= count:
+            raise DatasetError(f"volume {case.id} has {count} slices, slice {numbers[-1]} is labelled", path=self.root,
+                               remedy="Slices count from 0; correct the label table")
+        return numbers
+
     def labels(self) -> int:
         """Number of labelled slices in all volumes."""
         return sum(len(case.labels) for case in self.cases)

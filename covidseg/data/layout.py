@@ -152,7 +152,9 @@ def lay_out_mosmed(folder: str | Path) -> None:
     """Lays out the part of MosMedData that slice labels follow for, beside the publisher's own folders.
 
     These are the normal studies (CT-0), in which no slice has a lesion, and the 50 with outlines. The other 806
-    have a grade for the whole study, which says nothing about a single slice.
+    have a grade for the whole study, which says little about a single slice. ``middle/`` in the folder is a data folder
+    of its own, to test on: of each normal and each CT-2 study only the middle slice is labelled, by the study's grade.
+    Both classes come from the same place in the chest, but some middle slices of CT-2 studies may be free.
 
     Args:
         folder: holds ``studies/CT-*/study_NNNN.nii.gz`` and ``masks/study_NNNN_mask.nii.gz``.
@@ -177,6 +179,19 @@ def lay_out_mosmed(folder: str | Path) -> None:
                            remedy="Unpack the publisher's archives there")
     with writing_to(folder):
         _lay_out_volumes(labelled, folder, lambda line: None)
+        _lay_out_middle({study: (path, grade) for study, path in studies.items()
+                         if (grade := path.parent.name) in ("CT-0", "CT-2")}, folder / "middle")
+
+
+def _lay_out_middle(studies: dict[str, tuple[Path, str]], folder: Path) -> None:
+    """Puts studies and their grades in a data folder that labels the middle slice of each; nothing without both."""
+    if len({grade for _, grade in studies.values()}) < 2:
+        return
+    rows = []
+    for study, (path, grade) in studies.items():
+        _put(path, folder / "im" / path.name)
+        rows.append((study, len(_stored_slices(path)) // 2, int(grade != "CT-0")))
+    write_table(folder / "slice_labels.csv", VOLUME_COLUMNS, rows)
 
 
 def _stored_slices(image: Path) -> list[int]:

@@ -83,11 +83,7 @@ def read_truth(dataset: Dataset) -> Iterator[Truth]:
                                remedy="Evaluation needs mask/ID.nii.gz beside im/ID.nii.gz")
         scan = read_scan(case.image)
         classes = read_classes(case.mask, like=scan)
-        slices = np.array(sorted(case.labels)) if case.labels else np.arange(len(classes))
-        if slices[-1] >= len(classes):
-            raise DatasetError(f"volume {case.id} has {len(classes)} slices, slice {slices[-1]} is labelled",
-                               path=dataset.root, remedy="Slices count from 0; correct the label table")
-        yield Truth(case, scan, classes, slices)
+        yield Truth(case, scan, classes, np.array(dataset.labelled(case, len(classes)) or range(len(classes))))
 
 
 def training_truth(run: Run) -> np.ndarray:
@@ -272,13 +268,19 @@ class _Opened:
         return uncrop_all(maps, self.crops.boxes, self.found, self.truth.mask.shape)[self.truth.slices]
 
 
+def found_crops(run: Run, case: Case, scan: Scan) -> tuple[np.ndarray, Crops, bool]:
+    """Numbers of the slices of a scan that have lung ``(N,)``, their crops, and whether it is one body in order."""
+    volume = is_volume([to_grid(clean(image).values, 32) for image in scan.pixels])
+    found, crops = run.crops(scan.pixels, volume)
+    if run.profile.true_lungs and case.lung is not None:
+        true_lungs = read_mask(case.lung, like=scan)[found]
+        crops = replace(crops, lungs=crop_masks(true_lungs, crops.boxes, run.profile.prepare.size))
+    return found, crops, volume
+
+
 def _open(run: Run, test: Dataset) -> Iterator[_Opened]:
     for truth in read_truth(test):
-        volume = is_volume([to_grid(clean(image).values, 32) for image in truth.scan.pixels])
-        found, crops = run.crops(truth.scan.pixels, volume)
-        if run.profile.true_lungs and truth.case.lung is not None:
-            true_lungs = read_mask(truth.case.lung, like=truth.scan)[found]
-            crops = replace(crops, lungs=crop_masks(true_lungs, crops.boxes, run.profile.prepare.size))
+        found, crops, volume = found_crops(run, truth.case, truth.scan)
         yield _Opened(truth, found, crops, volume, np.isin(found, truth.slices))
 
 

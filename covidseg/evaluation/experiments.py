@@ -17,11 +17,12 @@ import numpy as np
 from covidseg.data.folder import Dataset
 from covidseg.errors import one_of
 from covidseg.evaluation.crossval import cross_validated
-from covidseg.evaluation.evaluate import Evaluation, evaluate_run, measure
+from covidseg.evaluation.evaluate import Evaluation, evaluate_run, measure, stage_method
 from covidseg.evaluation.methods import PUBLISHED, SYSTEMS, BaselineProfile, Trained, system_names
 from covidseg.evaluation.metrics import NAMES, figures, macro, micro
 from covidseg.evaluation.statistics import Difference, bootstrap_difference, bootstrap_interval, paired_test
 from covidseg.evaluation.tables import Record, Table, evaluation_json, figure, scores_json, spread
+from covidseg.evaluation.verdicts import Verdicts, judge, verdict_json
 from covidseg.pipeline import Run
 from covidseg.profiles import Profile, faithful
 from covidseg.store import fingerprint, write_text
@@ -40,46 +41,63 @@ def measured_key(test: Dataset) -> str:
     return fingerprint(cases, *files)
 
 
+def outlined(test: Dataset) -> bool:
+    """Whether outlines can be measured on a set; of one without any lesion mask, verdicts on slices are measured."""
+    return any(case.mask is not None for case in test.cases)
+
+
 def compare(run: Run, test: Dataset, names: list[str] | None = None, baselines: BaselineProfile = BaselineProfile(), *,
             progress: bool = False) -> list[Record]:
     """Trains and measures the systems with the seed of a run: what each of them reached, as JSON objects.
 
     Args:
         run: data, settings of the extended method, seed and folder.
-        test: measured slices, with masks.
-        names: keys of :data:`covidseg.evaluation.methods.SYSTEMS`; default all.
+        test: measured slices. With masks their outlines are measured, without any only the verdicts
+            (:mod:`covidseg.evaluation.verdicts`).
+        names: keys of :data:`covidseg.evaluation.methods.SYSTEMS`; default all that there are masks for.
         baselines: settings of the earlier systems.
         progress: show a bar over the test volumes.
     """
+    with_masks = outlined(test)
+    taught = [case.mask for case in run.data.cases if case.mask is not None]
+    if names is None and not with_masks and len(taught) < len(run.data.cases):
+        run.log("system: masks left out, no volume that is measured and not every one to train on has a lesion mask")
+        names = [name for name in SYSTEMS if name != "masks"]
     names = system_names(names)
     key = fingerprint(run.key("segmenter"), asdict(baselines), run.seed, measured_key(test))
-    taught = [case.mask for case in run.data.cases if case.mask is not None]
     keys = {name: fingerprint(key, *taught) if name == "masks" else key for name in names}
-    paths = {name: run.folder / "table1" / f"{name}-{keys[name]}.json" for name in names}
+    folder = run.folder / ("table1" if with_masks else "verdicts")
+    paths = {name: folder / f"{name}-{keys[name]}.json" for name in names}
     trained: dict[str, Trained] = {}
     for name in [name for name in names if not paths[name].exists()]:
         run.log(f"system: {SYSTEMS[name].title}, seed {run.seed}")
         if name == "masks" and len(taught) < len(run.data.cases):  # the test set has some
-            result = cross_validated(run, test)
-            write_text(paths[name], json.dumps(_result(name, run, None, result)) + "\n")
+            write_text(paths[name], json.dumps(_result(name, run, None, cross_validated(run, test))) + "\n")
         else:
             trained[name] = SYSTEMS[name].train(run, baselines)
     if trained:
-        results = measure(run, test, [system.method for system in trained.values()], progress=progress)
+        methods = [system.method for system in trained.values()]
+        results: Sequence[Evaluation | Verdicts] = measure(run, test, methods, progress=progress) if with_masks else \
+            judge(run, test, methods, progress=progress)
         for (name, system), result in zip(trained.items(), results, strict=True):
             write_text(paths[name], json.dumps(_result(name, run, system, result)) + "\n")
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths.values()]
 
 
-def _result(name: str, run: Run, trained: Trained | None, evaluation: Evaluation) -> Record:
-    """What one system reached with one seed, as plain JSON values; counts are *hit false missed rest* of a slice.
+def _result(name: str, run: Run, trained: Trained | None, found: Evaluation | Verdicts) -> Record:
+    """What one system reached with one seed, as plain JSON values."""
+    return {"system": name, "seed": run.seed,
+            "parameters": trained.parameters() if trained else None, "seconds": trained.seconds() if trained else None,
+            **(verdict_json(found) if isinstance(found, Verdicts) else _counts_json(found))}
+
+
+def _counts_json(evaluation: Evaluation) -> Record:
+    """Counts are *hit false missed rest* of a slice.
 
     ``levels`` are *hit false* of the pooled slices for outlines drawn at 0, 0.01, ... 1.
     """
     answer = evaluation.stages[-1]
     return {
-        "system": name, "seed": run.seed,
-        "parameters": trained.parameters() if trained else None, "seconds": trained.seconds() if trained else None,
         **evaluation_json(evaluation),
         "counts": {slice_name: " ".join(str(n) for n in row)
                    for slice_name, row in zip(evaluation.names, answer.counts.tolist(), strict=True)},
@@ -335,9 +353,11 @@ def ablate(run: Run, test: Dataset, names: list[str] | None = None, *,
            log: Log = print) -> Iterator[tuple[str, dict[str, Any]]]:
     """Trains and measures variants of a run, one after the other; ``whole`` with full supervision if there are masks.
 
+    Runs of several seeds may share a folder.
+
     Args:
         run: data, settings, seed and folder of the whole method.
-        test: measured slices, with masks.
+        test: measured slices; without any mask the verdicts on them are measured, as in :func:`compare`.
         names: keys of :data:`VARIANTS`; default all.
         log: receives a line for each variant that is trained or left out.
 
@@ -350,15 +370,26 @@ def ablate(run: Run, test: Dataset, names: list[str] | None = None, *,
         if names is None and profile.true_lungs and any(case.lung is None for case in run.data.cases):
             log(f"ablation: {name} left out, the training set has no true lungs")
             continue
+        if names is None and name == "pixel-masks" and not outlined(test):
+            log(f"ablation: {name} left out, the test set has no lesion masks")
+            continue
         variant = Run(run.data, profile, run.seed, run.folder, run.device.type, log)
         tested = fingerprint(variant.key("segmenter"), measured)
         path = run.folder / "ablation" / f"{name}-{tested}.json"
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
         else:
-            log(f"ablation: {VARIANTS[name].title}")
-            result = cross_validated(variant, test) if name == "pixel-masks" else evaluate_run(
-                variant, test, upper_bound=None if name == "whole" else False)
-            content = {"name": name, "title": VARIANTS[name].title, **evaluation_json(result)}
+            log(f"ablation: {VARIANTS[name].title}, seed {run.seed}")
+            content = {"name": name, "title": VARIANTS[name].title, "seed": run.seed, **_ablated(name, variant, test)}
             write_text(path, json.dumps(content, indent=2) + "\n")
         yield name, content
+
+
+def _ablated(name: str, variant: Run, test: Dataset) -> Record:
+    """What a variant reached, and the rounds of its exchange: how far the maps agreed in each, and which was used."""
+    if name == "pixel-masks":
+        return evaluation_json(cross_validated(variant, test))
+    reached = evaluation_json(evaluate_run(variant, test, upper_bound=None if name == "whole" else False)) \
+        if outlined(test) else verdict_json(judge(variant, test, [stage_method(variant)])[0])
+    agreements = [round(each.agreement, 4) for each in variant.rounds()]
+    return {"best_round": variant.best(), "agreements": agreements, **reached}

@@ -14,7 +14,7 @@ interval over slices is the best there is, and too narrow; a p-value would be wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,40 @@ def bootstrap_interval(counts: np.ndarray, figure: str = "dice", *, groups: np.n
     """
     counts = _seeds(counts)
     return _ends(_drawn_figure(counts, _multiplicities(counts.shape[1], groups, draws, seed), figure))
+
+
+def bootstrap(figures_of: Callable[[np.ndarray], np.ndarray], slices: int, groups: np.ndarray | None = None, *,
+              draws: int = 2000, seed: int = 0) -> list[tuple[float, float]]:
+    """Percentile bootstrap intervals of any figures of some slices; all else is as for :func:`bootstrap_interval`.
+
+    Args:
+        figures_of: takes how often each draw has each slice, ``(draws, slices)``, and gives ``K`` figures of each
+            draw, ``(K, draws)``.
+        slices: how many there are.
+        groups: ``(slices,)`` patient or volume of each slice, drawn as a whole; None draws single slices.
+        draws: how many.
+        seed: of the draws.
+
+    Returns:
+        Lower and upper end of each figure; NaN if it is undefined or there are fewer than two slices or groups.
+    """
+    return [_ends(each) for each in figures_of(_multiplicities(slices, groups, draws, seed))]
+
+
+def drawn_auc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """:func:`covidseg.evaluation.metrics.auc` of ``N`` slices that are there ``weights`` times.
+
+    Scores and labels are ``(N,)``, weights ``(draws, N)``. Returns ``(draws,)``; NaN without one of the classes.
+    """
+    ill, healthy = labels == 1, labels == 0
+    ahead = 0.5 + 0.5 * np.sign(scores[ill][:, None] - scores[healthy])         # 1 ahead, 0.5 alike, 0 behind
+    pairs = weights[:, ill].sum(axis=1) * weights[:, healthy].sum(axis=1)
+    return _ratio((weights[:, ill] @ ahead * weights[:, healthy]).sum(axis=1), pairs)
+
+
+def drawn_share(those: np.ndarray, among: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Share of some slices, ``(N,)`` bool, among others; weights and result are those of :func:`drawn_auc`."""
+    return _ratio(weights @ (those & among), weights @ among)
 
 
 @dataclass(frozen=True)

@@ -70,13 +70,14 @@ class Table:
 
 # --- JSON -----------------------------------------------------------------------------------------------------------
 
-def _digits(value: float) -> float | None:
+def digits(value: float) -> float | None:
+    """Four digits; None where undefined, since JSON has no NaN."""
     return None if math.isnan(value) else round(value, 4)
 
 
 def scores_json(scores: Scores) -> dict[str, float | None]:
-    """Figures with four digits; None where undefined, since JSON has no NaN."""
-    return {name: _digits(value) for name, value in scores.as_dict().items()}
+    """Figures by their names, with :func:`digits`."""
+    return {name: digits(value) for name, value in scores.as_dict().items()}
 
 
 def distance_json(found: Distance) -> Record:
@@ -94,8 +95,8 @@ def evaluation_json(evaluation: Evaluation) -> Record:
     """All that was measured on a test set, as plain JSON values."""
     inside, share = evaluation.lung_shares()
     return {
-        "slices": evaluation.slices, "classifier_auc": _digits(evaluation.classifier_auc),
-        "lungs": {"lesion_inside": _digits(inside), "share_of_slice": _digits(share)},
+        "slices": evaluation.slices, "classifier_auc": digits(evaluation.classifier_auc),
+        "lungs": {"lesion_inside": digits(inside), "share_of_slice": digits(share)},
         "rows": [{"name": stage.name, "supervision": stage.supervision,
                   "threshold": None if math.isnan(stage.threshold) else round(stage.threshold, 3),
                   "macro": scores_json(stage.macro()), "micro": scores_json(stage.micro()),
@@ -146,15 +147,40 @@ def seeds_markdown(results: Sequence[Record]) -> str:
         for name, seeds in rows.items()]).markdown()
 
 
+def rounds_used(records: Iterable[Record]) -> str:
+    """Which round of the exchange was used with each seed, ``2, 2, 1``; empty where that is not known."""
+    return ", ".join(str(record["best_round"]) for record in records if record.get("best_round"))
+
+
 def ablation_rows(results: Iterable[Record]) -> list[tuple[str, Record]]:
     """Title and figures of each row: all stages of the whole method, patches and segmenter of the variants."""
     return [(f"{result['title']}: {row['name']}", row) for result in results for row in result["rows"]
             if result["name"] == "whole" or row["name"] in ("Patch MIL", "Segmenter")]
 
 
+def ablation_table(variants: Iterable[Record], *, narrow: bool = False) -> Table:
+    """Variants of an ablation: means over seeds with their deviation, and which round was used with each seed.
+
+    ``narrow`` is for a terminal of 80 columns and leaves out all deviations but that of Dice.
+    """
+    found: dict[str, list[Record]] = {}
+    for variant in variants:
+        for title, row in ablation_rows([variant]):
+            found.setdefault(title, []).append({**row, "best_round": variant.get("best_round")})
+    rows = []
+    for title, own in found.items():
+        figures = [[row["micro"]["dice"], row["micro"]["ppv"], row["micro"]["sensitivity"], row["macro"]["dice"]]
+                   for row in own]
+        cells, rounds = [spread(column) for column in np.array(figures, float).T], rounds_used(own)  # of None NaN
+        if narrow:
+            cells = [cells[0].replace(" ± ", "±"), *(cell.split(" ± ")[0] for cell in cells[1:])]
+            rounds = rounds.replace(" ", "")
+        rows.append([title, *cells, rounds])
+    heads = ["variant: stage", "Dice", "PPV", "sens." if narrow else "sensitivity", "macro\nDice", "round\nused"]
+    width = len(heads) - (not any(row[-1] for row in rows))  # older records do not say which round
+    return Table(heads[:width], "l" + "r" * (width - 1), [row[:width] for row in rows])
+
+
 def ablation_markdown(records: Iterable[Record]) -> str:
     """Table of an ablation, and of more variants measured on the same slices with the same profile."""
-    variants = [variant for record in records for variant in record["variants"]]
-    return Table(("variant: stage", "Dice", "PPV", "sensitivity", "macro Dice"), "l" + "r" * 4, [
-        [title, *(figure(row["micro"][name]) for name in ("dice", "ppv", "sensitivity")),
-         figure(row["macro"]["dice"])] for title, row in ablation_rows(variants)]).markdown()
+    return ablation_table(variant for record in records for variant in record["variants"]).markdown()

@@ -25,10 +25,11 @@ from covidseg.data.folder import VOLUME_COLUMNS, load_dataset, write_table
 from covidseg.data.registry import load_registry
 from covidseg.data.scan import Grid, read_scan, write_like
 from covidseg.data.splits import read_split
-from covidseg.errors import DatasetError, InputFileError
+from covidseg.errors import DatasetError, InputFileError, SettingsError
 from covidseg.evaluation.evaluate import read_truth
 from covidseg.evaluation.experiments import differences, strongest_earlier, table_lines
 from covidseg.evaluation.methods import BASELINE_PROFILES, SYSTEMS
+from covidseg.evaluation.verdicts import verdict_count
 from covidseg.pipeline import Run
 from covidseg.profiles import PROFILES
 
@@ -442,6 +443,39 @@ def test_reproduce_on_a_folder_of_its_own(tiny_phantom: Path, tiny_run: Run, tmp
     assert "step" not in again.output, "nothing is trained a second time"
     assert "system:" not in again.output, "nor measured"
     assert check_table(folder, list(SYSTEMS), [0], 10)["results"] == content["results"]
+
+
+def test_reproduce_where_only_labels_are_known(tiny_phantom: Path, tiny_run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(tiny_run.folder, folder / "seed0")
+    test = copied(tiny_phantom, tmp_path / "labelled", {1: 1, 2: 2})
+    shutil.rmtree(test / "mask")
+    result = invoke("reproduce", "--data", tiny_phantom, "--test", test, "--out", folder, "--device", "cpu",
+                    "--systems", "otsu,extended")
+    assert result.exit_code == 0
+    assert "step" not in result.output, "what was trained for another test set serves again"
+    content = strict((folder / "verdicts.json").read_text(encoding="utf-8"))
+    assert not (folder / "table1.json").exists()
+    assert [(r["system"], r["slices"]) for r in content["results"]] == [("otsu", 20), ("extended", 20)]
+    assert set(content["test_data"]) == {"phantom_01.nii.gz", "phantom_02.nii.gz"}
+    assert flat(verdict_count(content["results"])) in flat(result.output)
+    assert f"{content['results'][1]['verdict_auc']:.3f}" in result.output
+
+
+def test_reproduce_leaves_patients_out(tiny_phantom: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    command = ["--data", tiny_phantom, "--test", "left-out", "--device", "cpu"]
+    result = invoke("reproduce", *command, "--systems", "otsu", "--out", folder)
+    assert result.exit_code == 0
+    content = strict((folder / "left-out.json").read_text(encoding="utf-8"))
+    assert content["test"] == "patients left out in turn"
+    assert content["command"].startswith(f"covidseg reproduce --data {tiny_phantom.name} --test left-out --profile")
+    assert set(content["test_data"]) == {f"{name}.nii.gz" for name in content["data"]}, "masks are not opened"
+    assert len(list((folder / "seed0").glob("without-*"))) == len(content["data"])
+    assert not (folder / "seed0" / "run.json").exists(), "no run was trained on all of them"
+    assert flat(verdict_count(content["results"])) in flat(result.output)
+    with pytest.raises(SettingsError, match="leaves no patients out"):
+        invoke("ablate", *command)
 
 
 def test_volumes_without_a_mask_are_not_measured(tiny_phantom: Path, tmp_path: Path,

@@ -128,6 +128,19 @@ def test_mosmed_labels_what_labels_follow_for(mosmed: Path) -> None:
     assert cases == {"study_0001": normal, "study_0002": normal, "study_0003": normal | {1: 1}}
 
 
+def test_mosmed_labels_middle_slices_by_the_grade_of_the_study(mosmed: Path) -> None:
+    lay_out_mosmed(mosmed)
+    assert not (mosmed / "middle").exists(), "one class only"
+    (mosmed / "studies" / "CT-2").mkdir()
+    (mosmed / "studies" / "CT-2" / "study_0005.nii.gz").write_bytes(nifti(volume(2, (), slices=7)[0]))
+    lay_out_mosmed(mosmed)
+    cases = {c.id: c for c in load_dataset(mosmed / "middle").cases}
+    assert {name: c.labels for name, c in cases.items()} == {"study_0001": {2: 0}, "study_0002": {2: 0},
+                                                             "study_0005": {3: 1}}
+    assert all(c.mask is None for c in cases.values())
+    assert cases["study_0001"].image.samefile(mosmed / "studies" / "CT-0" / "study_0001.nii.gz")
+
+
 def test_mosmed_that_cannot_be_laid_out(mosmed: Path, tmp_path: Path) -> None:
     (mosmed / "im").write_text("in the way")
     with pytest.raises(OutputError, match="cannot be written"):

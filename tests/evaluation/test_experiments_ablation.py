@@ -13,15 +13,17 @@ from tiny import TINY, quiet
 from typer.testing import CliRunner
 
 from covidseg.cli import app
+from covidseg.curriculum import Round
 from covidseg.data.folder import Dataset, load_dataset
 from covidseg.data.scan import read_scan, write_like
 from covidseg.errors import DatasetError, SettingsError
 from covidseg.evaluation import experiments as module
 from covidseg.evaluation.crossval import cross_validated
-from covidseg.evaluation.evaluate import Evaluation, StageResult, evaluate_run
+from covidseg.evaluation.evaluate import Evaluation, StageResult, evaluate_run, stage_method
 from covidseg.evaluation.experiments import VARIANTS, ablate, changed, variant_names
 from covidseg.evaluation.metrics import macro, micro
 from covidseg.evaluation.tables import ablation_rows, evaluation_json, scores_json
+from covidseg.evaluation.verdicts import judge, verdict_table, verdicts_from
 from covidseg.pipeline import Run
 from covidseg.profiles import PROFILES, profile_named
 
@@ -85,6 +87,25 @@ def test_rows_of_the_table(measured: list[dict]) -> None:
                                       "slice labels")
 
 
+def test_it_is_said_which_round_was_used(measured: list[dict], tiny_run: Run) -> None:
+    assert [content.get("best_round") for content in measured[::3]] == [tiny_run.best(), None], "masks know no rounds"
+    assert measured[0]["agreements"] == [round(each.agreement, 4) for each in tiny_run.rounds()]
+    assert {content["seed"] for content in measured[:3]} == {0}
+
+
+def test_verdicts_of_variants_where_only_labels_are_known(measured: list[dict], tiny_run: Run) -> None:
+    """The stages are stored by now."""
+    case, = tiny_run.data.subset(["phantom_02"]).cases
+    test = replace(tiny_run.data, cases=(replace(case, mask=None),))
+    found = dict(ablate(tiny_run, test, ["whole", "mean-pooling"], log=quiet))
+    verdicts, = judge(tiny_run, test, [stage_method(tiny_run)])
+    assert verdicts_from(found["whole"]).marked.tolist() == verdicts.marked.tolist()
+    assert [found[name]["best_round"] for name in found] == [content["best_round"] for content in measured[:2]]
+    assert [row[0] for row in verdict_table(list(found.values())).rows] == [VARIANTS[name].title for name in found]
+    with pytest.raises(DatasetError, match="no lesion mask"):
+        list(ablate(tiny_run, test, ["pixel-masks"], log=quiet))
+
+
 def test_pixel_masks_are_one_row_measured_by_cross_validation(measured: list[dict], tiny_run: Run) -> None:
     content = measured[3]
     test = tiny_run.data.subset(["phantom_01"])
@@ -120,6 +141,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Evaluation([StageResult("Segmenter", "slice labels", 0.5, *counted)], float("nan"), 1)
     monkeypatch.setattr(module, "VARIANTS", {name: VARIANTS[name] for name in ("whole", "true-lungs")})
     monkeypatch.setattr(module, "evaluate_run", evaluate)
+    monkeypatch.setattr(Run, "rounds", lambda run: [Round(0.25, float("nan"), 0.0), Round(0.5 - run.seed, 0.1, 0.2)])
     return seen
 
 
@@ -173,9 +195,18 @@ def test_command_line(tiny_phantom: Path, tmp_path: Path, faked: list[str], monk
     content = json.loads((tmp_path / "run/ablation.json").read_text())
     assert [variant["name"] for variant in content["variants"]] == ["whole"]
     assert content["settings"]["mil"]["steps"] == TINY.mil.steps
-    assert content["seed"] == 0
+    assert (content["seeds"], content["variants"][0]["seed"]) == ([0], 0)
     assert len(content["test_data"]) == len(content["data"]) == 4
     assert content["environment"]["device"] == "cpu"
+    result = CliRunner().invoke(app, ["ablate", "--data", str(tiny_phantom), "--test", str(tiny_phantom), "--out",
+                                      str(tmp_path / "run"), "--device", "cpu", "--seeds", "0,1", "--only", "whole"])
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "run/ablation.json").read_text())
+    assert content["seeds"] == [0, 1]
+    assert content["command"].endswith("--only whole --profile quick --method extended --seeds 0,1")
+    assert [(v["seed"], v["best_round"], v["agreements"]) for v in content["variants"]] == [
+        (0, 2, [0.25, 0.5]), (1, 1, [0.25, -0.5])]
+    assert "2,1" in result.output
     bad = CliRunner().invoke(app, ["ablate", "--data", str(tiny_phantom), "--only", "nothing"])
     assert isinstance(bad.exception, SettingsError)
 

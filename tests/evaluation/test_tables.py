@@ -143,6 +143,10 @@ def test_table_of_an_ablation() -> None:
     assert lines[2:] == ["| all: Grad-CAM | 0.400 | 0.500 | 0.500 | 0.300 |",
                          "| all: Segmenter | 0.700 | 0.500 | 0.500 | 0.600 |",
                          "| one way: Segmenter | – | 0.500 | 0.500 | 0.600 |"]
+    seeds = [{**variants[1], "best_round": best, "rows": [row("Segmenter", dice, 0.6)]}
+             for best, dice in ((2, 0.5), (1, 0.7))]
+    assert ablation_markdown([{"variants": seeds}]).splitlines()[2:] == [
+        "| one way: Segmenter | 0.600 ± 0.141 | 0.500 ± 0.000 | 0.500 ± 0.000 | 0.600 ± 0.000 | 2, 1 |"]
 
 
 def test_run_report_is_complete(tiny_run: Run) -> None:
