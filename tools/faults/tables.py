@@ -91,5 +91,8 @@ FAULTS = [
           "COVIDSEG_DATA=cache covidseg train --data medseg2 --part train --out run", DatasetError,
           ("cache/medseg2", "p1"), two_sides_by_the_folder),
     Fault("a side of a set without a split", f"{TRAIN} --part train", DatasetError, ("data",), Supplies.data),
+    Fault("patients to be left out in turn, and there is one only",
+          "covidseg reproduce --data data --test left-out --out run", DatasetError, ("data", "p1"),
+          lines(lambda found: [[*line[:3], "p1"] for line in found]), leaves=("run/seed0/stages/*",)),
 ]
 GROUPS = {"labels and splits": FAULTS}
