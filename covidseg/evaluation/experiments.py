@@ -141,7 +141,7 @@ def split_table(results: Sequence[Record], parts: Mapping[str, slice]) -> Table:
     def cell(counts: np.ndarray) -> str:
         return " / ".join(figure(float(np.mean([average(each).dice for each in counts]))) for average in (micro, macro))
     return Table(("micro / macro Dice", *parts), "l" + "r" * len(parts), [
-        [SYSTEMS[name].full_title, *(cell(counts_of(own)[:, part]) for part in parts.values())]
+        [SYSTEMS[name].title, *(cell(counts_of(own)[:, part]) for part in parts.values())]
         for name, own in by_system(results).items()])
 
 
