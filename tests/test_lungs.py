@@ -23,7 +23,8 @@ from covidseg.data.chest import Regions
 from covidseg.data.folder import load_dataset
 from covidseg.data.phantom import PhantomPatient, PhantomSettings, make_patient
 from covidseg.data.scan import read_scan
-from covidseg.evaluation.evaluate import evaluate_lungs, read_truth
+from covidseg.evaluation.evaluate import read_truth
+from covidseg.evaluation.lungs import evaluate_lungs
 from covidseg.lungs import (
     LungSettings,
     _sides,

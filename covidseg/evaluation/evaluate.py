@@ -29,14 +29,13 @@ from covidseg.evaluation.metrics import (
     class_sensitivity,
     confusion,
     distance,
-    figures,
     hd95,
     macro,
     micro,
 )
 from covidseg.evaluation.statistics import level_counts, reliability_sums
 from covidseg.gradcam import CamSettings, activation_maps
-from covidseg.lungs import is_volume, threshold_lungs, to_grid
+from covidseg.lungs import is_volume, to_grid
 from covidseg.patches import patch_probabilities
 from covidseg.pipeline import Run
 from covidseg.preprocess import Crops, crop_masks, uncrop_all
@@ -165,11 +164,11 @@ class Evaluation:
     names: tuple[str, ...] = ()
 
     def lung_shares(self) -> tuple[float, float]:
-        """As :func:`lesion_coverage`, of the lungs that were found; NaN where they were not measured."""
-        return _shares(np.zeros((1, 4)) if self.lungs is None else self.lungs)
+        """As :func:`covidseg.evaluation.lungs.lesion_coverage`, of the lungs found; NaN where not measured."""
+        return shares(np.zeros((1, 4)) if self.lungs is None else self.lungs)
 
 
-def _shares(counts: np.ndarray) -> tuple[float, float]:
+def shares(counts: np.ndarray) -> tuple[float, float]:
     """Share of the lesions and share of the pixels that masks take up, from their ``(N, 4)`` confusion counts."""
     hit, false, missed, rest = counts.sum(axis=0).tolist()
     lesion, pixels = hit + missed, hit + false + missed + rest
@@ -402,44 +401,3 @@ def unseen_slices(run: Run, test: Dataset) -> Unseen:
 def join_crops(parts: Sequence[Crops]) -> Crops:
     """Crops of several scans as one set."""
     return Crops(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "lungs", "boxes")))
-
-
-# --- lungs ----------------------------------------------------------------------------------------------------------
-
-Finder = Callable[[np.ndarray], np.ndarray]  # pixels (S, H, W) to lung masks of that shape
-LEAST_LUNG = 0.01  # share of a slice, for the Dice of its lungs to be judged
-
-
-@dataclass(frozen=True)
-class LungResult:
-    """Dice ``(N,)`` of found lungs against true lungs, and ``volume:slice`` of each slice."""
-
-    dice: np.ndarray
-    names: np.ndarray
-
-
-def evaluate_lungs(data: Dataset, find: Finder = threshold_lungs) -> LungResult:
-    """Measures lung masks on every slice with at least ``LEAST_LUNG`` of true lung; skips volumes without truth.
-
-    ``find`` makes the masks: the threshold, or ``run.lungs``.
-    """
-    dice, names = [np.zeros(0)], list[str]()
-    for case in data.cases:
-        if case.lung is None:
-            continue
-        scan = read_scan(case.image)
-        truth = read_mask(case.lung, like=scan)
-        judged = np.flatnonzero(truth.mean(axis=(1, 2)) >= LEAST_LUNG)
-        dice.append(figures(confusion(find(scan.pixels)[judged], truth[judged]))[:, 0])
-        names += [f"{case.id}:{k}" for k in judged]
-    return LungResult(np.concatenate(dice), np.array(names))
-
-
-def lesion_coverage(data: Dataset, find: Finder = threshold_lungs) -> tuple[float, float]:
-    """How much of all lesions lies inside the lung masks, and how much of the slices they take up: two shares.
-
-    A lesion outside the mask is lost for good, and a mask of everything loses none: the two belong together.
-    NaN without any lesion.
-    """
-    return _shares(np.concatenate([confusion(find(truth.scan.pixels)[truth.slices], truth.mask[truth.slices])
-                                   for truth in read_truth(data)]))

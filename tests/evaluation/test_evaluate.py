@@ -20,13 +20,11 @@ from covidseg.data.scan import Grid, read_mask, read_scan, write_like
 from covidseg.data.splits import Split, apply_split
 from covidseg.errors import DatasetError
 from covidseg.evaluation import evaluate
+from covidseg.evaluation import lungs as lung_figures
 from covidseg.evaluation.evaluate import (
     Evaluation,
-    Finder,
     Method,
-    evaluate_lungs,
     evaluate_run,
-    lesion_coverage,
     measure,
     otsu_in_lung,
     otsu_method,
@@ -34,6 +32,7 @@ from covidseg.evaluation.evaluate import (
     training_truth,
     unseen_slices,
 )
+from covidseg.evaluation.lungs import Finder, evaluate_lungs, lesion_coverage
 from covidseg.evaluation.metrics import hd95
 from covidseg.evaluation.statistics import reliability_sums
 from covidseg.gradcam import CamSettings, activation_maps
@@ -315,8 +314,8 @@ def test_lung_dice_of_a_finder(tiny_phantom: Path, tiny_run: Run, squares: Datas
 def test_slices_with_hardly_any_lung_are_not_judged(tiny_phantom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_dataset(tiny_phantom).subset(["phantom_00"])
     shares = read_mask(data.cases[0].lung).mean(axis=(1, 2))
-    monkeypatch.setattr(evaluate, "LEAST_LUNG", float(np.median(shares)))
-    expected = [f"phantom_00:{k}" for k in np.flatnonzero(shares >= evaluate.LEAST_LUNG)]
+    monkeypatch.setattr(lung_figures, "LEAST_LUNG", float(np.median(shares)))
+    expected = [f"phantom_00:{k}" for k in np.flatnonzero(shares >= lung_figures.LEAST_LUNG)]
     assert 0 < len(expected) < len(shares)
     assert evaluate_lungs(data, everywhere).names.tolist() == expected
 
