@@ -21,7 +21,7 @@ from covidseg.evaluation.experiments import (
 )
 from covidseg.evaluation.methods import PUBLISHED, SYSTEMS
 from covidseg.evaluation.metrics import NAMES, macro, micro
-from covidseg.evaluation.verdicts import verdict_json, verdicts_from
+from covidseg.evaluation.verdicts import verdict_json, verdict_lines, verdicts_from
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = sorted((ROOT / "results").glob("table1-*.json"))
@@ -37,7 +37,8 @@ def read(name: str) -> dict:
 def shared_faults(content: dict, *keys: str) -> list[str]:
     """What is missing from any record."""
     files = {**content.get("test_data", {}), **content.get("data", {})}
-    return [f"no {key}" for key in ("command", "environment", "test_data", "data", "settings", *keys)
+    trained = "nets" if "nets" in content else "data"  # nets that were there already, or what new ones learned from
+    return [f"no {key}" for key in ("command", "environment", "test_data", trained, "settings", *keys)
             if not content.get(key)] + [f"{name} has no sha256" for name, digest in files.items() if len(digest) != 64]
 
 
@@ -203,4 +204,15 @@ def verdict_faults(content: dict) -> list[str]:
 @pytest.mark.parametrize("path", VERDICTS, ids=lambda p: p.stem)
 def test_recorded_verdicts_are_complete(path: Path) -> None:
     content = read(path.stem)
-    assert shared_faults(content, "rivals", "results") + verdict_faults(content) == []
+    systems = [] if "nets" in content else ["rivals"]
+    assert shared_faults(content, *systems, "results") + verdict_faults(content) == []
+
+
+def test_the_readme_quotes_what_the_nets_that_come_along_said_of_healthy_slices() -> None:
+    line, = verdict_lines(read("verdicts-mosmed-shipped")["results"])
+    (_, area, healthy, diseased), ends = line.figures.mean(axis=0), line.intervals
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for value, (low, high) in ((healthy, ends[2]), (diseased, ends[3])):
+        assert f"**{value:.0%}**".replace("%", " %") in text
+        assert f"{low:.0%} to {high:.0%}".replace("%", "", 1).replace("%", " %") in text
+    assert f"AUC of {area:.3f}" in text

@@ -22,6 +22,7 @@ from covidseg.data.scan import Scan, read_mask, read_scan
 from covidseg.evaluation.evaluate import read_truth
 from covidseg.evaluation.experiments import subset, table_lines
 from covidseg.evaluation.metrics import confusion, micro
+from covidseg.evaluation.verdicts import verdict_lines, verdicts_from
 from covidseg.patches import PatchNet
 from covidseg.predict import SHIPPED, Predictor, load_predictor
 from covidseg.store import load_arrays, load_net
@@ -89,6 +90,19 @@ def test_the_card_quotes_the_recorded_figures_and_says_what_a_user_has_to_know()
         assert f"| {name} | {' | '.join(figures)} |" in card
     for word in ("cc0", "not a medical device", "covidseg train", "limits", "sha256", "13521509"):
         assert word in card.lower(), "what a user has to know"
+
+
+def test_the_card_says_how_often_these_nets_mark_a_healthy_lung() -> None:
+    content = read_records("verdicts-mosmed-shipped")["verdicts-mosmed-shipped"]
+    assert content["nets"] == load_predictor().fingerprint(), "asked were these nets"
+    line, = verdict_lines(content["results"])
+    card = (SHIPPED / "MODEL_CARD.md").read_text(encoding="utf-8")
+    labels = verdicts_from(content["results"][0]).labels
+    for name, label, figure in (("CT-0, healthy", 0, 2), ("CT-2, diseased", 1, 3)):
+        low, high = line.intervals[figure]
+        share = f"{line.figures[0, figure]:.3f} | {low:.3f} to {high:.3f}"
+        assert f"| {name} | {(labels == label).sum()} | {share} |" in card
+    assert f"AUC of {line.figures[0, 1]:.3f}" in card
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:

@@ -23,7 +23,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help=f"COVID-19 lesions in chest CT from slice labels alone.\n\n{DISCLAIMER}")
 app.add_typer(data_app, name="data", help="Data sets: what there is, licences, download, check.")
 for command, name in ((predict.lungs, "lungs"), (predict.predict, "predict"), (predict.merge, "merge"),
-                      (measure.evaluate, "evaluate"), (measure.reproduce, "reproduce"),
+                      (measure.evaluate, "evaluate"), (measure.verdicts, "verdicts"), (measure.reproduce, "reproduce"),
                       (measure.ablate_command, "ablate")):
     app.command(name)(command)
 

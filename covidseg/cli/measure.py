@@ -1,4 +1,4 @@
-"""Commands that measure: ``covidseg evaluate``, ``reproduce`` and ``ablate``."""
+"""Commands that measure: ``covidseg evaluate``, ``verdicts``, ``reproduce`` and ``ablate``."""
 
 from __future__ import annotations
 
@@ -78,6 +78,32 @@ def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NI
         write_text(out, json.dumps(content, indent=2) + "\n")
 
 
+def verdicts(data: Annotated[str, typer.Argument(help="A data folder with slice labels; lesion masks are not opened.")],
+             run: Annotated[Path | None, typer.Option(
+                 help="Folder of a run or export with the nets; default: those that come with covidseg.")] = None,
+             out: Annotated[Path | None, typer.Option(
+                 "--json", help="Also write what was said of each slice to this file.")] = None) -> None:
+    """Asks trained nets about slices of which only the label is known: how many healthy ones do they mark?"""
+    from covidseg.evaluation.verdicts import judge_nets, verdict_json
+    from covidseg.pipeline import open_data
+    from covidseg.predict import SHIPPED, load_predictor
+    from covidseg.profiles import profile_json
+    from covidseg.store import environment, file_hash, write_text
+
+    testing, nets = open_data(data), load_predictor(run or SHIPPED)
+    title = "the nets that come with covidseg" if run is None else run.name
+    console.print(DISCLAIMER)
+    results = [{"title": title, "seed": 0, **verdict_json(judge_nets(nets, testing, progress=True))}]
+    command = f"covidseg verdicts {Path(data).name}{f' --run {run.name}' if run else ''}"
+    content = {"note": DISCLAIMER, "command": command, "test": Path(data).name, "nets": nets.fingerprint(),
+               "environment": environment(nets.device()),
+               "settings": profile_json(nets.profile),
+               "test_data": {case.image.name: file_hash(case.image) for case in testing.cases}, "results": results}
+    if out is not None:
+        write_text(out, json.dumps(content, indent=1) + "\n")
+    show_verdicts(results, f"verdicts on {Path(data).name}", out)
+
+
 def reproduce(data: Data, test: TestOrLeftOut = None, profile: Profile = "quick",
               seeds: Annotated[str, typer.Option(help="Seeds, with commas: all is trained with each of them.")] = "0",
               systems: Annotated[str | None, typer.Option(
@@ -125,7 +151,7 @@ def reproduce(data: Data, test: TestOrLeftOut = None, profile: Profile = "quick"
     write_text(report, json.dumps(content, indent=1) + "\n")
     made = f"profile {profile}, seeds {seeds}"
     if not experiments.outlined(testing):
-        show_verdicts(results, Path(data).name, tested, made, report)
+        show_verdicts(results, f"trained on slice labels of {Path(data).name}, verdicts on {tested}, {made}", report)
         return
     lines, strongest = experiments.table_lines(results), experiments.strongest_earlier(results)
     console.print(experiments.table1(lines, narrow=True).rich(
@@ -138,13 +164,13 @@ def reproduce(data: Data, test: TestOrLeftOut = None, profile: Profile = "quick"
     console.print(f"report in {report}")
 
 
-def show_verdicts(results: list[dict[str, Any]], trained: str, tested: str, made: str, report: Path) -> None:
+def show_verdicts(results: list[dict[str, Any]], title: str, report: Path | None) -> None:
     """Prints the table of :mod:`covidseg.evaluation.verdicts`, and where the report is."""
     from covidseg.evaluation.verdicts import verdict_count, verdict_table
 
-    console.print(verdict_table(results, narrow=True).rich(
-        f"trained on slice labels of {trained}, verdicts on {tested}: {verdict_count(results)}, {made}"))
-    console.print(f"report in {report}")
+    console.print(verdict_table(results, narrow=True).rich(f"{title}: {verdict_count(results)}"))
+    if report is not None:
+        console.print(f"report in {report}")
 
 
 def _command(name: str, data: str, test: str | None, unchecked: bool, **options: str | None) -> str:
@@ -205,7 +231,7 @@ def ablate_command(
     write_text(report, json.dumps(content, indent=2) + "\n")
     made = f"{method}, seeds {', '.join(map(str, numbers))}"
     if not outlined(testing):
-        show_verdicts(results, Path(data).name, tested, made, report)
+        show_verdicts(results, f"trained on slice labels of {Path(data).name}, verdicts on {tested}, {made}", report)
         return
     console.print(ablation_table(results, narrow=True).rich(
         f"trained on {Path(data).name}, measured on {tested}, {made}"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from covidseg.data.folder import Dataset
 from covidseg.errors import one_of
 from covidseg.evaluation.crossval import cross_validated
-from covidseg.evaluation.evaluate import Evaluation, evaluate_run, measure, stage_method
+from covidseg.evaluation.evaluate import Evaluation, evaluate_run, found_crops, measure, stage_method
 from covidseg.evaluation.methods import PUBLISHED, SYSTEMS, BaselineProfile, Trained, system_names
 from covidseg.evaluation.metrics import NAMES, figures, macro, micro
 from covidseg.evaluation.statistics import Difference, bootstrap_difference, bootstrap_interval, paired_test
@@ -78,7 +79,7 @@ def compare(run: Run, test: Dataset, names: list[str] | None = None, baselines: 
     if trained:
         methods = [system.method for system in trained.values()]
         results: Sequence[Evaluation | Verdicts] = measure(run, test, methods, progress=progress) if with_masks else \
-            judge(run, test, methods, progress=progress)
+            judge(partial(found_crops, run), test, methods, progress=progress)
         for (name, system), result in zip(trained.items(), results, strict=True):
             write_text(paths[name], json.dumps(_result(name, run, system, result)) + "\n")
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths.values()]
@@ -390,6 +391,6 @@ def _ablated(name: str, variant: Run, test: Dataset) -> Record:
     if name == "pixel-masks":
         return evaluation_json(cross_validated(variant, test))
     reached = evaluation_json(evaluate_run(variant, test, upper_bound=None if name == "whole" else False)) \
-        if outlined(test) else verdict_json(judge(variant, test, [stage_method(variant)])[0])
+        if outlined(test) else verdict_json(judge(partial(found_crops, variant), test, [stage_method(variant)])[0])
     agreements = [round(each.agreement, 4) for each in variant.rounds()]
     return {"best_round": variant.best(), "agreements": agreements, **reached}

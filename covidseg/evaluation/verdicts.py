@@ -12,23 +12,27 @@ and has the lowest verdict of all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
-from covidseg.data.folder import Dataset
+from covidseg.data.folder import Case, Dataset
 from covidseg.data.layout import LESION_PIXELS, REFERENCE_AREA
-from covidseg.data.scan import read_scan
-from covidseg.evaluation.evaluate import Method, cut_level, found_crops
+from covidseg.data.scan import Scan, read_scan
+from covidseg.evaluation.evaluate import Method, cut_level
 from covidseg.evaluation.methods import SYSTEMS
 from covidseg.evaluation.statistics import bootstrap, drawn_auc, drawn_share
 from covidseg.evaluation.tables import Record, Table, digits, figure, rounds_used, spread
-from covidseg.pipeline import Run
+from covidseg.pipeline import find_lungs
+from covidseg.predict import Predictor
 from covidseg.preprocess import Crops, uncrop
+from covidseg.segmenter import lesion_probabilities
 
 FIGURES = ("verdict_auc", "area_auc", "healthy_marked", "diseased_marked")
+# Numbers of the slices with lung (N,), their crops, and whether the slices are one body in order.
+Find = Callable[[Case, Scan], tuple[np.ndarray, Crops, bool]]
 NO_LUNG = -1.0  # verdict of a slice without lung, below all probabilities
 
 
@@ -73,11 +77,11 @@ class Verdicts:
         return healthy, diseased
 
 
-def judge(run: Run, test: Dataset, methods: Sequence[Method], *, progress: bool = False) -> list[Verdicts]:
+def judge(find: Find, test: Dataset, methods: Sequence[Method], *, progress: bool = False) -> list[Verdicts]:
     """What each method says of the labelled slices of a set; masks are not opened.
 
     Args:
-        run: finds the lungs.
+        find: finds the lungs of a scan.
         test: a folder with slice labels.
         methods: the last row of each is its answer.
         progress: show a bar over the test volumes.
@@ -92,7 +96,7 @@ def judge(run: Run, test: Dataset, methods: Sequence[Method], *, progress: bool 
             continue
         scan = read_scan(case.image)
         slices = test.labelled(case, len(scan.pixels))
-        found, crops, volume = found_crops(run, case, scan)
+        found, crops, volume = find(case, scan)
         names += [f"{case.id}:{k}" for k in slices]
         patients += [case.patient] * len(slices)
         labels += [case.labels[k] for k in slices]
@@ -104,6 +108,15 @@ def judge(run: Run, test: Dataset, methods: Sequence[Method], *, progress: bool 
     return [Verdicts(tuple(names), np.array(patients), np.array(labels),
                      None if np.isnan(verdict).any() else verdict, marked, np.array(lung))
             for verdict, marked in columns]
+
+
+def judge_nets(nets: Predictor, test: Dataset, *, progress: bool = False) -> Verdicts:
+    """What trained nets say of the labelled slices of a set, at their own level; no classifier is among them."""
+    def find(case: Case, scan: Scan) -> tuple[np.ndarray, Crops, bool]:
+        return *find_lungs(scan.pixels, nets.lung_net, nets.profile), False
+    method = Method([("Segmenter", "slice labels", nets.profile.segmenter.threshold)],
+                    lambda crops, volume: (None, [lesion_probabilities(nets.segmenter, crops)]))
+    return judge(find, test, [method], progress=progress)[0]
 
 
 def _said(method: Method, crops: Crops, volume: bool, shape: tuple[int, int]) -> list[tuple[float, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from covidseg.data.scan import read_scan, write_like
 from covidseg.errors import DatasetError, SettingsError
 from covidseg.evaluation import experiments as module
 from covidseg.evaluation.crossval import cross_validated
-from covidseg.evaluation.evaluate import Evaluation, StageResult, evaluate_run, stage_method
+from covidseg.evaluation.evaluate import Evaluation, StageResult, evaluate_run, found_crops, stage_method
 from covidseg.evaluation.experiments import VARIANTS, ablate, changed, variant_names
 from covidseg.evaluation.metrics import macro, micro
 from covidseg.evaluation.tables import ablation_rows, evaluation_json, scores_json
@@ -98,7 +99,7 @@ def test_verdicts_of_variants_where_only_labels_are_known(measured: list[dict], 
     case, = tiny_run.data.subset(["phantom_02"]).cases
     test = replace(tiny_run.data, cases=(replace(case, mask=None),))
     found = dict(ablate(tiny_run, test, ["whole", "mean-pooling"], log=quiet))
-    verdicts, = judge(tiny_run, test, [stage_method(tiny_run)])
+    verdicts, = judge(partial(found_crops, tiny_run), test, [stage_method(tiny_run)])
     assert verdicts_from(found["whole"]).marked.tolist() == verdicts.marked.tolist()
     assert [found[name]["best_round"] for name in found] == [content["best_round"] for content in measured[:2]]
     assert [row[0] for row in verdict_table(list(found.values())).rows] == [VARIANTS[name].title for name in found]

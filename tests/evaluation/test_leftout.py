@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,10 @@ def test_every_patient_is_judged_by_nets_that_saw_none_of_their_slices(run: Run)
 def test_all_patients_make_one_record(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[set[str], list[str]]] = []
 
-    def watched(fold: Run, own: Dataset, methods: Sequence[Method], **rest: bool) -> list[Verdicts]:
+    def watched(find: partial, own: Dataset, methods: Sequence[Method], **rest: bool) -> list[Verdicts]:
+        fold, = find.args
         asked.append(({case.patient for case in fold.data.cases}, [case.id for case in own.cases]))
-        return judge(fold, own, methods, **rest)
+        return judge(find, own, methods, **rest)
     monkeypatch.setattr(experiments, "judge", watched)
     results = compare_left_out(run, ["otsu", "decovnet"], TINY_BASELINES)
     assert asked == [({"phantom_00", "phantom_03"}, ["phantom_01", "phantom_02"]),

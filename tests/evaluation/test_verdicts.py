@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ import pytest
 from rich.console import Console
 from test_results import verdict_faults
 from tiny import TINY, TINY_BASELINES, finished_run, quiet
+from typer.testing import CliRunner
 
+from covidseg.cli import app
 from covidseg.data.folder import Dataset
 from covidseg.errors import DatasetError
 from covidseg.evaluation import experiments
-from covidseg.evaluation.evaluate import Method, measure, otsu_method, stage_method
+from covidseg.evaluation.evaluate import Method, found_crops, measure, otsu_method, stage_method
 from covidseg.evaluation.experiments import compare
 from covidseg.evaluation.methods import SYSTEMS
 from covidseg.evaluation.metrics import auc
@@ -33,7 +36,7 @@ from covidseg.evaluation.verdicts import (
     verdict_table,
     verdicts_from,
 )
-from covidseg.pipeline import Run
+from covidseg.pipeline import Run, write_run
 
 RNG = np.random.default_rng(0)
 
@@ -147,7 +150,8 @@ def bare(data: Dataset) -> Dataset:
 def test_areas_are_those_that_outlines_are_measured_by(run: Run) -> None:
     test = run.data.subset(["phantom_01", "phantom_02"])
     methods = [otsu_method(), stage_method(run)]
-    for verdicts, outlines in zip(judge(run, bare(test), methods), measure(run, test, methods), strict=True):
+    for verdicts, outlines in zip(judge(partial(found_crops, run), bare(test), methods), measure(run, test, methods),
+                                  strict=True):
         assert verdicts.names == outlines.names
         np.testing.assert_array_equal(verdicts.marked, outlines.stages[-1].counts[:, :2].sum(axis=1) * 16)  # 128 px
         np.testing.assert_array_equal(verdicts.labels, [label for case in test.cases for label in case.labels.values()])
@@ -167,9 +171,9 @@ def test_slices_without_lung_have_the_lowest_verdict_and_no_mark(run: Run) -> No
         return numbers[numbers != 5], crops.take(np.flatnonzero(numbers != 5))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "crops", last_lost)
-        verdicts, = judge(run, test, [everything])
+        verdicts, = judge(partial(found_crops, run), test, [everything])
         patch.setattr(run, "crops", lambda *_: (np.zeros(0, int), found(_[0])[1].take(np.zeros(0, int))))
-        nothing, = judge(run, test, [everything])
+        nothing, = judge(partial(found_crops, run), test, [everything])
     assert (verdicts.names, verdicts.lung.tolist()) == (("phantom_00:3", "phantom_00:5"), [True, False])
     assert verdicts.probability is not None
     assert verdicts.probability.tolist() == [0, NO_LUNG]
@@ -177,7 +181,24 @@ def test_slices_without_lung_have_the_lowest_verdict_and_no_mark(run: Run) -> No
     assert verdicts.marked[1] == 0
     assert not nothing.lung.any()
     with pytest.raises(DatasetError, match="has 10 slices, slice 10 is labelled"):
-        judge(run, replace(test, cases=(replace(one, labels={10: 1}),)), [everything])
+        judge(partial(found_crops, run), replace(test, cases=(replace(one, labels={10: 1}),)), [everything])
+
+
+def test_trained_nets_are_asked_from_a_command(run: Run, tmp_path: Path) -> None:
+    """They mark what the segmenter of their run marks; a record of it tells when it was changed."""
+    write_run(run, "covidseg train")
+    result = CliRunner().invoke(app, ["verdicts", str(run.data.root), "--run", str(run.folder), "--json",
+                                      str(tmp_path / "said.json")])
+    assert result.exit_code == 0, result.output
+    assert "healthy" in result.output
+    content = json.loads((tmp_path / "said.json").read_text(encoding="utf-8"))
+    assert verdict_faults(content) == []
+    assert content["command"] == f"covidseg verdicts {run.data.root.name} --run {run.folder.name}"
+    said, = map(verdicts_from, content["results"])
+    wanted = judge(partial(found_crops, run), bare(run.data), [stage_method(run)])[0]
+    assert said.names == wanted.names
+    np.testing.assert_allclose(said.marked, wanted.marked, rtol=0.01, atol=50)  # volumes are taken slice by slice
+    assert said.probability is None
 
 
 def test_systems_are_compared_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
