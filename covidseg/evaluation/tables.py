@@ -107,7 +107,7 @@ def evaluation_json(evaluation: Evaluation) -> Record:
 
 # --- tables of stages, seeds and variants ---------------------------------------------------------------------------
 
-STAGE_HEADS = ("Dice", "IoU", "PPV", "sensitivity", "specificity", "macro Dice")
+STAGE_HEADS = ("Dice", "IoU", "PPV", "sens.", "spec.", "macro Dice")  # short, for eleven columns in a page
 
 
 def evaluation_markdown(evaluation: Evaluation) -> str:

@@ -78,7 +78,7 @@ def test_evaluation_as_json_by_hand() -> None:
 
 def test_markdown_table_has_a_row_for_each_stage_and_a_cell_for_each_heading() -> None:
     assert evaluation_markdown(EVALUATION).splitlines() == [
-        "| | taught with | Dice | IoU | PPV | sensitivity | specificity | macro Dice | HD95, mm | on slices |",
+        "| | taught with | Dice | IoU | PPV | sens. | spec. | macro Dice | HD95, mm | on slices |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
         "| first | none | 0.333 | 0.200 | 0.500 | 0.250 | 0.962 | 0.250 | 1.5 | 1 of 2 |",
         "| second | slice labels | 0.500 | 0.333 | 0.500 | 0.500 | 0.875 | 0.500 | 1.5 | 1 of 1 |"]
