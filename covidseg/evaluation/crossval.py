@@ -14,9 +14,9 @@ from torch import nn
 
 from covidseg.data.folder import Dataset
 from covidseg.errors import DatasetError
-from covidseg.evaluation.evaluate import Evaluation, Method, Unseen, join_crops, measure, unseen_slices
+from covidseg.evaluation.evaluate import Evaluation, Method, Unseen, measure, unseen_slices
 from covidseg.pipeline import Run
-from covidseg.preprocess import WeakSet
+from covidseg.preprocess import WeakSet, join_crops
 from covidseg.segmenter import lesion_probabilities, supervised_settings
 
 

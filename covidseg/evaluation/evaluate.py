@@ -38,7 +38,7 @@ from covidseg.gradcam import CamSettings, activation_maps
 from covidseg.lungs import is_volume, to_grid
 from covidseg.patches import patch_probabilities
 from covidseg.pipeline import Run
-from covidseg.preprocess import Crops, crop_masks, uncrop_all
+from covidseg.preprocess import Crops, crop_masks, join_crops, uncrop_all
 from covidseg.segmenter import fuse, lesion_probabilities, supervised_settings
 
 # --- the truth ------------------------------------------------------------------------------------------------------
@@ -396,8 +396,3 @@ def unseen_slices(run: Run, test: Dataset) -> Unseen:
         np.concatenate([crop_masks(scan.truth.mask[scan.found[scan.seen]], scan.crops.boxes[scan.seen],
                                    run.profile.prepare.size) for scan in opened]),
         [f"{case.id}:{k}" for case, k in numbers], np.array([case.patient for case, _ in numbers]))
-
-
-def join_crops(parts: Sequence[Crops]) -> Crops:
-    """Crops of several scans as one set."""
-    return Crops(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "lungs", "boxes")))

@@ -49,4 +49,4 @@ def lesion_coverage(data: Dataset, find: Finder = threshold_lungs) -> tuple[floa
     NaN without any lesion.
     """
     return shares(np.concatenate([confusion(find(truth.scan.pixels)[truth.slices], truth.mask[truth.slices])
-                                   for truth in read_truth(data)]))
+                                  for truth in read_truth(data)]))

@@ -55,7 +55,8 @@ def bootstrap_interval(counts: np.ndarray, figure: str = "dice", *, groups: np.n
         Lower and upper end; NaN if the figure is undefined or there are fewer than two slices or groups.
     """
     counts = _seeds(counts)
-    return _ends(_drawn_figure(counts, _multiplicities(counts.shape[1], groups, draws, seed), figure))
+    return bootstrap(lambda weights: _drawn_figure(counts, weights, figure)[None], counts.shape[1], groups,
+                     draws=draws, seed=seed)[0]
 
 
 def bootstrap(figures_of: Callable[[np.ndarray], np.ndarray], slices: int, groups: np.ndarray | None = None, *,
