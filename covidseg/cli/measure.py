@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +16,11 @@ from covidseg.cli.common import Deterministic, Device, Method, Profile, Seed, Un
 from covidseg.errors import SettingsError
 
 if TYPE_CHECKING:
+    import torch
+
     from covidseg.data.folder import Dataset
     from covidseg.pipeline import Run
+    from covidseg.profiles import Profile as Settings
 
 Data = Annotated[str, typer.Option(help="A data folder, or a name from `covidseg data list`; `medseg` trains on "
                                         "medseg2 and measures on medseg1.")]
@@ -87,19 +90,16 @@ def verdicts(data: Annotated[str, typer.Argument(help="A data folder with slice 
     from covidseg.evaluation.verdicts import judge_nets, verdict_json
     from covidseg.pipeline import open_data
     from covidseg.predict import SHIPPED, load_predictor
-    from covidseg.profiles import profile_json
-    from covidseg.store import environment, file_hash, write_text
+    from covidseg.store import write_text
 
-    testing, nets = open_data(data), load_predictor(run or SHIPPED)
+    testing, nets = open_data(data).without_masks(), load_predictor(run or SHIPPED)
     title = "the nets that come with covidseg" if run is None else run.name
     console.print(DISCLAIMER)
     results = [{"title": title, "seed": 0, **verdict_json(judge_nets(nets, testing, progress=True))}]
-    command = f"covidseg verdicts {Path(data).name}{f' --run {run.name}' if run else ''}"
-    content = {"note": DISCLAIMER, "command": command, "test": Path(data).name, "nets": nets.fingerprint(),
-               "environment": environment(nets.device()),
-               "settings": profile_json(nets.profile),
-               "test_data": {case.image.name: file_hash(case.image) for case in testing.cases}, "results": results}
     if out is not None:
+        command = f"covidseg verdicts {Path(data).name}{f' --run {run.name}' if run else ''}"
+        content = {**_made_with(command, testing, Path(data).name, nets.profile, nets.device()),
+                   "nets": nets.fingerprint(), "results": results}
         write_text(out, json.dumps(content, indent=1) + "\n")
     show_verdicts(results, f"verdicts on {Path(data).name}", out)
 
@@ -259,8 +259,7 @@ def measured_on(data: str, test: str | None) -> tuple[Dataset, str]:
     if test is None:
         return open_data(data, "test"), f"{Path(data).name} (test side)"
     if test == LEFT_OUT:
-        own = open_data(data)
-        return replace(own, cases=tuple(replace(case, mask=None) for case in own.cases)), "patients left out in turn"
+        return open_data(data).without_masks(), "patients left out in turn"
     found = open_data(test)
     masked = [case.id for case in found.cases if case.mask is not None] or [case.id for case in found.cases]
     if left_out := len(found.cases) - len(masked):
@@ -270,12 +269,20 @@ def measured_on(data: str, test: str | None) -> tuple[Dataset, str]:
 
 
 def recorded(command: str, testing: Dataset, tested: str, run: Run, start: float) -> dict[str, Any]:
+    """What every recorded result of a training says about how it was made."""
+    from covidseg.store import file_hash
+
+    return {**_made_with(command, testing, tested, run.profile, run.device),
+            "seconds": round(time.monotonic() - start, 1),
+            "data": {case.id: file_hash(case.image) for case in run.data.cases}}
+
+
+def _made_with(command: str, testing: Dataset, tested: str, profile: Settings, device: torch.device) -> dict[str, Any]:
     """What every recorded result says about how it was made; nothing that names the machine or a folder on it."""
     from covidseg.profiles import profile_json
     from covidseg.store import environment, file_hash
 
-    return {"note": DISCLAIMER, "command": command, "test": tested, "seconds": round(time.monotonic() - start, 1),
-            "environment": environment(run.device), "settings": profile_json(run.profile),
-            "data": {case.id: file_hash(case.image) for case in run.data.cases},
+    return {"note": DISCLAIMER, "command": command, "test": tested, "environment": environment(device),
+            "settings": profile_json(profile),
             "test_data": {path.name: file_hash(path) for case in testing.cases
                           for path in (case.image, case.mask) if path is not None}}
