@@ -53,6 +53,39 @@ def jitter(maps: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat([maps[:, :1] * gain + offset + noise, maps[:, 1:]], dim=1)
 
 
+def rescan(maps: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures as another scanner would show them: half get another kernel, half the noise of a lower dose.
+
+    A soft reconstruction kernel blurs, a sharp one enhances edges, and fewer photons leave more noise, whose grain
+    depends on the kernel. None of it says anything about lesions, and each hospital has its own.
+
+    Args:
+        maps: ``(B, C, S, S)`` float; only channel 0, the picture, changes.
+    """
+    def uniform(low: float = 0.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * torch.rand(len(maps), 1, 1, 1, generator=generator)
+    picture = maps[:, :1]
+    blurred = _blur(picture, uniform(0.3, 1.2))
+    sharpened = picture + uniform() * (picture - blurred)
+    other = torch.where(uniform() < 0.35, sharpened, blurred)
+    picture = torch.where(uniform() < 0.5, other, picture)
+    grain = torch.randn(picture.shape, generator=generator)
+    grain = torch.lerp(grain, 2.3 * _blur(grain, torch.full((len(maps), 1, 1, 1), 0.7)), uniform())
+    dose = 0.12 * uniform() ** 2 * (uniform() < 0.5)
+    return torch.cat([picture + dose * grain, maps[:, 1:]], dim=1)
+
+
+def _blur(pictures: Tensor, sigma: Tensor) -> Tensor:
+    """Each picture of ``(B, 1, S, S)`` blurred by a Gaussian of its own, ``sigma`` ``(B, 1, 1, 1)`` in pixels."""
+    reach = 4
+    x = torch.arange(-reach, reach + 1, dtype=pictures.dtype)
+    kernel = torch.exp(-x ** 2 / (2 * sigma.to(x) ** 2))                               # (B, 1, 1, 9)
+    kernel = kernel / kernel.sum(dim=3, keepdim=True)
+    rows = F.pad(pictures, (reach,) * 4, mode="replicate").transpose(0, 1)             # (1, B, S + 8, S + 8)
+    both = F.conv2d(F.conv2d(rows, kernel, groups=len(kernel)), kernel.transpose(2, 3), groups=len(kernel))
+    return both.transpose(0, 1)
+
+
 def paste_lesions(maps: Tensor, exact: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Moves fine-labelled lesions of some slices of a batch into its lesion-free slices.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from covidseg.augment import Painter, PaintSettings, augment
+from covidseg.augment import Painter, PaintSettings, augment, rescan
 from covidseg.errors import SettingsError
 from covidseg.preprocess import Crops, WeakSet, net_input, net_maps
 from covidseg.training import Batch, Log, Training
@@ -36,8 +36,10 @@ class ClassifierSettings:
         flip_weight: Weight of the loss that asks the evidence map to move along when the picture is flipped.
         outside_weight: Weight of the loss that keeps evidence inside the lung.
         members: Classifiers in the ensemble, see :class:`Ensemble`.
-        paint: Vessels painted on lesion-free slices, which mostly come from the ends of the lungs: without them the
-            net learns that thick vessels mean a lesion. No lesion is painted for the classifier.
+        paint: What is painted on lesion-free slices, which mostly come from the ends of the lungs. Vessels stay *no
+            lesion*: without them the net learns that thick vessels mean one. A slice with a painted lesion counts as
+            one with a lesion; the first round does without, see
+            :attr:`covidseg.curriculum.MutualSettings.painted`.
     """
 
     width: int = 16
@@ -53,23 +55,18 @@ class ClassifierSettings:
     def __post_init__(self) -> None:
         if self.members < 1:
             raise SettingsError("an ensemble needs at least one classifier", remedy="Set members to 1 or more")
-        if self.paint.share:
-            raise SettingsError("lesions painted for the classifier would contradict its slice labels",
-                                remedy="Set the share of its paint to 0; vessels may stay")
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """What the patches teach the classifier about places.
+    """What the classifier is taught about places, besides the labels of slices.
 
     Attributes:
-        target: ``(N, S, S)`` float32, probability of a lesion.
-        mask: ``(N, S, S)`` bool, the pixels that are taught.
+        target: ``(N, S, S)`` float32, probability of a lesion; 0 in slices without one.
         weight: Weight of this loss.
     """
 
     target: np.ndarray
-    mask: np.ndarray
     weight: float
 
 
@@ -113,37 +110,42 @@ class Classifier(nn.Module):
 
 
 def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSettings(), *,
-                     start: Classifier | None = None, guidance: Guidance | None = None, seed: int = 0,
-                     device: torch.device = torch.device("cpu"), log: Log = print,
-                     name: str = "classifier") -> Classifier:
+                     guidance: Guidance | None = None, seed: int = 0, device: torch.device = torch.device("cpu"),
+                     log: Log = print, name: str = "classifier") -> Classifier:
     """Trains the classifier on slice labels.
 
     Args:
         data: slices and their labels.
         settings: of net and training.
-        start: a classifier of an earlier round to go on from.
-        guidance: what the patch net says about places, see :mod:`covidseg.curriculum`.
+        guidance: what is taught about places in later rounds, see :mod:`covidseg.curriculum`.
         seed, device, log, name: see :class:`covidseg.training.Training`.
 
     Returns:
         The averaged net in evaluation mode.
     """
     training = Training(name, settings, seed, device, log)
-    net = training.begin(Classifier(settings), start)
-    parts = [data.crops.images, data.crops.lungs, *([] if guidance is None else [guidance.target, guidance.mask])]
-    slices = [torch.from_numpy(np.asarray(part, np.float32)) for part in parts]           # (N, S, S) each
+    net = training.begin(Classifier(settings))
+    target = np.zeros_like(data.crops.images) if guidance is None else guidance.target
+    slices = [torch.from_numpy(np.asarray(part, np.float32))                              # (N, S, S) each
+              for part in (data.crops.images, data.crops.lungs, target)]
     labels = torch.from_numpy(data.labels).float()                                        # (N,)
     painter = Painter(data.crops, settings.paint)
 
     def make_batch(index: Tensor) -> Batch:
-        maps = torch.stack([part[index] for part in slices], dim=1)
-        maps = painter(maps, index, labels[index] == 0, training.generator)
-        return augment(maps, training.generator), labels[index]
+        maps, free = torch.stack([part[index] for part in slices], dim=1), labels[index] == 0
+        maps = painter(maps, index, free, training.generator)                             # targets with painted lesions
+        label = torch.where(free, maps[:, 2].amax(dim=(1, 2)), labels[index])             # a painted lesion is one
+        # Before it knows places, a net that sees fewer details reads more from the place in the chest.
+        maps = maps if guidance is None else rescan(maps, training.generator)
+        return augment(maps, training.generator), label
 
-    for maps, label in training.batches(make_batch, data):                                # (B, 2 or 4, S, S), (B,)
+    for maps, label in training.batches(make_batch, data):                                # (B, 3, S, S), (B,)
         inputs = net_input(maps[:, :1], maps[:, 1:2])
         evidence = training.run(net.maps, inputs)                                         # (B, 1, S/8, S/8)
-        loss_class = F.binary_cross_entropy_with_logits(net.pool(evidence, inputs[:, 1:])[:, 0], label)
+        # Both classes weigh the same, however many slices were painted.
+        share = label.mean().clamp(0.1, 0.9)
+        weight = torch.where(label > 0, 0.5 / share, 0.5 / (1 - share))
+        loss_class = F.binary_cross_entropy_with_logits(net.pool(evidence, inputs[:, 1:])[:, 0], label, weight)
         # Flipped, a part of the batch has to give the flipped map (equivariance: Wang et al., CVPR 2020, SEAM).
         part = max(1, len(inputs) // 3)
         flipped = training.run(net.maps, inputs[:part].flip(3)).flip(3)
@@ -153,27 +155,28 @@ def train_classifier(data: WeakSet, settings: ClassifierSettings = ClassifierSet
         loss = loss_class + settings.flip_weight * loss_flip + settings.outside_weight * loss_outside
         shown = {"loss": loss_class, "flip": loss_flip}
         if guidance is not None:
-            shown["guidance"] = guidance_loss(evidence, maps[:, 2:3], maps[:, 3:4])
+            shown["guidance"] = guidance_loss(evidence, maps[:, 2:3], maps[:, 1:2])
             loss = loss + guidance.weight * shown["guidance"]
         training.step(loss, **shown)
     return training.averaged()
 
 
-def guidance_loss(evidence: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean distance of the evidence from what the patches say, in the grid of the evidence.
+def guidance_loss(evidence: Tensor, target: Tensor, lungs: Tensor) -> Tensor:
+    """Cross entropy of the evidence against what is taught about places, in the grid of the evidence.
 
     Args:
         evidence: ``(B, 1, h, w)`` logits.
-        target: ``(B, 1, S, S)`` probability of a lesion; each cell takes the mean over its guided pixels.
-        mask: ``(B, 1, S, S)`` 0 or 1, the guided pixels.
+        target: ``(B, 1, S, S)`` probability of a lesion; each cell takes the mean over its lung pixels.
+        lungs: ``(B, 1, S, S)`` 0 or 1.
 
     Returns:
-        Scalar in [0, 1]; 0 where no pixel is guided.
+        Scalar, a mean over the lung.
     """
     grid = (evidence.shape[2], evidence.shape[3])
-    share = F.adaptive_avg_pool2d(mask, grid)
-    wanted = F.adaptive_avg_pool2d(target * mask, grid) / share.clamp(min=1e-6)
-    return (share * (evidence.sigmoid() - wanted).abs()).sum() / share.sum().clamp(min=1e-6)
+    share = F.adaptive_avg_pool2d(lungs, grid)
+    wanted = F.adaptive_avg_pool2d(target * lungs, grid) / share.clamp(min=1e-6)
+    entropy = F.binary_cross_entropy_with_logits(evidence, wanted.clamp(max=1), share, reduction="sum")
+    return entropy / share.sum().clamp(min=1e-6)
 
 
 class Ensemble(nn.Module):
@@ -193,15 +196,13 @@ class Ensemble(nn.Module):
 
 
 def train_ensemble(data: WeakSet, settings: ClassifierSettings = ClassifierSettings(), *,
-                   start: Ensemble | None = None, guidance: Guidance | None = None, seed: int = 0,
-                   device: torch.device = torch.device("cpu"), log: Log = print,
-                   name: str = "classifier") -> Ensemble:
+                   guidance: Guidance | None = None, seed: int = 0, device: torch.device = torch.device("cpu"),
+                   log: Log = print, name: str = "classifier") -> Ensemble:
     """Trains each member with a seed of its own; the arguments are those of :func:`train_classifier`."""
     ensemble, history = Ensemble(settings), list[dict[str, float]]()
     for k, member in enumerate(ensemble.members):
         trained: Any = train_classifier(
-            data, settings, start=None if start is None else start.members[k],  # type: ignore[arg-type]
-            guidance=guidance, seed=seed + 1000 * k, device=device, log=log,
+            data, settings, guidance=guidance, seed=seed + 1000 * k, device=device, log=log,
             name=name if settings.members == 1 else f"{name} ({k + 1} of {settings.members})")
         member.load_state_dict(trained.state_dict())
         history += [{"member": k + 1, **losses} for losses in trained.history]

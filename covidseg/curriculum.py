@@ -6,10 +6,10 @@ improves; Bengio et al. (ICML 2009) called such an order a curriculum. A patch i
 undecided, or where the two tasks disagree about it.
 
 **Mutual learning.** In each round the classifier's activation map is the prior of the patch task, and the patches' map
-becomes guidance for the classifier's evidence, where the patches are sure and the two do not flatly contradict each
-other. The weight of that guidance is ramped up from round to round, as between two peers on two tasks in Zhang and
-Zhang (PRCV 2021). The rounds end when the two maps agree no better than before, and the round in which they agreed
-best is the one that the later stages use. No mask has a say in either.
+becomes guidance for the evidence of a new classifier, place by place; in lesion-free slices every place is known, and
+so is every painted lesion. The weight of that guidance is ramped up from round to round, as between two peers on two
+tasks in Zhang and Zhang (PRCV 2021). The rounds end when the two maps agree no better than before, and the round in
+which they agreed best is the one that the later stages use. No mask has a say in either.
 
 This module decides what is taught; :mod:`covidseg.patches` trains the phases, :mod:`covidseg.pipeline` runs the rounds.
 """
@@ -141,11 +141,11 @@ class MutualSettings:
         exchange: ``both`` ways; ``to_patches``: one round, the map guides the patches; ``none``: the patches learn
             from slice labels alone.
         rounds: The most rounds.
-        again: Share of a task's steps that it trains in every later round, going on from the one before.
+        again: Share of its steps that the patch net trains in every later round, going on from the one before. The
+            classifier starts afresh: it should not stay with what it read from slice labels alone.
         weights: Weight of the guidance for the classifier in rounds 2, 3, ...; the last one stays.
-        gentle: Learning rate of the classifier in later rounds, as a share of the first; it should not lose its way.
-        sure: The patches teach "lung" below the first probability and "lesion" above the second.
-        gap: There is no guidance where the two maps are further apart than this.
+        painted: Probability that lesions are painted on a lesion-free slice for the classifier in later rounds, which
+            then is one with a lesion: the same place in the chest with another label. 0 does without.
         stop: The rounds end when the agreement grows by less.
     """
 
@@ -153,9 +153,7 @@ class MutualSettings:
     rounds: int = 2
     again: float = 0.5
     weights: tuple[float, ...] = (2.0, 3.0)
-    gentle: float = 0.3
-    sure: tuple[float, float] = (0.1, 0.8)
-    gap: float = 0.5
+    painted: float = 0.5
     stop: float = 0.01
 
     def __post_init__(self) -> None:
@@ -171,31 +169,23 @@ class Round:
     Attributes:
         agreement: How far the two maps agree, in [0, 1].
         gain: Change of the agreement since the round before; NaN in the first.
-        taught: Share of the lung of positive slices on which the classifier got guidance in this round.
     """
 
     agreement: float
     gain: float
-    taught: float
 
 
-def make_guidance(data: WeakSet, cam: np.ndarray, patches: np.ndarray, settings: MutualSettings,
-                  number: int) -> Guidance:
-    """What the patches teach the classifier in a round.
+def make_guidance(data: WeakSet, patches: np.ndarray, settings: MutualSettings, number: int) -> Guidance:
+    """What the patches teach the classifier in a round: their opinion of every place, and none in lesion-free slices.
 
     Args:
         data: slices and their labels.
-        cam: ``(N, S, S)`` activation maps of the round before, in [0, 1].
         patches: ``(N, S, S)`` probabilities of the patches of the round before.
-        settings: where the patches are sure, and how much they count.
+        settings: how much they count.
         number: of the round, 2 or later.
     """
-    low, high = settings.sure
-    decided = (patches < low) | (patches > high)
-    mask = data.crops.lungs & decided & (np.abs(patches - cam) < settings.gap)
-    mask[data.labels == 0] = data.crops.lungs[data.labels == 0]  # known without any net
     target = np.where((data.labels == 1)[:, None, None], patches, 0).astype(np.float32)
-    return Guidance(target, mask, settings.weights[min(number - 2, len(settings.weights) - 1)])
+    return Guidance(target, settings.weights[min(number - 2, len(settings.weights) - 1)])
 
 
 def agreement(data: WeakSet, cam: np.ndarray, patches: np.ndarray) -> float:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from covidseg import DISCLAIMER
-from covidseg.classifier import Classifier, Ensemble, Guidance, train_ensemble
+from covidseg.classifier import Classifier, Ensemble, train_ensemble
 from covidseg.curriculum import Phase, Round, agreement, best_round, make_guidance, settled
 from covidseg.data.folder import Dataset, load_dataset
 from covidseg.data.registry import resolve
@@ -79,7 +79,7 @@ _SLICES = Form(
 _CROPS = Form(lambda result: ({"found": result[0], "images": result[1].images, "lungs": result[1].lungs,
                                "boxes": result[1].boxes}, {}),
               lambda arrays, _: (arrays["found"], Crops(arrays["images"], arrays["lungs"], arrays["boxes"])))
-_ROUNDS = Form(lambda rounds: ({"rounds": np.array([[r.agreement, r.gain, r.taught] for r in rounds])}, {}),
+_ROUNDS = Form(lambda rounds: ({"rounds": np.array([[r.agreement, r.gain] for r in rounds])}, {}),
                lambda arrays, _: [Round(*row) for row in arrays["rounds"].tolist()])
 _FINE = Form(lambda fine: ({"labels": fine.labels, "probabilities": fine.probabilities}, {}),
              lambda arrays, _: FineLabels(**arrays))
@@ -141,9 +141,10 @@ class Run:
         def make() -> Ensemble:
             if number == 1:
                 return train_ensemble(self.weak(), settings, **self._how())
-            gentle = replace(self._later(settings), rate=self.profile.mutual.gentle * settings.rate)
-            return train_ensemble(self.weak(), gentle, start=self.ensemble(number - 1), guidance=self._guidance(number),
-                                  **self._how(number), name=f"classifier-{number}")
+            painted = replace(settings, paint=replace(settings.paint, share=self.profile.mutual.painted))
+            guidance = make_guidance(self.weak(), self.patches(number - 1), self.profile.mutual, number)
+            return train_ensemble(self.weak(), painted, guidance=guidance, **self._how(number),
+                                  name=f"classifier-{number}")
         return self._stage(f"classifier{number}", net_form(lambda: Ensemble(settings), self.device), make)
 
     def classifier(self, number: int = 1) -> Classifier:
@@ -169,8 +170,9 @@ class Run:
                 prior = np.full_like(prior, settings.curriculum.prior)
             if number == 1:
                 return train_mil(self.weak(), prior, settings, **self._how())
-            return train_mil(self.weak(), prior, self._later(settings), start=self.mil(number - 1)[0],
-                             **self._how(number), name=f"patches-{number}")
+            later = replace(settings, steps=max(1, round(self.profile.mutual.again * settings.steps)))
+            return train_mil(self.weak(), prior, later, start=self.mil(number - 1)[0], **self._how(number),
+                             name=f"patches-{number}")
         return self._stage(f"mil{number}", _mil(lambda: PatchNet(settings), self.device), make)
 
     def patches(self, number: int = 1) -> np.ndarray:
@@ -182,13 +184,10 @@ class Run:
         """Chapter 6: all rounds of the exchange, trained until the two maps agree no better."""
         def make() -> list[Round]:
             data, rounds = self.weak(), list[Round]()
-            positive = data.labels == 1
             while not rounds or not settled(rounds, self.profile.mutual):
                 number = len(rounds) + 1
                 common = agreement(data, self.cam(number), self.patches(number))
-                taught = 0.0 if number == 1 else float(
-                    self._guidance(number).mask[positive].sum() / data.crops.lungs[positive].sum())
-                rounds.append(Round(common, common - rounds[-1].agreement if rounds else float("nan"), taught))
+                rounds.append(Round(common, common - rounds[-1].agreement if rounds else float("nan")))
                 self.log(f"round {number}: the two maps agree to {common:.3f}")
             return rounds
         return self._stage("rounds", _ROUNDS, make)
@@ -215,14 +214,6 @@ class Run:
     def _how(self, number: int = 1) -> dict[str, Any]:
         """What every training is told, in a round of the exchange."""
         return {"seed": self.seed + number - 1, "device": self.device, "log": self.log}
-
-    def _guidance(self, number: int) -> Guidance:
-        """What the patches of the round before teach the classifier in a round."""
-        return make_guidance(self.weak(), self.cam(number - 1), self.patches(number - 1), self.profile.mutual, number)
-
-    def _later(self, settings: Any) -> Any:
-        """The settings of a task in later rounds: fewer steps."""
-        return replace(settings, steps=max(1, round(self.profile.mutual.again * settings.steps)))
 
     def _stage(self, name: str, form: Form, make: Callable[[], Any], key: str = "") -> Any:
         """A result: from memory, from the store, or made and stored."""

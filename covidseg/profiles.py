@@ -54,16 +54,16 @@ PROFILES = {
     "full": Profile(
         "full", lung_net=LungNetSettings(steps=600, again=1500, add=0.5, add_thin=0.6),
         classifier=ClassifierSettings(members=5), mil=MilSettings(steps=300),
-        segmenter=SegmenterSettings(channels=(16, 32, 64, 128, 128), steps=1000)),
+        segmenter=SegmenterSettings(steps=1000)),
 }
 
 
 def profile_named(name: str, method: str = "extended") -> Profile:
     """The profile ``quick`` or ``full`` of one of the two methods.
 
-    ``extended`` paints lesions on lesion-free slices (:mod:`covidseg.augment`), for the patches and the segmenter
-    alike; ``faithful`` is without them, see :func:`faithful`. Both paint vessels there, which stay *no lesion*: more of
-    the healthy lung that slice labels are exact about.
+    ``extended`` paints lesions on lesion-free slices (:mod:`covidseg.augment`), for patches, segmenter and, from the
+    second round on, the classifier; ``faithful`` is without them, see :func:`faithful`. Both paint vessels there, which
+    stay *no lesion*: more of the healthy lung that slice labels are exact about.
 
     Raises:
         SettingsError: there is no such profile or method.
@@ -81,9 +81,10 @@ def faithful(profile: Profile) -> Profile:
     Those labels leave out doubtful rims and nothing painted says where a lesion ends, so the outline is drawn lower.
     """
     plain = repainted(profile, share=0.0)
+    mutual = replace(plain.mutual, painted=0.0)
     segmenter = replace(plain.segmenter, fine_weight=1.0, paste=0.7, steps=min(plain.segmenter.steps, 400),
                         threshold=0.1)
-    return replace(plain, method="faithful", segmenter=segmenter)
+    return replace(plain, method="faithful", mutual=mutual, segmenter=segmenter)
 
 
 def repainted(profile: Profile, **changes: Any) -> Profile:

@@ -11,7 +11,17 @@ import torch
 from scipy import ndimage as ndi
 from tiny import generator
 
-from covidseg.augment import Painter, PaintSettings, augment, jitter, paint_lesions, paint_organ, paint_vessels, places
+from covidseg.augment import (
+    Painter,
+    PaintSettings,
+    augment,
+    jitter,
+    paint_lesions,
+    paint_organ,
+    paint_vessels,
+    places,
+    rescan,
+)
 from covidseg.preprocess import Crops
 
 SIZE = 80
@@ -93,6 +103,26 @@ def test_jitter_draws_gain_offset_and_noise_for_each_slice() -> None:
     grain = out[:, :5].std((1, 2))
     assert grain.min() < 0.005
     assert 0.02 < grain.max() < 0.05
+
+
+def test_another_scanner_blurs_or_sharpens_edges_or_adds_noise_and_leaves_other_channels_alone() -> None:
+    maps = torch.zeros(300, 2, 24, 24)
+    maps[:, :, :, 12:] = 1.0
+    before, out = maps.clone(), rescan(maps, generator())
+    assert torch.equal(maps, before), "the input itself stays as it is"
+    assert torch.equal(out[:, 1], maps[:, 1])
+    step = (out[:, 0, :, 12] - out[:, 0, :, 11]).mean(dim=1)             # 1 where the kernel stays
+    grain = out[:, 0, :, :6].std(dim=(1, 2))
+    softer, sharper = (step < 0.95).float().mean().item(), (step > 1.05).float().mean().item()
+    assert 0.2 < softer < 0.45
+    assert 0.08 < sharper < 0.3
+    assert step.min() > 0.2
+    assert 0.3 < (grain > 0.004).float().mean().item() < 0.55, "half keep their dose"
+    assert 0.06 < grain.max().item() < 0.16
+    assert abs(out[:, 0].mean().item() - 0.5) < 0.01, "neither changes the mean"
+    first, again, other = (rescan(maps, generator(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 # --- lesions ----------------------------------------------------------------------------------------------------

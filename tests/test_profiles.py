@@ -61,8 +61,9 @@ def test_the_faithful_method_paints_no_lesions_and_is_the_same_otherwise(name: s
     assert faithful.segmenter.steps <= extended.segmenter.steps
     segmenter = replace(faithful.segmenter, **{key: getattr(extended.segmenter, key)
                                                for key in ("paint", "paste", "fine_weight", "steps", "threshold")})
+    assert extended.mutual.painted > 0 == faithful.mutual.painted
     back = replace(faithful, method="extended", mil=replace(faithful.mil, paint=extended.mil.paint),
-                   segmenter=segmenter)
+                   mutual=replace(faithful.mutual, painted=extended.mutual.painted), segmenter=segmenter)
     assert back == extended
 
 

@@ -291,8 +291,7 @@ DATA, DISKS = toy(12)
 MAP, DOUBTFUL = DISKS.astype(np.float32), np.where(DISKS, np.float32(0.6), np.float32(0.2))
 LOOPS: dict[str, Callable[..., Any]] = {
     "classifier": partial(train_classifier, DATA, TINY.classifier),
-    "taught classifier": partial(train_classifier, DATA, TINY.classifier,
-                                 guidance=Guidance(MAP, DATA.crops.lungs, 1.0)),
+    "taught classifier": partial(train_classifier, DATA, TINY.classifier, guidance=Guidance(MAP, 1.0)),
     "patches": lambda **rest: train_mil(DATA, MAP, TINY.mil, **rest)[0],
     "lung net": partial(train_lung_net, DATA, replace(TINY.lung_net, again=3,
                                                       paint=replace(TINY.lung_net.paint, share=1.0))),

@@ -142,7 +142,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Evaluation([StageResult("Segmenter", "slice labels", 0.5, *counted)], float("nan"), 1)
     monkeypatch.setattr(module, "VARIANTS", {name: VARIANTS[name] for name in ("whole", "true-lungs")})
     monkeypatch.setattr(module, "evaluate_run", evaluate)
-    monkeypatch.setattr(Run, "rounds", lambda run: [Round(0.25, float("nan"), 0.0), Round(0.5 - run.seed, 0.1, 0.2)])
+    monkeypatch.setattr(Run, "rounds", lambda run: [Round(0.25, float("nan")), Round(0.5 - run.seed, 0.1)])
     return seen
 
 
