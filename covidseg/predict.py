@@ -63,7 +63,7 @@ class Predictor:
 
     @functools.cached_property
     def _nets(self) -> tuple[nn.Module | None, nn.Module]:
-        """Lung net and segmenter in the form that is fastest: probabilities differ by less than .000 001."""
+        """Lung net and segmenter in the form that is fastest: probabilities differ in the last digits."""
         return None if self.lung_net is None else for_prediction(self.lung_net), for_prediction(self.segmenter)
 
     def device(self) -> torch.device:

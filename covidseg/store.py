@@ -242,8 +242,14 @@ class Store:
 
 
 def net_arrays(net: nn.Module) -> Arrays:
-    """Weights and buffers of a net as NumPy arrays."""
-    return {name: value.detach().cpu().numpy() for name, value in net.state_dict().items()}
+    """Weights and buffers of a net as NumPy arrays, each under one name."""
+    own = _own_names(net)
+    return {name: value.detach().cpu().numpy() for name, value in net.state_dict().items() if name in own}
+
+
+def _own_names(net: nn.Module) -> set[str]:
+    """One name for each weight and buffer. MONAI's nets hold some layers in two places, and each under two names."""
+    return {name for kind in (net.named_parameters(), net.named_buffers()) for name, _ in kind}
 
 
 def load_net(net: nn.Module, arrays: Arrays, path: Path | None = None) -> nn.Module:
@@ -256,7 +262,10 @@ def load_net(net: nn.Module, arrays: Arrays, path: Path | None = None) -> nn.Mod
         ArtifactError: names or shapes differ.
     """
     try:
-        net.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in arrays.items()})
+        given = {name: torch.from_numpy(value.copy()) for name, value in arrays.items()}
+        missing, unknown = net.load_state_dict(given, strict=False)
+        if wrong := [*sorted(_own_names(net).intersection(missing)), *unknown]:
+            raise RuntimeError("missing or unknown: " + ", ".join(wrong))
     except RuntimeError as error:
         differs = shorten(str(error).split("\n", 1)[-1], 160)
         raise ArtifactError(f"stored weights do not fit this net ({differs})", path=path,

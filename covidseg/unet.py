@@ -1,4 +1,4 @@
-"""The U-Net of the lung net and of the segmenter: MONAI's, with a head of its own."""
+"""Two U-Nets of MONAI: one for the lung net, which is quick, and a finer one for the segmenter."""
 
 from __future__ import annotations
 
@@ -26,8 +26,22 @@ def make_unet(inputs: int, channels: tuple[int, ...]) -> nn.Module:
     return nn.Sequential(trunk, nn.BatchNorm2d(channels[0]), nn.ReLU(), nn.Conv2d(channels[0], 1, 1))
 
 
+def make_fine_unet(inputs: int, channels: tuple[int, ...]) -> nn.Module:
+    """The U-Net of nnU-Net (Isensee et al., Nature Methods 2021), same arguments and shapes as :func:`make_unet`.
+
+    It has two convolutions on every level, the finest included, where the other one halves the picture at once. That
+    takes half as long again, outlines lesions better, and marks fewer vessels.
+    """
+    from monai.networks.nets import DynUNet  # as above
+
+    levels = len(channels)
+    return DynUNet(spatial_dims=2, in_channels=inputs, out_channels=1, kernel_size=[3] * levels,
+                   strides=[1] + [2] * (levels - 1), upsample_kernel_size=[2] * (levels - 1), filters=list(channels),
+                   norm_name="batch")
+
+
 def for_prediction(net: nn.Module) -> nn.Module:
-    """A copy of a trained net of :func:`make_unet` that is faster and says the same, but for rounding.
+    """A copy of a trained net of this module that is faster and says the same, but for rounding.
 
     In evaluation mode a batch norm multiplies and adds constants, which fit into the convolution before it; and
     convolutions are faster where the channels of a pixel lie together in memory. Logits differ in the last digits.
@@ -38,4 +52,9 @@ def for_prediction(net: nn.Module) -> nn.Module:
         if adn is not None and hasattr(adn, "N"):
             layer.conv = fuse_conv_bn_eval(layer.conv, adn.N, isinstance(layer.conv, nn.ConvTranspose2d))
             adn.N = nn.Identity()
+        for number in "123" if hasattr(layer, "norm1") else "":  # a block of the finer one; the third is a shortcut's
+            if hasattr(layer, f"norm{number}"):
+                conv = getattr(layer, f"conv{number}")
+                conv.conv = fuse_conv_bn_eval(conv.conv, getattr(layer, f"norm{number}"))
+                setattr(layer, f"norm{number}", nn.Identity())
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -121,7 +121,7 @@ def all_in_two(folder: Path) -> dict[str, Any]:
         start = weights(training.begin(nn.Linear(2, 1)))
         list(training.batches(lambda index: drawn.append(index.numpy()) or (index,), data))  # type: ignore[func-returns-value]
         net = train_segmenter(data, data.crops.lungs, np.ones(data.crops.lungs.shape, np.float32),
-                              SegmenterSettings(channels=(4, 8), steps=3, batch=4), seed=1, log=quiet)
+                              SegmenterSettings(channels=(4, 8, 8), steps=3, batch=4), seed=1, log=quiet)
         with pytest.raises(SettingsError, match="too small for 2 processes") as caught:
             Training("toy", SegmenterSettings(batch=3), 0, CPU, quiet).own_batch()
         return {"processes": processes(), "gradients": gradients(rank()), "store": decisions(folder), "start": start,

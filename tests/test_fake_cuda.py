@@ -61,8 +61,12 @@ def fake_gpu(*batch: Tensor) -> Iterator[Losses]:
     losses: Losses = []
     copied, as_array, plan = copy.deepcopy, Tensor.numpy, patches.plan_phase
 
-    def deepcopy(net: nn.Module) -> nn.Module:  # whose weights stay the same ones: fake ones cannot be copied
-        return copied(net, {id(value): value for value in (*net.parameters(), *net.buffers())})
+    def deepcopy(net: Any, memo: Any = None) -> Any:  # whose weights stay the same ones: fake ones cannot be copied
+        if memo is None and isinstance(net, nn.Module):
+            # Unused ones of MONAI.
+            heads = [value for part in net.modules() for value in getattr(part, "heads", None) or []]
+            memo = {id(value): value for value in (*net.parameters(), *net.buffers(), *heads)}
+        return copied(net, memo)
 
     def numpy(self: Tensor, **rest: Any) -> np.ndarray:
         if not isinstance(self, FakeTensor):
@@ -112,11 +116,11 @@ def test_lung_net() -> None:
 
 def test_classifiers_their_guidance_and_their_maps() -> None:
     settings, cam = replace(TINY.classifier, steps=1, members=2), CamSettings(scales=(1.0, 1.2))
-    with fake_gpu(maps(2), torch.zeros(4)) as losses:
+    with fake_gpu(maps(3), torch.zeros(4)) as losses:
         net = train_ensemble(DATA, settings, **HOW)
     check(losses, 2, 3)
-    with fake_gpu(maps(4), torch.zeros(4)) as losses:
-        net = train_ensemble(DATA, settings, guidance=Guidance(MAPS, DISKS, 2.0), **HOW)
+    with fake_gpu(maps(3), torch.zeros(4)) as losses:
+        net = train_ensemble(DATA, settings, guidance=Guidance(MAPS, 2.0), **HOW)
         assert slice_probabilities(net, DATA.crops).shape == (8,)
         assert activation_maps(net, DATA.crops, cam).shape == MAPS.shape
     check(losses, 2, 4)

@@ -199,7 +199,7 @@ def test_the_report_names_the_best_round_and_its_patch_net_is_exported(copied: P
     assert read_report(copied)[0]["best_round"] == tiny_run.best()
     assert not same_weights(tiny_run.mil(1)[0], tiny_run.mil(2)[0])
     run = Run(tiny_run.data, TINY, 0, copied, "cpu", quiet)
-    run.rounds = lambda: [Round(float(k == number), 0.0, 0.0) for k in (1, 2)]  # type: ignore[method-assign]
+    run.rounds = lambda: [Round(float(k == number), 0.0) for k in (1, 2)]  # type: ignore[method-assign]
     write_run(run, "a test")
     report, _, stages = read_report(copied)
     assert report["best_round"] == number

@@ -296,6 +296,21 @@ def test_weights_of_another_net_are_refused():
         load_net(net(width=5), net_arrays(net()))
     with pytest.raises(ArtifactError, match=r"net\.safetensors: .*do not fit.*0\.bias"):
         load_net(net(), {k: v for k, v in net_arrays(net()).items() if k != "0.bias"}, Path("net.safetensors"))
+    with pytest.raises(ArtifactError, match=r"do not fit.*unheard\.of"):
+        load_net(net(), {**net_arrays(net()), "unheard.of": np.zeros(1)})
+
+
+def test_a_layer_that_a_net_holds_twice_is_stored_once():
+    def twice(seed: int) -> nn.Module:
+        one, holder = net(seed=seed), nn.Module()
+        holder.first, holder.again = one, one
+        return holder
+    stored = net_arrays(twice(0))
+    assert stored.keys() == {f"first.{name}" for name in net().state_dict()}
+    found = load_net(twice(1), stored)
+    np.testing.assert_array_equal(found.again[0].weight.detach(), stored["first.0.weight"])
+    with pytest.raises(ArtifactError, match=r"do not fit.*first\.0\.bias"):
+        load_net(twice(1), {k: v for k, v in stored.items() if k != "first.0.bias"})
 
 
 # --- watch ------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ TINY = Profile(
     "quick", prepare=PrepareSettings(size=80), lung_net=LungNetSettings(steps=8, size=64, channels=(4, 8), batch=4),
     classifier=ClassifierSettings(width=4, steps=8, batch=4),
     mil=MilSettings(width=4, steps=8, batch=4), mutual=MutualSettings(rounds=2, stop=0.0),
-    segmenter=SegmenterSettings(channels=(4, 8), steps=8, batch=4))
+    segmenter=SegmenterSettings(channels=(4, 8, 8), steps=8, batch=4))
 SLAB = SlabSettings(depth=2, size=40, step=2)
 TINY_BASELINES = BaselineProfile(
     CamSettings(layer_share=0.0), DeCoVNetSettings(steps=2, batch=4), Ad3dMilSettings(steps=2, batch=4),
@@ -64,7 +64,7 @@ def stage_name(run: Run, stage: str) -> str:
 
 
 def weights(net: torch.nn.Module) -> dict[str, np.ndarray]:
-    return {name: value.detach().numpy() for name, value in net.state_dict().items()}
+    return {name: value.detach().numpy() for name, value in [*net.named_parameters(), *net.named_buffers()]}
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:

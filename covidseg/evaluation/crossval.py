@@ -17,7 +17,7 @@ from covidseg.errors import DatasetError
 from covidseg.evaluation.evaluate import Evaluation, Method, Unseen, measure, unseen_slices
 from covidseg.pipeline import Run
 from covidseg.preprocess import WeakSet, join_crops
-from covidseg.segmenter import lesion_probabilities, supervised_settings
+from covidseg.segmenter import PLAIN, lesion_probabilities, supervised_settings
 
 
 def split_folds(patients: np.ndarray, folds: int) -> np.ndarray:
@@ -55,7 +55,7 @@ def cross_validated(run: Run, data: Dataset, *, folds: int = 5) -> Evaluation:
     for k in range(folds):
         net = _train(run, unseen, np.flatnonzero(fold != k), f"fold {k + 1} of {folds}")
         held_back = np.flatnonzero(fold == k)
-        maps[held_back] = lesion_probabilities(net, unseen.crops.take(held_back))
+        maps[held_back] = lesion_probabilities(net, unseen.crops.take(held_back), gains=PLAIN)
     # Scan by scan, with room for slices that are not measured, as a method is asked.
     seen = np.concatenate([each for _, _, each in unseen.scans])
     whole = np.zeros((len(seen), *maps.shape[1:]), np.float32)

@@ -39,7 +39,7 @@ from covidseg.lungs import is_volume, to_grid
 from covidseg.patches import patch_probabilities
 from covidseg.pipeline import Run
 from covidseg.preprocess import Crops, crop_masks, join_crops, uncrop_all
-from covidseg.segmenter import fuse, lesion_probabilities, supervised_settings
+from covidseg.segmenter import PLAIN, fuse, lesion_probabilities, supervised_settings
 
 # --- the truth ------------------------------------------------------------------------------------------------------
 
@@ -244,7 +244,7 @@ def stage_method(run: Run) -> Method:
 def supervised_method(run: Run, net: nn.Module) -> Method:
     """The segmenter taught with the true masks of the training slices, from :meth:`Run.supervised`."""
     return Method([("Segmenter, true masks", "pixel masks", supervised_settings(run.profile.segmenter).threshold)],
-                  lambda crops, volume: (None, [lesion_probabilities(net, crops)]))
+                  lambda crops, volume: (None, [lesion_probabilities(net, crops, gains=PLAIN)]))
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Fold]:
         seen.append(Fold(data, masks, weights, settings, set()))
         return make_segmenter(settings)
 
-    def ask(net: torch.nn.Module, crops: Crops) -> np.ndarray:
+    def ask(net: torch.nn.Module, crops: Crops, **how: Any) -> np.ndarray:
         assert not seen[-1].asked & pictures(crops), "each slice is asked about once"
         seen[-1].asked |= pictures(crops)
         return np.zeros(crops.images.shape, np.float32)
@@ -199,7 +199,7 @@ def test_a_fold_has_to_leave_both_classes(run: Run, phantom: Dataset, watched: l
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, answer: Callable[[Crops], np.ndarray]) -> None:
-    monkeypatch.setattr(crossval, "lesion_probabilities", lambda net, crops: answer(crops).astype(np.float32))
+    monkeypatch.setattr(crossval, "lesion_probabilities", lambda net, crops, **how: answer(crops).astype(np.float32))
 
 
 @pytest.fixture

@@ -154,7 +154,7 @@ def in_lungs(find: Finder) -> Callable[..., tuple[np.ndarray, Crops]]:
     return crops
 
 
-def oracle(net: object, crops: Crops) -> np.ndarray:
+def oracle(net: object, crops: Crops, **how: object) -> np.ndarray:
     return (crops.images > 0.5).astype(np.float32)
 
 
@@ -241,7 +241,7 @@ def test_figures_are_those_of_the_best_round(tiny_run: Run, monkeypatch: pytest.
     # A net that was hardly trained calls no slice ill; believed throughout, each round's maps leave their own mark.
     monkeypatch.setattr(evaluate, "slice_probabilities", lambda net, crops: np.ones(len(crops), np.float32))
     run = Run(tiny_run.data, TINY, 0, tiny_run.folder, "cpu", quiet)
-    run.rounds = lambda: [Round(float(k == best), 0.0, 0.0) for k in (1, 2)]  # type: ignore[method-assign]
+    run.rounds = lambda: [Round(float(k == best), 0.0) for k in (1, 2)]  # type: ignore[method-assign]
     data = run.data.subset(["phantom_01"])
     result = evaluate_run(run, data, upper_bound=False)
 
@@ -267,7 +267,7 @@ def test_true_lungs_are_used_where_a_profile_asks_for_them(untrained: SimpleName
     lung = write_like(~left_half(np.zeros((4, 80, 80))), grid, tmp_path / "lung" / "one.nii.gz")
     data = Dataset(squares.root, (replace(one, lung=lung), two))
     untrained.profile.true_lungs = wanted
-    monkeypatch.setattr(evaluate, "lesion_probabilities", lambda net, crops: crops.lungs.astype(np.float32))
+    monkeypatch.setattr(evaluate, "lesion_probabilities", lambda net, crops, **how: crops.lungs.astype(np.float32))
     row = evaluate_run(untrained, data, upper_bound=False).stages[-1]  # type: ignore[arg-type]
     truth = read_mask(one.mask)
     assert row.counts[:4, :2].sum(axis=1).tolist() == [80 * 40 if wanted else 80 * 80] * 4

@@ -24,7 +24,7 @@ from covidseg.gradcam import activation_maps
 from covidseg.pipeline import Run
 from covidseg.preprocess import Crops
 from covidseg.profiles import PROFILES, faithful
-from covidseg.segmenter import lesion_probabilities
+from covidseg.segmenter import GAINS, PLAIN, lesion_probabilities
 from covidseg.store import load_arrays
 
 LUNGS = ("threshold", "lung_net", "weak")
@@ -132,8 +132,9 @@ def test_volume_or_stack_makes_a_difference_to_slabs_only(trained: dict[str, Tra
 def test_our_answer_is_the_segmenters(trained: dict[str, Trained], run: Run, crops: Crops) -> None:
     segmenters = [run.segmenter(), folder_of(run, run.folder, profile=faithful(TINY)).segmenter(),
                   run.supervised(training_truth(run))]
-    for name, net in zip(("extended", "faithful", "masks"), segmenters, strict=True):
-        np.testing.assert_array_equal(trained[name].method.maps(crops, True)[1][-1], lesion_probabilities(net, crops))
+    for name, net, gains in zip(("extended", "faithful", "masks"), segmenters, (GAINS, GAINS, PLAIN), strict=True):
+        np.testing.assert_array_equal(trained[name].method.maps(crops, True)[1][-1],
+                                      lesion_probabilities(net, crops, gains=gains))
         assert same_weights(trained[name].nets[-1], net)
 
 

@@ -116,7 +116,7 @@ def test_a_time_that_is_none(seconds: object, tmp_path: Path) -> None:
     ("settings.true_lungs", 0), ("settings.name", 7), ("settings.segmenter.steps", "300"),
     ("settings.segmenter.steps", 300.5), ("settings.segmenter.channels", 16),
     ("settings.segmenter.channels", [16, "a"]),
-    ("settings.mutual.sure", [0.1]), ("settings.segmenter.threshold", None),
+    ("settings.mutual.weights", ["a"]), ("settings.segmenter.threshold", None),
     ("settings.segmenter.threshold", float("nan")), ("settings.segmenter.threshold", 10**400),
     ("settings.lungs", []), ("stages.segmenter", 5), ("stages.segmenter", "../segmenter.safetensors"),
     ("stages.segmenter", "/segmenter.safetensors"), ("stages.segmenter", ".."), ("stages.segmenter", "a" * 300),

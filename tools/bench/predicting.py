@@ -14,7 +14,7 @@ from bench.command import covidseg
 from bench.measure import Setup, comparison, in_fresh_process, limited
 from bench.volumes import write_volume
 from covidseg.predict import load_predictor
-from covidseg.unet import make_unet
+from covidseg.unet import make_fine_unet
 
 WINDOW = 160  # side of the crops that our segmenter sees
 
@@ -24,7 +24,7 @@ def sliding_window(path: Path, device: str) -> float:
     from monai.inferers import sliding_window_inference
 
     channels = load_predictor().profile.segmenter.channels
-    net = make_unet(1, channels).eval().to(device)
+    net = make_fine_unet(1, channels).eval().to(device)
     pixels = np.moveaxis(nib.load(path).get_fdata(dtype=np.float32), 2, 0)  # type: ignore[attr-defined]
     slices = torch.from_numpy(np.clip((pixels + 1000) / 1600, 0, 1))[:, None]               # (N, 1, H, W)
     with torch.inference_mode():

@@ -88,7 +88,7 @@ FAULTS = [
     _report("a run of an earlier version, which lacks a setting",
             lambda content: content["settings"].pop("segmenter"), REPORT, "segmenter"),
     _report("a run of other nets, whose weights do not fit its settings",
-            lambda content: content["settings"]["segmenter"].update(channels=[4, 8]), WEIGHTS),
+            lambda content: content["settings"]["segmenter"].update(channels=[4, 8, 8]), WEIGHTS),
     _report("a report that is no report", lambda content: content.pop("stages"), REPORT),
     Fault("a folder that holds no run", PREDICT, InputFileError, ("run",), run_with(REPORT, Path.unlink)),
     Fault("weights that are damaged, to be shared", "covidseg export run -o nets", ArtifactError, (WEIGHTS,),
