@@ -39,7 +39,7 @@ def report() -> dict:
 
 def record() -> dict:
     """The recorded comparison on real CT."""
-    return read_records("table1-medseg9-full")["table1-medseg9-full"]
+    return read_records("table1-medseg9-extended-full")["table1-medseg9-extended-full"]
 
 
 def recorded() -> dict:
