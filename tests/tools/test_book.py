@@ -243,6 +243,22 @@ def test_students_find_their_notebooks(book: Path) -> None:
         assert packed.namelist() == [f"{Path(name).name}.ipynb" for name in CHAPTERS]
 
 
+def raw_tables(page: str) -> list[str]:
+    """Tables that stand in a page as they were typed: their cell lacks ``markdown_format: gfm``."""
+    return re.findall(r"<p>\|[^\n]*", page)
+
+
+@pytest.mark.book
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_every_table_is_drawn(book: Path, name: str) -> None:
+    assert raw_tables((book / f"{name}.html").read_text(encoding="utf-8")) == []
+
+
+def test_the_check_of_tables_fires() -> None:
+    assert raw_tables("<p>Three slices.</p>\n<p>| a | b |\n|—|–:|\n| c | d |</p>") == ["<p>| a | b |"]
+    assert raw_tables("<table><tr><td>a | b</td></tr></table><p>a | b</p>") == []
+
+
 @pytest.mark.book
 def test_no_link_is_broken(book: Path) -> None:
     assert broken_links(book.resolve()) == []
