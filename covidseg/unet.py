@@ -30,7 +30,7 @@ def make_fine_unet(inputs: int, channels: tuple[int, ...]) -> nn.Module:
     """The U-Net of nnU-Net (Isensee et al., Nature Methods 2021), same arguments and shapes as :func:`make_unet`.
 
     It has two convolutions on every level, the finest included, where the other one halves the picture at once. That
-    takes half as long again, outlines lesions better, and marks fewer vessels.
+    takes up to twice as long, outlines lesions better, and marks fewer healthy slices.
     """
     from monai.networks.nets import DynUNet  # as above
 
@@ -52,7 +52,7 @@ def for_prediction(net: nn.Module) -> nn.Module:
         if adn is not None and hasattr(adn, "N"):
             layer.conv = fuse_conv_bn_eval(layer.conv, adn.N, isinstance(layer.conv, nn.ConvTranspose2d))
             adn.N = nn.Identity()
-        for number in "123" if hasattr(layer, "norm1") else "":  # a block of the finer one; the third is a shortcut's
+        for number in (1, 2):  # a block of the finer one has two
             if hasattr(layer, f"norm{number}"):
                 conv = getattr(layer, f"conv{number}")
                 conv.conv = fuse_conv_bn_eval(conv.conv, getattr(layer, f"norm{number}"))
