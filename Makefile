@@ -13,6 +13,9 @@ PYTHON ?=
 CANDIDATES := python3.12 python3.11 python3.13 python3 python
 PYTEST_ARGS ?=
 BOOK_ARGS ?=
+# The scans that the chapters run on: phantom, medseg, or a training folder, with TEST for the test folder.
+DATA ?= phantom
+TEST ?=
 BENCH_ARGS ?=
 
 help:  ## Show this list
@@ -24,8 +27,8 @@ help:  ## Show this list
 	@printf '  make book BOOK_ARGS="--only 02"  pass options to tools/build_book.py\n'
 	@printf '  make bench BENCH_ARGS="--only lungs" measure only some things\n'
 
-book: $(READY)  ## Run every chapter and build the book into _build/html
-	$(BIN)/python tools/build_book.py $(BOOK_ARGS)
+book: $(READY)  ## Run every chapter and build the book into _build/html (DATA=medseg: on real CT)
+	$(BIN)/python tools/build_book.py --data "$(DATA)" --test "$(TEST)" $(BOOK_ARGS)
 
 html: $(READY)  ## Build the pages again from chapters that have run already
 	$(BIN)/python tools/build_book.py --no-execute $(BOOK_ARGS)
@@ -125,8 +128,9 @@ $(READY): requirements-bootstrap.txt requirements.lock pyproject.toml
 	fi; \
 	printf '%s' "$$(pwd -P)" > $(READY)
 
-strip: $(READY)  ## Remove outputs and run-time metadata from the chapters
+strip: $(READY)  ## Remove outputs and run-time metadata from the chapters, and put their pictures into them
 	$(BIN)/python -m nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" chapters/*.ipynb
+	$(BIN)/python tools/notebooks.py
 
 lock: $(READY)  ## Resolve pyproject.toml again into requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \

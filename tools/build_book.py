@@ -32,6 +32,9 @@ import yaml
 from notebooks import students_zip, with_solutions
 from pages import fill_tables, localise, mended, status_tables, trim_mathjax
 
+from covidseg.book.lesson import find_scans
+from covidseg.errors import DatasetError
+
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "_build"
 STAGE = BUILD / "stage"
@@ -128,7 +131,7 @@ def prepare_environment(build: Path) -> None:
     subprocess.run([sys.executable, "-c", "import matplotlib.font_manager"], check=False, capture_output=True)
 
 
-def run_chapter(chapter: str, source: Path, target: Path, folder: Path, profile: str) -> Run:
+def run_chapter(chapter: str, source: Path, target: Path, folder: Path, parameters: dict[str, Any]) -> Run:
     """Runs one notebook from ``source`` to ``target`` in ``folder``; a failed one is written too, with its error.
 
     Returns:
@@ -141,7 +144,7 @@ def run_chapter(chapter: str, source: Path, target: Path, folder: Path, profile:
 
     start, error, cells = time.perf_counter(), "", list[Any]()
     try:
-        papermill.execute_notebook(str(source), str(target), parameters={"profile": profile}, kernel_name="python3",
+        papermill.execute_notebook(str(source), str(target), parameters=parameters, kernel_name="python3",
                                    cwd=str(folder), log_output=False, progress_bar=False)
     except Exception as failure:  # papermill lets errors of kernels and of notebooks through as they are
         error = next((line for line in reversed(str(failure).splitlines()) if line.strip()), type(failure).__name__)
@@ -190,19 +193,38 @@ def render(stage_folder: Path, build: Path) -> int:
     return 0
 
 
-def write_status(runs: list[Run], profile: str) -> None:
+def scans(data: str, test: str) -> tuple[str | list[str], str]:
+    """What the chapters' parameter ``data`` has to be, and what a page may call it.
+
+    Raises:
+        DatasetError: scans are missing, and cannot be fetched or were not.
+    """
+    if not test:
+        find_scans(data)
+        return data, data
+    folders = [str(Path(folder).expanduser().resolve()) for folder in (data, test)]
+    find_scans(folders)
+    return folders, " and ".join(Path(folder).name for folder in folders)
+
+
+def last_status() -> dict[str, Any]:
+    """What the last build measured; empty if there was none."""
+    return json.loads(STATUS.read_text(encoding="utf-8")) if STATUS.exists() else {}
+
+
+def write_status(runs: list[Run], data: str, profile: str) -> None:
     """Keeps what a build measured; chapters that it did not run keep what the last one measured."""
-    before = json.loads(STATUS.read_text(encoding="utf-8")) if STATUS.exists() else {}
-    known = before.get("chapters", []) if before.get("profile") == profile else []
+    before = last_status()
+    known = before.get("chapters", []) if (before.get("data"), before.get("profile")) == (data, profile) else []
     measured = {run["chapter"]: run for run in [*known, *runs]}
-    status = {"profile": profile, "python": sys.version.split()[0], "date": time.strftime("%Y-%m-%d"),
+    status = {"data": data, "profile": profile, "python": sys.version.split()[0], "date": time.strftime("%Y-%m-%d"),
               "machine": f"{platform.system()} with {os.cpu_count()} processor cores",
               "versions": {name: version(name) for name in PACKAGES},
               "chapters": [measured[chapter] for chapter in chapters_to_run(ROOT) if chapter in measured]}
     STATUS.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
 
 
-def run_chapters(chapters: list[str], profile: str, *, solutions: bool) -> list[Run]:
+def run_chapters(chapters: list[str], parameters: dict[str, Any], *, solutions: bool) -> list[Run]:
     """Runs chapters one after another and says how it went; with the solutions of their exercises in copies of them."""
     prepare_environment(BUILD)
     runs = []
@@ -213,7 +235,7 @@ def run_chapters(chapters: list[str], profile: str, *, solutions: bool) -> list[
             target.parent.mkdir(exist_ok=True)
             solved, source = with_solutions(nbformat.read(source, as_version=4)), target.with_suffix(".source.ipynb")
             nbformat.write(solved, source)
-        runs.append(run := run_chapter(chapter, source, target, BUILD, profile))
+        runs.append(run := run_chapter(chapter, source, target, BUILD, parameters))
         print(f"book: {chapter}{' with solutions' * solutions}: {run['seconds']:.1f} s, slowest cell "
               f"{run['slowest_cell']} {run['slowest_seconds']:.1f} s"
               + (f", writes to stderr: {', '.join(run['stderr_cells'])}" if run["stderr_cells"] else ""), flush=True)
@@ -229,6 +251,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line of ``make book``; returns the exit status."""
     parser = argparse.ArgumentParser(description="Run the chapters and build the book into _build/html.")
     parser.add_argument("--profile", choices=("quick", "full"), default="quick", help="settings of the runs")
+    parser.add_argument("--data", default="phantom",
+                        help="scans: phantom, a registered pair such as medseg, or a folder with slice labels")
+    parser.add_argument("--test", default="", metavar="FOLDER", help="folder with outlines that belongs to it")
     parser.add_argument("--only", nargs="+", metavar="TEXT", default=[],
                         help="run only chapters whose name contains one of these; the others keep their last outputs")
     parser.add_argument("--no-execute", action="store_true", help="render the chapters that were run last time")
@@ -243,15 +268,24 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [chapter for chapter in chapters_to_run(ROOT)
               if not options.only or any(text in chapter for text in options.only)]
     failed = False
+    running = options.solutions or not options.no_execute
+    try:
+        data, called = scans(options.data, options.test) if running else ("", last_status().get("data", ""))
+    except DatasetError as error:
+        print(f"book: {error}")
+        return error.exit_code
+    if options.only and not options.solutions and last_status().get("data", called) != called:
+        print(f"book: the other chapters show {last_status()['data']}, not {called}: build them all once")
+        return 1
     if not options.solutions:
         stage(ROOT, STAGE, keep_executed=options.no_execute or bool(options.only))
-    if options.solutions or not options.no_execute:
-        runs = run_chapters(chosen, options.profile, solutions=options.solutions)
+    if running:
+        runs = run_chapters(chosen, {"data": data, "profile": options.profile}, solutions=options.solutions)
         failed = any(run["error"] or (options.strict_time and run["slowest_seconds"] > SLOW_CELL_SECONDS)
                      for run in runs)
         if options.solutions:
             return int(failed)
-        write_status(runs, options.profile)
+        write_status(runs, called, options.profile)
     for chapter in chapters_to_run(STAGE):
         notebook = nbformat.read(STAGE / f"{chapter}.ipynb", as_version=4)
         if cells := machine_paths(notebook, private_folders()):
@@ -264,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     downloads.mkdir(exist_ok=True)
     (downloads / "covidseg-students.zip").write_bytes(
         students_zip([ROOT / f"{chapter}.ipynb" for chapter in chapters_to_run(ROOT)]))
-    status = json.loads(STATUS.read_text(encoding="utf-8")) if STATUS.exists() else None
+    status = last_status()
     fill_tables(STAGE, status_tables(status, STAGE) if status else {})
     if render(STAGE, BUILD):
         return 1

@@ -6,6 +6,7 @@ Cells tagged ``solution`` hold the folded solution of the exercise before them. 
 
 from __future__ import annotations
 
+import base64
 import copy
 import io
 import re
@@ -15,19 +16,35 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-# Where the published book keeps its pictures. The chapters name them there, for Colab opens a notebook alone; in the
-# staged copy they become files beside it, so that the pages need no other host.
-PICTURES = "https://covidseg.github.io/covidseg/_images/"
-
 
 def tags(cell: NotebookNode) -> list[str]:
     """Tags of a cell, none if it has no such entry."""
     return list(cell.metadata.get("tags", []))
 
 
-def with_local_pictures(text: str) -> str:
-    """Markdown of a chapter with the book's pictures as files in ``images/``."""
-    return text.replace(PICTURES, "images/")
+def with_pictures(notebook: NotebookNode, folder: Path) -> NotebookNode:
+    """A copy that carries the pictures it shows, ``attachment:NAME.svg``, for a notebook is opened and sent alone.
+
+    Args:
+        folder: where the pictures lie as files.
+    """
+    notebook = copy.deepcopy(notebook)
+    for cell in notebook.cells:
+        cell.pop("attachments", None)
+        names = re.findall(r"\]\(attachment:([\w-]+\.svg)\)", cell.source) if cell.cell_type == "markdown" else []
+        if names:
+            cell.attachments = {name: {"image/svg+xml": base64.b64encode((folder / name).read_bytes()).decode()}
+                                for name in names}
+    return notebook
+
+
+def without_pictures(notebook: NotebookNode) -> NotebookNode:
+    """A copy that shows its pictures from files in ``images/``, as the pages do."""
+    notebook = copy.deepcopy(notebook)
+    for cell in notebook.cells:
+        if cell.pop("attachments", None):
+            cell.source = cell.source.replace("](attachment:", "](images/")
+    return notebook
 
 
 def without_solutions(notebook: NotebookNode) -> NotebookNode:
@@ -67,3 +84,10 @@ def students_zip(chapters: list[Path]) -> bytes:
             text = nbformat.writes(without_solutions(nbformat.read(path, as_version=4)))
             archive.writestr(zipfile.ZipInfo(path.name, (2026, 1, 1, 0, 0, 0)), text)
     return packed.getvalue()
+
+
+if __name__ == "__main__":  # `make strip` has the chapters carry their pictures
+    for chapter in sorted((Path(__file__).resolve().parents[1] / "chapters").glob("*.ipynb")):
+        source = nbformat.read(chapter, as_version=4)
+        if (carrying := with_pictures(source, chapter.parent / "images")) != source:
+            nbformat.write(carrying, chapter)

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from notebooks import with_local_pictures
+from notebooks import without_pictures
 
 
 def localise(stage_folder: Path) -> None:
-    """Makes the staged pages independent of other hosts: pictures of the published book become files beside them."""
-    for path in [*stage_folder.glob("chapters/*.ipynb"), *stage_folder.glob("chapters/*.md")]:
-        text = path.read_text(encoding="utf-8")
-        if (local := with_local_pictures(text)) != text:
-            path.write_text(local, encoding="utf-8")
+    """Shows the pictures that staged chapters carry from the files beside them, each of which the book has once."""
+    for path in stage_folder.glob("chapters/*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        if (local := without_pictures(notebook)) != notebook:
+            nbformat.write(local, path)
 
 
 def chapter_title(path: Path) -> str:

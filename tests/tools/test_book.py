@@ -18,7 +18,6 @@ import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 from nbformat.v4 import new_code_cell, new_notebook, new_output
-from notebooks import PICTURES
 
 from covidseg.book.results import read_records
 from covidseg.evaluation.experiments import Line, table_lines
@@ -78,13 +77,13 @@ def test_chapter_runs_are_reported_and_failures_kept(tmp_path: Path, monkeypatch
     source = tmp_path / "source.ipynb"
     nbformat.write(new_notebook(cells=[parameters, body], metadata=kernel), source)
 
-    good = builder.run_chapter("good", source, tmp_path / "good.ipynb", tmp_path, "full")
+    good = builder.run_chapter("good", source, tmp_path / "good.ipynb", tmp_path, {"profile": "full"})
     assert (good["error"], good["slowest_cell"], good["stderr_cells"]) == ("", "body", ["body"])
     assert good["slowest_seconds"] >= 0.5
     injected = nbformat.read(tmp_path / "good.ipynb", as_version=4).cells[1]
     assert {"injected-parameters", "remove-cell"} <= set(injected.metadata["tags"])
 
-    bad = builder.run_chapter("bad", source, tmp_path / "bad.ipynb", tmp_path, "quick")
+    bad = builder.run_chapter("bad", source, tmp_path / "bad.ipynb", tmp_path, {"profile": "quick"})
     assert "profile is quick" in bad["error"]
     kept = nbformat.read(tmp_path / "bad.ipynb", as_version=4)
     assert any(o.output_type == "error" for cell in kept.cells if cell.cell_type == "code" for o in cell.outputs)
@@ -123,10 +122,10 @@ def test_tables_of_the_build_stand_where_pages_ask_for_them(tmp_path: Path) -> N
 
 def test_pictures_become_files_and_spare_mathjax_goes(tmp_path: Path) -> None:
     (tmp_path / "chapters").mkdir()
-    page = tmp_path / "chapters" / "a.md"
-    page.write_text(f"![x]({PICTURES}a.svg)")
+    carrying = nbformat.v4.new_markdown_cell("![x](attachment:a.svg)", attachments={"a.svg": {"image/svg+xml": "eA=="}})
+    nbformat.write(new_notebook(cells=[carrying]), tmp_path / "chapters" / "a.ipynb")
     pages.localise(tmp_path)
-    assert page.read_text() == "![x](images/a.svg)"
+    assert nbformat.read(tmp_path / "chapters" / "a.ipynb", as_version=4).cells[0].source == "![x](images/a.svg)"
     for name in ("tex-chtml.js", "tex-svg.js"):
         (tmp_path / name).write_text("")
     pages.trim_mathjax(tmp_path)
@@ -136,10 +135,12 @@ def test_pictures_become_files_and_spare_mathjax_goes(tmp_path: Path) -> None:
 
 def test_status_keeps_what_was_measured_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "STATUS", tmp_path / "status.json")
-    for times, profile, kept in (([10, 20], "quick", [10, 20]), ([None, 30], "quick", [10, 30]),
-                                 ([None, 40], "full", [40])):
+    for times, data, profile, kept in (([10, 20], "phantom", "quick", [10, 20]),
+                                       ([None, 30], "phantom", "quick", [10, 30]),
+                                       ([None, 40], "phantom", "full", [40]),
+                                       ([None, 50], "medseg", "full", [50])):
         runs = [{"chapter": name, "seconds": time} for name, time in zip(CHAPTERS[:len(times)], times, strict=True)]
-        builder.write_status([run for run in runs if run["seconds"]], profile)
+        builder.write_status([run for run in runs if run["seconds"]], data, profile)
         content = json.loads((tmp_path / "status.json").read_text())
         assert [run["seconds"] for run in content["chapters"]] == kept
 
@@ -189,7 +190,7 @@ def recorded() -> list[Line]:
 
 @pytest.mark.book
 def test_results_page_shows_the_recorded_comparison(book: Path) -> None:
-    page = (book / "chapters/09_results.html").read_text(encoding="utf-8")
+    page = (book / "chapters/10_results.html").read_text(encoding="utf-8")
     assert figures_missing(page, recorded()) == [], "run `make book` again"
 
 

@@ -27,13 +27,6 @@ def test_the_package_installs_beside_colabs_versions() -> None:
             assert requirement.specifier.contains(wanted[requirement.name]), text
 
 
-def test_first_cell_installs_this_version() -> None:
-    """A chapter opened on Colab runs with the package that it was written for."""
-    setup = nbformat.read(ROOT / "chapters" / "00_welcome.ipynb", as_version=4).cells
-    source = next(cell.source for cell in setup if cell.id == "colab-setup")
-    assert f"covidseg@v{PROJECT['version']}" in source
-
-
 @pytest.mark.weekly
 def test_a_chapter_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}

@@ -1,0 +1,98 @@
+"""What a chapter stands on: scans of either edition, nets that come with the package, sentences that must be true."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from covidseg.book import lesson as page
+from covidseg.data.registry import cache_root
+from covidseg.errors import DatasetError, SettingsError
+from covidseg.pipeline import Run
+
+
+@pytest.fixture
+def small(tiny_run: Run, tmp_path: Path) -> Run:
+    """A run like the finished one that has trained nothing yet."""
+    return Run(tiny_run.data, tiny_run.profile, tiny_run.seed, tmp_path / "run", "cpu", lambda line: None)
+
+
+@pytest.mark.nets
+def test_shipped_nets_spare_a_chapter_the_ones_before(tiny_run: Run, small: Run, tmp_path: Path) -> None:
+    shipped = tmp_path / "nets"
+    names = [path.name for path in page.ship(tiny_run, shipped)]
+    assert "classifier1.safetensors" in names
+    brought = page.bring(small, page.NETS[:2], shipped)
+    assert brought == ("lung_net", "classifier1")
+    assert page.bring(small, page.NETS[:2], shipped) == (), "they are there now"
+    assert not small.store.path("mil1", small.key("mil1")).exists(), "a later stage is the chapter's own"
+    # Half precision: the maps of the two nets are the same to the eye.
+    assert float(np.abs(small.cam() - tiny_run.cam()).max()) < 0.05
+    assert small.history("classifier1") == tiny_run.history("classifier1")
+
+
+def test_nets_of_other_settings_or_another_seed_are_not_brought(tiny_run: Run, tmp_path: Path) -> None:
+    page.ship(tiny_run, tmp_path / "nets")
+    other = Run(tiny_run.data, tiny_run.profile, tiny_run.seed + 1, tmp_path / "run", "cpu", lambda line: None)
+    assert page.bring(other, page.NETS, tmp_path / "nets") == ()
+    assert page.bring(other, page.NETS, tmp_path / "none") == ()
+
+
+def test_folders_of_ones_own(tiny_phantom: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COVIDSEG_RUNS", str(tmp_path))
+    opened = page.open_lesson([str(tiny_phantom), str(tiny_phantom)], trains="classifier1")
+    assert opened.real
+    assert len(opened.run.data.cases) == len(opened.test.cases) == 4
+    text = opened._repr_markdown_()
+    assert "training scans phantom, test scans phantom; profile `quick`, seed 0" in text
+    assert "never use it for diagnosis" in text
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(("data", "complaint"), [
+    ("medsag", "names no scans for the book.*phantom, medseg"), (["one"], "names no scans"),
+    (["nowhere-a", "nowhere-b"], "neither a data folder")])
+def test_scans_that_are_none(data: str | list[str], complaint: str) -> None:
+    with pytest.raises(DatasetError, match=complaint):
+        page.open_lesson(data)
+
+
+def test_unknown_stage() -> None:
+    with pytest.raises(SettingsError, match=r"no stage 'grad-cam'.*lung_net, classifier1"):
+        page.open_lesson(trains="grad-cam")
+
+
+@pytest.mark.parametrize("answer", ["n", ""])
+def test_missing_set_is_offered_with_its_licence(answer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COVIDSEG_DATA", str(tmp_path))
+    monkeypatch.setattr(builtins, "input", lambda question: answer)
+    with pytest.raises(DatasetError, match="covidseg data get medseg2") as caught:
+        page.open_lesson("medseg")
+    assert str(cache_root()) not in str(caught.value), "no page names a folder of a machine"
+    assert "licence CC0 1.0" in capsys.readouterr().out
+
+
+def test_nobody_to_ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nobody(question: str) -> str:
+        raise EOFError
+    monkeypatch.setenv("COVIDSEG_DATA", str(tmp_path))
+    monkeypatch.setattr(builtins, "input", nobody)
+    with pytest.raises(DatasetError, match="has not been fetched"):
+        page.find_scans("medseg")
+
+
+def test_notebook_and_package_are_of_one_version() -> None:
+    page.begin(page.__version__)
+    with pytest.raises(SettingsError, match=r"written for covidseg 0\.0\.9"):
+        page.begin("0.0.9")
+
+
+def test_claims_are_checked() -> None:
+    assert page.claim(("Better.", True), ("Worse.", False)).data == "Better."
+    assert page.claim(("Better.", False), ("Worse.", np.True_)).data == "Worse."
+    with pytest.raises(AssertionError, match=r"no longer true: Better\. \| Worse\."):
+        page.claim(("Better.", False), ("Worse.", False))
