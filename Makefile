@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv book html pdf solutions colab bench faults fuzz mutants audit test weekly processors shuffle coverage lint strip lock clean distclean FORCE
+.PHONY: help venv book html serve lab pdf solutions colab bench faults fuzz mutants audit test weekly processors shuffle coverage lint strip lock clean distclean FORCE
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -17,6 +17,7 @@ BOOK_ARGS ?=
 DATA ?= phantom
 TEST ?=
 BENCH_ARGS ?=
+LAB_ARGS ?=
 
 help:  ## Show this list
 	@printf 'covidseg: what make can do. The first run makes %s, with about 5 GB of pinned packages.\n\n' '$(VENV)'
@@ -32,6 +33,12 @@ book: $(READY)  ## Run every chapter and build the book into _build/html (DATA=m
 
 html: $(READY)  ## Build the pages again from chapters that have run already
 	$(BIN)/python tools/build_book.py --no-execute $(BOOK_ARGS)
+
+serve: $(READY)  ## Show the built book at http://localhost:8000
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000
+
+lab: $(READY)  ## Open the chapters in JupyterLab, in the environment of the book
+	cd chapters && COVIDSEG_RUNS=../_build/runs ../$(BIN)/jupyter lab $(LAB_ARGS)
 
 pdf: $(READY)  ## Print the built book into _build/covidseg-book.pdf (needs Chromium)
 	$(BIN)/python tools/book_pdf.py

@@ -53,7 +53,7 @@ def jitter(maps: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat([maps[:, :1] * gain + offset + noise, maps[:, 1:]], dim=1)
 
 
-def rescan(maps: Tensor, generator: torch.Generator) -> Tensor:
+def rescan(maps: Tensor, generator: torch.Generator, share: float = 1.0) -> Tensor:
     """Pictures as another scanner would show them: half get another kernel, half the noise of a lower dose.
 
     A soft reconstruction kernel blurs, a sharp one enhances edges, and fewer photons leave more noise, whose grain
@@ -61,7 +61,11 @@ def rescan(maps: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         maps: ``(B, C, S, S)`` float; only channel 0, the picture, changes.
+        share: of the pictures that this may happen to at all.
     """
+    if not share:
+        return maps
+
     def uniform(low: float = 0.0, high: float = 1.0) -> Tensor:
         return low + (high - low) * torch.rand(len(maps), 1, 1, 1, generator=generator)
     picture = maps[:, :1]
@@ -72,7 +76,10 @@ def rescan(maps: Tensor, generator: torch.Generator) -> Tensor:
     grain = torch.randn(picture.shape, generator=generator)
     grain = torch.lerp(grain, 2.3 * _blur(grain, torch.full((len(maps), 1, 1, 1), 0.7)), uniform())
     dose = 0.12 * uniform() ** 2 * (uniform() < 0.5)
-    return torch.cat([picture + dose * grain, maps[:, 1:]], dim=1)
+    picture = picture + dose * grain
+    if share < 1:
+        picture = torch.where(uniform() < share, picture, maps[:, :1])
+    return torch.cat([picture, maps[:, 1:]], dim=1)
 
 
 def _blur(pictures: Tensor, sigma: Tensor) -> Tensor:

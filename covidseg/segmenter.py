@@ -24,7 +24,7 @@ from skimage.segmentation import random_walker
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from covidseg.augment import NO_PAINT, Painter, PaintSettings, augment, paste_lesions
+from covidseg.augment import NO_PAINT, Painter, PaintSettings, augment, paste_lesions, rescan
 from covidseg.devices import keep_freed_memory
 from covidseg.errors import SettingsError
 from covidseg.preprocess import Crops, WeakSet, net_input, net_maps, slices_at_once
@@ -170,6 +170,8 @@ class SegmenterSettings:
         keep: Share of the old labels in that mixture.
         paste: Probability that a lesion-free slice gets the lesions of a slice with fine labels, see
             :func:`paste_lesions`.
+        rescan: Probability that a picture is shown as another scanner would show it, see
+            :func:`covidseg.augment.rescan`.
         threshold: Lesion from this probability on; below one half, since fine labels leave out doubtful rims.
         paint: Lesions painted on lesion-free slices; a share of 0 leaves them out.
     """
@@ -184,6 +186,7 @@ class SegmenterSettings:
     refresh: tuple[float, ...] = (0.4, 0.7)
     keep: float = 0.5
     paste: float = 0.0
+    rescan: float = 0.5
     threshold: float = 0.25
     paint: PaintSettings = field(default_factory=PaintSettings)
 
@@ -194,7 +197,8 @@ class SegmenterSettings:
 
 def supervised_settings(settings: SegmenterSettings) -> SegmenterSettings:
     """The settings for training with true masks: nearly plain cross entropy, nothing painted, threshold .5."""
-    return replace(settings, robustness=0.1, fine_weight=1.0, refresh=(), paste=0.0, paint=NO_PAINT, threshold=0.5)
+    return replace(settings, robustness=0.1, fine_weight=1.0, refresh=(), paste=0.0, rescan=0.0, paint=NO_PAINT,
+                   threshold=0.5)
 
 
 def make_segmenter(settings: SegmenterSettings) -> nn.Module:
@@ -260,7 +264,8 @@ def train_segmenter(data: WeakSet, targets: np.ndarray, weights: np.ndarray,
     def make_batch(index: Tensor) -> Batch:
         maps, exact = torch.stack([part[index] for part in slices], dim=1), lesion_free[index]
         maps = painter(maps, index, exact, training.generator)
-        return augment(paste_lesions(maps, exact, settings.paste, training.generator), training.generator), exact
+        maps = augment(paste_lesions(maps, exact, settings.paste, training.generator), training.generator)
+        return rescan(maps, training.generator, settings.rescan), exact
 
     refresh = {round(share * settings.steps) for share in settings.refresh}
     batches = training.batches(make_batch, data, hold={step + 1 for step in refresh})

@@ -123,6 +123,9 @@ def test_another_scanner_blurs_or_sharpens_edges_or_adds_noise_and_leaves_other_
     first, again, other = (rescan(maps, generator(seed)) for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    same = (rescan(maps, generator(), 0.3)[:, 0] == maps[:, 0]).all(dim=(1, 2)).float().mean().item()
+    assert 0.7 < same < 0.85, "three in ten go to the other scanner, where a quarter looks the same"
+    assert rescan(maps, generator(), 0.0) is maps
 
 
 # --- lesions ----------------------------------------------------------------------------------------------------
