@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import nbformat
+from citations import read_bibliography, with_links
 from nbformat import NotebookNode
 
 
@@ -86,8 +87,18 @@ def students_zip(chapters: list[Path]) -> bytes:
     return packed.getvalue()
 
 
-if __name__ == "__main__":  # `make strip` has the chapters carry their pictures
-    for chapter in sorted((Path(__file__).resolve().parents[1] / "chapters").glob("*.ipynb")):
-        source = nbformat.read(chapter, as_version=4)
-        if (carrying := with_pictures(source, chapter.parent / "images")) != source:
-            nbformat.write(carrying, chapter)
+def for_readers_anywhere(notebook: NotebookNode, chapters: Path) -> NotebookNode:
+    """A copy of a chapter that needs nothing beside it: it carries its pictures, and its citations are links."""
+    notebook = with_pictures(notebook, chapters / "images")
+    entries = read_bibliography(chapters / "references.bib")
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_links(cell.source, entries)
+    return notebook
+
+
+if __name__ == "__main__":  # `make strip`
+    for path in sorted((Path(__file__).resolve().parents[1] / "chapters").glob("*.ipynb")):
+        source = nbformat.read(path, as_version=4)
+        if (whole := for_readers_anywhere(source, path.parent)) != source:
+            nbformat.write(whole, path)

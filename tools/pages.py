@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from citations import read_bibliography, with_roles
 from notebooks import without_pictures
 
 
 def localise(stage_folder: Path) -> None:
-    """Shows the pictures that staged chapters carry from the files beside them, each of which the book has once."""
+    """Turns what staged chapters carry for readers elsewhere, pictures and citations, into parts of the book."""
+    entries = read_bibliography(stage_folder / "chapters" / "references.bib")
     for path in stage_folder.glob("chapters/*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
-        if (local := without_pictures(notebook)) != notebook:
+        local = without_pictures(notebook)
+        for cell in local.cells:
+            if cell.cell_type == "markdown":
+                cell.source = with_roles(cell.source, entries)
+        if local != notebook:
             nbformat.write(local, path)
 
 

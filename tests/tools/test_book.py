@@ -123,9 +123,13 @@ def test_tables_of_the_build_stand_where_pages_ask_for_them(tmp_path: Path) -> N
 def test_pictures_become_files_and_spare_mathjax_goes(tmp_path: Path) -> None:
     (tmp_path / "chapters").mkdir()
     carrying = nbformat.v4.new_markdown_cell("![x](attachment:a.svg)", attachments={"a.svg": {"image/svg+xml": "eA=="}})
-    nbformat.write(new_notebook(cells=[carrying]), tmp_path / "chapters" / "a.ipynb")
+    citing = nbformat.v4.new_markdown_cell("As known ([Otsu, 1979](https://doi.org/10.1/x)).")
+    bibliography = "@article{otsu, author = {Otsu, N.}, year = {1979}, doi = {10.1/x}}"
+    (tmp_path / "chapters" / "references.bib").write_text(bibliography)
+    nbformat.write(new_notebook(cells=[carrying, citing]), tmp_path / "chapters" / "a.ipynb")
     pages.localise(tmp_path)
-    assert nbformat.read(tmp_path / "chapters" / "a.ipynb", as_version=4).cells[0].source == "![x](images/a.svg)"
+    local = nbformat.read(tmp_path / "chapters" / "a.ipynb", as_version=4)
+    assert [cell.source for cell in local.cells] == ["![x](images/a.svg)", "As known {cite:p}`otsu`."]
     for name in ("tex-chtml.js", "tex-svg.js"):
         (tmp_path / name).write_text("")
     pages.trim_mathjax(tmp_path)
@@ -288,6 +292,18 @@ FAULTS_SCRIPT = """() => {
     const name = (image.getAttribute("src") || "").slice(0, 60);
     if (!image.alt.trim()) faults.push(`picture without description: ${name}`);
     if (image.complete && image.naturalWidth === 0 && !/^https?:/.test(name)) faults.push(`broken picture: ${name}`);
+    if (image.closest(".cell_output") && getComputedStyle(image).filter !== "none")
+      faults.push(`grey levels are changed: ${name}`);
+  }
+  // On a phone a table may scroll, a formula may not.
+  for (const part of document.querySelectorAll("article div.math, article table")) {
+    if (part.tagName === "TABLE" && width < 600) continue;
+    for (let box = part; box.tagName !== "ARTICLE"; box = box.parentElement) {
+      if (box.scrollWidth > box.clientWidth + 2 && getComputedStyle(box).display !== "inline") {
+        faults.push(`cut off: ${part.textContent.trim().slice(0, 40)} (${box.scrollWidth} of ${box.clientWidth} px)`);
+        break;
+      }
+    }
   }
   return faults;
 }"""
@@ -415,6 +431,21 @@ def test_browser_check_fires(browser: Any, tmp_path: Path) -> None:
                      "asks another host: https://outside.example/x.js", "image-alt: ", "document-title: "):
         assert any(expected in fault for fault in faults), (expected, faults)
     assert "scrolls sideways" not in " ".join(page_faults(browser, page, (1280, "light")))
+
+
+def test_check_of_what_is_cut_off_fires(browser: Any, tmp_path: Path) -> None:
+    page = tmp_path / "wide.html"
+    wide = '<div style="width:900px">x + y</div>'
+    page.write_text('<html lang="en"><title>x</title><body><main><article><h1>x</h1>'
+                    f'<div class="math" tabindex="0" style="overflow:auto; width:300px">{wide}</div>'
+                    '<div tabindex="0" style="overflow:auto; width:300px">'
+                    f'<table><tr><td>{wide}</td></tr></table></div>'
+                    '<div class="cell_output"><img alt="a slice" style="filter:brightness(.8)" '
+                    'src="data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="></div></article></main></body></html>')
+    kinds = [fault.split(" (")[0].split(": data")[0] for fault in page_faults(browser, page, (1280, "light"))]
+    assert kinds == ["grey levels are changed", "cut off: x + y", "cut off: x + y"]
+    kinds = [fault.split(" (")[0].split(": data")[0] for fault in page_faults(browser, page, (390, "light"))]
+    assert kinds == ["grey levels are changed", "cut off: x + y"]
 
 
 def test_contrast_is_checked_in_the_dark_too(browser: Any, tmp_path: Path) -> None:
