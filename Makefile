@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv book html serve lab pdf solutions colab bench faults fuzz mutants audit test weekly processors shuffle coverage lint strip lock clean distclean FORCE
+.PHONY: help venv book html serve lab pdf solutions colab bench faults fuzz mutants audit nets test weekly processors shuffle coverage lint strip lock clean distclean FORCE
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -134,6 +134,9 @@ $(READY): requirements-bootstrap.txt requirements.lock pyproject.toml
 	  VIRTUAL_ENV="$$(pwd -P)/$(VENV)" $(BIN)/uv pip install --quiet --no-build-isolation -e '.[book,dev]'; \
 	fi; \
 	printf '%s' "$$(pwd -P)" > $(READY)
+
+nets: $(READY)  ## Ship the nets that the last `make book` trained, from which a chapter starts
+	$(BIN)/python tools/lesson_nets.py _build/runs
 
 strip: $(READY)  ## Remove outputs and run-time metadata from the chapters, and put their pictures into them
 	$(BIN)/python -m nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" chapters/*.ipynb

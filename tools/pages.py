@@ -25,6 +25,25 @@ def localise(stage_folder: Path) -> None:
             nbformat.write(local, path)
 
 
+# The modules of the reference, in the order of the chapters; each has a page, made from its docstrings.
+API = ("lungs", "lungnet", "preprocess", "classifier", "gradcam", "patches", "curriculum", "segmenter", "augment",
+       "training", "pipeline", "profiles", "predict", "data.folder", "data.scan", "data.phantom", "evaluation.metrics",
+       "evaluation.statistics", "evaluation.evaluate", "baselines.decovnet", "baselines.ad3d_mil", "book.lesson",
+       "errors")
+
+
+def write_api(stage_folder: Path) -> None:
+    """Writes the pages of the reference that ``_toc.yml`` lists, ``docs/api/NAME.md``, from the list of modules."""
+    folder = stage_folder / "docs" / "api"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in API:
+        directive = f".. automodule:: covidseg.{name}\n   :members:\n   :member-order: bysource\n"
+        (folder / f"{name}.md").write_text(f"# covidseg.{name}\n\n```{{eval-rst}}\n{directive}```\n", encoding="utf-8")
+    (folder / "index.md").write_text(
+        "# Reference\n\nWhat the modules of the package offer, in the order of the chapters.\n\n"
+        + "".join(f"- [covidseg.{name}]({name}.md)\n" for name in API), encoding="utf-8")
+
+
 def chapter_title(path: Path) -> str:
     """The first heading of a notebook."""
     for cell in nbformat.read(path, as_version=4).cells:

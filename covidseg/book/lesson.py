@@ -187,6 +187,9 @@ def ship(run: Run, shipped: Path = SHIPPED) -> list[Path]:
     stages = [stage for stage in NETS if stage in run.stages()]
     for stage in stages:
         arrays, notes = load_arrays(run.store.path(stage, run.key(stage)))
+        if stage == "mil2":  # chapter 6 trains this one, and no later chapter shows the phases of its curriculum
+            arrays = {name: value for name, value in arrays.items() if name.startswith("net.")}
+            notes = {**notes, "paces": []}
         save_arrays(shipped / f"{stage}.safetensors", {
             name: value.astype(np.float16) if value.dtype == np.float32 else value
             for name, value in arrays.items()}, notes)
