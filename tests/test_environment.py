@@ -77,7 +77,7 @@ BROUGHT = {
     "IPython": "ipywidgets, which are nothing without it"}
 # Requirements that no module imports.
 NOT_IMPORTED = {
-    "grad-cam": "chapters 4 and 13 compare with it, and it brings OpenCV",
+    "grad-cam": "chapter 4 and `make bench` compare with it, and it brings OpenCV",
     "torchvision": "grad-cam imports it, and its version has to fit torch's"}
 
 

@@ -18,8 +18,8 @@ from covidseg.book.quiz import quizzes
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "chapters" / "images"
-# The first page says how to use the book and teaches nothing yet.
-CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))[1:]
+# The first page says how to use the book and teaches nothing yet; an appendix is for looking things up.
+CHAPTERS = sorted((ROOT / "chapters").glob("[0-9]*.ipynb"))[1:]
 ORDER = ("title", "setup", "parameters", "idea", "exercises", "key-points", "quiz-intro", "quiz",
          "further")
 

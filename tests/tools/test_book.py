@@ -389,7 +389,7 @@ def blank(browser: Any) -> Iterator[Any]:
 def test_page_opens_without_faults(book: Path, browser: Any, name: str) -> None:
     file = book / f"{name}.html"
     assert file.exists(), "run `make book` again"
-    assert page_faults(browser, file, *VIEWS, slider=name in CHAPTERS[1:]) == []
+    assert page_faults(browser, file, *VIEWS, slider=name in CHAPTERS[1:] and "/a" not in name) == []
 
 
 @pytest.mark.book

@@ -1,0 +1,78 @@
+"""Pages outside the book and typed numbers in it: they say what the records say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from covidseg.book.results import bench_markdown, read_records
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = read_records("bench-cpu")["bench-cpu"]
+FAULTS = read_records("faults")["faults"]["faults"]
+
+
+def text_of(name: str) -> str:
+    """A page with every run of white space as one space."""
+    return re.sub(r"[ \n]+", " ", (ROOT / name).read_text(encoding="utf-8"))
+
+
+def table_rows(name: str) -> set[str]:
+    return {line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if line.startswith("|")}
+
+
+def speed_rows() -> set[str]:
+    """The lines of all tables that docs/speed.md has to show."""
+    tables = [bench_markdown(BENCH, kind) for kind in ("comparisons", "limits", "roofline")]
+    rows = {line for table in tables for line in table.splitlines()}
+    values = {row["task"]: f"{row['value']:.2f}" for row in BENCH["sections"]["growth"]["limits"]}
+    for name in BENCH["sections"]["growth"]["points"]:
+        rows.add(f"| {name} | " + " | ".join(values[f"{name}: exponent of {what} in {kind}"]
+                                            for what in ("time", "memory") for kind in ("slices", "pixels")) + " |")
+    times = BENCH["sections"]["scaling"]["prediction"]
+    return rows | {f"| {row['processes']} | {row['seconds']:.1f} |" for row in times}
+
+
+def trust_rows() -> set[str]:
+    """The lines of all tables that docs/trust.md has to show."""
+    groups = {group: [row["met"] for row in FAULTS if row["group"] == group] for group in {r["group"] for r in FAULTS}}
+    fuzz, mutants = read_records("fuzz")["fuzz"], read_records("mutants")["mutants"]
+    return {*(f"| {group} | {len(met)} | {sum(met)} |" for group, met in groups.items()),
+            *(f"| {one['what']} | {one['executions']:,} | {len(one['findings'])} |" for one in fuzz["targets"]),
+            *(f"| `{name}` | {one['tried']} | {one['share']:.0%} |" for name, one in mutants["modules"].items())}
+
+
+@pytest.mark.parametrize(("page", "wanted"), [("docs/speed.md", speed_rows()), ("docs/trust.md", trust_rows())])
+def test_tables_are_those_of_the_records(page: str, wanted: set[str]) -> None:
+    assert sorted(wanted - table_rows(page)) == [], "put these lines in place of the old ones"
+
+
+def test_numbers_in_the_text_are_those_of_the_records() -> None:
+    machine = BENCH["sections"]["training"]["machine"]
+    speed = text_of("docs/speed.md")
+    assert f"{machine['gigaflops']:.0f} billion multiplications" in speed
+    assert f"{machine['gigabytes_per_second']:.0f} GB a second" in speed
+    assert all(row["met"] for row in BENCH["sections"]["growth"]["limits"])
+    assert f"tries {len(FAULTS)} faults" in text_of("docs/trust.md")
+
+
+def test_times_on_the_page_of_real_data_are_those_of_the_records() -> None:
+    def minutes(name: str) -> list[float]:
+        content: dict[str, Any] = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        return [one["seconds"] / 60 for one in content["results"] if one["system"] == "extended"]
+
+    page = text_of("chapters/a1_real_data.md")
+    full, quick = minutes("table1-medseg9-extended-full"), minutes("table1-phantom-quick")
+    assert f"{min(full):.0f} to {max(full):.0f} minutes a seed (`table1-medseg9-extended-full`)" in page
+    assert round(quick[0]) == 2
+    assert "two minutes (`table1-phantom-quick`" in page
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not re.match(r"https?://", link) and not (page.parent / link).exists()] == []
