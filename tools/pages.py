@@ -9,11 +9,14 @@ from typing import Any
 
 import nbformat
 from citations import read_bibliography, with_roles
-from notebooks import without_pictures
+from notebooks import tags, without_pictures
 
 
 def localise(stage_folder: Path) -> None:
-    """Turns what staged chapters carry for readers elsewhere, pictures and citations, into parts of the book."""
+    """Turns what staged chapters carry for readers elsewhere, pictures and citations, into parts of the book.
+
+    Of a claim a page shows the sentence; how it is checked stands in the notebook.
+    """
     entries = read_bibliography(stage_folder / "chapters" / "references.bib")
     for path in stage_folder.glob("chapters/*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
@@ -21,6 +24,8 @@ def localise(stage_folder: Path) -> None:
         for cell in local.cells:
             if cell.cell_type == "markdown":
                 cell.source = with_roles(cell.source, entries)
+            elif "claim" in tags(cell):
+                cell.metadata["tags"] = [*(tag for tag in tags(cell) if tag != "hide-input"), "remove-input"]
         if local != notebook:
             nbformat.write(local, path)
 

@@ -126,10 +126,12 @@ def test_pictures_become_files_and_spare_mathjax_goes(tmp_path: Path) -> None:
     citing = nbformat.v4.new_markdown_cell("As known ([Otsu, 1979](https://doi.org/10.1/x)).")
     bibliography = "@article{otsu, author = {Otsu, N.}, year = {1979}, doi = {10.1/x}}"
     (tmp_path / "chapters" / "references.bib").write_text(bibliography)
-    nbformat.write(new_notebook(cells=[carrying, citing]), tmp_path / "chapters" / "a.ipynb")
+    claimed = new_code_cell("claim()", metadata={"tags": ["claim", "hide-input"]})
+    nbformat.write(new_notebook(cells=[carrying, citing, claimed]), tmp_path / "chapters" / "a.ipynb")
     pages.localise(tmp_path)
-    local = nbformat.read(tmp_path / "chapters" / "a.ipynb", as_version=4)
-    assert [cell.source for cell in local.cells] == ["![x](images/a.svg)", "As known {cite:p}`otsu`."]
+    local = nbformat.read(tmp_path / "chapters" / "a.ipynb", as_version=4).cells
+    assert [cell.source for cell in local[:2]] == ["![x](images/a.svg)", "As known {cite:p}`otsu`."]
+    assert local[2].metadata["tags"] == ["claim", "remove-input"]
     for name in ("tex-chtml.js", "tex-svg.js"):
         (tmp_path / name).write_text("")
     pages.trim_mathjax(tmp_path)
