@@ -172,7 +172,7 @@ class SegmenterSettings:
             :func:`paste_lesions`.
         rescan: Probability that a picture is shown as another scanner would show it, see
             :func:`covidseg.augment.rescan`.
-        threshold: Lesion from this probability on; below one half, since fine labels leave out doubtful rims.
+        threshold: Lesion from this probability on; found on dev, where real lesions are drawn wide.
         paint: Lesions painted on lesion-free slices; a share of 0 leaves them out.
     """
 

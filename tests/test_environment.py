@@ -228,8 +228,9 @@ def packed_files() -> set[str]:
     data = {f"covidseg/_data/{folder.name}/{path.relative_to(folder)}"
             for folder in (ROOT / "results", ROOT / "data/splits", ROOT / "data/licences")
             for path in folder.rglob("*") if path.is_file()}
-    quizzes = {str(path.relative_to(ROOT)) for path in (ROOT / "covidseg" / "book" / "quizzes").glob("*.json")}
-    return {*weights, *data, *quizzes, "covidseg/book/preview.html", "covidseg/_data/registry.toml",
+    book = {str(path.relative_to(ROOT)) for pattern in ("quizzes/*.json", "nets/*.safetensors*", "nets/run.json*")
+            for path in (ROOT / "covidseg" / "book").glob(pattern)}
+    return {*weights, *data, *book, "covidseg/book/preview.html", "covidseg/_data/registry.toml",
             "covidseg/py.typed"}
 
 

@@ -25,8 +25,8 @@ from covidseg.data.grey import clean
 from covidseg.preprocess import crop, lung_box, normalise
 
 COLORS = {"lung": "#56B4E9", "coarse": "#CC79A7", "fine": "#009E73", "prediction": "#D55E00", "truth": "#F0E442"}
-# For lines and bars on white, in this order; the yellow of the truth is too pale there.
-CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# For lines and bars, in this order: none of those above, which mean one thing each in the whole book.
+CYCLE = ("#0072B2", "#E69F00", "#882255", "#999933", "#332288", "#888888", "#000000")
 HEAT = "cividis"
 # Centre and width of display windows, HU.
 LUNG_WINDOW, TISSUE_WINDOW, BONE_WINDOW = (-600.0, 1500.0), (40.0, 400.0), (400.0, 1800.0)

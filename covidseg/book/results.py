@@ -14,11 +14,10 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from covidseg.book.figures import CYCLE, HEAT, draw_answer, draw_slice, legend, new_figure, overlay
 from covidseg.data.registry import data_root
@@ -249,92 +248,4 @@ def size_table(dice: Mapping[str, np.ndarray], edges: Sequence[float], count: np
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
     figure.colorbar(picture, ax=panel, label="macro Dice")
-    return figure
-
-
-# --- speed ----------------------------------------------------------------------------------------------------------
-
-Rows = Sequence[Mapping[str, Any]]
-
-
-def ratio_bars(rows: Rows) -> Figure:
-    """How many times as fast or as small covidseg is than each other way, with the goal where there was one."""
-    figure, axes = new_figure(1, 1, (7.4, 0.62 * len(rows) + 0.9))
-    panel, places = axes[0, 0], np.arange(len(rows))
-    panel.barh(places, [row["ratio"] for row in rows], 0.6, color=CYCLE[0])
-    for place, row in zip(places, rows, strict=True):
-        panel.text(row["ratio"] * 1.06, place, f"{row['ratio']:.1f}", va="center", fontsize=9)
-        if row["goal"] is not None:
-            panel.plot([row["goal"]] * 2, [place - 0.38, place + 0.38], color=CYCLE[1], linewidth=2.5,
-                       label="goal" if "goal" not in panel.get_legend_handles_labels()[1] else None)
-    panel.axvline(1, color="black", linewidth=0.8)
-    panel.set(xscale="log", xlabel="times as fast, or as small (logarithmic)", yticks=places, yticklabels=[
-        textwrap.fill(f"{row['task']}, against {row['other_name']}", 46) for row in rows])
-    panel.xaxis.set_major_formatter("{x:g}")
-    panel.set_xlim(min(0.8, *(0.9 * row["ratio"] for row in rows)), 2 * max(row["ratio"] for row in rows))
-    panel.invert_yaxis()
-    if panel.get_legend_handles_labels()[1]:
-        panel.legend(loc="lower right")
-    return figure
-
-
-def growth_curves(points: Mapping[str, Mapping[str, Rows]], quantity: str = "seconds") -> Figure:
-    """Time or memory of each stage against the number of slices and of pixels, on logarithmic axes.
-
-    Every curve is divided by its first point, and the dotted line is linear growth: a curve below it grows more slowly.
-    ``points`` are stage -> ``slices`` or ``pixels`` -> measured rows; ``quantity`` is ``seconds`` or ``memory_mb``.
-    """
-    # What allocators hold in reserve hides a few megabytes; they count as this much.
-    least = 1e-6 if quantity == "seconds" else 10.0
-    figure, axes = new_figure(1, 2, (4.0, 3.7), sharey=True)
-    for panel, kind in zip(axes[0], ("slices", "pixels"), strict=True):
-        for (name, both), color, marker in zip(points.items(), CYCLE, "osD^vPX", strict=False):
-            rows = both[kind]
-            x = np.array([row["slices"] * (row["side"] ** 2 if kind == "pixels" else 1) for row in rows], float)
-            y = np.array([max(row[quantity], least) for row in rows])
-            panel.plot(x / x[0], y / y[0], marker=marker, markersize=5, color=color, label=name)
-        panel.plot([1, x[-1] / x[0]], [1, x[-1] / x[0]], ":", color="black", label="linear growth")
-        panel.set(xscale="log", yscale="log")
-        panel.yaxis.set_major_formatter("{x:g}")
-        labels = [str(row["slices"]) for row in rows] if kind == "slices" else [f"{row['side']}²" for row in rows]
-        panel.xaxis.set_major_locator(FixedLocator(list(x / x[0])))  # at the measured sizes and nowhere else
-        panel.xaxis.set_minor_locator(NullLocator())
-        panel.set_xticklabels(labels)
-        panel.set_xlabel(f"slices, {rows[0]['side']}² pixels each" if kind == "slices" else
-                         f"pixels of each of {rows[0]['slices']} slices")
-    axes[0, 0].set_ylabel(("time" if quantity == "seconds" else "memory") + ", as a multiple of the smallest")
-    axes[0, 1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure
-
-
-def roofline_bars(stages: Rows) -> Figure:
-    """Where the time of a training step goes: arithmetic, memory traffic of the layers, and all the rest."""
-    figure, axes = new_figure(1, 1, (7.0, 0.6 * len(stages) + 1.2))
-    panel, places = axes[0, 0], np.arange(len(stages))
-    arithmetic = np.array([row["arithmetic_ms"] for row in stages])
-    bound, step = (np.array([row[name] for row in stages]) for name in ("bound_ms", "step_ms"))
-    left = np.zeros(len(stages))
-    for label, width, color, hatch in (("arithmetic at full speed", arithmetic, CYCLE[0], ""),
-                                       ("memory at full speed", bound - arithmetic, CYCLE[5], "//"),
-                                       ("everything else", np.maximum(step - bound, 0), "#BBBBBB", "")):
-        panel.barh(places, width, 0.6, left, label=label, color=color, hatch=hatch, edgecolor="white")
-        left = left + width
-    panel.set(yticks=places, yticklabels=[row["stage"] for row in stages], xlabel="milliseconds of a training step")
-    panel.invert_yaxis()
-    panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-    return figure
-
-
-def scaling_curves(scaling: Mapping[str, Any]) -> Figure:
-    """Speed-up of prediction by more processes of one thread each, every one with a part of the scans."""
-    figure, axes = new_figure(1, 1, (5.0, 3.4))
-    panel, rows = axes[0, 0], scaling["prediction"]
-    processes = [row["processes"] for row in rows]
-    most = max(processes)
-    panel.plot(processes, [rows[0]["seconds"] / row["seconds"] for row in rows], marker="o", color=CYCLE[0],
-               label="prediction (parts)")
-    panel.plot([1, most], [1, most], ":", color="black", label="perfect")
-    panel.axvline(scaling["cores"], color="#888888", linewidth=1, linestyle="--", label=f"{scaling['cores']} cores")
-    panel.set(xlabel="processes, one thread each", ylabel="speed-up", ylim=(0, None), xticks=range(1, most + 1))
-    panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
