@@ -24,7 +24,7 @@ from covidseg import errors
 ROOT = Path(__file__).resolve().parents[1]
 # conda-forge's name for a requirement that comes from there.
 FROM_CONDA = {"torch": "pytorch", "torchvision": "torchvision"}
-CONDA_ONLY = ["python=3.12", "pip", "jupyterlab"]
+CONDA_ONLY = ["python=3.12", "pip"]
 
 
 def read(name: str) -> str:

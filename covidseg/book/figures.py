@@ -21,9 +21,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 
-from covidseg.data.grey import clean
-from covidseg.preprocess import crop, lung_box, normalise
-
 COLORS = {"lung": "#56B4E9", "coarse": "#CC79A7", "fine": "#009E73", "prediction": "#D55E00", "truth": "#F0E442"}
 # For lines and bars, in this order: none of those above, which mean one thing each in the whole book.
 CYCLE = ("#0072B2", "#E69F00", "#882255", "#999933", "#332288", "#888888", "#000000")
@@ -83,24 +80,6 @@ def draw_slice(axes: Axes, image: np.ndarray, spacing: tuple[float, float] | Non
         axes.plot([x, x + length], [y, y], color="white", linewidth=3, solid_capstyle="butt")
         axes.text(x + length / 2, y - 0.02 * rows, f"{bar_mm:.0f} mm", color="white", ha="center", va="bottom",
                   fontsize=8)
-
-
-def close_up(image: np.ndarray, lung: np.ndarray, *masks: np.ndarray,
-             margin: float = 0.05) -> tuple[np.ndarray, list[np.ndarray]]:
-    """One slice cut to its lungs, as fine as it was stored; the crops that nets see are coarser.
-
-    Args:
-        image: ``(H, W)`` HU or display values.
-        lung: ``(H, W)`` bool, not empty.
-        masks: ``(H, W)`` bool each.
-        margin: width added around the lungs, as a share of the longer side of their box.
-
-    Returns:
-        The normalised picture, ``(S, S)`` float32 where 0 is air in the lung and 1 soft tissue, and the masks.
-    """
-    box = np.array(lung_box(lung, margin))
-    picture = crop(normalise(clean(image).values, lung), box, box[2], 0.0)
-    return picture, [crop(mask.astype(np.float32), box, box[2], 0.0) > 0.5 for mask in masks]
 
 
 # A dark rim keeps outlines visible on light tissue and on hot places of a map.

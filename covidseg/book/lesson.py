@@ -29,10 +29,12 @@ from IPython.display import Markdown
 from covidseg import DISCLAIMER, __version__
 from covidseg.book.figures import use_style
 from covidseg.data.folder import Dataset
+from covidseg.data.grey import clean
 from covidseg.data.registry import entry, home, is_present, load_registry
 from covidseg.errors import DatasetError, SettingsError
 from covidseg.evaluation.evaluate import Unseen, training_truth, unseen_slices
 from covidseg.pipeline import Run, open_data, open_run
+from covidseg.preprocess import crop, lung_box, normalise
 from covidseg.profiles import REPORT, profile_json
 from covidseg.store import load_arrays, save_arrays, write_with_hash
 
@@ -147,6 +149,24 @@ def _offer(name: str) -> None:
     else:
         raise DatasetError(f"the data set '{name}' has not been fetched", path=home(name).name,
                            remedy=f"Run `covidseg data get {name}`, or take data = \"phantom\"")
+
+
+def close_up(image: np.ndarray, lung: np.ndarray, *masks: np.ndarray,
+             margin: float = 0.05) -> tuple[np.ndarray, list[np.ndarray]]:
+    """One slice cut to its lungs, as fine as it was stored; the crops that nets see are coarser.
+
+    Args:
+        image: ``(H, W)`` HU or display values.
+        lung: ``(H, W)`` bool, not empty.
+        masks: ``(H, W)`` bool each.
+        margin: width added around the lungs, as a share of the longer side of their box.
+
+    Returns:
+        The normalised picture, ``(S, S)`` float32 where 0 is air in the lung and 1 soft tissue, and the masks.
+    """
+    box = np.array(lung_box(lung, margin))
+    picture = crop(normalise(clean(image).values, lung), box, box[2], 0.0)
+    return picture, [crop(mask.astype(np.float32), box, box[2], 0.0) > 0.5 for mask in masks]
 
 
 # --- nets of earlier chapters ---------------------------------------------------------------------------------------

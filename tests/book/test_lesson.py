@@ -96,3 +96,14 @@ def test_claims_are_checked() -> None:
     assert page.claim(("Better.", False), ("Worse.", np.True_)).data == "Worse."
     with pytest.raises(AssertionError, match=r"no longer true: Better\. \| Worse\."):
         page.claim(("Better.", False), ("Worse.", False))
+
+
+def test_a_close_up_shows_the_lungs_as_fine_as_they_are_stored() -> None:
+    image, lung = np.full((60, 80), 40.0), np.zeros((60, 80), bool)
+    lung[10:50, 20:30] = lung[10:50, 50:60] = True
+    image[lung] = -900.0
+    picture, (shown,) = page.close_up(image, lung, lung, margin=0.1)
+    assert picture.shape == shown.shape
+    assert 44 <= picture.shape[0] == picture.shape[1] <= 52
+    assert shown.sum() == lung.sum()
+    assert picture[shown].mean() < 0.1 < 0.9 < picture[~shown & (picture > 0.5)].mean()
