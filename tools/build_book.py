@@ -64,6 +64,15 @@ def chapters_to_run(root: Path) -> list[str]:
     return [page for page in toc_files(toc) if (root / f"{page}.ipynb").exists()]
 
 
+def training_first(chapters: list[str], root: Path) -> list[str]:
+    """Chapters in the order in which they run: those that train a stage come before those that only show nets.
+
+    The first pages show what later chapters train, and would take the nets that come with the package.
+    """
+    texts = {chapter: (root / f"{chapter}.ipynb").read_text(encoding="utf-8") for chapter in chapters}
+    return sorted(chapters, key=lambda chapter: "trains=" not in texts[chapter])
+
+
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """A copy for rendering: the injected parameters cell hidden, papermill's metadata (with its paths) gone."""
     notebook = copy.deepcopy(notebook)
@@ -266,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     begin = time.perf_counter()
     BUILD.mkdir(exist_ok=True)
-    chosen = [chapter for chapter in chapters_to_run(ROOT)
+    chosen = [chapter for chapter in training_first(chapters_to_run(ROOT), ROOT)
               if not options.only or any(text in chapter for text in options.only)]
     failed = False
     running = options.solutions or not options.no_execute

@@ -43,6 +43,15 @@ def test_toc_lists_every_chapter_and_nothing_else_in_order() -> None:
     assert builder.toc_files(toc) == ["a", "b", "c", "d"]
 
 
+def test_chapters_that_train_run_first(tmp_path: Path) -> None:
+    for name, source in (("a", "open_lesson(data)"), ("b", 'open_lesson(data, trains="mil1")'), ("c", "1"),
+                         ("d", 'open_lesson(data, trains="segmenter")')):
+        nbformat.write(new_notebook(cells=[new_code_cell(source)]), tmp_path / f"{name}.ipynb")
+    assert builder.training_first(["a", "b", "c", "d"], tmp_path) == ["b", "d", "a", "c"]
+    order = [name[9:11] for name in builder.training_first(CHAPTERS, ROOT)]
+    assert order[:6] == ["02", "03", "04", "05", "06", "07"]
+
+
 def test_tidy_hides_injected_parameters_and_drops_paths() -> None:
     cell = new_code_cell("x = 1", metadata={"tags": ["injected-parameters"], "papermill": {}})
     notebook = new_notebook(cells=[cell], metadata={"papermill": {"input_path": "/somewhere"}})
