@@ -45,7 +45,7 @@ NETS = ("lung_net", "classifier1", "mil1", "classifier2", "mil2", "segmenter")
 SHIPPED = Path(__file__).parent / "nets"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Lesson:
     """What a chapter stands on.
 
@@ -73,6 +73,9 @@ class Lesson:
         """True outlines of the training slices, ``(N, S, S)`` bool; None where nobody drew any, as of real scans."""
         known = all(case.mask is not None for case in self.run.data.cases)
         return training_truth(self.run) if known else None
+
+    def __repr__(self) -> str:  # names no folder, since a page shows it
+        return self._repr_markdown_()
 
     def _repr_markdown_(self) -> str:
         profile, device = self.run.profile, self.run.device.type

@@ -49,7 +49,7 @@ def test_folders_of_ones_own(tiny_phantom: Path, monkeypatch: pytest.MonkeyPatch
     text = opened._repr_markdown_()
     assert "training scans phantom, test scans phantom; profile `quick`, seed 0" in text
     assert "never use it for diagnosis" in text
-    assert str(tmp_path) not in text
+    assert str(tiny_phantom) not in text + repr(opened)
 
 
 @pytest.mark.parametrize(("data", "complaint"), [
