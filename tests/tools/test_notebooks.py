@@ -144,3 +144,20 @@ def test_picture_check_fires(welcome: NotebookNode) -> None:
     assert picture_faults(welcome) == [
         "title: a picture has no alternative text", "setup: draws, so it needs the tag figure",
         "parameters: needs mystnb.image.alt that says what is to be seen"]
+
+
+def double_names(notebooks: dict[str, NotebookNode]) -> list[str]:
+    """Names of figures that two cells of the book have: a reference could mean either."""
+    places: dict[str, list[str]] = {}
+    for name, notebook in notebooks.items():
+        for cell in notebook.cells:
+            if figure := cell.metadata.get("mystnb", {}).get("figure", {}).get("name"):
+                places.setdefault(figure, []).append(f"{name}:{cell.id}")
+    return [f"{figure}: {', '.join(cells)}" for figure, cells in places.items() if len(cells) > 1]
+
+
+def test_each_figure_has_a_name_of_its_own() -> None:
+    assert double_names({path.stem: nbformat.read(path, as_version=4) for path in CHAPTERS}) == []
+    cell = nbformat.v4.new_code_cell("1", id="one", metadata={"mystnb": {"figure": {"name": "fig-a"}}})
+    assert double_names({"x": nbformat.v4.new_notebook(cells=[cell]), "y": nbformat.v4.new_notebook(cells=[cell])}) == [
+        "fig-a: x:one, y:one"]
