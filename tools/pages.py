@@ -11,6 +11,9 @@ import nbformat
 from citations import read_bibliography, with_roles
 from notebooks import tags, without_pictures
 
+# Where notebooks, which are opened anywhere, find the reference.
+REFERENCE = r"https://covidseg\.github\.io/covidseg/docs/api/"
+
 
 def localise(stage_folder: Path) -> None:
     """Turns what staged chapters carry for readers elsewhere, pictures and citations, into parts of the book.
@@ -23,7 +26,8 @@ def localise(stage_folder: Path) -> None:
         local = without_pictures(notebook)
         for cell in local.cells:
             if cell.cell_type == "markdown":
-                cell.source = with_roles(cell.source, entries)
+                text = with_roles(cell.source, entries)
+                cell.source = re.sub(rf"{REFERENCE}([\w.]+)\.html", r"../docs/api/\1.md", text)
             elif "claim" in tags(cell):
                 cell.metadata["tags"] = [*(tag for tag in tags(cell) if tag != "hide-input"), "remove-input"]
         if local != notebook:

@@ -134,14 +134,17 @@ def test_tables_of_the_build_stand_where_pages_ask_for_them(tmp_path: Path) -> N
 def test_pictures_become_files_and_spare_mathjax_goes(tmp_path: Path) -> None:
     (tmp_path / "chapters").mkdir()
     carrying = nbformat.v4.new_markdown_cell("![x](attachment:a.svg)", attachments={"a.svg": {"image/svg+xml": "eA=="}})
-    citing = nbformat.v4.new_markdown_cell("As known ([Otsu, 1979](https://doi.org/10.1/x)).")
+    citing = nbformat.v4.new_markdown_cell(
+        "As known ([Otsu, 1979](https://doi.org/10.1/x)). "
+        "[lungs](https://covidseg.github.io/covidseg/docs/api/data.scan.html)")
     bibliography = "@article{otsu, author = {Otsu, N.}, year = {1979}, doi = {10.1/x}}"
     (tmp_path / "chapters" / "references.bib").write_text(bibliography)
     claimed = new_code_cell("claim()", metadata={"tags": ["claim", "hide-input"]})
     nbformat.write(new_notebook(cells=[carrying, citing, claimed]), tmp_path / "chapters" / "a.ipynb")
     pages.localise(tmp_path)
     local = nbformat.read(tmp_path / "chapters" / "a.ipynb", as_version=4).cells
-    assert [cell.source for cell in local[:2]] == ["![x](images/a.svg)", "As known {cite:p}`otsu`."]
+    assert [cell.source for cell in local[:2]] == [
+        "![x](images/a.svg)", "As known {cite:p}`otsu`. [lungs](../docs/api/data.scan.md)"]
     assert local[2].metadata["tags"] == ["claim", "remove-input"]
     for name in ("tex-chtml.js", "tex-svg.js"):
         (tmp_path / name).write_text("")
