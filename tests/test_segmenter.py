@@ -227,6 +227,16 @@ def test_what_teaches_and_what_does_not(small: tuple[WeakSet, np.ndarray, np.nda
         assert same_weights(first, trained(targets, given)) == same, what
 
 
+def test_pictures_of_other_scanners_teach_fine_labels_and_not_true_masks(
+        small: tuple[WeakSet, np.ndarray, np.ndarray]) -> None:
+    data, disks, ones = small
+    assert supervised_settings(SMALL).rescan == 0 < SMALL.rescan
+
+    def trained(rescan: float) -> torch.nn.Module:
+        return train_segmenter(data, disks, ones, replace(SMALL, refresh=(), rescan=rescan), seed=2, log=quiet)
+    assert not same_weights(trained(0.0), trained(1.0))
+
+
 def pixels(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32).reshape(1, 1, 2, 2)
 
