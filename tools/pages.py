@@ -94,11 +94,13 @@ def mended(page: str) -> str:
     """A page without what its makers do wrong.
 
     Thebe is not offered by this book, and its scripts come twice, a script error. The bibliography calls itself a
-    list without being one, which confuses screen readers.
+    list without being one, which confuses screen readers, and to them what unfolds pages in the sidebar has no name.
     """
     page = re.sub(r"<script>const THEBE_JS_URL.*?</script>", "", page, flags=re.DOTALL)
     page = re.sub(r'<script[^>]*src="[^"]*sphinx-thebe\.js[^"]*"[^>]*></script>', "", page)
     page = re.sub(r'<script type="text/x-thebe-config">.*?</script>', "", page, flags=re.DOTALL)
+    page = page.replace('<summary><span class="toctree-toggle"',
+                        '<summary aria-label="pages below"><span class="toctree-toggle"')
     return page.replace('<div role="list" class="citation-list">', '<div class="citation-list">')
 
 

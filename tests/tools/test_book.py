@@ -73,8 +73,9 @@ def test_outputs_with_machine_paths_are_found() -> None:
 def test_pages_are_mended_and_thebe_goes() -> None:
     page = ('<script src="a.js"></script><script>const THEBE_JS_URL = "x"; const y = 1</script>'
             '<script async="async" src="../_static/sphinx-thebe.js?v=1"></script><p>text</p>'
-            '<div role="list" class="citation-list">')
-    assert pages.mended(page) == '<script src="a.js"></script><p>text</p><div class="citation-list">'
+            '<div role="list" class="citation-list"><summary><span class="toctree-toggle">')
+    assert pages.mended(page) == ('<script src="a.js"></script><p>text</p><div class="citation-list">'
+                                  '<summary aria-label="pages below"><span class="toctree-toggle">')
 
 
 @pytest.mark.slow
