@@ -7,6 +7,7 @@ so that the page leads to the list of references. What belongs together is found
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 from pybtex.database import Entry, parse_file
@@ -28,8 +29,9 @@ def label(entry: Entry) -> str:
     return f"{who}, {entry.fields['year']}" if "year" in entry.fields else who
 
 
+@cache
 def read_bibliography(path: Path) -> dict[str, Entry]:
-    """Entries of a ``.bib`` file by key."""
+    """Entries of a ``.bib`` file by key; read once, though asked for by every chapter."""
     return dict(parse_file(str(path)).entries)
 
 

@@ -202,29 +202,3 @@ def loss_curves(history: Sequence[Mapping[str, float]], title: str = "") -> Figu
     else:
         panel.text(0.5, 0.5, "no losses kept", transform=panel.transAxes, ha="center")
     return figure
-
-
-def curriculum_plot(paces: Sequence[float], admitted: Mapping[str, Sequence[int]],
-                    purity: Mapping[str, Sequence[float]]) -> Figure:
-    """How many patches each phase of the curriculum admits, and what share of them is right.
-
-    Args:
-        paces: share of the candidates that each phase asks for.
-        admitted: label -> number of patches in each phase.
-        purity: label -> share of right targets in [0, 1] for each phase; NaN where none was admitted.
-    """
-    figure, axes = new_figure(1, 2, (3.9, 3.1))
-    phases = np.arange(len(paces))
-    left, right = axes[0]
-    width = 0.8 / len(admitted)
-    for k, (name, counts) in enumerate(admitted.items()):
-        left.bar(phases + (k - (len(admitted) - 1) / 2) * width, counts, width, label=name)
-    left.set(ylabel="patches admitted", title="how many", yscale="log", ylim=(1, None))
-    for name, values in purity.items():
-        right.plot(phases, values, marker="o", label=name)
-    right.set(ylabel="share with the right target", title="how pure", ylim=(0, 1.03))
-    for panel in (left, right):
-        panel.set(xlabel="phase, and its pace", xticks=phases, xlim=(-0.6, len(paces) - 0.4),
-                  xticklabels=[f"{k + 1}\n{pace:.0%}" for k, pace in enumerate(paces)])
-    right.legend(loc="lower right")
-    return figure

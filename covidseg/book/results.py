@@ -8,10 +8,8 @@ new figure in the look of :mod:`covidseg.book.figures`; none runs a net or opens
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
-from covidseg.book.figures import CYCLE, HEAT, draw_answer, draw_slice, legend, new_figure, overlay
+from covidseg.book.figures import CYCLE, new_figure
 from covidseg.data.registry import data_root
 from covidseg.errors import ArtifactError
-from covidseg.evaluation import tables
 from covidseg.evaluation.metrics import figures
-from covidseg.evaluation.statistics import calibration
 from covidseg.evaluation.tables import Record, Table
 
 if TYPE_CHECKING:
@@ -108,46 +104,6 @@ def faults_markdown(record: Record, group: str) -> str:
 
 # --- systems --------------------------------------------------------------------------------------------------------
 
-def system_grid(images: Sequence[np.ndarray], lungs: Sequence[np.ndarray], truths: Sequence[np.ndarray],
-                titles: Sequence[str], systems: Mapping[str, Sequence[np.ndarray]],
-                notes: Mapping[str, Sequence[str]] | None = None, *, size: float = 1.5) -> Figure:
-    """The same slices in every system: a column for each slice, a row for each system, the truth on all of them.
-
-    Args:
-        images: ``(S, S)`` each.
-        lungs: ``(S, S)`` bool each.
-        truths: ``(S, S)`` bool each.
-        titles: of the slices.
-        systems: title -> for each slice a ``(S, S)`` map in [0, 1] or bool mask.
-        notes: title -> for each slice a few characters for the corner of its panel, such as a Dice.
-        size: width and height of a panel in inches.
-    """
-    figure, axes = new_figure(len(systems) + 1, len(images), (size, size))
-    heat = None
-    for name, row in zip(("slice and truth", *systems), axes, strict=True):
-        for k, (panel, image) in enumerate(zip(row, images, strict=True)):
-            draw_slice(panel, image, title="" if name in systems else titles[k])
-            panel.title.set_fontsize(8)
-            if name in systems:
-                heat = draw_answer(panel, systems[name][k], lungs[k]) or heat
-            overlay(panel, {"truth": truths[k]})
-            if notes and name in notes:
-                panel.text(0.03, 0.03, notes[name][k], transform=panel.transAxes, color="white", fontsize=8,
-                           va="bottom", bbox={"facecolor": "black", "alpha": 0.7, "edgecolor": "none", "pad": 1.5})
-        row[0].set_axis_on()  # for its label; ticks and frame stay away
-        row[0].set(xticks=[], yticks=[])
-        row[0].spines[:].set_visible(False)
-        row[0].set_ylabel(textwrap.fill(name, 17), fontsize=9)
-    if heat is not None:
-        figure.colorbar(heat, ax=axes, shrink=0.4, label="map value")
-    masks = any(one.dtype == bool for shown in systems.values() for one in shown)
-    legend(figure, ["truth", *(["prediction"] if masks else [])])
-    # Room for what stands around the panels, which would shrink otherwise and leave gaps.
-    figure.set_size_inches(size * len(images) + 0.45 + 0.9 * (heat is not None), size * len(axes) + 0.7)
-    figure.set_layout_engine("compressed", w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)  # for square panels
-    return figure
-
-
 def interval_plot(lines: Sequence[Line], published: Mapping[str, float] | None = None) -> Figure:
     """Micro Dice of every system: its interval as a bar, each seed as a dot, and what was published, by its title.
 
@@ -202,50 +158,4 @@ def operating_curves(levels: Mapping[str, np.ndarray], answers: Mapping[str, np.
         panel.plot(x, y, marker, color="black", markerfacecolor="white", markersize=7, label=f"published: {name}")
     panel.set(xlabel="sensitivity", ylabel="PPV", xlim=(0, 1.01), ylim=(0, 1.01))
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    return figure
-
-
-def reliability_diagram(sums: Mapping[str, np.ndarray]) -> Figure:
-    """How often a lesion probability is right, and how many pixels got it.
-
-    ``sums`` are title -> ``(bins, 3)`` added :func:`covidseg.evaluation.statistics.reliability_sums`.
-    """
-    figure, axes = new_figure(1, 2, (3.9, 3.5))
-    left, right = axes[0]
-    left.plot([0, 1], [0, 1], linestyle=":", color="grey", label="calibrated")
-    for k, (name, one) in enumerate(sums.items()):
-        (probability, observed), count = calibration(one), one[:, 2]
-        left.plot(probability[count > 0], observed[count > 0], marker="os^Dv"[k % 5], markersize=4,
-                  color=CYCLE[k % len(CYCLE)], label=name)
-        right.stairs(np.maximum(count, 0.5), np.linspace(0, 1, len(one) + 1), baseline=0.5,
-                     color=CYCLE[k % len(CYCLE)], linewidth=1.8)
-    left.set(xlabel="probability of a lesion, mean of the bin", ylabel="true share of lesion", xlim=(-0.02, 1.02),
-             ylim=(-0.02, 1.02), title="how often it is right")
-    right.set(xlabel="probability of a lesion", ylabel="lung pixels", yscale="log", xlim=(0, 1), ylim=(0.5, None),
-              title="how many pixels")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(sums) + 1)
-    return figure
-
-
-def size_table(dice: Mapping[str, np.ndarray], edges: Sequence[float], count: np.ndarray) -> Figure:
-    """Macro Dice by size of the lesion as a coloured table, from :func:`covidseg.evaluation.statistics.dice_by_size`.
-
-    ``dice`` are title of a system -> ``(K,)`` in [0, 1]; NaN, a bin of too few slices, stays white with a dash. The
-    ``count`` of its slices stands below each bin.
-    """
-    values = np.array(list(dice.values()))                                               # (systems, K)
-    figure, axes = new_figure(1, 1, (7.2, 0.34 * len(values) + 1.2))
-    panel = axes[0, 0]
-    picture = panel.imshow(values, cmap=HEAT, vmin=0, vmax=1, aspect="auto")
-    for (row, column), value in np.ndenumerate(values):
-        panel.text(column, row, tables.figure(value, ".2f"), ha="center", va="center",
-                   color="black" if np.isnan(value) or value > 0.5 else "white")
-    sizes = [f"below {edges[0]:,.0f}", *(f"{a:,.0f} to {b:,.0f}" for a, b in itertools.pairwise(edges)),
-             f"from {edges[-1]:,.0f}"]
-    panel.set(yticks=range(len(values)), yticklabels=list(dice), xticks=range(len(sizes)),
-              xticklabels=[f"{size}\n{n} slice{'' if n == 1 else 's'}" for size, n in zip(sizes, count, strict=True)],
-              xlabel="lesion in the slice, pixels")
-    panel.tick_params(length=0)
-    panel.spines[:].set_visible(False)
-    figure.colorbar(picture, ax=panel, label="macro Dice")
     return figure

@@ -111,13 +111,3 @@ def test_loss_curves_name_their_losses_and_say_when_there_are_none() -> None:
     assert [list(line.get_ydata()) for line in lines] == [[1, 0.5], [2, 1]], "a line for each member"
     assert len({line.get_color() for line in lines}) == 1
     assert "no losses" in figures.loss_curves([]).axes[0].texts[0].get_text()
-
-
-def test_curriculum_plot_shows_counts_and_purity() -> None:
-    figure = figures.curriculum_plot([0.0, 0.2], {"lesion": [0, 30], "lung": [0, 500]},
-                                     {"lesion": [float("nan"), 0.9], "lung": [float("nan"), 1.0]})
-    left, right = figure.axes
-    assert [bar.get_height() for bar in left.patches] == [0, 30, 0, 500]
-    assert [line.get_ydata()[-1] for line in right.lines] == [0.9, 1.0]
-    assert left.get_xlabel()
-    assert right.get_ylabel()

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from book.conftest import SIDE, edge_colors
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from covidseg.book import figures, results
+from covidseg.book import results
 from covidseg.errors import ArtifactError
 from covidseg.evaluation.experiments import VARIANTS, Line, by_system
 
@@ -87,27 +85,6 @@ def test_table_of_faults() -> None:
 
 # --- systems ----------------------------------------------------------------------------------------------------
 
-def test_grid_has_a_row_for_each_system_and_a_column_for_each_slice(lung: np.ndarray, lesion: np.ndarray) -> None:
-    image, heat = np.zeros((SIDE, SIDE)), lesion.astype(float)
-    figure = results.system_grid([image] * 2, [lung] * 2, [lesion] * 2, ["a", "b"],
-                                 {"mask": [lesion, lesion & False], "map": [heat, heat]},
-                                 {"mask": ["0.50", "0.00"]})
-    panels = np.array(figure.axes[:6]).reshape(3, 2)
-    assert [panel.get_title() for panel in panels.flat] == ["a", "b", "", "", "", ""]
-    assert texts(figure) == ["0.50", "0.00"]
-    assert [panel.get_ylabel() for panel in panels.flat] == ["slice and truth", "", "mask", "", "map", ""]
-    truth, found = figures.COLORS["truth"], figures.COLORS["prediction"]
-    assert [edge_colors(panel) for panel in panels.flat] == [{truth}, {truth}, {truth, found}, *[{truth}] * 3]
-    assert (panels[2, 0].images[1].get_alpha()[~lung] == 0).all()
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["truth", "prediction"]
-    assert plt.get_fignums() == []
-
-
-def test_grid_of_maps_alone_names_no_prediction(lung: np.ndarray, lesion: np.ndarray) -> None:
-    figure = results.system_grid([lesion * 1.0], [lung], [lesion], ["a"], {"map": [lesion * 1.0]})
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["truth"]
-
-
 def test_intervals_seeds_and_published_figures_stand_in_their_rows() -> None:
     figure = results.interval_plot([line("first", 0.2, 0.25), line("second", 0.6, interval=(0.5, 0.7))],
                                    {"second": 0.74})
@@ -122,26 +99,6 @@ def test_intervals_seeds_and_published_figures_stand_in_their_rows() -> None:
     for patients in (True, False):
         legend = results.interval_plot([replace(line("first", 0.2), patients=patients)]).legends[0].get_texts()
         assert ("too narrow" in legend[0].get_text()) is not patients
-
-
-def test_reliability_diagram_leaves_out_empty_bins() -> None:
-    sums = np.array([[10.0, 20, 100], [0, 0, 0], [8, 5, 10]])  # sum of p, lesion, pixels
-    left, right = results.reliability_diagram({"ours": sums, "masks": sums}).axes
-    diagonal, first, second = left.lines
-    assert first.get_xdata() == pytest.approx([0.1, 0.8])
-    assert first.get_ydata() == pytest.approx([0.2, 0.5])
-    assert [diagonal.get_label(), first.get_label(), second.get_label()] == ["calibrated", "ours", "masks"]
-    assert right.patches[0].get_data().values.tolist() == [100, 0.5, 10]
-
-
-def test_size_table_shows_every_bin() -> None:
-    figure = results.size_table({"a": np.array([np.nan, 0.1, 0.2]), "b": np.array([np.nan, 0.7, 0.8])},
-                                [100, 2000], np.array([1, 12, 10]))
-    panel = figure.axes[0]
-    assert texts(figure) == ["–", "0.10", "0.20", "–", "0.70", "0.80"], "no figure of a single slice"
-    assert [label.get_text() for label in panel.get_yticklabels()] == ["a", "b"]
-    assert [label.get_text() for label in panel.get_xticklabels()] == [
-        "below 100\n1 slice", "100 to 2,000\n12 slices", "from 2,000\n10 slices"]
 
 
 def test_operating_curves_run_through_the_counts() -> None:
