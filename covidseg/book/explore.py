@@ -1,10 +1,10 @@
-"""Sliders that redraw a picture: live in a notebook, and drawn beforehand where no kernel runs.
+"""Sliders and buttons that redraw a picture: live in a notebook, and drawn beforehand where no kernel runs.
 
-In Jupyter and on Colab ipywidgets draw when a slider moves. While the book is built (``COVIDSEG_STATIC=1``) every
-choice is drawn at once and leaves plain HTML: pictures and range inputs, a dozen words of script and no library, so
-that the page works with no kernel and no network. Without JavaScript, and on paper, a selection of the pictures stands
-side by side. :func:`explore_scan` shows the page that ``covidseg predict --preview`` writes: a whole scan and what was
-found in it.
+Numbers are chosen with a slider, words with buttons. In Jupyter and on Colab ipywidgets draw when one is moved. While
+the book is built (``COVIDSEG_STATIC=1``) every choice is drawn at once and leaves plain HTML: pictures and inputs, a
+dozen words of script and no library, so that the page works with no kernel and no network. Without JavaScript, and on
+paper, a selection of the pictures stands side by side. :func:`explore_scan` shows the page that ``covidseg predict
+--preview`` writes: a whole scan and what was found in it.
 """
 
 from __future__ import annotations
@@ -41,19 +41,28 @@ Draw = Callable[..., "Figure | tuple[Figure, str]"]
 # A handler on each input itself: no script element, and no ids that could clash with those of another explorer.
 _SWITCH = ("const box = this.closest('.covidseg-explorer'); let frame = 0;"
            "box.querySelectorAll('input').forEach(input => {"
-           " const label = JSON.parse(input.dataset.labels)[input.value];"
-           " input.setAttribute('aria-valuetext', label);"
-           " input.parentNode.querySelector('output').textContent = label;"
+           " if (input.type === 'range') {"
+           "  const label = JSON.parse(input.dataset.labels)[input.value];"
+           "  input.setAttribute('aria-valuetext', label);"
+           "  input.parentNode.querySelector('output').textContent = label;"
+           " } else if (!input.checked) return;"
            " frame += input.value * input.dataset.stride; });"
            "box.querySelectorAll('figure').forEach((figure, k) => { figure.hidden = k !== frame; })")
 # A selection of the frames side by side, each with the choice that it stands for.
-_MONTAGE = (".covidseg-explorer label,.covidseg-explorer figure:not(.montage){display:none}"
+_MONTAGE = (".covidseg-explorer .control,.covidseg-explorer figure:not(.montage){display:none}"
             ".covidseg-explorer figure.montage{display:inline-block!important;width:32%;vertical-align:top}"
             ".covidseg-explorer figure.montage::before{content:attr(data-choice);display:block;text-align:center}")
 _STYLE = ("<style>.covidseg-explorer{max-width:46rem}.covidseg-explorer figure{margin:0}"
           ".covidseg-explorer figcaption{color:inherit!important;font-weight:400}"
-          ".covidseg-explorer label{display:grid;grid-template-columns:minmax(7rem,auto) 1fr 5rem;gap:.6rem;"
-          "align-items:center}.covidseg-explorer img{max-width:100%;height:auto}"
+          ".covidseg-explorer .control{display:grid;grid-template-columns:minmax(7rem,auto) 1fr 5rem;gap:.6rem;"
+          "align-items:center;margin:0 0 .3rem}.covidseg-explorer .words{display:flex;flex-wrap:wrap;gap:.3rem .4rem;"
+          "border:0;padding:0}.covidseg-explorer .words legend{float:left;width:auto;font:inherit;margin:0 .6rem 0 0}"
+          # The dot itself is out of sight, not gone: the keyboard and screen readers find it.
+          ".covidseg-explorer .words input{position:absolute;opacity:0}"
+          ".covidseg-explorer .words span{display:block;border:1px solid;border-radius:.3rem;padding:.1rem .6rem;"
+          "cursor:pointer}.covidseg-explorer .words input:checked+span{background:#1b4f8a;color:#fff;"
+          "border-color:#1b4f8a}.covidseg-explorer .words input:focus-visible+span{outline:3px solid #e69f00}"
+          ".covidseg-explorer img{max-width:100%;height:auto}"
           f"@media print{{{_MONTAGE}}}</style>"
           # Where scripts are off, the sliders cannot move anything.
           f"<noscript><style>{_MONTAGE}</style></noscript>")
@@ -65,12 +74,13 @@ def is_static() -> bool:
 
 
 class Explorer:
-    """A picture that changes with sliders. Shown when it is the value of a cell.
+    """A picture that changes with sliders and buttons. Shown when it is the value of a cell.
 
     Args:
         draw: is called with one value of each control, in their order, and returns a figure, or a figure and a
             caption.
-        controls: label of each slider (with its unit) -> the values that it offers, in order.
+        controls: label of each control (with its unit) -> the values that it offers, in order. Values that are all
+            words become buttons, others a slider.
         start: label -> value to begin with; the middle one if it is not named.
         name: what is shown, for the description that screen readers read.
 
@@ -125,35 +135,34 @@ class Explorer:
                           f'{" hidden" * (number != first)}>'
                           f'<img alt="{html.escape(description)}" src="data:image/jpeg;base64,{jpeg}">'
                           f"<figcaption>{html.escape(caption)}</figcaption></figure>")
-        inputs = []
-        for (label, values), place, stride in zip(self.controls.items(), self.at, strides, strict=True):
-            texts = [str(value) for value in values]
-            labels = html.escape(json.dumps(texts, ensure_ascii=False))
-            inputs.append(
-                f'<label><span>{html.escape(label)}</span><input type="range" min="0" max="{len(values) - 1}" '
-                f'value="{place}" data-stride="{stride}" data-labels="{labels}" '
-                f'aria-valuetext="{html.escape(texts[place])}" oninput="{html.escape(_SWITCH)}">'
-                f"<output>{html.escape(texts[place])}</output></label>")
-        return f'{_STYLE}<div class="covidseg-explorer">{"".join(inputs)}{"".join(frames)}</div>'
+        inputs = "".join(_control(label, values, place, stride) for (label, values), place, stride
+                         in zip(self.controls.items(), self.at, strides, strict=True))
+        # A form, so that the names of its buttons are its own; nothing is ever sent.
+        return f'{_STYLE}<form class="covidseg-explorer" onsubmit="return false">{inputs}{"".join(frames)}</form>'
 
     def live(self) -> Any:
-        """An ipywidgets ``VBox`` (versions 7.7 and 8) that draws whenever a slider is moved."""
+        """An ipywidgets ``VBox`` (versions 7.7 and 8) that draws whenever a control is moved."""
         import ipywidgets as widgets
 
-        sliders = [widgets.SelectionSlider(options=[(str(v), k) for k, v in enumerate(values)], value=place,
-                                           description=label, continuous_update=False,
-                                           style={"description_width": "initial"}, layout={"width": "32rem"})
-                   for (label, values), place in zip(self.controls.items(), self.at, strict=True)]
+        def control(label: str, values: Sequence[Any], place: int) -> Any:
+            shared = {"options": [(str(value), k) for k, value in enumerate(values)], "value": place,
+                      "description": label, "style": {"description_width": "initial"}}
+            if _are_words(values):
+                return widgets.ToggleButtons(**shared)
+            return widgets.SelectionSlider(**shared, continuous_update=False, layout={"width": "32rem"})
+
+        controls = [control(label, values, place)
+                    for (label, values), place in zip(self.controls.items(), self.at, strict=True)]
         picture, caption = widgets.Image(format="png"), widgets.HTML()
 
         def draw(*_: Any) -> None:
-            figure, text, _choice = self.frame([slider.value for slider in sliders])
+            figure, text, _choice = self.frame([one.value for one in controls])
             picture.value, caption.value = _image(figure, "png"), html.escape(text)
 
-        for slider in sliders:
-            slider.observe(draw, names="value")
+        for one in controls:
+            one.observe(draw, names="value")
         draw()
-        return widgets.VBox([*sliders, picture, caption])
+        return widgets.VBox([*controls, picture, caption])
 
     def _ipython_display_(self) -> None:
         from IPython.display import HTML, display
@@ -216,6 +225,25 @@ def explore_scan(scan: Scan, mask: np.ndarray, lungs: np.ndarray | Lungs | None 
     elif not isinstance(lungs, Lungs):
         lungs = Lungs(lungs, (), volume=True)
     return ScanPage(preview_page(scan, lungs, mask, name=name))
+
+
+def _are_words(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _control(label: str, values: Sequence[Any], place: int, stride: int) -> str:
+    """HTML of a slider, or of buttons: ``stride`` is how many frames lie between two neighbouring values."""
+    texts = [html.escape(str(value)) for value in values]
+    label, script = html.escape(label), html.escape(_SWITCH)
+    if _are_words(values):
+        buttons = "".join(f'<label><input type="radio" name="{label}" value="{k}" data-stride="{stride}"'
+                          f'{" checked" * (k == place)} oninput="{script}"><span>{text}</span></label>'
+                          for k, text in enumerate(texts))
+        return f'<fieldset class="control words"><legend>{label}</legend>{buttons}</fieldset>'
+    labels = html.escape(json.dumps([str(value) for value in values], ensure_ascii=False))
+    return (f'<label class="control"><span>{label}</span><input type="range" min="0" max="{len(values) - 1}" '
+            f'value="{place}" data-stride="{stride}" data-labels="{labels}" aria-valuetext="{texts[place]}" '
+            f'oninput="{script}"><output>{texts[place]}</output></label>')
 
 
 def _image(figure: Figure, form: str, **options: Any) -> bytes:

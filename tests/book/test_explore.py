@@ -50,11 +50,28 @@ def test_frames_follow_the_sliders_in_a_browser(explorer: Explorer, browser: Any
     first, second = page.locator(".covidseg-explorer").all()
     first.locator("input").nth(0).fill("0")
     assert first.locator("figure:visible").inner_text() == "right at 0.1 <ok>"
-    first.locator("input").nth(1).fill("0")
+    first.get_by_text("left", exact=True).click()
     assert first.locator("figure:visible").inner_text() == "left at 0.1 <ok>"
-    assert first.locator("output").all_inner_texts() == ["0.1", "left"]
+    assert first.locator("output").all_inner_texts() == ["0.1"]
     assert first.locator("input").nth(0).get_attribute("aria-valuetext") == "0.1"
     assert second.locator("figure:visible").inner_text() == "right at 0.3 <ok>"
+
+
+def test_words_are_buttons_that_the_keyboard_moves(explorer: Explorer, browser: Any, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(f"<body>{explorer.page()}</body>", encoding="utf-8")
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    group = page.get_by_role("group", name="side")
+    assert [one.is_checked() for one in group.get_by_role("radio").all()] == [False, True]
+    group.get_by_role("radio", name="right").focus()
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("figure:visible").inner_text() == "left at 0.3 <ok>"
+    page.keyboard.press("Enter")  # must not send the form away
+    assert page.locator("figure:visible").inner_text() == "left at 0.3 <ok>"
+    assert page.url == file.as_uri()
+    kinds = [type(child).__name__ for child in explorer.live().children[:2]]
+    assert kinds == ["SelectionSlider", "ToggleButtons"]
 
 
 def test_without_scripts_and_on_paper_a_montage_stands(explorer: Explorer, browser: Any, tmp_path: Path) -> None:

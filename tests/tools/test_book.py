@@ -349,9 +349,9 @@ VIEWS = ((390, "dark"), (1280, "light"))  # a phone at night, a desk by day
 
 
 def slider_faults(page: Any) -> list[str]:
-    """Whether an arrow key moves the first slider that has the focus, and another picture comes, as with the mouse."""
+    """Whether an arrow key moves the first slider or button that has the focus, and another picture comes."""
     box = page.locator(".covidseg-explorer").first
-    slider, shown = box.locator("input").first, box.locator("figure:visible img")
+    slider, shown = box.locator("input[type=range], input:checked").first, box.locator("figure:visible img")
     before = shown.get_attribute("src")
     slider.focus()
     at_end = slider.get_attribute("max") == slider.input_value()
