@@ -17,6 +17,8 @@ import nbformat
 from citations import read_bibliography, with_links
 from nbformat import NotebookNode
 
+FOLDED = {"hide-input", "remove-input", "remove-cell"}
+
 
 def tags(cell: NotebookNode) -> list[str]:
     """Tags of a cell, none if it has no such entry."""
@@ -87,9 +89,25 @@ def students_zip(chapters: list[Path]) -> bytes:
     return packed.getvalue()
 
 
+def with_folds(notebook: NotebookNode) -> NotebookNode:
+    """A copy whose cells that the pages fold are folded on Colab and in JupyterLab too.
+
+    Colab has a form for the parameters, so that folding them hides nothing; in JupyterLab they have to stay open.
+    """
+    notebook = copy.deepcopy(notebook)
+    for cell in notebook.cells:
+        cell.metadata.pop("cellView", None)
+        cell.metadata.pop("jupyter", None)
+        if cell.cell_type == "code" and FOLDED & set(tags(cell)):
+            cell.metadata["cellView"] = "form"
+            if "parameters" not in tags(cell):
+                cell.metadata["jupyter"] = {"source_hidden": True}
+    return notebook
+
+
 def for_readers_anywhere(notebook: NotebookNode, chapters: Path) -> NotebookNode:
-    """A copy of a chapter that needs nothing beside it: it carries its pictures, and its citations are links."""
-    notebook = with_pictures(notebook, chapters / "images")
+    """A copy of a chapter that needs nothing beside it: pictures come along, citations are links, plots are folded."""
+    notebook = with_folds(with_pictures(notebook, chapters / "images"))
     entries = read_bibliography(chapters / "references.bib")
     for cell in notebook.cells:
         if cell.cell_type == "markdown":

@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat import NotebookNode
-from notebooks import tags
+from notebooks import tags, with_folds
 
 from covidseg import __version__
 
@@ -36,7 +36,7 @@ def strip_faults(notebook: NotebookNode) -> list[str]:
     for cell in notebook.cells:
         if cell.cell_type == "code" and (cell.outputs or cell.execution_count is not None):
             faults.append(f"{cell.id}: has outputs, run `make strip`")
-        if extra := set(cell.metadata) - {"tags", "mystnb"}:
+        if extra := set(cell.metadata) - {"tags", "mystnb", "cellView", "jupyter"}:
             faults.append(f"{cell.id}: has metadata {', '.join(sorted(extra))}, run `make strip`")
         if "injected-parameters" in tags(cell):
             faults.append(f"{cell.id}: was injected by papermill, remove it")
@@ -119,6 +119,18 @@ def test_strip_check_fires(welcome: NotebookNode) -> None:
     welcome.nbformat_minor = 4
     assert {"parameters: was injected by papermill, remove it", "notebook format must be 4.5"} <= set(
         strip_faults(welcome))
+
+
+def test_what_pages_fold_is_folded_on_colab_and_in_jupyterlab_too() -> None:
+    cells = [nbformat.v4.new_code_cell(name, id=name, metadata={"tags": marks}) for name, marks in (
+        ("plot", ["hide-input"]), ("claim", ["claim", "remove-input"]), ("parameters", ["parameters", "hide-input"]),
+        ("lesson", []))]
+    cells[-1].metadata["cellView"] = "form"  # a cell that is shown again
+    folded = {cell.id: cell.metadata for cell in with_folds(nbformat.v4.new_notebook(cells=cells)).cells}
+    assert folded["plot"] == {"tags": ["hide-input"], "cellView": "form", "jupyter": {"source_hidden": True}}
+    assert folded["claim"]["jupyter"] == {"source_hidden": True}
+    assert folded["parameters"] == {"tags": ["parameters", "hide-input"], "cellView": "form"}
+    assert folded["lesson"] == {"tags": []}
 
 
 def test_opening_check_fires(welcome: NotebookNode) -> None:
