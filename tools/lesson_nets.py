@@ -47,15 +47,15 @@ def differences(run: Run, shipped: Path = SHIPPED) -> dict[str, float]:
     return {stage: float(np.abs(ours[stage].astype(float) - theirs[stage])[crops.lungs].mean()) for stage in ours}
 
 
-def check(run: Run) -> str:
-    """One line on the shipped nets; it starts with ``stale`` if they are not those that the chapters train."""
+def check(run: Run) -> tuple[bool, str]:
+    """Whether the shipped nets say what those that the chapters train do, and that in a line."""
     found = differences(run)
     if not found:
-        return "stale: the shipped nets are of other settings; run `make nets`"
+        return False, "the shipped nets are of other settings; run `make nets`"
     told = ", ".join(f"{stage} {value:.3f}" for stage, value in found.items())
     if all(value <= TOLERANCE for value in found.values()):  # not so for a difference that is no number
-        return f"shipped nets say what the chapters train (differences {told})"
-    return f"stale: shipped nets differ from those trained ({told}); run `make nets`"
+        return True, f"the shipped nets say what the chapters train (differences {told})"
+    return False, f"the shipped nets differ from those trained ({told}); run `make nets`"
 
 
 def last_run(runs: Path) -> Run:

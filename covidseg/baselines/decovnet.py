@@ -42,9 +42,8 @@ class DeCoVNetSettings(BaselineSettings):
             -671 HU, 0.24 of the way from lung's air (about -900 HU) to soft tissue (about 40 HU).
         masked: Whether the picture outside the lung is set to air. The publication leaves it; trained on slices of
             nine volumes the net then learns the surroundings, and tells other slices apart no better than by chance.
-        weights: What each feature is worth in the map. ``chain`` is published; it takes the head for linear, and its
-            sign comes out right or wrong by chance here. ``gradient`` asks the net itself (Selvaraju et al., ICCV
-            2017, eq. 1).
+        weights: What each feature is worth in the map. ``chain`` is published; it takes the head for linear, without
+            its ReLUs and max pooling. ``gradient`` asks the net itself (Selvaraju et al., ICCV 2017, eq. 1).
     """
 
     dropout: float = 0.0

@@ -36,7 +36,7 @@ class BaselineSettings:
         weight_decay: Weight decay of AdamW; at 0 it is Adam.
         schedule: Learning rate along the training, ``onecycle`` or ``constant``.
         paint: Vessels painted on lesion-free slices, in 2D only. No lesion is painted.
-        outline: Level at which a lesion map is cut, chosen on the slices that this project's own levels were chosen on.
+        outline: Threshold of a lesion map, chosen on the slices that this project's own thresholds were chosen on.
     """
 
     dims: int = 2

@@ -417,8 +417,8 @@ def test_published_figures_stand_once_under_the_last_system_of_their_kind() -> N
         assert [float(cell) for cell in rows[f"*published: {name}*"][:5]] == list(figures)
     some = [r for r in comparison(1) if r["system"] in ("otsu", "decovnet", "faithful", "masks")]
     assert list(cells(table_lines(some)))[1:5] == [
-        "DeCoVNet on slices (our 2D port, lungs, map, level and training)", "*published: DeCoVNet*", "ours, faithful",
-        "*published: dual-task mutual learning*"]
+        "DeCoVNet on slices (our 2D port, lungs, map, threshold and training)", "*published: DeCoVNet*",
+        "ours, faithful", "*published: dual-task mutual learning*"]
 
 
 def drawn_by_rule(system: str, dice: float) -> Record:

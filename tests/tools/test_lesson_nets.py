@@ -29,14 +29,18 @@ def test_package_ships_the_nets_of_the_default_run() -> None:
 @pytest.mark.nets
 def test_nets_that_differ_are_told(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lesson_nets.differences, "__defaults__", (tmp_path,))
-    assert lesson_nets.check(tiny_run).startswith("stale: the shipped nets are of other settings")
+    assert lesson_nets.check(tiny_run) == (False, "the shipped nets are of other settings; run `make nets`")
     ship(tiny_run, tmp_path)
     assert max(lesson_nets.differences(tiny_run).values()) < 0.02
-    assert lesson_nets.check(tiny_run).startswith("shipped nets say what the chapters train")
+    same, said = lesson_nets.check(tiny_run)
+    assert same, said
+    assert "lung_net 0.00" in said
     path = tmp_path / "segmenter.safetensors"
     arrays, notes = load_arrays(path)
     save_arrays(path, {name: -value if value.dtype == np.float16 else value for name, value in arrays.items()}, notes)
-    assert lesson_nets.check(tiny_run).startswith("stale: shipped nets differ")
+    same, said = lesson_nets.check(tiny_run)
+    assert not same
+    assert "differ from those trained" in said
     other = Run(tiny_run.data, replace(tiny_run.profile, true_lungs=True), tiny_run.seed, tmp_path / "run", "cpu",
                 lambda line: None)
     assert lesson_nets.differences(other) == {}
