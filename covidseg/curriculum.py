@@ -130,7 +130,7 @@ def plan_phase(prior: np.ndarray, opinion: np.ndarray, candidates: np.ndarray, s
 
 # --- mutual teaching ------------------------------------------------------------------------------------------------
 
-EXCHANGES = ("both", "to_patches", "none")
+EXCHANGES = ("both", "last", "to_patches", "none")
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ class MutualSettings:
     """Settings of the exchange.
 
     Attributes:
-        exchange: ``both`` ways; ``to_patches``: one round, the map guides the patches; ``none``: the patches learn
-            from slice labels alone.
+        exchange: ``both`` ways; ``last``: as well, but later stages use the last round, not the one that agrees best;
+            ``to_patches``: one round, the map guides the patches; ``none``: the patches learn from slice labels alone.
         rounds: The most rounds.
         again: Share of its steps that the patch net trains in every later round, going on from the one before. The
             classifier starts afresh: it should not stay with what it read from slice labels alone.
@@ -201,11 +201,13 @@ def agreement(data: WeakSet, cam: np.ndarray, patches: np.ndarray) -> float:
 
 def settled(rounds: list[Round], settings: MutualSettings) -> bool:
     """Whether the rounds are over."""
-    if len(rounds) >= settings.rounds or settings.exchange != "both":
+    if len(rounds) >= settings.rounds or settings.exchange not in ("both", "last"):
         return True
     return len(rounds) > 1 and rounds[-1].gain < settings.stop
 
 
-def best_round(rounds: list[Round]) -> int:
+def best_round(rounds: list[Round], settings: MutualSettings) -> int:
     """Number, from 1, of the round in which the two maps agreed best; the earlier one if two agreed alike."""
+    if settings.exchange == "last":
+        return len(rounds)
     return 1 + max(range(len(rounds)), key=lambda k: rounds[k].agreement)

@@ -194,7 +194,7 @@ class Run:
 
     def best(self) -> int:
         """Chapter 6: number of the round whose nets and maps are used from here on."""
-        return best_round(self.rounds())
+        return best_round(self.rounds(), self.profile.mutual)
 
     def fine(self) -> FineLabels:
         """Chapter 7: fine labels of all training slices, from the maps of the best round."""

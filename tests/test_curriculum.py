@@ -235,7 +235,8 @@ def rounds(*figures: float) -> list[Round]:
     (replace(FIRST, stop=0.0), (0.5, 0.6, 0.8), True),                 # the most rounds
     (MutualSettings(rounds=1), (0.5,), True),
     (MutualSettings(exchange="to_patches", rounds=3), (0.5,), True),   # nothing comes back: one round
-    (MutualSettings(exchange="none", rounds=3), (0.5,), True)])
+    (MutualSettings(exchange="none", rounds=3), (0.5,), True),
+    (replace(FIRST, exchange="last"), (0.5,), False), (replace(FIRST, exchange="last"), (0.5, 0.4), True)])
 def test_when_the_rounds_are_over(settings: MutualSettings, figures: tuple[float, ...], over: bool) -> None:
     assert settled(rounds(*figures), settings) is over
 
@@ -243,5 +244,6 @@ def test_when_the_rounds_are_over(settings: MutualSettings, figures: tuple[float
 def test_the_best_round_is_the_earliest_of_those_that_agree_best() -> None:
     for figures, best in (((0.5,), 1), ((0.6, 0.5), 1), ((0.5, 0.7, 0.6), 2), ((0.5, 0.6, 0.7), 3),
                           ((0.4, 0.6, 0.6), 2), ((0.0, 0.0, 0.0), 1)):
-        assert best_round(rounds(*figures)) == best
-    assert best_round([Round(0.9, NAN), Round(0.1, -0.8), Round(0.6, 0.5)]) == 1, "not by gain"
+        assert best_round(rounds(*figures), FIRST) == best
+    assert best_round([Round(0.9, NAN), Round(0.1, -0.8), Round(0.6, 0.5)], FIRST) == 1, "not by gain"
+    assert best_round(rounds(0.6, 0.5), replace(FIRST, exchange="last")) == 2, "whatever the agreement"

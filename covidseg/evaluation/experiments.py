@@ -328,6 +328,8 @@ VARIANTS = {
     # Patches that know nothing of the map get no bags from it, and their labels none of its votes.
     "no-exchange": Variant("no exchange: patches from slice labels alone", _set(
         {"mutual.exchange": "none", "mil.component_weight": 0.0, "fine.cam_share": 0.0})),
+    "last-round": Variant("exchange both ways, the last round used whatever the agreement",
+                          _set({"mutual.exchange": "last"})),
     "one-way": Variant("exchange one way: map to patches", _set({"mutual.exchange": "to_patches"})),
     "no-vessels": Variant("no painted vessels", _set(
         {"classifier.paint.vessels": 0.0, "mil.paint.vessels": 0.0, "segmenter.paint.vessels": 0.0})),
