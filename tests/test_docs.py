@@ -76,3 +76,30 @@ def test_times_on_the_page_of_real_data_are_those_of_the_records() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not re.match(r"https?://", link) and not (page.parent / link).exists()] == []
+
+
+def headings(number: str) -> set[str]:
+    """Headings of a chapter, without their Markdown."""
+    path, = (ROOT / "chapters").glob(f"{int(number):02d}_*.ipynb")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    found = re.findall(r"^#+ (.*)$", "\n".join("".join(cell["source"]) for cell in cells), re.MULTILINE)
+    return {heading.replace("*", "") for heading in found}
+
+
+def missing_headings(text: str) -> list[str]:
+    """Parts of chapters that a text names, ``chapter 2, *How good is it?*``, and that are not there."""
+    named = re.findall(r"chapter (\d+),(?: [a-z ]+)?((?:(?: and (?:the numbers under )?| )\*[^*]+\*)+)", text)
+    return [f"{number}: {title}" for number, titles in named for title in re.findall(r"\*([^*]+)\*", titles)
+            if title.rstrip(".;") not in headings(number)]
+
+
+def test_check_of_named_headings_fires() -> None:
+    text = "see chapter 7, *The segmenter*; chapter 7, the figure of *Nothing like it* and *Fusing*"
+    assert missing_headings(text) == ["7: Nothing like it"]
+
+
+@pytest.mark.parametrize("page", ["docs/slides.md", "chapters/instructor.md"])
+def test_parts_of_chapters_that_a_page_names_are_there(page: str) -> None:
+    text = text_of(page)
+    assert len(re.findall(r"chapter \d+, [^.]*\*", text)) > 0
+    assert missing_headings(text) == []
