@@ -8,8 +8,8 @@ undecided, or where the two tasks disagree about it.
 **Mutual learning.** In each round the classifier's activation map is the prior of the patch task, and the patches' map
 becomes guidance for the evidence of a new classifier, place by place; in lesion-free slices every place is known, and
 so is every painted lesion. The weight of that guidance is ramped up from round to round, as between two peers on two
-tasks in Zhang and Zhang (PRCV 2021). The rounds end when the two maps agree no better than before, and the round in
-which they agreed best is the one that the later stages use. No mask has a say in either.
+tasks in Zhang and Zhang (PRCV 2021). The later stages use the maps of the last round. How far the two maps agree can be
+measured without a mask, but it does not say which round is the better one (chapter 6).
 
 This module decides what is taught; :mod:`covidseg.patches` trains the phases, :mod:`covidseg.pipeline` runs the rounds.
 """
@@ -130,7 +130,7 @@ def plan_phase(prior: np.ndarray, opinion: np.ndarray, candidates: np.ndarray, s
 
 # --- mutual teaching ------------------------------------------------------------------------------------------------
 
-EXCHANGES = ("both", "last", "to_patches", "none")
+EXCHANGES = ("both", "to_patches", "none")
 
 
 @dataclass(frozen=True)
@@ -138,15 +138,14 @@ class MutualSettings:
     """Settings of the exchange.
 
     Attributes:
-        exchange: ``both`` ways; ``last``: as well, but later stages use the last round, not the one that agrees best;
-            ``to_patches``: one round, the map guides the patches; ``none``: the patches learn from slice labels alone.
-        rounds: The most rounds.
+        exchange: ``both`` ways; ``to_patches``: one round, the map guides the patches; ``none``: the patches learn
+            from slice labels alone.
+        rounds: How many, if the exchange goes both ways.
         again: Share of its steps that the patch net trains in every later round, going on from the one before. The
             classifier starts afresh: it should not stay with what it read from slice labels alone.
         weights: Weight of the guidance for the classifier in rounds 2, 3, ...; the last one stays.
         painted: Probability that lesions are painted on a lesion-free slice for the classifier in later rounds, which
             then is one with a lesion: the same place in the chest with another label. 0 does without.
-        stop: The rounds end when the agreement grows by less.
     """
 
     exchange: str = "both"
@@ -154,25 +153,16 @@ class MutualSettings:
     again: float = 0.5
     weights: tuple[float, ...] = (2.0, 3.0)
     painted: float = 0.5
-    stop: float = 0.01
 
     def __post_init__(self) -> None:
         one_of(self.exchange, EXCHANGES, "exchange")
         if self.rounds < 1:
             raise SettingsError("mutual learning needs at least one round", remedy="Set rounds to 1 or more")
 
-
-@dataclass(frozen=True)
-class Round:
-    """What one round achieved.
-
-    Attributes:
-        agreement: How far the two maps agree, in [0, 1].
-        gain: Change of the agreement since the round before; NaN in the first.
-    """
-
-    agreement: float
-    gain: float
+    @property
+    def last(self) -> int:
+        """Number, from 1, of the last round, whose nets and maps the later stages use."""
+        return self.rounds if self.exchange == "both" else 1
 
 
 def make_guidance(data: WeakSet, patches: np.ndarray, settings: MutualSettings, number: int) -> Guidance:
@@ -197,17 +187,3 @@ def agreement(data: WeakSet, cam: np.ndarray, patches: np.ndarray) -> float:
     a, b = cam[positive].astype(float), patches[positive].astype(float)
     a = np.clip(a * (b.sum() / max(a.sum(), 1e-9)), 0, 1)
     return float(2 * np.minimum(a, b).sum() / max(a.sum() + b.sum(), 1e-9))
-
-
-def settled(rounds: list[Round], settings: MutualSettings) -> bool:
-    """Whether the rounds are over."""
-    if len(rounds) >= settings.rounds or settings.exchange not in ("both", "last"):
-        return True
-    return len(rounds) > 1 and rounds[-1].gain < settings.stop
-
-
-def best_round(rounds: list[Round], settings: MutualSettings) -> int:
-    """Number, from 1, of the round in which the two maps agreed best; the earlier one if two agreed alike."""
-    if settings.exchange == "last":
-        return len(rounds)
-    return 1 + max(range(len(rounds)), key=lambda k: rounds[k].agreement)

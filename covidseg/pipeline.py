@@ -24,7 +24,7 @@ from torch import nn
 
 from covidseg import DISCLAIMER
 from covidseg.classifier import Classifier, Ensemble, train_ensemble
-from covidseg.curriculum import Phase, Round, agreement, best_round, make_guidance, settled
+from covidseg.curriculum import Phase, agreement, make_guidance
 from covidseg.data.folder import Dataset, load_dataset
 from covidseg.data.registry import resolve
 from covidseg.data.splits import apply_split, read_split
@@ -79,8 +79,6 @@ _SLICES = Form(
 _CROPS = Form(lambda result: ({"found": result[0], "images": result[1].images, "lungs": result[1].lungs,
                                "boxes": result[1].boxes}, {}),
               lambda arrays, _: (arrays["found"], Crops(arrays["images"], arrays["lungs"], arrays["boxes"])))
-_ROUNDS = Form(lambda rounds: ({"rounds": np.array([[r.agreement, r.gain] for r in rounds])}, {}),
-               lambda arrays, _: [Round(*row) for row in arrays["rounds"].tolist()])
 _FINE = Form(lambda fine: ({"labels": fine.labels, "probabilities": fine.probabilities}, {}),
              lambda arrays, _: FineLabels(**arrays))
 
@@ -180,27 +178,16 @@ class Run:
         return self._stage(f"patches{number}", array_form("patches"), lambda: patch_probabilities(
             self.mil(number)[0], self.weak().crops, self.cam(number)))
 
-    def rounds(self) -> list[Round]:
-        """Chapter 6: all rounds of the exchange, trained until the two maps agree no better."""
-        def make() -> list[Round]:
-            data, rounds = self.weak(), list[Round]()
-            while not rounds or not settled(rounds, self.profile.mutual):
-                number = len(rounds) + 1
-                common = agreement(data, self.cam(number), self.patches(number))
-                rounds.append(Round(common, common - rounds[-1].agreement if rounds else float("nan")))
-                self.log(f"round {number}: the two maps agree to {common:.3f}")
-            return rounds
-        return self._stage("rounds", _ROUNDS, make)
-
-    def best(self) -> int:
-        """Chapter 6: number of the round whose nets and maps are used from here on."""
-        return best_round(self.rounds(), self.profile.mutual)
+    def agreements(self) -> list[float]:
+        """Chapter 6: how far the two maps agree after each round of the exchange, in [0, 1]; to look at."""
+        return [agreement(self.weak(), self.cam(number), self.patches(number))
+                for number in range(1, self.profile.mutual.last + 1)]
 
     def fine(self) -> FineLabels:
-        """Chapter 7: fine labels of all training slices, from the maps of the best round."""
-        best = self.best()
+        """Chapter 7: fine labels of all training slices, from the maps of the last round."""
+        last = self.profile.mutual.last
         return self._stage("fine", _FINE, lambda: fine_labels(
-            self.weak(), self.cam(best), self.patches(best), self.profile.fine))
+            self.weak(), self.cam(last), self.patches(last), self.profile.fine))
 
     def segmenter(self) -> nn.Module:
         """Chapter 7: the segmenter trained on the fine labels."""
@@ -237,8 +224,7 @@ class Run:
             "cam": (f"classifier{number}", p.cam, self.seed, *mutual),
             "mil": (f"cam{number}", p.mil, self.seed, *(mutual or [p.mutual.exchange == "none"])),
             "patches": (f"mil{number}", "maps"),  # no setting of their own
-            "rounds": ("mil1", p.mutual),
-            "fine": ("rounds", p.fine),
+            "fine": (f"patches{p.mutual.last}", p.fine),
             "segmenter": ("fine", p.segmenter, self.seed)}[name]
         return fingerprint(self.key(before), *rest)
 
@@ -249,11 +235,11 @@ class Run:
             part for case in self.data.cases for part in (case.image, case.patient, sorted(case.labels.items()))))
 
     def stages(self) -> list[str]:
-        """Names of all stored stages, in order; trains the rounds if need be, since they decide how many there are."""
+        """Names of all stored stages, in order."""
         of_round = ("classifier", "cam", "mil", "patches")
-        rounds = [f"{name}{k}" for k in range(1, len(self.rounds()) + 1) for name in of_round]
+        rounds = [f"{name}{k}" for k in range(1, self.profile.mutual.last + 1) for name in of_round]
         net = ["lung_net"] if self.profile.lung_net.steps else []
-        return ["threshold", *net, "weak", *rounds, "rounds", "fine", "segmenter"]
+        return ["threshold", *net, "weak", *rounds, "fine", "segmenter"]
 
     def history(self, stage: str) -> History:
         """The losses of a trained stage: one entry an epoch, with the step and the mean of each loss.
@@ -372,7 +358,7 @@ def write_run(run: Run, command: str) -> Path:
         "seed": run.seed, "environment": environment(run.device),
         "data": {case.id: file_hash(case.image) for case in run.data.cases},
         "labelled_slices": run.data.labels(), "settings": profile_json(run.profile),
-        "stages": {stage: run.store.path(stage, run.key(stage)).name for stage in stages}, "best_round": run.best(),
+        "stages": {stage: run.store.path(stage, run.key(stage)).name for stage in stages},
     }
     if is_first():
         with run.store.alone(path):  # report and checksum have to be of the same program

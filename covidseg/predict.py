@@ -284,7 +284,7 @@ def load_predictor(run: Path = SHIPPED, device: torch.device = torch.device("cpu
 def export_run(run: Path, out: Path) -> list[Path]:
     """Copies a run's nets, and nothing of the scans, into a folder that :func:`load_predictor` reads.
 
-    Besides the nets that a prediction needs this is the patch net of the best round. The report goes along: settings,
+    Besides the nets that a prediction needs this is the patch net of the last round. The report goes along: settings,
     versions, and hashes of the scans that the nets were trained on. An older export of the same run is replaced.
 
     Returns:
@@ -297,8 +297,8 @@ def export_run(run: Path, out: Path) -> list[Path]:
     """
     if out.resolve() == run.resolve():
         raise OutputError("the export would overwrite the run", path=out, remedy="Name another folder")
-    content, _, files = read_report(run)
-    content["stages"] = {f"mil{content['best_round']}" if name == "patches" else name: f"{name}.safetensors"
+    content, profile, files = read_report(run)
+    content["stages"] = {f"mil{profile.mutual.last}" if name == "patches" else name: f"{name}.safetensors"
                          for name in files}
     report = out / REPORT
     if report.exists() and not _same_export(report, content):

@@ -159,7 +159,7 @@ def read_report(run: Path) -> tuple[dict[str, Any], Profile, dict[str, str]]:
     try:
         content = json.loads(report.read_text(encoding="utf-8"))
         profile = profile_from(content["settings"], report)
-        wanted = {"segmenter": "segmenter", "patches": f"mil{content['best_round']}",
+        wanted = {"segmenter": "segmenter", "patches": f"mil{profile.mutual.last}",
                   **({"lung_net": "lung_net"} if profile.lung_net.steps else {})}
         files = {name: content["stages"][stage] for name, stage in wanted.items()}
         for file in files.values():  # a folder in the name could lead out of the run

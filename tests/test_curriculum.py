@@ -15,13 +15,10 @@ from covidseg.curriculum import (
     CurriculumSettings,
     MutualSettings,
     Phase,
-    Round,
     admit_easiest,
     agreement,
-    best_round,
     make_guidance,
     plan_phase,
-    settled,
 )
 from covidseg.errors import SettingsError
 from covidseg.patches import instances, patch_values, square_ids
@@ -54,7 +51,7 @@ def test_admission_follows_the_order_and_never_leaves_the_candidates(pace: float
 
 
 Case = tuple[np.ndarray, np.ndarray, np.ndarray]
-FIRST = MutualSettings(rounds=3, stop=0.01)
+FIRST = MutualSettings(rounds=3)
 
 
 @pytest.fixture(scope="module")
@@ -219,31 +216,8 @@ def test_agreement_falls_as_maps_drift_apart_and_has_no_unit_and_counts_slices_w
     assert agreement(data, np.where(ill, patches * noise, patches), shifted) != expected
 
 
-def rounds(*figures: float) -> list[Round]:
-    return [Round(value, value - figures[k - 1] if k else NAN) for k, value in enumerate(figures)]
-
-
-@pytest.mark.parametrize(("settings", "figures", "over"), [
-    (FIRST, (0.5,), False),                                            # nothing to compare with yet
-    (FIRST, (0.5, 0.6), False),                                        # it still grows
-    (FIRST, (0.5, 0.505), True),                                       # hardly
-    (FIRST, (0.5, 0.4), True),                                         # it falls: another round would make it worse
-    (replace(FIRST, rounds=4), (0.5, 0.4, 0.6), False),                # only the last change counts
-    (replace(FIRST, stop=0.2), (0.5, 0.6), True),
-    (replace(FIRST, stop=0.0), (0.5, 0.5), False),                     # with 0 it may stand still ...
-    (replace(FIRST, stop=0.0), (0.5, 0.49), True),                     # ... but not fall
-    (replace(FIRST, stop=0.0), (0.5, 0.6, 0.8), True),                 # the most rounds
-    (MutualSettings(rounds=1), (0.5,), True),
-    (MutualSettings(exchange="to_patches", rounds=3), (0.5,), True),   # nothing comes back: one round
-    (MutualSettings(exchange="none", rounds=3), (0.5,), True),
-    (replace(FIRST, exchange="last"), (0.5,), False), (replace(FIRST, exchange="last"), (0.5, 0.4), True)])
-def test_when_the_rounds_are_over(settings: MutualSettings, figures: tuple[float, ...], over: bool) -> None:
-    assert settled(rounds(*figures), settings) is over
-
-
-def test_the_best_round_is_the_earliest_of_those_that_agree_best() -> None:
-    for figures, best in (((0.5,), 1), ((0.6, 0.5), 1), ((0.5, 0.7, 0.6), 2), ((0.5, 0.6, 0.7), 3),
-                          ((0.4, 0.6, 0.6), 2), ((0.0, 0.0, 0.0), 1)):
-        assert best_round(rounds(*figures), FIRST) == best
-    assert best_round([Round(0.9, NAN), Round(0.1, -0.8), Round(0.6, 0.5)], FIRST) == 1, "not by gain"
-    assert best_round(rounds(0.6, 0.5), replace(FIRST, exchange="last")) == 2, "whatever the agreement"
+@pytest.mark.parametrize(("settings", "last"), [
+    (MutualSettings(), 2), (MutualSettings(rounds=3), 3), (MutualSettings(rounds=1), 1),
+    (MutualSettings(exchange="to_patches", rounds=3), 1), (MutualSettings(exchange="none", rounds=3), 1)])
+def test_the_last_round_is_the_first_where_nothing_comes_back(settings: MutualSettings, last: int) -> None:
+    assert settings.last == last

@@ -87,7 +87,7 @@ def test_another_seed_and_a_rate_a_tenth_higher_are_noticed(golden_run: Run, tmp
     assert "threshold" not in changed, "no chance is in there"
     faster = replace(TINY, classifier=replace(TINY.classifier, rate=1.1 * TINY.classifier.rate))
     changed = changed_stages(golden_run, double_run(golden_run.data.root, tmp_path / "rate", profile=faster))
-    assert changed >= {"cam1", "rounds"}
+    assert changed >= {"cam1", "mil2"}
     assert differences({"cam1": {}}, {"cam1": {"cam": [1, 0.5, 0.5]}}) == ["cam1: cam"]
 
 

@@ -16,7 +16,7 @@ from tiny import STAGES, TINY, all_stages, dice, quiet, same_weights, stage_name
 from covidseg import pipeline
 from covidseg.augment import PaintSettings
 from covidseg.classifier import Ensemble
-from covidseg.curriculum import Round, agreement, make_guidance
+from covidseg.curriculum import MutualSettings, agreement, make_guidance
 from covidseg.data.folder import load_dataset
 from covidseg.data.scan import read_scan, write_like
 from covidseg.errors import DatasetError
@@ -270,12 +270,11 @@ def test_without_a_lung_net_the_threshold_has_the_last_word(tiny_run: Run, tmp_p
     assert found.tolist() == np.flatnonzero(masks.any(axis=(1, 2))).tolist()
     assert np.array_equal(crops.lungs, make_crops(volume[found], masks[found], TINY.prepare).lungs)
     assert dice(run.lungs(volume), masks) > 0.95
-    run.rounds = lambda: [None]  # type: ignore[method-assign, list-item]
-    assert run.stages() == ["threshold", "weak", "classifier1", "cam1", "mil1", "patches1", "rounds", "fine",
-                            "segmenter"]
+    run.profile = replace(run.profile, mutual=MutualSettings(exchange="to_patches"))
+    assert run.stages() == ["threshold", "weak", "classifier1", "cam1", "mil1", "patches1", "fine", "segmenter"]
 
 
-def test_results_have_the_shapes_and_ranges_they_claim_and_the_best_round_agrees_best(tiny_run: Run) -> None:
+def test_results_have_the_shapes_and_ranges_they_claim(tiny_run: Run) -> None:
     assert tuple(tiny_run.stages()) == STAGES
     count, side, fine = len(tiny_run.weak()), TINY.prepare.size, tiny_run.fine()
     assert tiny_run.cam().shape == tiny_run.coarse().shape == tiny_run.patches().shape == (count, side, side)
@@ -286,12 +285,10 @@ def test_results_have_the_shapes_and_ranges_they_claim_and_the_best_round_agrees
     assert (fine.probabilities[~free] > 0).any()
     assert fine.labels.dtype == bool
     assert len(tiny_run.mil()[1]) == len(TINY.mil.curriculum.paces)
-    figures = [r.agreement for r in tiny_run.rounds()]
+    figures = tiny_run.agreements()
     assert len(figures) == TINY.mutual.rounds
     assert figures[0] != figures[1]
-    assert tiny_run.best() == 1 + int(np.argmax(figures))
-    measured = [agreement(tiny_run.weak(), tiny_run.cam(k), tiny_run.patches(k)) for k in (1, 2)]
-    assert figures == pytest.approx(measured)
+    assert figures == [agreement(tiny_run.weak(), tiny_run.cam(k), tiny_run.patches(k)) for k in (1, 2)]
 
 
 def test_later_rounds_teach_a_new_classifier_places_and_the_patch_net_goes_on(
@@ -330,37 +327,17 @@ def test_the_segmenter_is_taught_the_targets_of_the_fine_labels(tiny_run: Run, c
     assert not np.array_equal(fine.targets, fine.labels), "not the walker's decisions alone"
 
 
-@pytest.mark.parametrize("best", [1, 2])
-def test_fine_labels_come_from_the_round_that_agreed_best(tiny_run: Run, copied: Path, best: int) -> None:
+@pytest.mark.parametrize(("exchange", "last"), [("both", 2), ("to_patches", 1)])
+def test_fine_labels_come_from_the_last_round(tiny_run: Run, copied: Path, exchange: str, last: int) -> None:
     stage_file(tiny_run, copied, "fine").unlink()
-    run, lines = again(tiny_run, copied)
-    run.rounds = lambda: [Round(float(k == best), 0.0) for k in (1, 2)]  # type: ignore[method-assign]
-    assert run.best() == best
-    mine, other = (fine_labels(run.weak(), run.cam(k), run.patches(k), TINY.fine) for k in (best, 3 - best))
+    run, lines = again(tiny_run, copied, profile=replace(TINY, mutual=replace(TINY.mutual, exchange=exchange)), seed=0)
+    mine, other = (fine_labels(tiny_run.weak(), tiny_run.cam(k), tiny_run.patches(k), TINY.fine)
+                   for k in (last, 3 - last))
     found = run.fine()
     for part in ("labels", "probabilities", "targets", "weights"):
         np.testing.assert_array_equal(getattr(found, part), getattr(mine, part))
     assert not np.array_equal(mine.probabilities, other.probabilities), "the rounds differ"
-    assert lines == []
-
-
-@pytest.mark.parametrize(("figures", "rounds", "best"), [
-    ((0.5, 0.7, 0.6, 0.9), 3, 2),   # the fall ends it: the fourth round never comes
-    ((0.5, 0.4, 0.9), 2, 1), ((0.5, 0.505, 0.9), 2, 2), ((0.5, 0.6, 0.7, 0.8), 4, 4)])
-def test_rounds_end_when_the_maps_agree_no_better(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  figures: tuple[float, ...], rounds: int, best: int) -> None:
-    run, _ = again(tiny_run, tmp_path, profile=replace(TINY, mutual=replace(TINY.mutual, rounds=4, stop=0.01)))
-    asked: list[int] = []
-    data = tiny_run.weak()
-    nothing = np.zeros(data.crops.images.shape, np.float32)
-    run.weak = lambda: data  # type: ignore[method-assign]
-    run.cam = lambda number=1: asked.append(number) or nothing  # type: ignore[method-assign, func-returns-value]
-    run.patches = lambda number=1: nothing  # type: ignore[method-assign]
-    left = iter(figures)
-    monkeypatch.setattr("covidseg.pipeline.agreement", lambda *maps: next(left))
-    assert [r.agreement for r in run.rounds()] == list(figures[:rounds])
-    assert max(asked) == rounds
-    assert run.best() == best
+    assert lines == [], "nothing was trained again"
 
 
 def test_the_upper_bound_learns_from_the_masks_it_is_given(tiny_run: Run, copied: Path) -> None:

@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 import torch
 from nibabel.orientations import axcodes2ornt, ornt_transform
-from tiny import TINY, content, quiet, same_weights, stage_name, weights
+from tiny import TINY, content, same_weights, stage_name, weights
 
 from covidseg import predict
-from covidseg.curriculum import Round
 from covidseg.data.scan import read_mask, read_scan, write_like
 from covidseg.errors import ArtifactError, InputFileError, NoLungError, OutputError
 from covidseg.lungs import threshold_lungs
 from covidseg.patches import PatchNet
-from covidseg.pipeline import Run, find_lungs, write_run
+from covidseg.pipeline import Run, find_lungs
 from covidseg.predict import Predictor, export_run, load_predictor, segment, shipped_predictor
 from covidseg.preprocess import Crops, make_crops, uncrop, uncrop_all
 from covidseg.profiles import read_report
@@ -193,21 +192,13 @@ def test_the_fingerprint_tells_nets_and_settings_apart(tiny_run: Run, predictor:
         == predictor.fingerprint()
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_the_report_names_the_best_round_and_its_patch_net_is_exported(copied: Path, tiny_run: Run, tmp_path: Path,
-                                                                       number: int) -> None:
-    assert read_report(copied)[0]["best_round"] == tiny_run.best()
+def test_the_patch_net_of_the_last_round_is_exported(copied: Path, tiny_run: Run, tmp_path: Path) -> None:
     assert not same_weights(tiny_run.mil(1)[0], tiny_run.mil(2)[0])
-    run = Run(tiny_run.data, TINY, 0, copied, "cpu", quiet)
-    run.rounds = lambda: [Round(float(k == number), 0.0) for k in (1, 2)]  # type: ignore[method-assign]
-    write_run(run, "a test")
-    report, _, stages = read_report(copied)
-    assert report["best_round"] == number
-    assert stages["patches"] == stage_name(tiny_run, f"mil{number}")
+    assert read_report(copied)[2]["patches"] == stage_name(tiny_run, "mil2")
     export_run(copied, tmp_path / "nets")
     stored, _ = load_arrays(tmp_path / "nets" / "stages" / "patches.safetensors")
     found = load_net(PatchNet(TINY.mil), {name.removeprefix("net."): value for name, value in stored.items()})
-    assert same_weights(found, tiny_run.mil(number)[0])
+    assert same_weights(found, tiny_run.mil(2)[0])
 
 
 def weights_file(copied: Path, stage: str) -> Path:
@@ -216,7 +207,7 @@ def weights_file(copied: Path, stage: str) -> Path:
 
 @pytest.mark.parametrize("stage", ["segmenter", "lung_net", "patches"])
 def test_damaged_weights_are_refused(copied: Path, tiny_run: Run, tmp_path: Path, stage: str) -> None:
-    path = weights_file(copied, f"mil{tiny_run.best()}" if stage == "patches" else stage)
+    path = weights_file(copied, "mil2" if stage == "patches" else stage)
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with nullcontext() if stage == "patches" else pytest.raises(ArtifactError, match=path.name):
@@ -237,12 +228,12 @@ def edit(copied: Path, change: object) -> None:
 @pytest.mark.parametrize("change", [
     lambda c: c.pop("stages"), lambda c: c.pop("settings"), lambda c: c["stages"].pop("segmenter"),
     lambda c: c["stages"].pop("lung_net"), lambda c: c["settings"]["lung_net"]["paint"].update(unheard_of=1),
-    lambda c: c["settings"].pop("true_lungs"), lambda c: c.update(settings="text"), lambda c: c.pop("best_round"),
-    lambda c: c.update(best_round=7), lambda c: (c.update(best_round=2), c["stages"].pop("mil2")),
+    lambda c: c["settings"].pop("true_lungs"), lambda c: c.update(settings="text"),
+    lambda c: c["stages"].pop("mil2"),
     lambda c: c["settings"]["segmenter"].update(channels=[4, 8, 16]),
     lambda c: c["settings"]["lung_net"].update(channels=[4, 8, 16])],
     ids=["no stages", "no settings", "no segmenter", "no lung net", "unknown paint", "no choice of lungs", "text",
-         "no best round", "no such round", "a later round without its patch net", "another net", "another lung net"])
+         "a later round without its patch net", "another net", "another lung net"])
 def test_a_report_that_does_not_fit_is_refused(copied: Path, change: object) -> None:
     edit(copied, change)
     with pytest.raises(ArtifactError) as caught:
@@ -292,7 +283,7 @@ def test_an_exported_run_predicts_bit_for_bit_as_the_run(exported: Path, tiny_ru
 
 def test_an_exported_run_holds_nets_and_report_and_nothing_of_the_scans(exported: Path, tiny_run: Run, tmp_path: Path
                                                                         ) -> None:
-    nets = {"segmenter": tiny_run.segmenter(), f"mil{tiny_run.best()}": tiny_run.mil(tiny_run.best())[0],
+    nets = {"segmenter": tiny_run.segmenter(), "mil2": tiny_run.mil(2)[0],
             "lung_net": tiny_run.lung_net()}
     names = {stage: f"{'patches' if 'mil' in stage else stage}.safetensors" for stage in nets}
     written = {"run.json", *(f"stages/{name}" for name in names.values())}
@@ -304,7 +295,7 @@ def test_an_exported_run_holds_nets_and_report_and_nothing_of_the_scans(exported
         assert stored.keys() == expected.keys(), "weights and no array more"
         assert all(np.array_equal(stored[key], expected[key]) for key in expected)
     # The patches of a run lie beside the targets of their curriculum, which are as many as the training slices.
-    whole, _ = load_arrays(tiny_run.folder / "stages" / stage_name(tiny_run, f"mil{tiny_run.best()}"))
+    whole, _ = load_arrays(tiny_run.folder / "stages" / stage_name(tiny_run, "mil2"))
     assert any(key.startswith("phase") for key in whole)
     size, before = (sum(map(len, content(folder).values())) for folder in (exported, tiny_run.folder))
     assert size < 0.5 * before
@@ -341,8 +332,8 @@ def test_the_same_run_is_exported_anew(copied: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [
     lambda c: c.update(seed=1), lambda c: c["data"].update(phantom_00="another scan"),
     lambda c: c.update(labelled_slices=39), lambda c: c["settings"]["segmenter"].update(rate=0.123),
-    lambda c: c.update(best_round=3 - c["best_round"]), None, b"", b"[]", b"\xff"],
-    ids=["seed", "data", "labels", "settings", "round", "training folder", "empty", "list", "bytes"])
+    None, b"", b"[]", b"\xff"],
+    ids=["seed", "data", "labels", "settings", "training folder", "empty", "list", "bytes"])
 def test_an_export_of_another_run_or_anything_else_is_never_replaced(exported: Path, copied: Path, tmp_path: Path,
                                                                      change: Any) -> None:
     """A training folder of the very same run would lose its stages from the report."""

@@ -34,14 +34,14 @@ from covidseg.training import Batch, Training
 TINY = Profile(
     "quick", prepare=PrepareSettings(size=80), lung_net=LungNetSettings(steps=8, size=64, channels=(4, 8), batch=4),
     classifier=ClassifierSettings(width=4, steps=8, batch=4),
-    mil=MilSettings(width=4, steps=8, batch=4), mutual=MutualSettings(rounds=2, stop=0.0),
+    mil=MilSettings(width=4, steps=8, batch=4), mutual=MutualSettings(rounds=2),
     segmenter=SegmenterSettings(channels=(4, 8, 8), steps=8, batch=4))
 SLAB = SlabSettings(depth=2, size=40, step=2)
 TINY_BASELINES = BaselineProfile(
     CamSettings(layer_share=0.0), DeCoVNetSettings(steps=2, batch=4), Ad3dMilSettings(steps=2, batch=4),
     DeCoVNetSettings(dims=3, slab=SLAB, steps=2, batch=4), Ad3dMilSettings(dims=3, slab=SLAB, steps=2, batch=4))
 STAGES = ("threshold", "lung_net", "weak", "classifier1", "cam1", "mil1", "patches1", "classifier2", "cam2",
-          "mil2", "patches2", "rounds", "fine", "segmenter")
+          "mil2", "patches2", "fine", "segmenter")
 # For processes of tests: a copy of this one has imported everything, which takes a fresh one ten seconds and more.
 # Where there is a GPU a copy of a process that computed cannot compute, so one that only imported is copied.
 WARM = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")

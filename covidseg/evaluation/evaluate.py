@@ -227,9 +227,9 @@ def otsu_method() -> Method:
 
 
 def stage_method(run: Run) -> Method:
-    """Grad-CAM, patches, fine labels and segmenter of a run, as after its best round. Trains what is missing."""
-    p, best = run.profile, run.best()
-    classifier, (patch_net, _), segmenter = run.ensemble(best), run.mil(best), run.segmenter()
+    """Grad-CAM, patches, fine labels and segmenter of a run, as after its last round. Trains what is missing."""
+    p, last = run.profile, run.profile.mutual.last
+    classifier, (patch_net, _), segmenter = run.ensemble(last), run.mil(last), run.segmenter()
 
     def maps(crops: Crops, volume: bool) -> Maps:
         probability = slice_probabilities(classifier, crops)

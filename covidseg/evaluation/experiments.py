@@ -328,8 +328,6 @@ VARIANTS = {
     # Patches that know nothing of the map get no bags from it, and their labels none of its votes.
     "no-exchange": Variant("no exchange: patches from slice labels alone", _set(
         {"mutual.exchange": "none", "mil.component_weight": 0.0, "fine.cam_share": 0.0})),
-    "last-round": Variant("exchange both ways, the last round used whatever the agreement",
-                          _set({"mutual.exchange": "last"})),
     "one-way": Variant("exchange one way: map to patches", _set({"mutual.exchange": "to_patches"})),
     "no-vessels": Variant("no painted vessels", _set(
         {"classifier.paint.vessels": 0.0, "mil.paint.vessels": 0.0, "segmenter.paint.vessels": 0.0})),
@@ -394,5 +392,5 @@ def _ablated(name: str, variant: Run, test: Dataset) -> Record:
         return evaluation_json(cross_validated(variant, test))
     reached = evaluation_json(evaluate_run(variant, test, upper_bound=None if name == "whole" else False)) \
         if outlined(test) else verdict_json(judge(partial(found_crops, variant), test, [stage_method(variant)])[0])
-    agreements = [round(each.agreement, 4) for each in variant.rounds()]
-    return {"best_round": variant.best(), "agreements": agreements, **reached}
+    return {"round": variant.profile.mutual.last, "agreements": [round(each, 4) for each in variant.agreements()],
+            **reached}

@@ -148,8 +148,8 @@ def seeds_markdown(results: Sequence[Record]) -> str:
 
 
 def rounds_used(records: Iterable[Record]) -> str:
-    """Which round of the exchange was used with each seed, ``2, 2, 1``; empty where that is not known."""
-    return ", ".join(str(record["best_round"]) for record in records if record.get("best_round"))
+    """Which round of the exchange was used with each seed, ``2, 2, 2``; empty where that is not known."""
+    return ", ".join(str(record["round"]) for record in records if record.get("round"))
 
 
 def ablation_rows(results: Iterable[Record]) -> list[tuple[str, Record]]:
@@ -166,7 +166,7 @@ def ablation_table(variants: Iterable[Record], *, narrow: bool = False) -> Table
     found: dict[str, list[Record]] = {}
     for variant in variants:
         for title, row in ablation_rows([variant]):
-            found.setdefault(title, []).append({**row, "best_round": variant.get("best_round")})
+            found.setdefault(title, []).append({**row, "round": variant.get("round")})
     rows = []
     for title, own in found.items():
         figures = [[row["micro"]["dice"], row["micro"]["ppv"], row["micro"]["sensitivity"], row["macro"]["dice"]]

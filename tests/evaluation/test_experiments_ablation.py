@@ -14,7 +14,6 @@ from tiny import TINY, quiet
 from typer.testing import CliRunner
 
 from covidseg.cli import app
-from covidseg.curriculum import Round
 from covidseg.data.folder import Dataset, load_dataset
 from covidseg.data.scan import read_scan, write_like
 from covidseg.errors import DatasetError, SettingsError
@@ -89,8 +88,8 @@ def test_rows_of_the_table(measured: list[dict]) -> None:
 
 
 def test_it_is_said_which_round_was_used(measured: list[dict], tiny_run: Run) -> None:
-    assert [content.get("best_round") for content in measured[::3]] == [tiny_run.best(), None], "masks know no rounds"
-    assert measured[0]["agreements"] == [round(each.agreement, 4) for each in tiny_run.rounds()]
+    assert [content.get("round") for content in measured[::3]] == [2, None], "masks know no rounds"
+    assert measured[0]["agreements"] == [round(each, 4) for each in tiny_run.agreements()]
     assert {content["seed"] for content in measured[:3]} == {0}
 
 
@@ -101,7 +100,7 @@ def test_verdicts_of_variants_where_only_labels_are_known(measured: list[dict], 
     found = dict(ablate(tiny_run, test, ["whole", "mean-pooling"], log=quiet))
     verdicts, = judge(partial(found_crops, tiny_run), test, [stage_method(tiny_run)])
     assert verdicts_from(found["whole"]).marked.tolist() == verdicts.marked.tolist()
-    assert [found[name]["best_round"] for name in found] == [content["best_round"] for content in measured[:2]]
+    assert [found[name]["round"] for name in found] == [content["round"] for content in measured[:2]]
     assert [row[0] for row in verdict_table(list(found.values())).rows] == [VARIANTS[name].title for name in found]
     with pytest.raises(DatasetError, match="no lesion mask"):
         list(ablate(tiny_run, test, ["pixel-masks"], log=quiet))
@@ -142,7 +141,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Evaluation([StageResult("Segmenter", "slice labels", 0.5, *counted)], float("nan"), 1)
     monkeypatch.setattr(module, "VARIANTS", {name: VARIANTS[name] for name in ("whole", "true-lungs")})
     monkeypatch.setattr(module, "evaluate_run", evaluate)
-    monkeypatch.setattr(Run, "rounds", lambda run: [Round(0.25, float("nan")), Round(0.5 - run.seed, 0.1)])
+    monkeypatch.setattr(Run, "agreements", lambda run: [0.25, 0.5 - run.seed])
     return seen
 
 
@@ -205,9 +204,9 @@ def test_command_line(tiny_phantom: Path, tmp_path: Path, faked: list[str], monk
     content = json.loads((tmp_path / "run/ablation.json").read_text())
     assert content["seeds"] == [0, 1]
     assert content["command"].endswith("--only whole --profile quick --method extended --seeds 0,1")
-    assert [(v["seed"], v["best_round"], v["agreements"]) for v in content["variants"]] == [
-        (0, 2, [0.25, 0.5]), (1, 1, [0.25, -0.5])]
-    assert "2,1" in result.output
+    assert [(v["seed"], v["round"], v["agreements"]) for v in content["variants"]] == [
+        (0, 2, [0.25, 0.5]), (1, 2, [0.25, -0.5])]
+    assert "2,2" in result.output
     bad = CliRunner().invoke(app, ["ablate", "--data", str(tiny_phantom), "--only", "nothing"])
     assert isinstance(bad.exception, SettingsError)
 

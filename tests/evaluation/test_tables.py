@@ -143,7 +143,7 @@ def test_table_of_an_ablation() -> None:
     assert lines[2:] == ["| all: Grad-CAM | 0.400 | 0.500 | 0.500 | 0.300 |",
                          "| all: Segmenter | 0.700 | 0.500 | 0.500 | 0.600 |",
                          "| one way: Segmenter | – | 0.500 | 0.500 | 0.600 |"]
-    seeds = [{**variants[1], "best_round": best, "rows": [row("Segmenter", dice, 0.6)]}
+    seeds = [{**variants[1], "round": best, "rows": [row("Segmenter", dice, 0.6)]}
              for best, dice in ((2, 0.5), (1, 0.7))]
     assert ablation_markdown([{"variants": seeds}]).splitlines()[2:] == [
         "| one way: Segmenter | 0.600 ± 0.141 | 0.500 ± 0.000 | 0.500 ± 0.000 | 0.600 ± 0.000 | 2, 1 |"]
@@ -158,7 +158,6 @@ def test_run_report_is_complete(tiny_run: Run) -> None:
         assert 0 <= seconds == tiny_run.store.seconds(stage, tiny_run.key(stage))
     assert content["seconds"]["segmenter"] > 0
     assert all(peak["process"] > 100 for peak in content["peak_memory_mb"].values())
-    assert content["best_round"] == tiny_run.best()
     assert content["labelled_slices"] == 40
     assert profile_from(content["settings"]) == TINY
     assert content["stages"] == {stage: stage_name(tiny_run, stage) for stage in STAGES}

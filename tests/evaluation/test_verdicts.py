@@ -108,7 +108,7 @@ def test_records_that_were_changed_are_noticed(change: dict) -> None:
 
 
 def test_the_table_has_means_intervals_and_rounds() -> None:
-    pair = [record(1, best_round=2), record(0, best_round=1)]
+    pair = [record(1, round=2), record(0, round=1)]
     line, = verdict_lines(pair)
     np.testing.assert_allclose(line.figures, [[r[name] for name in FIGURES] for r in pair[::-1]], atol=5e-5)
     assert line.rounds == "1, 2"

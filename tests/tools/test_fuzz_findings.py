@@ -120,7 +120,7 @@ def test_a_time_that_is_none(seconds: object, tmp_path: Path) -> None:
     ("settings.segmenter.threshold", float("nan")), ("settings.segmenter.threshold", 10**400),
     ("settings.lungs", []), ("stages.segmenter", 5), ("stages.segmenter", "../segmenter.safetensors"),
     ("stages.segmenter", "/segmenter.safetensors"), ("stages.segmenter", ".."), ("stages.segmenter", "a" * 300),
-    ("stages.segmenter", "a\0.safetensors"), ("best_round", {})])
+    ("stages.segmenter", "a\0.safetensors")])
 def test_reports_with_values_that_no_run_writes(place: str, value: object, tmp_path: Path) -> None:
     content = json.loads(stored.report_seeds()[0])
     *way, last = place.split(".")
