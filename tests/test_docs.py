@@ -66,8 +66,8 @@ def test_times_on_the_page_of_real_data_are_those_of_the_records() -> None:
         return [one["seconds"] / 60 for one in content["results"] if one["system"] == "extended"]
 
     page = text_of("chapters/a1_real_data.md")
-    full, quick = minutes("table1-medseg9-extended-full"), minutes("table1-phantom-quick")
-    assert f"{min(full):.0f} to {max(full):.0f} minutes a seed (`table1-medseg9-extended-full`)" in page
+    full, quick = minutes("table1-medseg9-today-full"), minutes("table1-phantom-quick")
+    assert f"{min(full):.0f} to {max(full):.0f} minutes a seed (`table1-medseg9-today-full`)" in page
     assert round(quick[0]) == 2
     assert "two minutes (`table1-phantom-quick`" in page
 

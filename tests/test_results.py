@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDED = sorted((ROOT / "results").glob("table1-*.json"))
 PHANTOM, REAL = "table1-phantom-quick", "table1-medseg9-on-100-full"
 TUNED_ON = "table1-medseg9-full"  # 52 of the same slices, with full supervision
-TODAY = "table1-medseg9-extended-full"  # the same 52: the recipe as it is, and the nets that come with the package
+TODAY = "table1-medseg9-today-full"  # the same 52: the recipe as it is, and the nets that come with the package
 PARTS = {"52 tuned on": slice(0, 52), "48 not tuned on": slice(52, 100), "all 100": slice(None)}
 
 

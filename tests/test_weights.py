@@ -40,7 +40,7 @@ def report() -> dict:
 
 def record() -> dict:
     """The recorded comparison on real CT."""
-    return read_records("table1-medseg9-extended-full")["table1-medseg9-extended-full"]
+    return read_records("table1-medseg9-today-full")["table1-medseg9-today-full"]
 
 
 def recorded() -> dict:
