@@ -185,9 +185,12 @@ class Run:
 
     def fine(self) -> FineLabels:
         """Chapter 7: fine labels of all training slices, from the maps of the last round."""
-        last = self.profile.mutual.last
-        return self._stage("fine", _FINE, lambda: fine_labels(
-            self.weak(), self.cam(last), self.patches(last), self.profile.fine))
+        def make() -> FineLabels:
+            for number, common in enumerate(self.agreements(), start=1):
+                self.log(f"round {number}: the two maps agree to {common:.3f}")
+            last = self.profile.mutual.last
+            return fine_labels(self.weak(), self.cam(last), self.patches(last), self.profile.fine)
+        return self._stage("fine", _FINE, make)
 
     def segmenter(self) -> nn.Module:
         """Chapter 7: the segmenter trained on the fine labels."""

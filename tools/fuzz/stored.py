@@ -63,7 +63,7 @@ def read_notes(data: bytes, folder: Path) -> None:
 
 def report_seeds() -> list[bytes]:
     """Reports of runs of both profiles."""
-    stages = {stage: f"{stage}-0123456789abcdef.safetensors" for stage in ("lung_net", "mil1", "segmenter")}
+    stages = {stage: f"{stage}-0123456789abcdef.safetensors" for stage in ("lung_net", "mil2", "segmenter")}
     return [json.dumps({"settings": profile_json(profile), "stages": stages, "seed": 0,
                         "data": {"a": "0" * 64}, "labelled_slices": 4}).encode() for profile in PROFILES.values()]
 
