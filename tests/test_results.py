@@ -222,3 +222,27 @@ def test_the_readme_quotes_what_the_nets_that_come_along_said_of_healthy_slices(
     first, used = (next(line.figures[:, 0].mean() for line in verdict_lines(read("verdicts-mosmed-full")["results"])
                         if line.title == SYSTEMS[name].title) for name in ("grad-cam", "extended"))
     assert f"AUC is {first:.2f} after the first round and {used:.2f} in the round that is used" in text
+
+
+CLAIM = "claim-medseg9-full"
+
+
+def final_masks(variant: str) -> np.ndarray:
+    """Dice of the segmenter of one variant in the test of the title's claim, one for each seed."""
+    return np.array([row["micro"]["dice"] for one in read(CLAIM)["variants"] if one["name"] == variant
+                     for row in one["rows"] if row["name"] == "Segmenter"])
+
+
+def test_the_test_of_the_titles_claim_is_complete_and_quoted_in_the_readme() -> None:
+    content = read(CLAIM)
+    assert shared_faults(content, "variants") == []
+    assert content["settings"]["method"] == "faithful"
+    assert content["settings"]["mutual"]["painted"] == 0, "no paint covers for the two ideas"
+    assert content["seeds"] == [0, 1, 2]
+    for variant in content["variants"]:
+        assert row_faults(variant["name"], variant["rows"]) == []
+        assert variant["round"] == (2 if variant["name"] in ("whole", "no-curriculum") else 1)
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for variant in ("one-way", "no-curriculum"):
+        gained = final_masks("whole") - final_masks(variant)
+        assert f"{gained.mean():+.3f} in Dice ({gained.min():+.3f} to {gained.max():+.3f})" in text, variant
