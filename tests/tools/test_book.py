@@ -313,7 +313,7 @@ FAULTS_SCRIPT = """() => {
       faults.push(`grey levels are changed: ${name}`);
   }
   // On a phone a table may scroll, a formula may not.
-  for (const part of document.querySelectorAll("article div.math, article table")) {
+  for (const part of document.querySelectorAll("article div.math, article mjx-container[display=true], article table")) {
     if (part.tagName === "TABLE" && width < 600) continue;
     for (let box = part; box.tagName !== "ARTICLE"; box = box.parentElement) {
       if (box.scrollWidth > box.clientWidth + 2 && getComputedStyle(box).display !== "inline") {
@@ -455,14 +455,16 @@ def test_check_of_what_is_cut_off_fires(browser: Any, tmp_path: Path) -> None:
     wide = '<div style="width:900px">x + y</div>'
     page.write_text('<html lang="en"><title>x</title><body><main><article><h1>x</h1>'
                     f'<div class="math" tabindex="0" style="overflow:auto; width:300px">{wide}</div>'
+                    '<mjx-container display="true" tabindex="0" style="display:block; overflow:auto; width:300px">'
+                    f'{wide}</mjx-container>'
                     '<div tabindex="0" style="overflow:auto; width:300px">'
                     f'<table><tr><td>{wide}</td></tr></table></div>'
                     '<div class="cell_output"><img alt="a slice" style="filter:brightness(.8)" '
                     'src="data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="></div></article></main></body></html>')
     kinds = [fault.split(" (")[0].split(": data")[0] for fault in page_faults(browser, page, (1280, "light"))]
-    assert kinds == ["grey levels are changed", "cut off: x + y", "cut off: x + y"]
+    assert kinds == ["grey levels are changed", *["cut off: x + y"] * 3]
     kinds = [fault.split(" (")[0].split(": data")[0] for fault in page_faults(browser, page, (390, "light"))]
-    assert kinds == ["grey levels are changed", "cut off: x + y"]
+    assert kinds == ["grey levels are changed", *["cut off: x + y"] * 2]
 
 
 def test_contrast_is_checked_in_the_dark_too(browser: Any, tmp_path: Path) -> None:
