@@ -313,7 +313,7 @@ FAULTS_SCRIPT = """() => {
       faults.push(`grey levels are changed: ${name}`);
   }
   // On a phone a table may scroll, a formula may not.
-  for (const part of document.querySelectorAll("article div.math, article mjx-container[display=true], article table")) {
+  for (const part of document.querySelectorAll("article :is(div.math, mjx-container[display=true], table)")) {
     if (part.tagName === "TABLE" && width < 600) continue;
     for (let box = part; box.tagName !== "ARTICLE"; box = box.parentElement) {
       if (box.scrollWidth > box.clientWidth + 2 && getComputedStyle(box).display !== "inline") {
