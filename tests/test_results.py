@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from covidseg.book.results import gain_in_words, gains
 from covidseg.evaluation.experiments import (
     EARLIER,
     OURS,
@@ -229,12 +230,6 @@ def test_the_readme_quotes_what_the_nets_that_come_along_said_of_healthy_slices(
 CLAIM = "claim-medseg9-full"
 
 
-def final_masks(variant: str) -> np.ndarray:
-    """Dice of the segmenter of one variant in the test of the title's claim, one for each seed."""
-    return np.array([row["micro"]["dice"] for one in read(CLAIM)["variants"] if one["name"] == variant
-                     for row in one["rows"] if row["name"] == "Segmenter"])
-
-
 def test_the_test_of_the_titles_claim_is_complete_and_quoted_in_the_readme() -> None:
     content = read(CLAIM)
     assert shared_faults(content, "variants") == []
@@ -246,5 +241,7 @@ def test_the_test_of_the_titles_claim_is_complete_and_quoted_in_the_readme() -> 
         assert variant["round"] == (2 if variant["name"] in ("whole", "no-curriculum") else 1)
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     for variant in ("one-way", "no-curriculum"):
-        gained = final_masks("whole") - final_masks(variant)
+        gained = gains(content, variant)
+        assert len(gained) == 3
         assert f"{gained.mean():+.3f} in Dice ({gained.min():+.3f} to {gained.max():+.3f})" in text, variant
+        assert gain_in_words(gained) in text, variant

@@ -117,3 +117,22 @@ def test_operating_curves_run_through_the_counts() -> None:
     halves = next(one for one in panel.lines if one.get_color() == "#bbbbbb")
     x, y = halves.get_xdata(), halves.get_ydata()
     np.testing.assert_allclose(2 * x * y / (x + y), 0.4, err_msg="lines of equal Dice")
+
+
+def test_what_gains_say() -> None:
+    def record(whole: list[float], other: list[float]) -> dict:
+        return {"variants": [{"name": name, "seed": seed, "rows": [
+            {"name": "Patch MIL", "micro": {"dice": 0.1}}, {"name": "Segmenter", "micro": {"dice": value}}]}
+            for name, values in (("whole", whole), ("without", other)) for seed, value in enumerate(values)]}
+
+    for whole, other, said in (
+            ([0.7, 0.8, 0.9], [0.6, 0.7, 0.8], "helps with every seed"),
+            ([0.6, 0.7, 0.8], [0.7, 0.8, 0.9], "harms with every seed"),
+            ([0.7, 0.8, 0.9], [0.7, 0.7, 0.8], "helps on average, but not with every seed"),
+            ([0.7, 0.7, 0.8], [0.7, 0.8, 0.9], "harms on average, but not with every seed"),
+            ([0.7, 0.8, 0.9], [0.71, 0.79, 0.9], "makes no clear difference")):
+        gained = results.gains(record(whole, other), "without")
+        np.testing.assert_allclose(gained, np.subtract(whole, other))
+        assert results.gain_in_words(gained) == said
+    assert results.gains(record([0.7, 0.8], [0.6]), "without").size == 1, "a seed that only one has is left out"
+    assert results.dice_by_seed(record([0.7], [0.6]), "whole", "Patch MIL") == {0: 0.1}
