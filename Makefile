@@ -78,7 +78,7 @@ test: $(READY)  ## Run the tests (those of the built book skip when there is non
 weekly: $(READY) $(VENV)/.trust  ## Run the tests of the tools themselves, of load and of killed programs, which `make test` leaves out
 	$(PYTEST) -m weekly $(PYTEST_ARGS)
 
-processors: $(READY)  ## Run the tests that compute with nets under three sets of instructions
+processors: $(READY)  ## Run the tests that compute with nets under older sets of instructions
 	$(BIN)/python tools/processors.py -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 shuffle: $(READY)  ## Run the tests in another order each time: none may need another

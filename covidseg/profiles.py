@@ -50,7 +50,7 @@ PROFILES = {
     # A few minutes on two CPU cores, no step above one minute: for lessons and tests.
     "quick": Profile("quick", lung_net=LungNetSettings(steps=160), mil=MilSettings(steps=160),
                      mutual=MutualSettings(again=0.4),
-                     segmenter=SegmenterSettings(channels=(8, 16, 32, 64), steps=150)),
+                     segmenter=SegmenterSettings(channels=(8, 16, 32, 64), steps=150, prior=0.05)),
     # Longer training of wider nets: for real scans, on a GPU if there is one. See results/ for what it takes.
     "full": Profile(
         "full", lung_net=LungNetSettings(steps=600, again=1500, add=0.5, add_thin=0.6),

@@ -162,6 +162,8 @@ class SegmenterSettings:
         steps: Optimiser steps.
         batch: Slices a step, half of them with a lesion.
         rate: Peak learning rate of AdamW.
+        prior: Probability of a lesion that the untrained net gives to a pixel on average. Lesions are rare, and a net
+            that starts at one half learns that first; in a short training it may learn little else.
         robustness: Q of the generalised cross entropy (Zhang and Sabuncu, NeurIPS 2018, eq. 6): near 0 it is
             cross entropy, at 1 the mean absolute error, which forgives wrong labels.
         dice_weight: Weight of the soft Dice loss.
@@ -180,6 +182,7 @@ class SegmenterSettings:
     steps: int = 300
     batch: int = 12
     rate: float = 3e-3
+    prior: float = 0.5
     robustness: float = 0.3
     dice_weight: float = 0.5
     fine_weight: float = 0.5
@@ -193,6 +196,9 @@ class SegmenterSettings:
     def __post_init__(self) -> None:
         if len(self.channels) < 3:
             raise SettingsError("the segmenter needs at least three levels", remedy="Give channels more numbers")
+        if not 0 < self.prior < 1:
+            raise SettingsError(f"prior is {self.prior}, and a probability between 0 and 1 is needed",
+                                remedy="Set it to the share of lung that is lesion, about 0.05")
 
 
 def supervised_settings(settings: SegmenterSettings) -> SegmenterSettings:
@@ -203,7 +209,7 @@ def supervised_settings(settings: SegmenterSettings) -> SegmenterSettings:
 
 def make_segmenter(settings: SegmenterSettings) -> nn.Module:
     """A U-Net: ``(B, 2, S, S)`` picture in the lung and lung, to ``(B, 1, S, S)`` logits."""
-    return make_fine_unet(2, settings.channels)
+    return make_fine_unet(2, settings.channels, settings.prior)
 
 
 def robust_loss(logits: Tensor, target: Tensor, weight: Tensor, settings: SegmenterSettings) -> Tensor:

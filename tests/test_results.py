@@ -177,16 +177,6 @@ def test_the_recorded_ablation_is_complete() -> None:
     assert content["command"].startswith("covidseg ablate --data medseg9 --test medseg100")
 
 
-def test_more_labels_were_measured_like_the_ablation() -> None:
-    """The row stands in the same table, so only the training data may differ."""
-    more, whole = read("ablate-medseg9-more-labels-quick"), read(ABLATION)
-    assert [variant["name"] for variant in more["variants"]] == ["more-labels"]
-    assert {key: more[key] for key in ("test_data", "settings", "seed")} == {
-        key: whole[key] for key in ("test_data", "settings", "seed")}
-    assert set(whole["data"].values()) < set(more["data"].values())
-    assert "not CC0" in more["about"].replace("Not", "not")
-
-
 def test_the_check_of_ablations_fires() -> None:
     content = copy.deepcopy(read(ABLATION))
     content["variants"] = [one for one in content["variants"] if one["name"] != "no-zeros"]

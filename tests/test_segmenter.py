@@ -12,7 +12,9 @@ from tiny import dice, generator, quiet, same_weights, toy
 from torch.nn import functional as F
 
 from covidseg.augment import NO_PAINT, PaintSettings, paste_lesions
+from covidseg.errors import SettingsError
 from covidseg.preprocess import Crops, WeakSet
+from covidseg.profiles import PROFILES
 from covidseg.segmenter import (
     GAINS,
     PLAIN,
@@ -206,6 +208,25 @@ def test_training_lowers_the_error() -> None:
     assert after < 0.5 * before
     assert overlap > 0.85
     assert not net.training
+
+
+def test_a_short_training_finds_rare_lesions_if_it_starts_from_how_rare_they_are() -> None:
+    """From one half it has only learned by then that lesions are rare, and its opinion dims the fine labels."""
+    def crescents(data: WeakSet, disks: np.ndarray) -> tuple[WeakSet, np.ndarray]:
+        return data, disks & np.roll(disks, 5, axis=2)                       # a fiftieth of the picture
+    (data, rare), (fresh, truth) = crescents(*toy(24)), crescents(*toy(16, seed=9))
+    ones, short = np.ones(rare.shape, np.float32), replace(LEARNING, steps=20, rate=3e-3, refresh=(0.4, 0.7))
+    found = {}
+    for prior in (0.5, PROFILES["quick"].segmenter.prior):
+        net = train_segmenter(data, rare, ones, replace(short, prior=prior, paint=NO_PAINT), seed=1, log=quiet)
+        found[prior] = dice(lesion_probabilities(net, fresh.crops) > 0.1, truth)
+    assert found[0.5] < 0.2 < 0.4 < found[PROFILES["quick"].segmenter.prior]
+
+
+@pytest.mark.parametrize("prior", [0.0, 1.0, -0.1])
+def test_a_prior_is_a_probability(prior: float) -> None:
+    with pytest.raises(SettingsError, match=r"prior is .* 0\.05"):
+        SegmenterSettings(prior=prior)
 
 
 def test_what_teaches_and_what_does_not(small: tuple[WeakSet, np.ndarray, np.ndarray]) -> None:

@@ -88,3 +88,17 @@ def test_the_form_for_prediction_says_the_same(make: Make, inputs: int, channels
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     after = {name: value.to(before[name]) for name, value in net.state_dict().items()}
     assert all(torch.equal(value, before[name]) for name, value in after.items()), "the net is left alone"
+
+
+def test_a_fine_net_starts_from_its_prior() -> None:
+    """And one half is what a new net gives anyway: the bias of its last layer is zero."""
+    pictures = torch.randn(8, 2, 32, 32, generator=torch.Generator().manual_seed(0))
+    biases = {}
+    for prior in (0.5, 0.05):
+        torch.manual_seed(0)
+        net = make_fine_unet(2, (4, 8, 16), prior)
+        biases[prior] = next(p for name, p in net.named_parameters() if name.startswith("output_block") and p.ndim == 1)
+        assert biases[prior].sigmoid().item() == pytest.approx(prior)
+        with torch.no_grad():
+            assert net(pictures).mean().sigmoid().item() == pytest.approx(prior, rel=0.3)
+    assert biases[0.5].item() == 0
