@@ -41,9 +41,9 @@ def make_fine_unet(inputs: int, channels: tuple[int, ...], prior: float = 0.5) -
     from monai.networks.nets import DynUNet  # as above
 
     levels = len(channels)
-    net: Any = DynUNet(spatial_dims=2, in_channels=inputs, out_channels=1, kernel_size=[3] * levels,
-                       strides=[1] + [2] * (levels - 1), upsample_kernel_size=[2] * (levels - 1), filters=list(channels),
-                       norm_name="batch")
+    net: Any = DynUNet(
+        spatial_dims=2, in_channels=inputs, out_channels=1, kernel_size=[3] * levels, strides=[1] + [2] * (levels - 1),
+        upsample_kernel_size=[2] * (levels - 1), filters=list(channels), norm_name="batch")
     nn.init.constant_(net.output_block.conv.conv.bias, math.log(prior / (1 - prior)))
     return net
 
