@@ -275,8 +275,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     begin = time.perf_counter()
     BUILD.mkdir(exist_ok=True)
-    chosen = [chapter for chapter in training_first(chapters_to_run(ROOT), ROOT)
-              if not options.only or any(text in chapter for text in options.only)]
+    chapters = training_first(chapters_to_run(ROOT), ROOT)
+    if strange := [text for text in options.only if not any(text in chapter for chapter in chapters)]:
+        parser.error(f"no chapter has {strange[0]!r} in its name; there are {', '.join(sorted(chapters))}, "
+                     "and several are named one after the other: --only 02 06")
+    chosen = [chapter for chapter in chapters if not options.only or any(text in chapter for text in options.only)]
     failed = False
     running = options.solutions or not options.no_execute
     try:

@@ -270,6 +270,16 @@ def raw_tables(page: str) -> list[str]:
     return re.findall(r"<p>\|[^\n]*", page)
 
 
+def test_a_chapter_that_does_not_exist_is_not_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        builder.main(["--only", "06", "00,06"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "no chapter has '00,06' in its name" in said
+    assert "chapters/06_curriculum" in said
+    assert "--only 02 06" in said
+
+
 @pytest.mark.book
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_every_table_is_drawn(book: Path, name: str) -> None:
