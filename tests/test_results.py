@@ -181,8 +181,8 @@ def test_more_labels_were_measured_like_the_ablation() -> None:
     """The row stands in the same table, so only the training data may differ."""
     more, whole = read("ablate-medseg9-more-labels-quick"), read(ABLATION)
     assert [variant["name"] for variant in more["variants"]] == ["more-labels"]
-    assert {key: more[key] for key in ("test_data", "settings", "seed")} == {
-        key: whole[key] for key in ("test_data", "settings", "seed")}
+    assert {key: more[key] for key in ("test_data", "settings", "seeds")} == {
+        key: whole[key] for key in ("test_data", "settings", "seeds")}
     assert set(whole["data"].values()) < set(more["data"].values())
     assert "not CC0" in more["about"].replace("Not", "not")
 
