@@ -227,6 +227,16 @@ def test_the_readme_quotes_what_the_nets_that_come_along_said_of_healthy_slices(
     assert f"AUC is {first:.2f} after the first round and {used:.2f} in the round that is used" in text
 
 
+def test_the_readme_quotes_what_was_marked_in_volumes_left_out_in_turn() -> None:
+    content = read("verdicts-medseg9-left-out-quick")["results"]
+    line = next(line for line in verdict_lines(content) if line.title == SYSTEMS["extended"].title)
+    labels = verdicts_from(content[0]).labels
+    low, high = line.intervals[2]
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert (f"in {100 * line.figures[0, 2]:.0f} % of {(labels == 0).sum()} ({100 * low:.0f} to {100 * high:.0f} %), "
+            f"and {100 * line.figures[0, 3]:.0f} % of {(labels == 1).sum()} slices with a lesion") in text
+
+
 CLAIM = "claim-medseg9-full"
 
 
