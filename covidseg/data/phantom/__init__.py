@@ -3,7 +3,7 @@
 The phantom stands in for real scans where none may be shipped: in tests, in the first chapters and wherever a
 student wants to know the right answer. It is deterministic per seed, in Hounsfield units (HU), and made to be
 as hard as real CT in what matters for weak supervision: faint lesions, vessels and look-alikes that are as bright
-as lesions, patients who differ. Its settings were chosen so that the stages of the method rank as they do on real CT:
+as lesions, patients who differ. Its settings were chosen so that the stages of the method rank about as on real CT:
 that they do is no finding. It is not a medical device, and nothing measured on it says how a method does on patients.
 
 A patient is made in this order (:mod:`covidseg.data.phantom.patient`): body and organs

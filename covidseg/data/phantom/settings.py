@@ -11,10 +11,11 @@ from covidseg.errors import SettingsError
 class PhantomSettings:
     """What to make. From ``involved`` on, the settings say how hard the phantom is; ranges are (lowest, highest).
 
-    The defaults are set so that the stages rank as on real CT: Otsu's threshold and Grad-CAM about level and well
-    behind, then patches, then the segmenter, then full supervision (``results/table1-phantom-quick.json`` has
-    the figures). Otsu inside the true lungs reaches a Dice of .45 to .57 on positive slices, and the mean intensity
-    of the lungs tells positive from lesion-free slices with an area under the curve below .85; the tests hold both.
+    The defaults are set so that the stages rank about as on real CT: Otsu's threshold last, then Grad-CAM, then patches
+    and segmenter, then full supervision (``results/table1-phantom-quick.json`` has the figures; the segmenter adds
+    little to the patches in so short a training). Otsu inside the true lungs reaches a Dice of .45 to .57 on positive
+    slices, and the mean intensity of the lungs tells positive from lesion-free slices with an area under the curve
+    below .85; the tests hold both.
 
     Attributes:
         patients: Number of patients, one volume each.
