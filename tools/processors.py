@@ -33,15 +33,15 @@ def there(variables: dict[str, str]) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Runs the tests marked ``nets`` as each kind of processor; arguments go to pytest. Returns the exit code."""
-    kinds = [(kind, environment(*kind)) for kind in KINDS]
-    here, failed = [(kind, variables) for kind, variables in kinds if there(variables)], []
-    for (name, *_), _ in kinds[len(here):]:
+    here, failed = [kind for kind in KINDS if there(environment(*kind))], []
+    for name, *_ in KINDS[len(here):]:
         print(f"processors: this one has no {name}; left out", flush=True)
-    for (name, threads, *_), variables in here[:-1]:
+    for name, threads, *rest in here[:-1]:
         print(f"processors: {name}, {threads} thread{'s' * (threads > 1)}", flush=True)
-        if subprocess.run([sys.executable, "-m", "pytest", "-m", "nets", "-q", *arguments], env=variables).returncode:
+        tests = [sys.executable, "-m", "pytest", "-m", "nets", "-q", *arguments]
+        if subprocess.run(tests, env=environment(name, threads, *rest)).returncode:
             failed.append(name)
-    own = "".join(f"; {name} is its own, see `make test`" for (name, *_), _ in here[-1:])
+    own = "".join(f"; {name} is its own, see `make test`" for name, *_ in here[-1:])
     print(f"processors: {len(here[:-1]) - len(failed)} of {len(here[:-1])} older kinds agree{own}"
           + "".join(f"; not {name}" for name in failed))
     return 1 if failed else 0
