@@ -31,6 +31,18 @@ PRINT_STYLE = """
 """
 
 
+# A page is ready when its formulas are set, its fonts are there and nothing was built for longer than a quiz waits
+# before it sets its own formulas (half a second): on a slow machine all of that takes longer than any fixed time.
+SETTLED_SCRIPT = """async () => {
+  await window.MathJax?.startup?.promise;
+  await document.fonts.ready;
+  let changed = performance.now();
+  new MutationObserver(() => { changed = performance.now(); })
+    .observe(document, {subtree: true, childList: true, characterData: true});
+  while (performance.now() - changed < 600) await new Promise(done => setTimeout(done, 50));
+}"""
+
+
 def chromium() -> str | None:
     """Path of the browser, None if there is none."""
     names = ("chromium", "chromium-browser", "google-chrome")
@@ -44,7 +56,7 @@ def print_page(browser: Browser, file: Path) -> tuple[str, bytes]:
         page.goto(file.as_uri(), wait_until="load")
         page.add_style_tag(content=PRINT_STYLE)
         page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true })")
-        page.wait_for_timeout(800)  # formulas and quizzes
+        page.evaluate(SETTLED_SCRIPT)
         title = re.sub(r"\s*#$", "", page.locator("article h1, main h1").first.inner_text()).strip()
         return title, page.pdf(format="A4", scale=0.72, print_background=True, prefer_css_page_size=True)
     finally:

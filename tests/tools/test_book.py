@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import book_pdf
 import build_book as builder
 import nbformat
 import pages
@@ -355,6 +356,7 @@ def access_faults(page: Any) -> list[str]:
             if one["impact"] in ("serious", "critical") for node in one["nodes"]]
 
 
+AT_ONCE = "*, ::before, ::after { transition: none !important; animation: none !important }"  # or colours fade
 VIEWS = ((390, "dark"), (1280, "light"))  # a phone at night, a desk by day
 
 
@@ -369,6 +371,12 @@ def slider_faults(page: Any) -> list[str]:
     if shown.count() != 1:
         return [f"{shown.count()} pictures of a slider at once"]
     return ["a slider that changes nothing"] if shown.get_attribute("src") == before else []
+
+
+def turn(page: Any, scheme: str) -> None:
+    """Day or night; the theme's script hears of it with the next picture, and sets the colours for the one after."""
+    page.emulate_media(color_scheme=scheme)
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def page_faults(browser: Any, file: Path, *views: tuple[int, str], slider: bool = False) -> list[str]:
@@ -391,12 +399,11 @@ def page_faults(browser: Any, file: Path, *views: tuple[int, str], slider: bool 
         page.on("pageerror", lambda error: faults.append(f"script: {error}"))
         page.route(lambda url: url.startswith("http"), refuse)
         page.goto(file.as_uri(), wait_until="load")
-        # A quiz is built after half a second, and formulas are set meanwhile.
-        page.wait_for_timeout(900 if page.locator(".math, [id*=Quiz]").count() else 300)
+        page.evaluate(book_pdf.SETTLED_SCRIPT)
+        page.add_style_tag(content=AT_ONCE)
         for width, scheme in views:
             page.set_viewport_size({"width": width, "height": 900})
-            page.emulate_media(color_scheme=scheme)
-            page.wait_for_timeout(100)  # colours fade
+            turn(page, scheme)
             faults += page.evaluate(FAULTS_SCRIPT) + access_faults(page)
         return faults + (slider_faults(page) if slider else [])
     finally:
@@ -423,10 +430,10 @@ def test_page_opens_without_faults(book: Path, browser: Any, name: str) -> None:
 def test_pages_follow_the_colour_scheme(book: Path, blank: Any) -> None:
     """Or the second look would be at the colours of the first."""
     blank.goto((book / f"{CHAPTERS[1]}.html").as_uri())
+    blank.add_style_tag(content=AT_ONCE)
     colours = []
     for scheme in ("dark", "light", "dark"):
-        blank.emulate_media(color_scheme=scheme)
-        blank.wait_for_timeout(100)
+        turn(blank, scheme)
         colours.append(blank.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert colours[0] == colours[2] != colours[1]
 

@@ -27,6 +27,16 @@ def test_pages_become_one_file_in_order(tmp_path: Path, browser: Any) -> None:
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_what_a_page_builds_late_is_printed(tmp_path: Path, browser: Any) -> None:
+    """However slow the machine: a page is printed when it has stopped to change, not after a fixed time."""
+    script = ("<script>let n = 0; (function more() { document.querySelector('p').append(` part ${++n}`);"
+              " if (n < 5) setTimeout(more, 400) })()</script>")
+    (tmp_path / "late.html").write_text(PAGE.format(title="Late") + script)
+    target = tmp_path / "book.pdf"
+    book_pdf.print_book(tmp_path, ["late"], target, browser)
+    assert "part 5" in PdfReader(target).pages[0].extract_text()
+
+
 @pytest.mark.weekly
 def test_missing_things_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture[str]) -> None:
