@@ -73,13 +73,14 @@ def gains(record: Record, variant: str, stage: str = "Segmenter") -> np.ndarray:
 
 def gain_in_words(gained: np.ndarray) -> str:
     """What gains in Dice, one for each seed, say; less than 0.005 is no difference that anybody would see."""
-    if gained.min() > 0.005:
-        return "helps with every seed"
-    if gained.max() < -0.005:
-        return "harms with every seed"
-    if abs(gained.mean()) > 0.01:
-        return f"{'helps' if gained.mean() > 0 else 'harms'} on average, but not with every seed"
-    return "makes no clear difference"
+    up, down, seeds = int((gained > 0.005).sum()), int((gained < -0.005).sum()), len(gained)
+    if seeds in (up, down):
+        return "helps with every seed" if up else "harms with every seed"
+    if abs(gained.mean()) <= 0.01:
+        return "makes no clear difference"
+    does, clear, against = ("helps", up, down) if gained.mean() > 0 else ("harms", down, up)
+    return f"{does} on average: clearly with {clear} of {seeds} seeds" + (
+        f", but not with {against}" if against else ", hardly with the others")
 
 
 def bench_markdown(record: Record, kind: str = "comparisons") -> str:

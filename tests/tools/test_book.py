@@ -292,6 +292,28 @@ def test_the_check_of_tables_fires() -> None:
     assert raw_tables("<table><tr><td>a | b</td></tr></table><p>a | b</p>") == []
 
 
+def parts_above_their_whole(page: str) -> list[str]:
+    """Shares such as ``44 of 5`` in what a page says: a number of a cell that another one has taken for its own."""
+    text = re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.DOTALL)
+    text = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", "", text)))
+    number = r"(\d+(?:,\d{3})*)"
+    found = re.findall(rf"(?<![\d.,]){number} of (?:the |all )?{number}(?![\d.,]*\d| ?[x×%])", text)
+    return [f"{part} of {whole}" for part, whole in found
+            if int(part.replace(",", "")) > int(whole.replace(",", ""))]
+
+
+@pytest.mark.book
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_no_part_is_larger_than_its_whole(book: Path, name: str) -> None:
+    assert parts_above_their_whole((book / f"{name}.html").read_text(encoding="utf-8")) == []
+
+
+def test_the_check_of_parts_fires() -> None:
+    said = "<p>44 of <b>5</b> lesions, 1,200 of the\n999, 3 of 4</p><script>'9 of 1'</script>"
+    assert parts_above_their_whole(said) == ["44 of 5", "1,200 of 999"]
+    assert parts_above_their_whole("<p>40 pixels of 512, 600 of 512 × 512, 7 of 8.5, 90 of 80 %, 2.9 of 1</p>") == []
+
+
 @pytest.mark.book
 def test_no_link_is_broken(book: Path) -> None:
     assert broken_links(book.resolve()) == []
