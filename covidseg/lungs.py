@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
 from math import isqrt
@@ -42,10 +42,11 @@ from skimage.transform import resize
 from tqdm import tqdm
 
 from covidseg.data.chest import Regions, check_chest, doubt, lung_warnings
-from covidseg.data.grey import clean
+from covidseg.data.grey import Picture, clean
 from covidseg.data.scan import Scan
 
 CUT_LUNG, LEAST_CUT = 0.6, 0.01         # of a dark region inside the hull of flesh, and of flesh, if it is cut lung
+TOUCHED = 0.25                          # share of a pixel of the grid that padding has, from which on it is padding
 TELL = 16                               # slices of a scan that are asked whether they are chest CT, evenly spread
 PATIENCE = 2                            # seconds without a bar that shows progress
 T = TypeVar("T")
@@ -133,7 +134,7 @@ def survey_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(), vo
     """:func:`threshold_lungs`, with what is odd about them."""
     found, doubts, thumbnails = list[Regions](), list[str | None](), list[np.ndarray]()
     for image in with_bar(pixels, "lungs", progress):
-        picture = clean(to_grid(image, settings.grid), lossy=image.dtype.itemsize == 1)
+        picture = on_grid(clean(image), settings.grid)
         found.append(regions(picture.values, settings, picture.beyond))
         if check is not None and len(thumbnails) % (1 + len(pixels) // TELL) == 0:
             doubts.append(doubt(picture.values, found[-1], picture.split))
@@ -199,6 +200,12 @@ def to_grid(image: np.ndarray, side: int) -> np.ndarray:
         rows = reduce(np.add, [image[:, k::factor] for k in range(factor)])
         return reduce(np.add, [rows[k::factor] for k in range(factor)]) / np.float32(factor ** 2)
     return resize(image, shape, order=1, anti_aliasing=True, preserve_range=True).astype(np.float32)
+
+
+def on_grid(picture: Picture, side: int) -> Picture:
+    """A cleaned slice, averaged down: cleaned first, for padding averaged into tissue could not be told from it."""
+    beyond = None if picture.beyond is None else to_grid(picture.beyond, side) > TOUCHED
+    return replace(picture, values=to_grid(picture.values, side), beyond=beyond)
 
 
 def enlarge(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

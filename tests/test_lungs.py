@@ -232,6 +232,18 @@ def test_other_sizes(ill, found, shape):
     assert dice(mask, truth) > 0.93
 
 
+@pytest.mark.parametrize("side", [300, 512, 801])
+@pytest.mark.parametrize("fill", [0, -1500, -4096, -9999, -32768, 32767, -3.4028235e38])
+def test_padding_is_seen_before_slices_are_averaged_down(ill, side, fill):
+    """Or its edge would be a ring of any value between padding and tissue."""
+    hu, lung = ill.hu[MIDDLE:MIDDLE + 2].astype(np.float32), ill.lung[MIDDLE:MIDDLE + 2]
+    image = np.stack([resize(one, (side, side), order=1, preserve_range=True) for one in hu])
+    truth = np.stack([resize(one.astype(np.float32), (side, side), order=1) > 0.5 for one in lung])
+    y, x = np.indices((side, side)) - (side - 1) / 2
+    image[:, np.hypot(y, x) > side / 2 - 2] = fill
+    assert dice(threshold_lungs(image), truth) > 0.95
+
+
 @pytest.mark.parametrize(("terminal", "progress"), [(True, True), (True, False), (False, True)])
 def test_progress_is_shown_on_a_terminal_only_and_of_long_work(terminal, progress, monkeypatch):
     class Screen(io.StringIO):
