@@ -43,6 +43,7 @@ from covidseg.store import (
     Notes,
     Store,
     array_form,
+    code_hash,
     environment,
     file_hash,
     fingerprint,
@@ -234,8 +235,9 @@ class Run:
     @functools.cached_property
     def _first_key(self) -> str:
         """That of the first stage; reads all scans, and so only once."""
-        return fingerprint(self.profile.lungs, self.profile.prepare, *(
-            part for case in self.data.cases for part in (case.image, case.patient, sorted(case.labels.items()))))
+        return fingerprint(code_hash(), self.profile.lungs, self.profile.prepare, self.data.check, *(
+            part for case in self.data.cases
+            for part in (case.id, case.image, case.patient, sorted(case.labels.items()))))
 
     def stages(self) -> list[str]:
         """Names of all stored stages, in order."""

@@ -1,7 +1,8 @@
 """Stored results of stages: safetensors files, a checksum beside each, found again by a hash of what made them.
 
-A stage's key holds its settings, its seed and the key of what it was computed from, so that a changed setting or
-scan leads to another file and nothing stale is ever read. Files are written under a temporary name in the same
+A stage's key holds its settings, its seed and the key of what it was computed from, the first one the code of the
+package (:func:`code_hash`), so that a changed setting, scan or line of code leads to another file and nothing stale is
+ever read. Files are written under a temporary name in the same
 folder and renamed, so that a run that is stopped leaves whole files only and goes on where it stopped. Programs that
 share a folder wait for each other's stages.
 
@@ -20,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
@@ -55,6 +57,16 @@ def fingerprint(*parts: Any) -> str:
             digest.update(json.dumps(plain, sort_keys=True).encode())
         digest.update(b"\0")  # so that (1, 23) and (12, 3) differ
     return digest.hexdigest()[:16]
+
+
+@cache
+def code_hash(root: Path = Path(__file__).parent) -> str:
+    """Hash of the package's code but for book and command line, which make no results; hexadecimal.
+
+    The version alone would not do: between two releases many states of the code have the same.
+    """
+    made_by = (file for file in sorted(root.rglob("*.py")) if file.relative_to(root).parts[0] not in ("book", "cli"))
+    return hashlib.sha256("".join(map(file_hash, made_by)).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:

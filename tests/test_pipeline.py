@@ -155,7 +155,7 @@ def test_true_lung_files_concern_only_who_looks_at_them(tiny_run: Run, tmp_path:
     assert changed(before, again(tiny_run, tmp_path, data=data, **looking)[0]) == STAGES[STAGES.index("weak"):]
 
 
-def test_a_changed_scan_label_or_patient_concerns_everything_and_the_seed_what_is_trained(
+def test_a_changed_scan_name_label_patient_or_check_concerns_everything_and_the_seed_what_is_trained(
         tiny_run: Run, tmp_path: Path) -> None:
     folder = copied_data(tiny_run, tmp_path)
     scan = read_scan(folder / "im" / "phantom_01.nii.gz")
@@ -164,9 +164,18 @@ def test_a_changed_scan_label_or_patient_concerns_everything_and_the_seed_what_i
     write_like(pixels, scan.grid, scan.path)
     first, case, *rest = tiny_run.data.cases
     for data in (load_dataset(folder), *(replace(tiny_run.data, cases=(first, other, *rest)) for other in (
-            replace(case, labels={**case.labels, 0: 1 - case.labels[0]}), replace(case, patient="other")))):
+            replace(case, labels={**case.labels, 0: 1 - case.labels[0]}), replace(case, patient="other"),
+            replace(case, id="renamed"))), replace(tiny_run.data, check=not tiny_run.data.check)):
         assert changed(tiny_run, again(tiny_run, tmp_path, data=data)[0]) == STAGES
     assert changed(tiny_run, again(tiny_run, tmp_path, seed=1)[0]) == STAGES[1:]
+
+
+def test_changed_code_concerns_everything(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two releases the version says nothing about it."""
+    before = [tiny_run.key(stage) for stage in STAGES]
+    monkeypatch.setattr(pipeline, "code_hash", lambda: "another")
+    after = again(tiny_run, tmp_path)[0]
+    assert all(key != after.key(stage) for key, stage in zip(before, STAGES, strict=True))
 
 
 def test_weak_training_never_opens_a_mask_and_repeats_bit_for_bit(tiny_run: Run, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from covidseg.preprocess import PrepareSettings
 from covidseg.store import (
     PACKAGES,
     Store,
+    code_hash,
     environment,
     file_hash,
     fingerprint,
@@ -160,6 +161,19 @@ def test_a_fingerprint_sees_seed_nesting_order_version_and_what_files_hold(monke
     monkeypatch.setattr("covidseg.store.__version__", "0.0.0")
     others.append(fingerprint(Outer(), 0))
     assert len({base, *others}) == 1 + len(others)
+
+
+def test_code_that_makes_results_changes_the_hash_of_the_code(tmp_path):
+    for name in ("lungs.py", "data/grey.py", "book/figures.py", "cli/app.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    hashes = [code_hash(tmp_path)]
+    for name in ("book/figures.py", "cli/app.py", "lungs.py", "data/grey.py"):
+        (tmp_path / name).write_text("2")
+        code_hash.cache_clear()
+        hashes.append(code_hash(tmp_path))
+    assert hashes[0] == hashes[1] == hashes[2], "pages and commands make no results"
+    assert len(set(hashes)) == 3
 
 
 # --- the store --------------------------------------------------------------------------------------------------
