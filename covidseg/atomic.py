@@ -1,22 +1,36 @@
 """Writing a file in one piece: whoever looks sees the old file or the whole new one, never half of it.
 
 Temporary files lie beside what they become and are locked while they are written. A lock ends with its program, so
-that what a killed program left behind is known, and removed when the next file is written in that folder.
+that what a killed program left behind is known, and removed when the next file is written in that folder. On some file
+systems that hosts share, such as Lustre mounted with ``localflock`` and NFS with ``local_lock``, a host does not see
+the locks of others: what another host makes is left alone for a day, locked or not.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
+import platform
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from covidseg.errors import OutputError
+from covidseg.errors import CovidsegError, OutputError
 
-MARK = ".covidseg-"  # names of temporary files and folders begin with it; the target's may be as long as names can be
+try:
+    import fcntl
+except ModuleNotFoundError as error:
+    raise CovidsegError("covidseg runs on Linux and macOS; this system has no file locks of their kind (module fcntl)",
+                        remedy="On Windows install WSL (wsl --install), and covidseg inside it") from error
+
+# A temporary name is the mark, the host and number of the program that writes, and a random end. It has nothing of the
+# target's name, which may be as long as names can be. A host has no hyphen here, so that none is how another begins.
+MARK = ".covidseg-"
+HOST = re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:64]
+DAY = 24 * 60 * 60  # seconds; nothing takes nearly as long to write
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, suffix: str = "") -> None:
@@ -61,7 +75,7 @@ def alone(folder: Path) -> Iterator[None]:
     """Keeps other programs that ask for the same folder waiting; they go on when this one is done or dead.
 
     The folder is made if it is missing. One that cannot be made or locked keeps nobody waiting; what is wrong with it
-    is said when something is written there.
+    is said when something is written there. Where locks are those of a host, programs on other hosts do not wait.
     """
     with ExitStack() as stack:
         with suppress(OSError):
@@ -72,12 +86,11 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _temporary(parent: Path, *, folder: bool = False, suffix: str = "") -> Iterator[Path]:
-    """A new file or folder, locked until it is removed or renamed; those that nobody locks any more are removed."""
-    for left in parent.glob(f"{MARK}*"):
-        with suppress(OSError), _held(os.open(left, os.O_RDONLY if left.is_dir() else os.O_RDWR)) as place:
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(left)
-    path = parent / f"{MARK}{secrets.token_hex(4)}{suffix}"
+    """A new file or folder, locked until it is removed or renamed; what killed programs left is removed."""
+    for other in parent.glob(f"{MARK}*"):
+        with suppress(OSError):  # it is gone, somebody locks it, or it may not be touched
+            _remove_left(other)
+    path = parent / f"{MARK}{HOST}-{os.getpid()}-{secrets.token_hex(4)}{suffix}"
     try:
         with _held(_make_locked(path, folder)):
             yield path
@@ -85,12 +98,26 @@ def _temporary(parent: Path, *, folder: bool = False, suffix: str = "") -> Itera
         _remove(path)
 
 
+def _remove_left(other: Path) -> None:
+    """Removes a temporary file or folder that nobody locks, if this host would know of a lock or it is a day old."""
+    known = other.name.startswith(f"{MARK}{HOST}-")
+    if known or time.time() - other.stat().st_mtime > DAY:
+        with _held(os.open(other, os.O_RDONLY if other.is_dir() else os.O_RDWR)) as place:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(other)
+
+
 def _make_locked(path: Path, folder: bool) -> int:
     """Makes a file or folder and locks it; what is returned holds the lock while it is open."""
     while True:
         if folder:
             path.mkdir()
-        place = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            place = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileNotFoundError:
+            if not folder:  # it was to be made here, so what is missing is its parent
+                raise
+            continue  # another program took it for a leftover before it was opened
         with suppress(OSError):  # a file system without locks: nobody can tell what is left over, and nobody removes it
             fcntl.flock(place, fcntl.LOCK_EX)
         if path.exists():

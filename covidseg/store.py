@@ -354,15 +354,12 @@ def noted_warnings() -> Iterator[list[str]]:
 
 
 def peak_memory() -> dict[str, float]:
-    """The most memory that this process has held so far, in MB (10**6 bytes): ``process`` and, on a GPU, ``gpu``.
-
-    Without ``process`` where the system does not tell (Windows).
-    """
+    """The most memory that this process has held so far, in MB (10**6 bytes): ``process`` and, on a GPU, ``gpu``."""
     peak = {}
     if sys.platform == "linux":  # getrusage gives no less than what the program held that started this one
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         peak["process"] = round(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6, 1)
-    elif sys.platform != "win32":
+    else:
         import resource
 
         peak["process"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1)  # bytes on macOS

@@ -34,6 +34,7 @@ from notebooks import students_zip, with_solutions
 from pages import fill_tables, localise, mended, status_tables, trim_mathjax, write_api
 
 from covidseg.book.lesson import find_scans
+from covidseg.data.registry import load_registry
 from covidseg.errors import DatasetError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,7 +213,7 @@ def scans(data: str, test: str) -> tuple[str | list[str], str]:
     if not test:
         find_scans(data)
         return data, data
-    folders = [str(Path(folder).expanduser().resolve()) for folder in (data, test)]
+    folders = [name if name in load_registry() else str(Path(name).expanduser().resolve()) for name in (data, test)]
     find_scans(folders)
     return folders, " and ".join(Path(folder).name for folder in folders)
 

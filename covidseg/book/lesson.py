@@ -118,7 +118,8 @@ def find_scans(data: str | Sequence[str]) -> tuple[str, str, str]:
     """Names or folders of the training and the test scans, and what to call them; offers to fetch what is missing.
 
     Raises:
-        DatasetError: they are not there, and were not fetched.
+        DatasetError: they are not there, and were not fetched; or a folder of one's own lacks labels or outlines that
+            chapters need. The scans themselves are not opened.
     """
     if isinstance(data, str) and data in PAIRS:
         training, test = PAIRS[data]
@@ -132,7 +133,19 @@ def find_scans(data: str | Sequence[str]) -> tuple[str, str, str]:
         raise DatasetError(f"{data!r} names no scans for the book",
                            remedy=f"Choose one of {', '.join(PAIRS)}, or give two folders: training and test")
     training, test = (str(folder) for folder in data)
+    _demand_labels_and_outlines(open_data(training), open_data(test))
     return training, test, f"patients: training scans {Path(training).name}, test scans {Path(test).name}"
+
+
+def _demand_labels_and_outlines(training: Dataset, test: Dataset) -> None:
+    """Refuses at once what would stop the chapters later, each with an error of its own."""
+    if {label for case in training.cases for label in case.labels.values()} != {0, 1}:
+        raise DatasetError("training needs slices with and without a lesion, and the label table does not name both",
+                           path=training.root, remedy="Complete the label table, or give another training folder")
+    if bare := [case.id for case in test.cases if case.mask is None]:
+        raise DatasetError(f"the book measures on test scans, and there is no lesion mask for {', '.join(bare)}",
+                           path=test.root, remedy="Add the masks (mask/ID.nii.gz beside im/ID.nii.gz), take the scans "
+                                                  "out, or give another test folder")
 
 
 def _offer(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,31 @@ def test_folders_of_ones_own(tiny_phantom: Path, monkeypatch: pytest.MonkeyPatch
 def test_scans_that_are_none(data: str | list[str], complaint: str) -> None:
     with pytest.raises(DatasetError, match=complaint):
         page.open_lesson(data)
+
+
+def test_folders_of_ones_own_are_looked_at_before_any_chapter_runs(tiny_phantom: Path, tmp_path: Path) -> None:
+    good, nowhere = str(tiny_phantom), str(tmp_path / "nowhere")
+    for pair in ([nowhere, good], [good, nowhere]):
+        with pytest.raises(DatasetError, match=r"nowhere: is neither a data folder.*Known are"):
+            page.find_scans(pair)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match=r"empty: holds no scans\. Expected im/"):
+        page.find_scans([good, str(tmp_path / "empty")])
+    assert page.find_scans([good, good]) == (good, good, "patients: training scans phantom, test scans phantom")
+
+
+def test_folders_of_ones_own_need_both_labels_and_outlines(tiny_phantom: Path, tmp_path: Path) -> None:
+    good, healthy, bare = str(tiny_phantom), tmp_path / "healthy", tmp_path / "bare"
+    shutil.copytree(tiny_phantom, bare)
+    (bare / "mask" / "phantom_02.nii.gz").unlink()
+    with pytest.raises(DatasetError, match=r"bare: .*no lesion mask for phantom_02\. Add the masks"):
+        page.find_scans([good, str(bare)])
+    assert page.find_scans([str(bare), good])[0] == str(bare), "training scans need no outlines"
+    shutil.copytree(tiny_phantom, healthy)
+    (healthy / "slice_labels.csv").write_text("volume,slice,has_lesion\nphantom_00,0,0\n")
+    with pytest.raises(DatasetError, match=r"healthy: training needs slices with and without a lesion.*Complete"):
+        page.find_scans([str(healthy), good])
+    assert page.find_scans([good, str(healthy)])[1] == str(healthy), "test scans need no labels of both kinds"
 
 
 def test_unknown_stage() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny import STAGES, TINY, WARM, finished_run, quiet, stage_name
 
-from covidseg.atomic import MARK
+from covidseg.atomic import HOST, MARK
 from covidseg.data.folder import load_dataset
 from covidseg.pipeline import Run, write_run
 from covidseg.predict import load_predictor
@@ -113,7 +113,7 @@ def test_a_killed_program_holds_nobody_up(tmp_path: Path) -> None:
         time.sleep(0.05)
     first.kill()
     first.join()
-    (tmp_path / "stages" / f"{MARK}half").write_bytes(b"what it was writing")
+    (tmp_path / "stages" / f"{MARK}{HOST}-1-half").write_bytes(b"what it was writing")
     assert exit_codes(start(make_stage, tmp_path / "stages", calls, log, False)) == [0]
     assert not list((tmp_path / "stages").glob(f"{MARK}*"))
     assert load_arrays(tmp_path / "stages" / "cam-0123.safetensors")[0]["a"].tolist() == [0, 1, 2]
