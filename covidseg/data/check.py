@@ -9,12 +9,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from covidseg.data.folder import Case, load_dataset
+from covidseg.data.folder import Case, composed, load_dataset
 from covidseg.data.layout import has_lesion
-from covidseg.data.nifti import scans_in
+from covidseg.data.nifti import entries, kind_of, scans_in
 from covidseg.data.scan import Scan, read_mask, read_scan, scan_id
 from covidseg.errors import DatasetError, InputFileError, NoLungError, one_of
-from covidseg.lungs import threshold_lungs
+from covidseg.lungs import survey_lungs
 
 # Studies in each folder of MosMedData COVID19_1110, and the studies that have outlines.
 MOSMED_STUDIES = {"CT-0": 254, "CT-1": 684, "CT-2": 125, "CT-3": 45, "CT-4": 2}
@@ -37,6 +37,7 @@ class VolumeReport:
     lung: bool = False   # whether a true lung mask is there
     mask: bool = False   # whether a true lesion mask is there
     faults: tuple[str, ...] = ()  # what is wrong, one sentence each
+    warnings: tuple[str, ...] = ()  # what a person should know before the scan is used, one sentence each
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class FolderReport:
         """Every fault, with the volume it concerns in front."""
         return [*self.faults, *(f"{v.id}: {fault}" for v in self.volumes for fault in v.faults)]
 
+    def all_warnings(self) -> list[str]:
+        """What a person should know, with the volume it concerns in front; predictions say the same of a scan."""
+        return [f"{v.id}: {warning}" for v in self.volumes for warning in v.warnings]
+
     def raise_faults(self) -> None:
         """Counts the faults in a DatasetError, if there are any."""
         if faults := self.all_faults():
@@ -59,20 +64,21 @@ class FolderReport:
 
 
 def check_folder(root: str | Path, unit: str | None = None, *, anatomy: bool = True) -> FolderReport:
-    """Reads everything in a data folder and lists what is wrong.
+    """Reads everything in a data folder and lists what is wrong, and what is odd but can be used.
 
     Args:
         root: a data folder as in :mod:`covidseg.data.folder`, or MosMedData as its publisher lays it out.
         unit: ``HU`` or ``display`` where all scans have to have it.
-        anatomy: whether scans have to look like chest CT.
+        anatomy: whether scans have to look like chest CT, with lungs that are looked at.
 
     Raises:
         DatasetError: there is no folder, or nothing in it that looks like a data set.
+        InputFileError: the folder, or one in it, cannot be read.
     """
     root = Path(root)
     if unit is not None:
         one_of(unit, ("HU", "display"), "unit")
-    if (root / "studies").is_dir() and not (root / "im").is_dir():
+    if kind_of(root / "studies") == "folder" and kind_of(root / "im") != "folder":
         return check_mosmed(root, unit, anatomy=anatomy)
     faults: list[str] = []
     try:
@@ -85,9 +91,8 @@ def check_folder(root: str | Path, unit: str | None = None, *, anatomy: bool = T
                    for case in cases if not case.labels]
     known = {case.id for case in cases}
     for kind in ("lung", "mask"):
-        lonely = sorted(p.name for p in (root / kind).glob("*")
-                        if scan_id(p) not in known and not p.name.startswith("."))
-        faults += [f"{kind}/{name} belongs to no image of the same name in im/" for name in lonely]
+        faults += [f"{kind}/{path.name} belongs to no image of the same name in im/" for path in entries(root / kind)
+                   if composed(scan_id(path)) not in known and not path.name.startswith(".")]
     return FolderReport(root, tuple(_check_case(case, unit, anatomy) for case in cases), tuple(faults))
 
 
@@ -97,12 +102,12 @@ def _check_case(case: Case, unit: str | None, anatomy: bool) -> VolumeReport:
     except InputFileError as error:
         return VolumeReport(case.id, case.patient, faults=(str(error),))
     count = scan.pixels.shape[0]
-    faults = []
+    faults, warnings = [], scan.warnings
     if scan.value_range[0] == scan.value_range[1]:
         faults.append(f"every voxel has the value {scan.value_range[0]:g}")
     elif anatomy:
         try:
-            threshold_lungs(scan.pixels, check=scan)
+            warnings += survey_lungs(scan.pixels, check=scan).warnings
         except (InputFileError, NoLungError) as error:
             faults.append(str(error))
     if outside := [index for index in case.labels if index >= count]:
@@ -113,7 +118,7 @@ def _check_case(case: Case, unit: str | None, anatomy: bool) -> VolumeReport:
     inside = [label for index, label in case.labels.items() if index < count]
     return VolumeReport(case.id, case.patient, scan.pixels.shape, scan.spacing, scan.unit, scan.value_range,
                         sum(inside), len(inside) - sum(inside), count - len(inside),
-                        case.lung is not None, case.mask is not None, tuple(faults))
+                        case.lung is not None, case.mask is not None, tuple(faults), warnings)
 
 
 def _check_mask(kind: str, path: Path, scan: Scan, labels: dict[int, int]) -> list[str]:

@@ -11,7 +11,6 @@ stays out: people type names, dates and wards into it.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -23,8 +22,8 @@ import numpy as np
 import SimpleITK as sitk
 from skimage.segmentation import clear_border
 
-from covidseg.data.nifti import SPACING, scans_in
-from covidseg.data.scan import Grid
+from covidseg.data.nifti import SPACING, fitting_memory, kind_of, refuse_huge, scans_in
+from covidseg.data.scan import Grid, files_below, is_dicom, shown
 from covidseg.errors import InputFileError
 
 CT = {"1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.2.1": "Enhanced CT",
@@ -33,10 +32,18 @@ AIR = -1024          # HU
 SAME_PLACE = 0.01    # mm; scanners do not cut finer
 EVEN = 0.05, 0.06    # distances are even if no slice lies farther off: share of a distance, and mm (rounded positions)
 WIDEST_GAP = 30.0    # mm that may be interpolated; whole lesions fit into more
-UNREADABLE = "DICOM without a picture, or damaged"
 STRAIGHT = 0.5       # mm that slices may stray sideways
 DIGITS = 6           # of a UID, shown and accepted
 MENTIONED = 9        # series in an error
+NAMED = 3            # files in a warning
+# Why a file is no slice of a series, where it may be one all the same: that is said with the names of the files.
+UNREADABLE = "DICOM without a picture, or damaged"
+NO_DICOM = "no DICOM, so perhaps slices that are empty or cut short"
+UNPLACED = "CT without position, direction or spacing"
+ASKEW = "CT with a direction that is none"
+DISORDERED = "multi-frame CT whose frames are not in even distances or in order"
+LOST = (UNREADABLE, NO_DICOM, UNPLACED, ASKEW, DISORDERED)
+SLICE = re.compile(r"(\.(dcm|dicom|dic|ima|\d+))?", re.IGNORECASE)  # suffixes of slices; a UID as name ends in a number
 
 
 @dataclass(frozen=True)
@@ -99,48 +106,47 @@ def inputs_in(folder: Path) -> list[Path]:
     """What a folder stands for: the NIfTI files in it, or the folder itself if DICOM files lie in it or below.
 
     Raises:
-        InputFileError: it holds neither, or both.
+        InputFileError: it holds neither, or both, or something in it cannot be opened.
     """
     nifti = scans_in(folder)
-    dicom = any(map(is_dicom, _walk(folder)))
+    dicom = any(map(is_dicom, files_below(folder)))
     if nifti and dicom:
         raise InputFileError("holds both NIfTI and DICOM files", path=folder,
                              remedy="Name the NIfTI files one by one, or the folder of the DICOM series alone")
     if not nifti and not dicom:
-        kinds = Counter(path.suffix.lower() or "without suffix" for path in _walk(folder))
+        kinds = Counter(path.suffix.lower() or "without suffix" for path in files_below(folder))
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
         raise InputFileError(f"holds neither NIfTI nor DICOM, but {found}" if kinds else "is a folder without files",
                              path=folder, remedy="Name .nii or .nii.gz files, or the folder of a DICOM series")
     return nifti or [folder]
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM by its content; names do not tell."""
-    if not path.is_file():  # a pipe would be waited for
-        return False
-    try:
-        with path.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def find_series(path: Path) -> tuple[list[Series], Counter[str]]:
+def find_series(path: Path) -> tuple[list[Series], dict[str, list[Path]]]:
     """All series of CT in a folder and below, those with most slices first.
 
     Args:
         path: a folder, or one DICOM file.
 
     Returns:
-        The series, and how many DICOM files are no part of one, for each reason.
+        The series, and the files that are no part of one, for each reason; of those that are no DICOM, the ones beside
+        DICOM that are named like slices.
+
+    Raises:
+        InputFileError: there is no such folder, or something in it cannot be opened.
     """
+    if not (kind := kind_of(path)):
+        raise InputFileError("no such folder", path=path, remedy="Check the spelling of the path")
     groups: dict[tuple, list[list[File]]] = defaultdict(list)  # of a series, those of one direction and spacing
-    skipped: Counter[str] = Counter()
+    skipped: dict[str, list[Path]] = defaultdict(list)
+    others = []
     with _silent():
-        for name in filter(is_dicom, _walk(path) if path.is_dir() else [path]):
+        for name in files_below(path) if kind == "folder" else [path]:
+            if not is_dicom(name):
+                others += [name] if SLICE.fullmatch(name.suffix) else []
+                continue
             found = _read_tags(name)
             if isinstance(found, str):
-                skipped[found] += 1
+                skipped[found].append(name)
             else:
                 uid, study, file = found
                 alike = groups[uid, study, file.size]
@@ -151,12 +157,18 @@ def find_series(path: Path) -> tuple[list[Series], Counter[str]]:
                     group.append(file)
     series = [Series(uid, study, tuple(sorted(files, key=File.place))) for (uid, study, _), alike in groups.items()
               for group in alike for files in _acquisitions(group)]
+    if others and (series or skipped):
+        skipped[NO_DICOM] = others
     return sorted(series, key=lambda one: (-one.slices(), one.uid, str(one.files[0].path))), skipped
 
 
-def describe(skipped: Counter[str]) -> str:
-    """What :func:`find_series` left out, most files first."""
-    return "; ".join(f"{reason} ({count} file{'s' * (count != 1)})" for reason, count in skipped.most_common())
+def describe(skipped: dict[str, list[Path]]) -> str:
+    """What :func:`find_series` left out, most files first, with the names of those that may be slices."""
+    def text(reason: str, files: list[Path]) -> str:
+        names = [shown(file.name) for file in files[:NAMED]] + [f"{len(files) - NAMED} more"] * (len(files) > NAMED)
+        listed = f": {', '.join(names)}" if reason in LOST else ""
+        return f"{reason} ({len(files)} file{'s' * (len(files) != 1)}{listed})"
+    return "; ".join(text(*item) for item in sorted(skipped.items(), key=lambda item: -len(item[1])))
 
 
 def choose(path: Path, wanted: str | None = None) -> tuple[Series, tuple[str, ...]]:
@@ -189,8 +201,7 @@ def choose(path: Path, wanted: str | None = None) -> tuple[Series, tuple[str, ..
     warnings = []
     if len(chosen) > 1:
         warnings.append(f"took the series with most slices of {len(chosen)} (`covidseg data series` lists them)")
-    if skipped[UNREADABLE]:
-        warnings.append(f"left out: {describe(Counter({UNREADABLE: skipped[UNREADABLE]}))}")
+    warnings += [f"left out: {describe({reason: skipped[reason]})}" for reason in LOST if reason in skipped]
     return chosen[0], tuple(warnings)
 
 
@@ -205,18 +216,21 @@ def read_series(path: Path, wanted: str | None = None) -> tuple[np.ndarray, Grid
         HU ``(i, j, k)`` as a NIfTI file would hold them, int16 or float32; their grid; what is odd about them.
 
     Raises:
-        InputFileError: there is no such series, its slices make no volume, or a file is damaged.
+        InputFileError: there is no such series, its slices make no volume or one that is too large, or a file is
+            damaged or cannot be opened.
     """
     series, warnings = choose(path, wanted)
     first, more = series.files[0], list(warnings)
     if first.size[2] > 1:
-        with _silent():
+        refuse_huge(first.size, path)
+        with _silent(), fitting_memory(path):
             voxels = _read_pixels(first)
         step = first.axes[:, 2] * first.spacing[2]
     else:
         step, steps, odd = _stacking(path, series.files)
         more += odd
-        with _silent():
+        refuse_huge((*first.size[:2], round(float(steps[-1])) + 1), path)
+        with _silent(), fitting_memory(path):
             voxels, copies = _stack(path, series.files, steps)
         if copies:
             more.append(f"left out {copies} cop{'ies' if copies > 1 else 'y'} of a slice")
@@ -231,15 +245,6 @@ def read_series(path: Path, wanted: str | None = None) -> tuple[np.ndarray, Grid
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder in order, without hidden ones and indexes of a CD."""
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and not name.upper().startswith("DICOMDIR"):
-                yield Path(root, name)
-
 
 @contextmanager
 def _silent() -> Iterator[None]:
@@ -283,15 +288,15 @@ def _read_tags(path: Path) -> tuple[str, str, File] | str:
         # GDCM reads positions of frames in even distances; otherwise it falls back on 1 mm in all directions. It takes
         # the rescaling of the first frame for all, which scanners write alike.
         if spacing == (1, 1, 1):
-            return "multi-frame CT whose frames are not in even distances or in order"
+            return DISORDERED
         position, axes = np.array(reader.GetOrigin()), np.array(reader.GetDirection()).reshape(3, 3)
     else:
-        where, along = numbers("0020|0032", 3), numbers("0020|0037", 6)
-        if where is None or along is None or numbers("0028|0030", 2) is None:
-            return "CT without position, direction or spacing"
+        where, along, pixel = numbers("0020|0032", 3), numbers("0020|0037", 6), numbers("0028|0030", 2)
+        if where is None or along is None or pixel is None or not (pixel > 0).all():  # of which GDCM makes 1 mm
+            return UNPLACED
         x, y = along[:3], along[3:]
         if not np.allclose([x @ x, y @ y, x @ y], [1, 1, 0], atol=1e-2):
-            return "CT with a direction that is none"
+            return ASKEW
         position, axes = where, np.stack([x, y, np.cross(x, y)], axis=1)
         thickness = numbers("0018|0050", 1)
         spacing = (*spacing[:2], 0.0 if thickness is None else float(thickness[0]))

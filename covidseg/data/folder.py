@@ -16,12 +16,14 @@ volume; volumes of one patient never end up on two sides of a split. Weak traini
 from __future__ import annotations
 
 import csv
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from covidseg.atomic import whole_file
-from covidseg.data.nifti import scans_in
+from covidseg.data.nifti import kind_of, opening, scans_in
 from covidseg.data.scan import scan_id
 from covidseg.errors import DatasetError
 
@@ -91,25 +93,32 @@ def load_dataset(root: str | Path, *, labels: bool = True) -> Dataset:
 
     Raises:
         DatasetError: the folder, its images or its label table are missing or contradict each other.
+        InputFileError: the folder, or one in it, cannot be read.
     """
     root = Path(root)
-    if not root.is_dir():
+    if kind_of(root) != "folder":
         raise DatasetError("no such data folder", path=root, remedy="Run `covidseg data list` to see what there is")
     if images := _by_id(root / "im"):
         return Dataset(root, _volume_cases(root, images, labels))
     files = _by_id(root)
-    if stacks := [name.removesuffix("_im") for name in files if name.endswith("_im")]:
-        return Dataset(root, tuple(_stack_case(name, files, labels) for name in stacks))
+    if stacks := [image for name, image in files.items() if name.endswith("_im")]:
+        return Dataset(root, tuple(_stack_case(image, files, labels) for image in stacks))
     raise DatasetError("holds no scans", path=root,
                        remedy="Expected im/*.nii.gz and slice_labels.csv, or NAME_im.nii.gz and NAME_slices.csv")
 
 
+def composed(text: str) -> str:
+    """Text with each accented letter as one character; macOS takes them apart in names of files, tables rarely do."""
+    return unicodedata.normalize("NFC", text)
+
+
 def _by_id(folder: Path) -> dict[str, Path]:
-    """The scans of a folder, by name; none may be there twice."""
+    """The scans of a folder, by name as :func:`composed` writes it; none may be there twice."""
     found: dict[str, Path] = {}
     for path in scans_in(folder):
-        if (other := found.setdefault(scan_id(path), path)) is not path:
-            raise DatasetError(f"holds {scan_id(path)} both as {other.name} and as {path.name}", path=folder,
+        name = composed(scan_id(path))
+        if (other := found.setdefault(name, path)) is not path:
+            raise DatasetError(f"holds {name} both as {other.name} and as {path.name}", path=folder,
                                remedy="Keep one of them")
     return found
 
@@ -126,16 +135,16 @@ def _volume_cases(root: Path, images: dict[str, Path], labelled: bool) -> tuple[
                  for name, image in images.items())
 
 
-def _stack_case(name: str, files: dict[str, Path], labelled: bool) -> Case:
-    image = files[f"{name}_im"]
+def _stack_case(image: Path, files: dict[str, Path], labelled: bool) -> Case:
+    name = scan_id(image).removesuffix("_im")  # as the file has it, since its table lies beside it
     labels, _ = _read_labels(image.with_name(f"{name}_slices.csv"), name) if labelled else ({}, {})
-    return Case(name, image, labels.get(name, {}), name, mask=files.get(f"{name}_mask"))
+    return Case(name, image, labels.get(name, {}), name, mask=files.get(composed(f"{name}_mask")))
 
 
 def _read_labels(table: Path, stack: str | None = None) -> tuple[dict[str, dict[int, int]], dict[str, str]]:
     """Labels of the slices of each volume of a table, and its patient; a table of one stack names no volume."""
     columns = VOLUME_COLUMNS if stack is None else STACK_COLUMNS
-    if not table.exists():
+    if not kind_of(table):
         raise DatasetError("no such label table", path=table,
                            remedy=f"Write a CSV with the columns {', '.join(columns)}")
     found, rows = read_table(table)
@@ -169,23 +178,33 @@ def _read_labels(table: Path, stack: str | None = None) -> tuple[dict[str, dict[
 # --- CSV tables -----------------------------------------------------------------------------------------------------
 
 def read_table(table: Path) -> tuple[set[str], list[tuple[int, dict[str, str]]]]:
-    """Names of the columns of a CSV table, and its lines with their numbers; cells that a line lacks are None.
+    """Names of the columns of a CSV table, and its rows with the lines they end in; cells that a row lacks are None.
 
     Columns are separated as in the first line: by commas or, as spreadsheets write in some languages, by semicolons or
-    tabs. White space around a cell is left out.
+    tabs. White space around a cell is left out, and so are rows without any text, which spreadsheets append.
+
+    Raises:
+        DatasetError: the table cannot be opened, or is none.
     """
+    if kind_of(table) == "folder":
+        raise DatasetError("is not a CSV table but a folder", path=table, remedy="Put the table in its place")
+    rows: list[tuple[int, dict[str, Any]]] = []
     try:
-        with table.open(newline="", encoding="utf-8-sig") as stream:
+        with opening(table, DatasetError), table.open(newline="", encoding="utf-8-sig") as stream:
             first = stream.readline()
             stream.seek(0)
             separator = next((mark for mark in ",;\t" if mark in first), ",")
-            reader = csv.DictReader(stream, delimiter=separator, skipinitialspace=True)
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-            return set(reader.fieldnames), [
-                (number, {name: cell.strip() if isinstance(cell, str) else cell for name, cell in row.items()})
-                for number, row in enumerate(reader, start=2)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            # Not csv.DictReader, whose line numbers leave out blank lines. A quotation mark that is never closed would
+            # make one cell of all that follows, but for "strict".
+            reader = csv.reader(stream, delimiter=separator, skipinitialspace=True, strict=True)
+            columns = [name.strip() for name in next(reader, [])]
+            for row in reader:
+                cells = [composed(cell.strip()) for cell in row]
+                if any(cells):
+                    rows.append((reader.line_num, dict.fromkeys(columns) | dict(zip(columns, cells, strict=False))))
+    except (UnicodeDecodeError, csv.Error) as error:
         raise DatasetError(f"is not a CSV table ({error})", path=table, remedy="Save it as UTF-8 CSV") from error
+    return set(columns), rows
 
 
 def write_table(table: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

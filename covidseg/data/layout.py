@@ -22,15 +22,13 @@ from nibabel.orientations import apply_orientation
 from covidseg.atomic import alone, work_folder, write_whole
 from covidseg.data.fetch import Fetched, fetch, unpack, writing_to
 from covidseg.data.folder import STACK_COLUMNS, VOLUME_COLUMNS, write_table
-from covidseg.data.nifti import Header, is_scan, read_header, read_voxels, scans_in
+from covidseg.data.nifti import entries, is_scan, read_header, read_voxels, scans_in
 from covidseg.data.registry import Entry, is_present
 from covidseg.data.scan import Grid, read_mask, scan_id, write_like
 from covidseg.errors import DatasetError, DownloadError, InputFileError
 
 LESION_PIXELS = 40
 REFERENCE_AREA = 512 * 512
-# A header may promise more voxels than any chest CT has, to exhaust the memory; this is 4096 slices of 512 x 512.
-MAX_VOXELS = 1 << 30
 Note = Callable[[str], None]
 
 
@@ -161,12 +159,12 @@ def lay_out_mosmed(folder: str | Path) -> None:
 
     Raises:
         DatasetError: neither normal studies nor outlines are there, or an outline has no study.
-        InputFileError: a scan cannot be read.
+        InputFileError: a scan or a folder cannot be read.
         OutputError: the folder cannot be written.
     """
     folder = Path(folder)
-    studies = {scan_id(p): p for grade in sorted(folder.glob("studies/CT-*")) for p in scans_in(grade)
-               if p.name.startswith("study_")}
+    grades = [path for path in entries(folder / "studies") if path.name.startswith("CT-")]
+    studies = {scan_id(p): p for grade in grades for p in scans_in(grade) if p.name.startswith("study_")}
     masks = {name.removesuffix("_mask"): p for p in scans_in(folder / "masks")
              if (name := scan_id(p)).startswith("study_") and name.endswith("_mask")}
     if lonely := sorted(set(masks) - set(studies)):
@@ -211,10 +209,10 @@ def _put(source: Path, target: Path, *, like: Path | None = None, note: Note = l
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if like is None:
-        _header(source)
+        read_header(source)  # which refuses what is no scan
     else:
         grid = read_header(like).grid
-        header = _header(source, grid.affine)
+        header = read_header(source, grid.affine)
         if header.grid.shape != grid.shape:
             raise DatasetError(f"the outline has shape {header.grid.shape}, its image {like.name} {grid.shape}",
                                path=source.name, remedy="Download the archives again")
@@ -238,11 +236,3 @@ def _lies_on(path: Path, grid: Grid) -> bool:
         return np.allclose(read_header(path).grid.affine, grid.affine, atol=1e-2)
     except InputFileError:
         return False
-
-
-def _header(path: Path, affine: np.ndarray | None = None) -> Header:
-    """The header of a scan; refuses what would not fit any chest CT."""
-    header = read_header(path, affine)
-    if (voxels := math.prod(header.grid.shape)) > MAX_VOXELS:
-        raise InputFileError(f"claims to hold {voxels} voxels", path=path, remedy="Do not use this file")
-    return header

@@ -1,5 +1,7 @@
 """What a NIfTI file holds: which files are some, how their voxels are laid out and stored, and their values.
 
+Scans of every kind are asked for here what lies at a path, and whether they fit into memory.
+
 nibabel reads headers. Voxels are read here, to the end of the file and straight into place: nibabel stops before the
 checksum of a compressed file, and so misses damage, and needs memory for a second copy.
 """
@@ -7,8 +9,9 @@ checksum of a compressed file, and so misses damage, and needs memory for a seco
 from __future__ import annotations
 
 import math
+import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging import CRITICAL, Logger
@@ -23,12 +26,14 @@ from nibabel.affines import apply_affine
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.volumeutils import apply_read_scaling
 
-from covidseg.errors import InputFileError
+from covidseg.errors import CovidsegError, InputFileError
 
 SUFFIXES = (".nii", ".nii.gz")
 # Upright order: slices towards the head (S), rows towards the back (P), columns towards the left (L).
 UPRIGHT = ("S", "P", "L")
 SPACING = (0.01, 200.0)  # mm; no CT has less or more, though stacks of single slices come with odd distances
+# A header may promise more voxels than any CT has, to exhaust the memory; this is 4096 slices of 1024 x 1024.
+MAX_VOXELS = 1 << 32
 BLOCK = 1 << 18          # bytes decompressed at a time, since a gzip stream makes a copy of each piece
 DEFLATE = 1032           # times smaller than its content is the most that a compressed file can be
 GZIP = b"\x1f\x8b"        # first bytes of a compressed file
@@ -79,13 +84,73 @@ def is_scan(path: Path) -> bool:
 
 
 def scans_in(folder: Path) -> list[Path]:
-    """The NIfTI files in a folder, in order of their names; none if there is no such folder.
+    """The NIfTI files in a folder; arguments and errors are those of :func:`entries`."""
+    return [path for path in entries(folder) if is_scan(path)]
+
+
+# --- what the file system and the memory refuse ---------------------------------------------------------------------
+
+def entries(folder: Path) -> list[Path]:
+    """Files and folders in a folder, in order of their names; none if there is no such folder.
+
+    Not ``Path.glob``, for which a folder that it may not read is an empty one.
 
     Raises:
         InputFileError: the folder cannot be read.
     """
-    with _faults(folder):
-        return sorted(path for path in folder.iterdir() if is_scan(path)) if folder.is_dir() else []
+    with opening(folder):
+        return sorted(folder.iterdir()) if kind_of(folder) == "folder" else []
+
+
+@contextmanager
+def opening(path: Path, error_type: type[CovidsegError] = InputFileError) -> Iterator[None]:
+    """What the file system says against opening a file or folder becomes a typed error that names it."""
+    try:
+        yield
+    except OSError as error:
+        where = Path(error.filename) if isinstance(error.filename, str) else path
+        raise error_type(f"cannot be opened ({error.strerror or error})", path=where,
+                         remedy="Check its name, its permissions and the disk") from error
+
+
+def kind_of(path: Path) -> str:
+    """What lies at a path: ``file``, ``folder``, ``other`` such as a pipe, or an empty text for nothing.
+
+    ``Path.is_dir`` and its like end in a trace, or say no, where the file system refuses to answer.
+
+    Raises:
+        InputFileError: that cannot be told, as behind a folder without permission, or of a name that is too long.
+    """
+    try:
+        with opening(path):
+            mode = path.stat().st_mode
+    except InputFileError as error:
+        if isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+            return ""
+        raise
+    except ValueError:  # a name with a zero byte, which no file has
+        return ""
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
+
+
+@contextmanager
+def fitting_memory(path: Path, error_type: type[CovidsegError] = InputFileError) -> Iterator[None]:
+    """Memory that is not there becomes a typed error."""
+    try:
+        yield
+    except MemoryError as error:
+        raise error_type("needs more memory than this machine has free", path=path,
+                         remedy="End other programs, use a larger machine, or cut the scan into parts") from error
+
+
+def refuse_huge(shape: tuple[int, ...], path: Path) -> None:
+    """An InputFileError for more voxels than any CT has."""
+    if (voxels := math.prod(shape)) > MAX_VOXELS:
+        raise InputFileError(f"claims to hold {voxels} voxels, more than any CT has", path=path,
+                             remedy="Export the scan again, or cut out the part that is needed")
+
+
+# --- header and voxels ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -123,36 +188,27 @@ def _faults(path: Path) -> Iterator[None]:
             nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError,
             nib.wrapstruct.WrapStructError) as error:
         if isinstance(error, OSError) and error.errno:  # not of the content; those of gzip have no number
-            raise InputFileError(f"cannot be opened ({error.strerror})", path=path,
-                                 remedy="Check its name, its permissions and the disk") from error
+            with opening(path):
+                raise
         reason = str(error).replace(str(path), path.name)  # the error itself says where, reports must not
         raise InputFileError(f"cannot be read as NIfTI ({reason})", path=path,
                              remedy="The file is damaged or incomplete: copy or download it again") from error
 
 
-def read_header(path: Path, affine: np.ndarray | None = None) -> Header:
-    """Reads the header of a file of one grey-value volume; ``affine`` is taken in place of the file's own.
-
-    Raises:
-        InputFileError: the file is missing, not NIfTI, not one grey-value volume, has no usable affine, or is far too
-            small for the voxels that it announces.
-    """
+def _check_file(path: Path) -> None:
+    """Refuses what cannot be a NIfTI file by its name and kind."""
     def refusal(fault: str, remedy: str) -> InputFileError:
         return InputFileError(fault, path=path, remedy=remedy)
 
-    try:
-        with _faults(path):
-            path.stat()
-    except InputFileError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
-            raise
-        if path.is_symlink():
-            raise refusal("is a link to a file that is not there",
-                          "Fetch that file, for instance with `git annex get`, or correct the link") from None
-        raise refusal("no such file", "Check the spelling of the path") from None
-    if path.is_dir():
+    kind = kind_of(path)
+    if not kind and path.is_symlink():
+        raise refusal("is a link to a file that is not there",
+                      "Fetch that file, for instance with `git annex get`, or correct the link")
+    if not kind:
+        raise refusal("no such file", "Check the spelling of the path")
+    if kind == "folder":
         raise refusal("is a folder, not a scan", "Name the NIfTI files inside it")
-    if not path.is_file():
+    if kind == "other":
         raise refusal("is no ordinary file", "Write what it gives into one first")
     if path.name.lower().endswith((".hdr", ".img", ".hdr.gz", ".img.gz")):
         raise refusal("is one half of a pair of files (.hdr and .img)",
@@ -160,6 +216,19 @@ def read_header(path: Path, affine: np.ndarray | None = None) -> Header:
     if not path.name.lower().endswith(SUFFIXES):
         raise refusal("is not a NIfTI file (.nii or .nii.gz)",
                       "Convert it to NIfTI first; only scans may be DICOM as well")
+
+
+def read_header(path: Path, affine: np.ndarray | None = None) -> Header:
+    """Reads the header of a file of one grey-value volume; ``affine`` is taken in place of the file's own.
+
+    Raises:
+        InputFileError: the file is missing, not NIfTI, not one grey-value volume, has no usable affine or spacing, or
+            is far too small for the voxels that it announces, or these are more than any CT has.
+    """
+    def refusal(fault: str, remedy: str) -> InputFileError:
+        return InputFileError(fault, path=path, remedy=remedy)
+
+    _check_file(path)
     with _faults(path):
         fields, offset = _fields(path)
         stored, shape = fields.get_data_dtype(), tuple(int(n) for n in fields.get_data_shape())
@@ -175,8 +244,15 @@ def read_header(path: Path, affine: np.ndarray | None = None) -> Header:
         raise refusal(f"has shape {whole}, which is no voxel at all", "Export or convert it again")
     if len(shape) != 3:
         raise refusal(f"has shape {whole}, not one volume", "Split series over time into one file each")
-    # Without either code nibabel makes an affine up.
-    invented = affine is None and not fields["sform_code"] and not fields["qform_code"]
+    respace = "Correct the spacing in its header (in mm), or export it again"
+    steps, odd = fields["pixdim"][1:1 + len(whole)], []
+    by_qform = affine is None and not fields["sform_code"]  # which takes its spacing from pixdim
+    invented = by_qform and not fields["qform_code"]  # without either code nibabel makes an affine up
+    if by_qform and two_dimensional and fields["pixdim"][3] == 0:  # of an axis that the file does not have
+        fields["pixdim"][3] = 1
+        odd.append("the thickness of the slice is unknown and taken for 1 mm")
+    if by_qform and not invented and (steps[:3] <= 0).any():
+        raise refusal(f"has voxels of {_mm(steps[:3])} mm, which no CT has", respace)
     with _faults(path):
         place = {} if affine is not None else {name: fields[name] for name in PLACE}
         affine = np.asarray(fields.get_best_affine() if affine is None else affine, dtype=np.float64)
@@ -184,26 +260,31 @@ def read_header(path: Path, affine: np.ndarray | None = None) -> Header:
             or np.isnan(io_orientation(affine)).any():
         raise refusal("has no usable affine, so its orientation and spacing are unknown",
                       "Export it again with orientation, or set the affine with nibabel")
-    respace = "Correct the spacing in its header (in mm), or export it again"
     # The affine may be whole all the same; but then one of the two is damaged, and nobody knows which.
-    if not np.isfinite(fields["pixdim"][1:1 + len(whole)]).all():
+    if not np.isfinite(steps).all():
         raise refusal("has a spacing that is not a number", respace)
     grid = Grid((shape[0], shape[1], shape[2]), affine, two_dimensional, place)
     if not all(SPACING[0] <= step <= SPACING[1] for step in grid.spacing()):
-        steps = " x ".join(f"{step:.3g}" for step in grid.spacing())
-        raise refusal(f"has voxels of {steps} mm, which no CT has", respace)
+        raise refusal(f"has voxels of {_mm(grid.spacing())} mm, which no CT has", respace)
     with _faults(path):
         size, wanted = path.stat().st_size, offset + stored.itemsize * math.prod(grid.shape)
         with path.open("rb") as stream:
             most = size * (DEFLATE if stream.read(2) == GZIP else 1)
         if wanted > most:  # nobody reserves memory for that
             raise EOFError(f"{wanted} bytes are said to be in a file of {size}, voxels from byte {offset} on")
+    refuse_huge(grid.shape, path)
+    odd += _contradictions(fields, grid) if place else ()
     return Header(path, grid, stored, offset, 1.0 if slope is None else float(slope),
-                  0.0 if inter is None else float(inter), _contradictions(fields, grid) if place else ())
+                  0.0 if inter is None else float(inter), tuple(odd))
+
+
+def _mm(steps: Iterable[float]) -> str:
+    """Spacings as text."""
+    return " x ".join(f"{step:.3g}" for step in steps)
 
 
 def _fields(path: Path) -> tuple[Any, int]:
-    """A file's header as nibabel reads it, checked and corrected, and the byte at which the voxels begin.
+    """A file's header as nibabel reads it, checked, and the byte at which the voxels begin.
 
     Not nib.load, which takes some NIfTI files for surfaces of a brain and then reads XML, and believes any offset.
     """
@@ -217,7 +298,15 @@ def _fields(path: Path) -> tuple[Any, int]:
         extended = stream.read(4)[:1] not in (b"", b"\0")  # what follows then are remarks
     offset, least, bits = float(fields["vox_offset"]), kind.single_vox_offset, int(fields["bitpix"])
     fields["vox_offset"] = least
+    said = {name: fields[name].copy() for name in ("pixdim", "sform_code", "qform_code")}
     fields.check_fix(Logger("", CRITICAL + 1))  # it raises what is wrong; a log line besides would only confuse
+    # It corrects as well: 1 mm for a spacing of 0, no place for one of an unknown code. Nobody would hear of that.
+    fields["pixdim"] = said["pixdim"]
+    if said["pixdim"][0] == 0:
+        fields["pixdim"][0] = 1  # as the standard has it
+    for name in ("sform_code", "qform_code"):
+        if fields[name] != said[name]:
+            raise ValueError(f"its {name} is said to be {said[name]}, which no standard has")
     if not 0 <= offset < math.inf or offset % 1 or (extended and offset < least):
         raise ValueError(f"its voxels are said to begin at byte {offset:g}, the field vox_offset")
     if bits not in (0, 8 * (stored := fields.get_data_dtype()).itemsize):
@@ -233,7 +322,7 @@ def _contradictions(fields: Any, grid: Grid) -> tuple[str, ...]:
     if not fields["sform_code"]:
         return ()
     axes = 2 if grid.two_dimensional else 3
-    steps, other = np.sqrt((grid.affine[:3, :axes] ** 2).sum(axis=0)), np.abs(fields["pixdim"][1:1 + axes])
+    steps, other = np.sqrt((grid.affine[:3, :axes] ** 2).sum(axis=0)), fields["pixdim"][1:1 + axes]
     if (np.abs(steps - other) > ROUNDED * steps).any():
         first, second = (" x ".join(f"{step:.4g}" for step in found) for found in (steps, other))
         return (f"its sform says voxels of {first} mm, its pixdim {second} mm: the sform is followed, in millilitres "
@@ -261,10 +350,10 @@ def read_voxels(header: Header) -> np.ndarray:
     They have the stored type, but float32 where that is floating point or has to be scaled.
 
     Raises:
-        InputFileError: the file is damaged or incomplete, or holds NaN.
+        InputFileError: the file is damaged or incomplete, holds NaN, or does not fit into memory.
     """
     path, scaled = header.path, (header.slope, header.inter) != (1, 0)
-    with _faults(path), _opened(path) as stream:
+    with fitting_memory(path), _faults(path), _opened(path) as stream:
         if stream.seek(header.offset) < header.offset:
             raise EOFError(f"its voxels are said to begin at byte {header.offset}, behind its end")
         dtype = np.float32 if scaled or header.stored.kind == "f" else header.stored

@@ -11,6 +11,7 @@ Intensities stay in the type that is stored, whether Hounsfield units (HU) or 8-
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,12 @@ import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
 from covidseg.atomic import write_whole
-from covidseg.data.nifti import SUFFIXES, Grid, read_header, read_voxels
+from covidseg.data.nifti import SUFFIXES, Grid, entries, fitting_memory, kind_of, opening, read_header, read_voxels
 from covidseg.errors import InputFileError, OutputError, SettingsError, one_of
+
+# Types of whole numbers that all programs read, smallest first; those of 64 bits many refuse, as nibabel does.
+WHOLE = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32)
+LONGEST = 32767  # voxels along an axis, which NIfTI-1 counts in 16 bits
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,9 @@ def read_scan(path: str | Path, *, unit: str | None = None, series: str | None =
             UID, or at least the last six digits of it. By default the one with most slices.
 
     Raises:
-        InputFileError: the file is missing, damaged, not NIfTI or DICOM, not one grey-value volume, holds NaN, or has
-            another unit; the folder holds no series of CT slices that makes a volume, or several that might be meant.
+        InputFileError: the file is missing, damaged, not NIfTI or DICOM, not one grey-value volume, holds NaN, has
+            another unit, or does not fit into memory; the folder cannot be read, or holds no series of CT slices that
+            makes a volume, or several that might be meant.
         SettingsError: there is no such unit, or ``series`` is given for a NIfTI file.
     """
     names = {"HU": "Hounsfield units", "display": "grey levels of a display window"}
@@ -92,11 +98,46 @@ def read_scan(path: str | Path, *, unit: str | None = None, series: str | None =
 
 def _holds_dicom(path: Path) -> bool:
     """Whether a path is that of a DICOM file, or of a folder with DICOM and no NIfTI files in it."""
-    if path.name.lower().endswith(SUFFIXES) or not path.exists():
+    if path.name.lower().endswith(SUFFIXES) or not (kind := kind_of(path)):
         return False
-    from covidseg.data.dicom import inputs_in, is_dicom
+    if kind != "folder":
+        return is_dicom(path)
+    from covidseg.data.dicom import inputs_in  # which needs this module
 
-    return inputs_in(path) == [path] if path.is_dir() else is_dicom(path)
+    return inputs_in(path) == [path]
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM by its content; names do not tell.
+
+    Raises:
+        InputFileError: it cannot be opened, so that nobody knows.
+    """
+    if kind_of(path) != "file":  # a pipe would be waited for
+        return False
+    with opening(path), path.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
+def files_below(folder: Path, seen: set[Path] | None = None) -> Iterator[Path]:
+    """All files below a folder in order, also behind links, without hidden ones and indexes of a CD.
+
+    ``seen`` are the folders that were there before, to which links may lead back.
+
+    Raises:
+        InputFileError: a folder cannot be read, so that nobody knows what lies there.
+    """
+    seen = set() if seen is None else seen
+    if (place := folder.resolve()) in seen:
+        return
+    seen.add(place)
+    for path in entries(folder):
+        if path.name.startswith("."):
+            continue
+        if kind_of(path) == "folder":
+            yield from files_below(path, seen)
+        elif not path.name.upper().startswith("DICOMDIR"):
+            yield path
 
 
 def read_mask(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
@@ -111,7 +152,9 @@ def read_mask(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
         InputFileError: the file cannot be read, does not fit ``like``, or is no mask: it holds numbers below 0, or such
             as 0.25. A scan or probabilities would give figures that look like others.
     """
-    return _mask_values(Path(path), like) > 0
+    path = Path(path)
+    with fitting_memory(path):
+        return _mask_values(path, like) > 0
 
 
 def read_classes(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
@@ -119,10 +162,12 @@ def read_classes(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
 
     Arguments and errors are those of :func:`read_mask`.
     """
-    values = _mask_values(Path(path), like)
-    if values.dtype.kind == "f":
-        values = np.maximum(np.rint(values), values > 0)  # inside for read_mask, inside here
-    return np.minimum(values, 255).astype(np.uint8)
+    path = Path(path)
+    with fitting_memory(path):
+        values = _mask_values(path, like)
+        if values.dtype.kind == "f":
+            values = np.maximum(np.rint(values), values > 0)  # inside for read_mask, inside here
+        return np.minimum(values, 255).astype(np.uint8)
 
 
 def _mask_values(path: Path, like: Scan | None) -> np.ndarray:
@@ -155,17 +200,27 @@ def write_like(array: np.ndarray, grid: Grid, path: str | Path) -> Path:
     are equal bytes, compressed or not.
 
     Args:
-        array: ``(slices, rows, columns)``; bool is stored as ``uint8``.
+        array: ``(slices, rows, columns)``; stored as it is where all programs read its type, else bool as ``uint8``,
+            whole numbers in the smallest type that holds them, and others as ``float32``.
         grid: the layout of the input, ``scan.grid``.
-        path: target; a crash leaves no half file.
+        path: target, ``.nii`` or ``.nii.gz``; a crash leaves no half file.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the name is not that of a NIfTI file, the array does not fit the grid or holds what NIfTI cannot
+            store, or the file cannot be written.
     """
-    path = Path(path)
-    stored = apply_orientation(array.view(np.uint8) if array.dtype == bool else array, grid.from_upright())
+    array, path = np.asarray(array), Path(path)
+    if not path.name.lower().endswith(SUFFIXES):
+        raise OutputError("is not named as a NIfTI file", path=path, remedy="End its name in .nii or .nii.gz")
+    stored = apply_orientation(array, grid.from_upright()) if array.ndim == 3 else array
     if stored.shape != grid.shape:
-        raise OutputError(f"result of shape {stored.shape} does not fit the input's {grid.shape}", path=path)
+        raise OutputError(f"result of shape {stored.shape} does not fit the input's {grid.shape}", path=path,
+                          remedy="Give an array (slices, rows, columns) of the shape of scan.pixels")
+    if max(stored.shape) > LONGEST:
+        raise OutputError(f"result of shape {stored.shape} has more than {LONGEST} voxels along an axis", path=path,
+                          remedy="Cut the scan into parts")
+    with fitting_memory(path, OutputError):
+        stored = _storable(stored, path)
     if grid.two_dimensional:
         stored = stored[..., 0]
     suffix = ".nii" if path.name.lower().endswith(".nii") else ".nii.gz"
@@ -176,8 +231,34 @@ def write_like(array: np.ndarray, grid: Grid, path: str | Path) -> Path:
         # ITK, and so 3D Slicer, opens no file whose only affine is sheared; it takes the other one, which places the
         # result as ITK places the tilted series itself.
         image.set_qform(straight, code="aligned")
-    write_whole(path, lambda temporary: nib.save(image, temporary), suffix=suffix)
+    with fitting_memory(path, OutputError):
+        write_whole(path, lambda temporary: nib.save(image, temporary), suffix=suffix)
     return path
+
+
+def _storable(array: np.ndarray, path: Path) -> np.ndarray:
+    """The same values in a type of :data:`WHOLE` or float32; an OutputError where there is none."""
+    kind = array.dtype.kind
+    if kind not in "biuf":
+        raise OutputError(f"voxels of type {array.dtype} cannot be stored", path=path,
+                          remedy="Give bool, whole numbers or numbers with a point")
+    if kind == "b":
+        return array.view(np.uint8)
+    if kind == "f":
+        with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is refused
+            values = array.astype(np.float32, copy=False)
+        if not (np.isfinite(values.min()) and np.isfinite(values.max())):
+            raise OutputError("has voxels that are not numbers (NaN, infinite or beyond float32)", path=path,
+                              remedy="Put numbers in their place, such as 0")
+        return values
+    if array.dtype.newbyteorder("=") in WHOLE:
+        return array
+    low, high = int(array.min()), int(array.max())
+    for dtype in WHOLE:
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return array.astype(dtype)
+    raise OutputError(f"has whole numbers from {low} to {high}, beyond 32 bits", path=path,
+                      remedy="Scale them, or give numbers with a point")
 
 
 def _without_tilt(affine: np.ndarray) -> np.ndarray:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from data_server import fill_mosmed, nifti, volume
@@ -15,7 +17,7 @@ from skimage.data import camera
 from covidseg.data import check
 from covidseg.data.check import check_folder, check_mosmed
 from covidseg.data.scan import read_scan, write_like
-from covidseg.errors import DatasetError
+from covidseg.errors import DatasetError, InputFileError
 
 
 @pytest.fixture
@@ -71,6 +73,44 @@ def test_check_goes_on_after_a_fault(folder: Path) -> None:
     with pytest.raises(DatasetError, match="2 faults found") as caught:
         check_folder(folder, anatomy=False).raise_faults()
     assert caught.value.exit_code == 4
+
+
+def test_what_predictions_warn_of_is_listed_and_is_no_fault(folder: Path, tiny_phantom: Path, tmp_path: Path) -> None:
+    assert check_folder(folder, anatomy=False).all_warnings() == []
+    path = folder / "im" / "a.nii.gz"
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    np.frombuffer(raw, nib.Nifti1Header.template_dtype, 1)["pixdim"][0, 3] = 1  # beside a sform of 5 mm
+    path.write_bytes(gzip.compress(raw))
+    report = check_folder(folder, anatomy=False)
+    assert report.all_warnings() == [f"a: {read_scan(path).warnings[0]}"]
+    assert "0.7 x 0.7 x 5 mm, its pixdim 0.7 x 0.7 x 1 mm" in report.all_warnings()[0]
+    assert report.all_faults() == []
+    report.raise_faults()
+
+    chest = Path(shutil.copytree(tiny_phantom, tmp_path / "set"))
+    path = chest / "im" / "phantom_01.nii.gz"
+    scan = read_scan(path)
+    pixels = scan.pixels.copy()
+    pixels[4] = -1000  # air alone
+    write_like(pixels, scan.grid, path)
+    report = check_folder(chest)
+    assert report.all_warnings() == ["phantom_01: no lung was found in slices 4, between slices that have it"]
+    assert report.all_faults() == []
+
+
+def test_folders_that_cannot_be_read(folder: Path, tmp_path: Path, closed: Callable[..., None]) -> None:
+    with pytest.raises(InputFileError, match="File name too long"):
+        check_folder(tmp_path / ("x" * 300))
+    closed(folder / "mask")
+    with pytest.raises(InputFileError, match=r"mask: cannot be opened \(Permission denied\)"):
+        check_folder(folder)
+
+
+def test_a_mask_with_an_accent_that_is_taken_apart_has_its_image(folder: Path) -> None:
+    for kind, name in (("im", "u\u0308"), ("mask", "\u00fc"), ("lung", "\u00fc")):
+        (folder / kind / "a.nii.gz").rename(folder / kind / f"{name}.nii.gz")
+    (folder / "slice_labels.csv").write_text("volume,slice,has_lesion\n\u00fc,0,0\n")
+    assert faults(folder) == []
 
 
 def test_check_of_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from nibabel.orientations import apply_orientation
 from pydicom.data import get_testdata_file
 from pydicom.uid import RLELossless, SecondaryCaptureImageStorage
 
-from covidseg.data.dicom import find_series
+from covidseg.data import nifti
+from covidseg.data.dicom import describe, find_series
 from covidseg.data.scan import Scan, read_mask, read_scan, write_like
 from covidseg.errors import InputFileError, SettingsError
 
@@ -203,7 +205,10 @@ def test_most_slices_are_taken_and_others_can_be_named(cd: Path) -> None:
     found, skipped = find_series(cd)
     assert [str(one) for one in found] == ["4 slices of 5 x 6, 0.70 x 0.80 x 5.00 mm, UID ...222222",
                                            "3 slices of 5 x 6, 0.70 x 0.80 x 5.00 mm, UID ...111111"]
-    assert skipped == {"MR, not CT": 4, "a localizer": 1, "a secondary capture (a screenshot or a report)": 1}
+    assert {reason: len(files) for reason, files in skipped.items()} == {
+        "MR, not CT": 4, "a localizer": 1, "a secondary capture (a screenshot or a report)": 1}
+    assert describe(skipped) == \
+        "MR, not CT (4 files); a localizer (1 file); a secondary capture (a screenshot or a report) (1 file)"
     scan = read_scan(cd)
     np.testing.assert_array_equal(scan.pixels, HU)
     assert scan.warnings == ("took the series with most slices of 2 (`covidseg data series` lists them)",)
@@ -234,7 +239,8 @@ def test_several_that_might_be_meant_are_refused_with_a_list(cd: Path) -> None:
     ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "is a localizer"),
     ({"SOPClassUID": SecondaryCaptureImageStorage}, "is a secondary capture"),
     ({"PixelData": None}, "is DICOM without a picture, or damaged"),
-    ({"PixelSpacing": None}, "without position, direction or spacing"),
+    *(({"PixelSpacing": spacing}, "without position, direction or spacing")
+      for spacing in (None, [0, 0.7], [0.8, 0], [-0.8, 0.7])),
     ({"ImagePositionPatient": None}, "without position"), ({"ImageOrientationPatient": None}, "without position"),
     ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "direction that is none"),
     ({"PixelSpacing": [0.001, 0.001]}, "which no CT has")])
@@ -256,8 +262,97 @@ def test_a_damaged_slice_is_said_and_counts_as_missing(tmp_path: Path) -> None:
     files = write_series(tmp_path, np.concatenate([HU, HU]))
     files[3].write_bytes(files[3].read_bytes()[:-20])
     assert read_scan(tmp_path).warnings == (
-        "left out: DICOM without a picture, or damaged (1 file)",
+        "left out: DICOM without a picture, or damaged (1 file: IM00006)",
         "missing slices between -1190.0 and -1180.0 mm, elsewhere every 5.00 mm: interpolated there")
+
+
+NO_DICOM = "left out: no DICOM, so perhaps slices that are empty or cut short"
+
+
+@pytest.mark.parametrize("suffix", ["", ".dcm", ".IMA", ".17"])
+def test_files_that_may_be_slices_do_not_vanish(suffix: str, tmp_path: Path) -> None:
+    """At the ends of a series no slice is missed between others."""
+    files = [file.rename(tmp_path / f"{k}{suffix}")
+             for k, file in enumerate(write_series(tmp_path, np.concatenate([HU, HU])))]
+    assert read_scan(tmp_path).warnings == ()
+    for name in ("readme.txt", "viewer.exe", ".hidden", "DICOMDIR"):
+        (tmp_path / name).write_bytes(b"from the hospital")
+    assert read_scan(tmp_path).warnings == ()
+    files[7].write_bytes(files[7].read_bytes()[:100])
+    scan = read_scan(tmp_path)
+    assert (len(scan.pixels), scan.warnings) == (7, (f"{NO_DICOM} (1 file: 7{suffix})",))
+    files[0].write_bytes(b"")
+    scan = read_scan(tmp_path)
+    assert (len(scan.pixels), scan.warnings) == (6, (f"{NO_DICOM} (2 files: 0{suffix}, 7{suffix})",))
+    for file in files[1:5]:
+        file.write_bytes(b"")
+    assert read_scan(tmp_path).warnings == (f"{NO_DICOM} (6 files: 0{suffix}, 1{suffix}, 2{suffix}, 3 more)",)
+
+
+def test_a_slice_that_is_a_broken_link_or_says_no_place_does_not_vanish(tmp_path: Path) -> None:
+    files = write_series(tmp_path, HU)
+    files[0].unlink()
+    files[0].symlink_to(tmp_path / "annex" / "IM")
+    scan = read_scan(tmp_path)
+    assert (len(scan.pixels), scan.warnings) == (3, (f"{NO_DICOM} (1 file: {files[0].name})",))
+    data = pydicom.dcmread(files[3])
+    del data.ImagePositionPatient
+    data.save_as(files[3])
+    scan = read_scan(tmp_path)
+    assert (len(scan.pixels), scan.warnings) == (2, (
+        f"{NO_DICOM} (1 file: {files[0].name})",
+        f"left out: CT without position, direction or spacing (1 file: {files[3].name})"))
+
+
+def test_what_cannot_be_opened_is_refused(tmp_path: Path, closed: Callable[..., None]) -> None:
+    for name in ("file", "folder", "loop"):
+        write_series(tmp_path / name, HU)
+    slice_ = tmp_path / "file" / "IM00003"
+    below = write_series(tmp_path / "folder" / "below", HU)[0].parent
+    (tmp_path / "loop" / "IM").symlink_to("IM")
+    closed(slice_, below)
+    for path, words in ((slice_, "Permission denied"), (below, "Permission denied"),
+                        (tmp_path / "loop" / "IM", "Too many levels")):
+        with pytest.raises(InputFileError, match=words) as caught:
+            read_scan(path.parent)
+        assert (caught.value.path, bool(caught.value.remedy)) == (path, True)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputFileError, match="no such folder"):
+        find_series(tmp_path / "none")
+    with pytest.raises(InputFileError, match="File name too long"):
+        find_series(tmp_path / ("x" * 300))
+
+
+def test_slices_behind_links_belong_to_the_series(tmp_path: Path) -> None:
+    for part, k in (("here", 0), ("there", 2)):
+        for number in (k, k + 1):
+            save(slice_of((HU[number] + 1024).astype(np.int16), np.array([0, 0, 5.0 * number])),
+                 tmp_path / part / f"{number}")
+    (tmp_path / "here" / "more").symlink_to(tmp_path / "there")
+    (tmp_path / "there" / "back").symlink_to(tmp_path / "here")  # in a circle
+    scan = read_scan(tmp_path / "here")
+    np.testing.assert_array_equal(scan.pixels, HU)
+    assert scan.warnings == ()
+
+
+def test_a_series_of_more_voxels_than_any_ct_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at(tmp_path / "series", [0, 5, 15])  # with a gap of one slice
+    save(multiframe(HU, [0, 5, 10, 15]), tmp_path / "frames.dcm")
+    monkeypatch.setattr(nifti, "MAX_VOXELS", 119)
+    for path in (tmp_path / "series", tmp_path / "frames.dcm"):
+        with pytest.raises(InputFileError, match="claims to hold 120 voxels"):
+            read_scan(path)
+
+    def full(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(nifti, "MAX_VOXELS", 120)
+    monkeypatch.setattr(np, "clip", full)
+    for path in (tmp_path / "series", tmp_path / "frames.dcm"):
+        with pytest.raises(InputFileError, match="needs more memory"):
+            read_scan(path)
 
 
 def test_pixels_that_cannot_be_decoded(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from covidseg.data.folder import load_dataset
-from covidseg.errors import DatasetError
+from covidseg.data.splits import apply_split, read_split
+from covidseg.errors import DatasetError, InputFileError
 
 GOOD = "volume,slice,has_lesion,patient\na,0,0,p1\na,2,1,p1\nb,1,0,p2\n"
 
@@ -107,6 +108,42 @@ def test_subset_keeps_the_order_asked_for(tmp_path):
         data.subset(["a", "x", "y"])
 
 
+PLAIN, TAKEN_APART = "M\u00fcller", "Mu\u0308ller"
+
+
+@pytest.mark.parametrize(("file", "line"), [(PLAIN, TAKEN_APART), (TAKEN_APART, PLAIN), (TAKEN_APART, TAKEN_APART)])
+def test_an_accent_is_the_same_in_one_character_or_two(tmp_path, file, line):
+    root = volumes(tmp_path / "d", f"volume,slice,has_lesion,patient\n{line},0,1,{line}\nb,1,0,{PLAIN}\n",
+                   (f"{file}.nii.gz", "b.nii.gz"))
+    (root / "mask").mkdir()
+    (root / "mask" / f"{line}.nii.gz").touch()
+    cases = {case.id: case for case in load_dataset(root).cases}
+    assert set(cases) == {"b", PLAIN}
+    assert cases[PLAIN].labels == {0: 1}
+    assert cases[PLAIN].patient == cases["b"].patient == PLAIN
+    assert (cases[PLAIN].image, cases[PLAIN].mask) == (root / "im" / f"{file}.nii.gz", root / "mask" / f"{line}.nii.gz")
+    (root / "split.csv").write_text(f"volume,patient,split\n{line},,train\nb,,test\n")
+    with pytest.raises(DatasetError, match="two sides"):
+        apply_split(load_dataset(root), read_split(root / "split.csv"), "train")
+
+
+def test_an_accent_in_the_name_of_a_stack(tmp_path):
+    root = stacks(tmp_path / "d", name=TAKEN_APART)
+    (root / f"{PLAIN}_mask.nii.gz").touch()
+    case, = load_dataset(root).cases
+    assert (case.labels, case.mask) == ({0: 1, 1: 0}, root / f"{PLAIN}_mask.nii.gz")
+
+
+def test_a_name_that_is_there_with_both_kinds_of_accent_is_there_twice(tmp_path):
+    check_refused(volumes(tmp_path / "d", names=(f"{PLAIN}.nii", f"{TAKEN_APART}.nii")), "both as")
+
+
+@pytest.mark.parametrize("empty", ["", ",,", " , ,", ",,,,", '"",,'])
+def test_lines_without_any_text_are_passed_over(tmp_path, empty):
+    root = volumes(tmp_path / "d", f"volume,slice,has_lesion\n{empty}\na,0,1\n{empty}\n{empty}\n")
+    assert load_dataset(root).cases[0].labels == {0: 1}
+
+
 # --- faults -----------------------------------------------------------------------------------------------------
 
 def check_refused(root: Path, *words: str) -> None:
@@ -124,8 +161,28 @@ def test_folders_that_are_no_data(tmp_path):
     (tmp_path / "empty" / "im").mkdir(parents=True)
     check_refused(tmp_path / "empty", "holds no scans", "slice_labels.csv")
     (volumes(tmp_path / "d", None) / "slice_labels.csv").mkdir()
-    check_refused(tmp_path / "d", "slice_labels.csv", "not a CSV table")
+    check_refused(tmp_path / "d", "slice_labels.csv", "not a CSV table but a folder")
     check_refused(volumes(tmp_path / "twice", names=("a.nii", "a.nii.gz")), "holds a both as a.nii and as a.nii.gz")
+
+
+def test_what_cannot_be_opened(tmp_path, closed):
+    root = volumes(tmp_path / "d")
+    (root / "mask").mkdir()
+    for path, error in ((root / "mask", InputFileError), (root / "slice_labels.csv", DatasetError),
+                        (root / "im", InputFileError)):  # the last is opened first
+        closed(path)
+        with pytest.raises(error, match=rf"{path.name}: cannot be opened \(Permission denied\)"):
+            load_dataset(root)
+    for long in (tmp_path / ("x" * 300), stacks(tmp_path / "s", None, "x" * 245)):  # whose table no name is left for
+        with pytest.raises(InputFileError, match="File name too long"):
+            load_dataset(long)
+
+
+@pytest.mark.parametrize(("table", "line"), [
+    ("volume,slice,has_lesion\n\n\na,0,2\n", 4), ('volume,slice,has_lesion,note\na,0,0,"b\nc"\na,1,2,\n', 4),
+    ("volume,slice,has_lesion\r\n,,\r\na,0,2\r\n", 3), ("volume,slice,has_lesion\ra,0,0\r\ra,0,1\r", 4)])
+def test_a_fault_is_named_by_its_line_in_the_file(tmp_path, table, line):
+    check_refused(volumes(tmp_path / "d", table), f"line {line}")
 
 
 @pytest.mark.parametrize(("table", "words"), [
@@ -144,6 +201,7 @@ def test_folders_that_are_no_data(tmp_path):
     ("volume,slice,has_lesion\n,1,0\n", ["line 2 names no volume"]),
     (GOOD + "b,2,0,p3\n", ["line 5 gives volume b to another patient"]),
     (b"volume,slice,has_lesion\n\xff\xfe,0,1\n", ["not a CSV table", "UTF-8"]),
+    ('volume,slice,has_lesion,patient\na,1,0,"p\nb,1,1,q\n', ["not a CSV table"]),  # the rest is no name of a patient
 ])
 def test_label_tables_of_volumes(tmp_path, table, words):
     check_refused(volumes(tmp_path / "d", table), *words)

@@ -13,6 +13,7 @@ import pytest
 from data_server import PUBLISHED, fill_mosmed, nifti, volume, zipped
 
 from covidseg.data import layout
+from covidseg.data import nifti as nifti_files
 from covidseg.data.folder import load_dataset
 from covidseg.data.layout import has_lesion, lay_out, lay_out_mosmed
 from covidseg.data.registry import entry, is_present
@@ -94,7 +95,7 @@ def test_archives_that_do_not_belong_together(spoil: Callable[[Members], object]
 
 
 def test_header_that_promises_too_much(members: Members, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "MAX_VOXELS", 1000)
+    monkeypatch.setattr(nifti_files, "MAX_VOXELS", 1000)
     with pytest.raises(InputFileError, match="claims to hold 16384 voxels"):
         lay_out(entry("medseg2"), pack(tmp_path, members), tmp_path / "out")
 
@@ -139,6 +140,12 @@ def test_mosmed_labels_middle_slices_by_the_grade_of_the_study(mosmed: Path) -> 
                                                              "study_0005": {3: 1}}
     assert all(c.mask is None for c in cases.values())
     assert cases["study_0001"].image.samefile(mosmed / "studies" / "CT-0" / "study_0001.nii.gz")
+
+
+def test_mosmed_whose_folder_cannot_be_read(mosmed: Path, closed: Callable[..., None]) -> None:
+    closed(mosmed / "studies")
+    with pytest.raises(InputFileError, match=r"studies: cannot be opened \(Permission denied\)"):
+        lay_out_mosmed(mosmed)
 
 
 def test_mosmed_that_cannot_be_laid_out(mosmed: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import itertools
 import os
@@ -13,11 +14,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from data_server import ORIENTATIONS, oriented
 from nibabel.affines import from_matvec
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-from covidseg.data.nifti import PLACE, scans_in
+from covidseg.data import nifti
+from covidseg.data.nifti import PLACE, kind_of, scans_in
 from covidseg.data.scan import Grid, read_classes, read_mask, read_scan, scan_id, shown, write_like
 from covidseg.errors import CovidsegError, InputFileError, OutputError, SettingsError
 
@@ -109,7 +112,8 @@ def test_a_sheared_voxel_holds_less_than_its_sides_say(tmp_path):
 AWAY = from_matvec(AFFINE[:3, :3], (0, 0, -76))
 BOTH_WAYS = {"far apart": (AFFINE, AWAY, {}), "sheared": (tilted(), AFFINE, {}), "only a qform": (None, AWAY, {}),
              "only a sform": (AWAY, None, {}), "broken qform": (AFFINE, AFFINE, {"quatern_b": 4}),
-             "NaN as qform": (AFFINE, AFFINE, {"quatern_b": np.nan}), "a unit": (AFFINE, AFFINE, {"xyzt_units": 2})}
+             "NaN as qform": (AFFINE, AFFINE, {"quatern_b": np.nan}), "a unit": (AFFINE, AFFINE, {"xyzt_units": 2}),
+             "a spacing of 0": (AFFINE, None, {"pixdim": (1, 0.7, 0.8, 0, 1, 1, 1, 1)})}
 
 
 @pytest.mark.parametrize("case", BOTH_WAYS)
@@ -131,6 +135,9 @@ def read_header_fields(path: Path) -> dict[str, np.ndarray]:
     (AFFINE, AFFINE, {}, None), (AFFINE, None, {}, None), (None, AFFINE, {}, None),
     (AFFINE, None, {"pixdim": (1, 0.7, 0.8, 4.96, 1, 1, 1, 1)}, None),  # rounded
     (AFFINE, None, {"pixdim": (1, 0.7, 0.8, 3.75, 1, 1, 1, 1)}, ["0.7 x 0.8 x 5 mm", "0.7 x 0.8 x 3.75 mm"]),
+    (AFFINE, None, {"pixdim": (1, 0.7, 0.8, 0, 1, 1, 1, 1)}, ["0.7 x 0.8 x 5 mm", "0.7 x 0.8 x 0 mm"]),
+    (AFFINE, None, {"pixdim": (1, -0.7, 0.8, 5, 1, 1, 1, 1)}, ["0.7 x 0.8 x 5 mm", "-0.7 x 0.8 x 5 mm"]),
+    (AFFINE, AFFINE, {"pixdim": (-5, 0.7, 0.8, 5, 1, 1, 1, 1)}, ["qform cannot be computed"]),
     (AFFINE, AWAY, {}, ["(0.0, 0.0, 0.0) mm", "(0.0, 0.0, -76.0) mm"]),
     (AFFINE, AFFINE @ np.diag((1, 1, -1, 1)), {}, ["voxel (0, 0, 3)", "15.0) mm", "-15.0) mm"]),
     (AFFINE, AFFINE, {"quatern_b": 4}, ["qform cannot be computed"]),
@@ -140,6 +147,39 @@ def test_ways_that_disagree_are_a_warning_with_both_values(tmp_path, sform, qfor
     assert len(warnings) == (words is not None)
     for word in words or ():
         assert word in warnings[0]
+
+
+@pytest.mark.parametrize(("pixdim", "words"), [
+    ((1, 0.7, 0.8, 0), ["0.7 x 0.8 x 0 mm, which no CT has", "Correct the spacing"]),
+    ((1, 0, 0.8, 5), ["0 x 0.8 x 5 mm, which no CT has"]), ((1, 0.7, -0.8, 5), ["0.7 x -0.8 x 5 mm, which no CT has"]),
+    ((1, 0.7, 0.8, np.nan), ["spacing are unknown"]), ((-5, 0.7, 0.8, 5), ["pixdim[0]"]),
+    ((np.nan, 0.7, 0.8, 5), ["pixdim[0]"])])
+def test_a_spacing_that_only_the_qform_has_is_never_made_up(tmp_path, pixdim, words):
+    check_refused(placed(tmp_path / "scan.nii", None, AFFINE, pixdim=(*pixdim, 1, 1, 1, 1)), *words)
+
+
+def test_a_first_number_of_zero_is_as_the_standard_has_it(tmp_path):
+    affine = np.diag((0.7, 0.8, 5, 1))
+    scan = read_scan(placed(tmp_path / "scan.nii", None, affine, pixdim=(0, 0.7, 0.8, 5, 1, 1, 1, 1)))
+    np.testing.assert_allclose(scan.grid.affine, affine, atol=1e-6)
+    assert scan.warnings == ()
+
+
+def test_a_flat_file_does_not_say_how_thick_its_slice_is(tmp_path):
+    image = nib.Nifti1Image(upright_volume()[0].T, AFFINE)
+    image.set_qform(AFFINE, 1, update_affine=False)
+    image.set_sform(None, 0)
+    nib.save(image, tmp_path / "slice.nii")
+    assert read_scan(tmp_path / "slice.nii").warnings == ()
+    scan = read_scan(patch(tmp_path / "slice.nii", pixdim=(1, 0.7, 0.8, 0, 1, 1, 1, 1)))
+    assert scan.spacing == pytest.approx((1, 0.8, 0.7))
+    assert scan.warnings == ("the thickness of the slice is unknown and taken for 1 mm",)
+
+
+@pytest.mark.parametrize("field", ["sform_code", "qform_code"])
+def test_a_place_of_an_unknown_kind_is_not_passed_over(tmp_path, field):
+    assert read_scan(placed(tmp_path / "scan.nii", AFFINE, AWAY, **{field: 5})).spacing == pytest.approx((5, 0.8, 0.7))
+    check_refused(placed(tmp_path / "scan.nii", AFFINE, AWAY, **{field: 9}), f"{field} is said to be 9")
 
 
 # --- types, units and axes --------------------------------------------------------------------------------------
@@ -420,6 +460,66 @@ def test_an_error_is_the_only_thing_that_is_said(tmp_path, fields, caplog):
     assert not caplog.records, "nibabel's own lines say little"
 
 
+def test_what_the_file_system_refuses_is_a_typed_error(tmp_path, monkeypatch, closed):
+    long = tmp_path / ("long" * 70)
+    for path in (long, tmp_path / "no" / "such", tmp_path / "a\0b"):
+        if path != long:
+            assert kind_of(path) == ""
+        with pytest.raises(InputFileError) as caught:
+            read_scan(path)
+        assert (caught.value.path, bool(caught.value.remedy)) == (path, True)
+    with pytest.raises(InputFileError, match=r"cannot be opened \(File name too long\).*Check its name"):
+        read_scan(long)
+    path = save(tmp_path / "scan.nii", BLANK)
+    for one, kind in ((path, "file"), (tmp_path, "folder"), (Path("/dev/null"), "other"), (path / "below", "")):
+        assert kind_of(one) == kind
+    closed(path, tmp_path)
+    check_refused(path, "cannot be opened (Permission denied)")
+    with pytest.raises(InputFileError, match="Permission denied"):
+        read_scan(tmp_path)
+    with pytest.raises(InputFileError, match="Permission denied"):
+        scans_in(tmp_path)
+
+    def refuse(path: Path, **kwargs: object) -> None:  # what lies in a folder of another user
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    for other in (path, tmp_path, tmp_path / "IM0001"):
+        with pytest.raises(InputFileError, match="Permission denied"):
+            read_scan(other)
+
+
+# --- size ---------------------------------------------------------------------------------------------------------
+
+def test_more_voxels_than_any_ct_has(tmp_path, monkeypatch):
+    nifti.refuse_huge((1024, 1024, 2000), tmp_path)
+    with pytest.raises(InputFileError, match="claims to hold 27000000000 voxels, more than any CT has"):
+        nifti.refuse_huge((30000, 30000, 30), tmp_path)
+    path = save(tmp_path / "scan.nii.gz", BLANK)
+    monkeypatch.setattr(nifti, "MAX_VOXELS", 119)
+    check_refused(path, "claims to hold 120 voxels")
+
+
+def test_memory_that_is_not_there_is_a_typed_error(tmp_path, monkeypatch):
+    def full(*args: object, **kwargs: object) -> None:
+        raise MemoryError("Unable to allocate 50.3 GiB")
+
+    path = save(tmp_path / "scan.nii.gz", BLANK.astype(np.float32))
+    scan = read_scan(path)
+    with monkeypatch.context() as limit:
+        limit.setattr(nib, "save", full)
+        with pytest.raises(OutputError, match="needs more memory"):
+            write_like(scan.pixels, scan.grid, tmp_path / "out.nii")
+    with monkeypatch.context() as limit:
+        limit.setattr(np, "rint", full)  # the copies that a mask needs
+        for read in (read_mask, read_classes):
+            with pytest.raises(InputFileError, match="needs more memory"):
+                read(path)
+    monkeypatch.setattr(np, "empty", full)
+    check_refused(path, "needs more memory than this machine has free")
+    assert [one.name for one in tmp_path.iterdir()] == ["scan.nii.gz"]
+
+
 # --- files in a folder ------------------------------------------------------------------------------------------
 
 def test_the_scans_of_a_folder(tmp_path):
@@ -537,9 +637,49 @@ def test_equal_results_are_equal_files(tmp_path, monkeypatch):
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
 
 
-def test_a_result_of_another_shape_is_refused(tmp_path):
-    with pytest.raises(OutputError, match="does not fit"):
-        write_like(np.ones((4, 6, 5), bool), GRID, tmp_path / "m.nii.gz")
+@pytest.mark.parametrize("shape", [(4, 6, 5), (5, 6), (4, 5, 6, 1), (120,), ()])
+def test_a_result_of_another_shape_is_refused(tmp_path, shape):
+    with pytest.raises(OutputError, match=r"does not fit.*\(slices, rows, columns\)"):
+        write_like(np.ones(shape, bool), GRID, tmp_path / "m.nii.gz")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("dtype", "values", "stored"), [
+    (int, (0, 255), np.uint8), (int, (-1, 127), np.int8), (int, (0, 256), np.uint16), (int, (-1024, 3071), np.int16),
+    (int, (0, 2**32 - 1), np.uint32), (int, (-70000, 70000), np.int32), (np.uint64, (0, 1), np.uint8),
+    (">i8", (0, 1), np.uint8), (bool, (0, 1), np.uint8), (np.int16, (0, 1), np.int16), (">i2", (0, 1), np.int16),
+    (np.uint16, (0, 1), np.uint16), (np.float16, (0, 0.5), np.float32), (float, (0, 0.1), np.float32),
+    (np.longdouble, (0, 0.5), np.float32), (np.float32, (0, 0.5), np.float32)])
+@pytest.mark.parametrize("name", ["m.nii", "m.nii.gz"])
+def test_any_numbers_are_stored_in_a_type_that_programs_read(tmp_path, dtype, values, stored, name):
+    array = np.resize(np.array(values, dtype), UPRIGHT_SHAPE)
+    array[0, 0] = values[0]
+    written = nib.load(write_like(array, GRID, tmp_path / name))
+    assert written.get_data_dtype() == stored
+    np.testing.assert_array_equal(np.asanyarray(written.dataobj), array.astype(stored)[:, :, ::-1].T[::-1])
+    result = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / name)))
+    np.testing.assert_array_equal(result, array.astype(stored))
+
+
+@pytest.mark.parametrize(("values", "words"), [
+    (np.array([1j]), "type complex128 cannot be stored"), (np.array(["a"]), "cannot be stored"),
+    (np.array([None]), "type object cannot be stored"), (np.array([0], "m8[s]"), "cannot be stored"),
+    (np.array([2**32]), "whole numbers from 4294967296 to 4294967296, beyond 32 bits"),
+    (np.array([-1, 2**31]), "beyond 32 bits"), (np.array([np.nan]), "not numbers"),
+    (np.array([0, np.inf], np.float32), "not numbers"), (np.array([1e39]), "beyond float32")])
+def test_what_nifti_cannot_store_is_refused(tmp_path, values, words):
+    with pytest.raises(OutputError, match=words) as caught:
+        write_like(np.resize(values, UPRIGHT_SHAPE), GRID, tmp_path / "m.nii.gz")
+    assert (caught.value.path, bool(caught.value.remedy)) == (tmp_path / "m.nii.gz", True)
+    with pytest.raises(OutputError, match="more than 32767 voxels along an axis"):
+        write_like(np.zeros((40000, 1, 1), bool), Grid((1, 1, 40000), AFFINE), tmp_path / "m.nii.gz")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["o.png", "o", "o.gz", "nii.gz"])
+def test_a_name_that_is_no_nifti_file_is_refused(tmp_path, name):
+    with pytest.raises(OutputError, match=r"not named as a NIfTI file.*\.nii or \.nii\.gz"):
+        write_like(np.ones((4, 5, 6), bool), GRID, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 

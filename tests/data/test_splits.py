@@ -87,6 +87,19 @@ def test_unknown_split_lists_the_known_ones(tmp_path: Path) -> None:
             read_split(name)
 
 
+def test_only_a_bare_name_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data folder has no split because of a file beside it, however its path is written."""
+    write(tmp_path / "vt.csv", "volume,patient,split\na,p,train\nb,q,test\n")
+    (tmp_path / "vt").mkdir()
+    (tmp_path / "set.csv").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("vt", "./vt", "vt/", tmp_path / "vt", str(tmp_path / "vt"), "../splits/medseg2", "./medseg2",
+                 "set.csv", "n" * 300 + ".csv"):
+        with pytest.raises(DatasetError, match=r"there is no split .*name what to measure on after --test"):
+            read_split(name)
+    assert read_split("vt.csv").volumes == {"a": "train", "b": "test"}, "a file of one's own is named as one"
+
+
 def test_unknown_and_empty_parts() -> None:
     split = Split("m", {"a": "train"}, {"a": "a"}, {})
     with pytest.raises(DatasetError, match=", ".join(PARTS)):
