@@ -5,6 +5,9 @@ has a row for each of its scans and is up to date after each of them. A scan is 
 made of it, with the same nets and settings, and the files are unchanged; so a part that was stopped is simply started
 once more. :func:`merge` puts the tables together.
 
+What is out of date is replaced, but only where a table says that it was made here: true masks, or predicted ones that
+somebody corrected, stay (:func:`strangers`).
+
 A run that is not divided adds to the table of earlier ones in the same folder; parts belong to one list of scans.
 """
 
@@ -23,7 +26,7 @@ from covidseg import __version__
 from covidseg.atomic import alone
 from covidseg.data.nifti import scans_in
 from covidseg.data.scan import scan_id, shown
-from covidseg.errors import CovidsegError, DatasetError, SettingsError
+from covidseg.errors import CovidsegError, DatasetError, OutputError, SettingsError
 from covidseg.predict import Predictor
 from covidseg.store import file_hash, write_text
 
@@ -31,9 +34,11 @@ Row = dict[str, str]  # one scan
 FOUND = ("slices", "lung_slices", "lesion_slices", "lesion_ml", "warnings")
 COLUMNS = ("name", "status", "error", *FOUND, "threshold", "nets", "scan_sha256", "mask_sha256")
 # A part's table says more: what went wrong, and all that has to be the same for a result to be kept.
-PART_COLUMNS = (*COLUMNS, "fault", "probability_sha256", "preview_sha256", "covidseg", "volume", "series")
+PART_COLUMNS = (*COLUMNS, "fault", "probability_sha256", "preview_sha256", "covidseg", "volume", "series", "checked")
 HASHES = tuple(key for key in PART_COLUMNS if key.endswith("_sha256"))
 MADE = ("covidseg", "nets", "threshold", "volume", "series")
+TABLE = "predictions.csv"  # of all scans together
+KNOWING = {"name", "status", "mask_sha256"}  # columns of every table that accounts for masks
 # Endings of the files of probabilities and of the page to look at, beside the mask.
 PROBABILITY, PREVIEW = "_probability.nii.gz", "_preview.html"
 
@@ -88,6 +93,7 @@ class PartRun:
         check: whether scans have to look like chest CT.
         series: of folders of DICOM slices, see :func:`covidseg.data.scan.read_scan`.
         preview: whether a page to look at is written as well, ``NAME_preview.html``.
+        overwrite: whether files that no table accounts for are replaced.
 
     Attributes:
         files: The scans of this part, in order.
@@ -95,12 +101,12 @@ class PartRun:
 
     Raises:
         SettingsError: parts in the folder hold other scans than those of ``targets``.
-        OutputError: the table cannot be written.
+        OutputError: a result would replace one of the :func:`strangers`, or the table cannot be written.
     """
 
     def __init__(self, predictor: Predictor, part: Part, targets: dict[Path, Path], out: Path | None,
                  threshold: float, volume: bool | None = None, probability: bool = False, check: bool = True,
-                 series: str | None = None, preview: bool = False) -> None:
+                 series: str | None = None, preview: bool = False, overwrite: bool = False) -> None:
         self.predictor, self.part, self.targets, self.out = predictor, part, targets, out
         self.threshold, self.volume, self.check, self.series = threshold, volume, check, series
         self.probability, self.preview = probability, preview
@@ -115,11 +121,18 @@ class PartRun:
             raise SettingsError(f"holds parts of another list of scans, with {', '.join(others[:3])}"
                                 f"{f' and {len(others) - 3} more' if len(others) > 3 else ''}", path=out,
                                 remedy="Give the same scans to all parts, or another folder after -o")
-        before = {row["name"]: row for rows in found.values() for row in rows
-                  if row["mask_sha256"] and all(row[key] == made[key] for key in MADE)}
+        if not overwrite:
+            beside = [ending for ending, wanted in ((PROBABILITY, probability), (PREVIEW, preview)) if wanted]
+            refuse_to_replace([*strangers([targets[scan] for scan in self.files], beside),
+                               *([out / TABLE] if out is not None and _foreign(out / TABLE) else [])])
+        known = [row for rows in found.values() for row in rows if row["mask_sha256"]]
+        # What passed the check also counts where nobody asks for it, but not the other way round.
+        before = {row["name"]: row for row in known if row["scan_sha256"] and (row["checked"] == "True" or not check)
+                  and all(row[key] == made[key] for key in MADE)}
         # What was done before stays in the table, but counts only after a look at the files.
         empty = dict.fromkeys(PART_COLUMNS, "") | made
-        self.rows = {name: {**empty, "name": name, **before.get(name, {}), "status": "open"}
+        masks = {row["name"]: {"mask_sha256": row["mask_sha256"]} for row in known}
+        self.rows = {name: {**empty, "name": name, **(before.get(name) or masks.get(name, {})), "status": "open"}
                      for name in map(_name, self.files)}
         self.write()
 
@@ -130,7 +143,8 @@ class PartRun:
             Its row in the table, and whether it was done before.
 
         Raises:
-            CovidsegError: the scan cannot be read, shows no lung, or its mask cannot be written; the row says so.
+            CovidsegError: the scan cannot be read, shows no lung, or its mask cannot be written; the row says so, as of
+                any other error.
         """
         row, target = self.rows[_name(scan)], self.targets[scan]
         files = {"scan_sha256": scan, "mask_sha256": target}
@@ -138,23 +152,27 @@ class PartRun:
             files["probability_sha256"] = target.with_name(scan_id(target) + PROBABILITY)
         if self.preview:
             files["preview_sha256"] = target.with_name(scan_id(target) + PREVIEW)
-        done = {key: _unchanged(path, row[key]) for key, path in files.items()}
-        before = all(done.values())
+        there = row["mask_sha256"]
         try:
+            done = {key: _unchanged(path, row[key]) for key, path in files.items()}
+            before = all(done.values())
             if not before:
                 same = done["scan_sha256"] and done["mask_sha256"]  # else all that was made from them is out of date
                 row |= dict.fromkeys(files if same else HASHES, "")
+                if there:  # should the program end between the new mask and its row, no table knows that mask
+                    self.write()
                 found = self.predictor.predict_file(scan, target, self.threshold, files.get("probability_sha256"),
                                                     self.volume, series=self.series,
                                                     preview_target=files.get("preview_sha256"),
                                                     progress=progress, check=self.check)
                 row |= {"slices": str(found.slices), "lung_slices": str(found.lung_slices),
                         "lesion_slices": str(found.lesion_slices), "lesion_ml": f"{found.lesion_ml:.3f}",
-                        "warnings": "; ".join(found.warnings), **{key: file_hash(path) for key, path in files.items()}}
-            row["status"] = "done"
-        except CovidsegError as error:  # without its path, which would name folders of the machine
-            row |= {"status": "failed", "error": type(error).__name__, "fault": error.fault,
-                    **dict.fromkeys(FOUND, "")}
+                        "warnings": "; ".join(found.warnings), "checked": str(self.check),
+                        **{key: file_hash(path) for key, path in files.items()}}
+            row |= {"status": "done", "error": "", "fault": ""}
+        except Exception as error:  # no scan ends the batch, whatever is wrong with it
+            row |= {"status": "failed", "error": type(error).__name__, "fault": _fault(error),
+                    **dict.fromkeys(FOUND, ""), "mask_sha256": there}
             raise
         finally:
             self.write()
@@ -172,7 +190,7 @@ class PartRun:
         if self.out is None or self.part.count > 1:
             return own
         others = [row for row in _rows_of(self.part.table(self.out)) or () if row["name"] not in self.rows
-                  and (row["status"] != "done" or _mask(self.out, row["name"]).exists())]
+                  and (row["status"] != "done" or os.path.exists(_mask(self.out, row["name"])))]
         return sorted([*own, *others], key=lambda row: row["name"])
 
 
@@ -187,14 +205,19 @@ def tables(out: Path) -> dict[Part, list[Row]]:
     return found
 
 
-def _rows_of(path: Path) -> list[Row] | None:
-    """The rows of a part's table; None if it is missing or damaged."""
+def _read(path: Path) -> tuple[tuple[str, ...], list[Row]] | None:
+    """Columns and rows of a table; None if it is missing or damaged."""
     try:
         table = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8"), newline=""), strict=True)
-        rows = list(table)
+        return tuple(table.fieldnames or ()), list(table)
     except (OSError, UnicodeError, csv.Error):
         return None
-    return rows if tuple(table.fieldnames or ()) == PART_COLUMNS and all(map(_is_row, rows)) else None
+
+
+def _rows_of(path: Path) -> list[Row] | None:
+    """The rows of a part's table; None if it is missing or damaged."""
+    columns, rows = _read(path) or ((), [])
+    return rows if columns == PART_COLUMNS and all(map(_is_row, rows)) else None
 
 
 def _name(scan: Path) -> str:
@@ -205,7 +228,14 @@ def _name(scan: Path) -> str:
 def _mask(out: Path, name: str) -> Path:
     """The mask of a scan by its name in tables, in which bytes that are no UTF-8 are escaped."""
     path = out / f"{name}.nii.gz"
-    return path if path.exists() else next((other for other in scans_in(out) if _name(other) == name), path)
+    return path if os.path.exists(path) else next((other for other in scans_in(out) if _name(other) == name), path)
+
+
+def _fault(error: Exception) -> str:
+    """What went wrong, without paths, which would name folders of the machine."""
+    if isinstance(error, CovidsegError):
+        return error.fault
+    return getattr(error, "strerror", None) or "an error that covidseg does not expect; --debug shows its trace"
 
 
 def _is_row(row: dict) -> bool:
@@ -213,6 +243,65 @@ def _is_row(row: dict) -> bool:
     return row.keys() == set(PART_COLUMNS) and None not in row.values() and bool(row["name"]) \
         and (row["status"] in ("open", "failed") or (row["status"] == "done" and bool(row["mask_sha256"])))
 
+
+# --- what may be replaced -------------------------------------------------------------------------------------------
+
+def strangers(targets: Iterable[Path], beside: Iterable[str] = ()) -> list[Path]:
+    """Files that would be replaced although no table in their folder says that they were made by covidseg.
+
+    A table accounts for a mask by its hash, or by a row of a scan that was being done when the program ended. What lies
+    beside a mask goes with any row of its scan.
+
+    Args:
+        targets: the masks.
+        beside: endings of what is written beside them.
+    """
+    found, known = [], dict[Path, dict[str, set[str]]]()
+    for target in targets:
+        if target.parent not in known:
+            known[target.parent] = _known(target.parent)
+        hashes = known[target.parent].get(_name(target))
+        if os.path.exists(target) and not (hashes and ("" in hashes or file_hash(target) in hashes)):
+            found.append(target)
+        if hashes is None:
+            found += [path for path in (target.with_name(scan_id(target) + ending) for ending in beside)
+                      if os.path.exists(path)]
+    return found
+
+
+def _known(folder: Path) -> dict[str, set[str]]:
+    """Hashes of each scan's masks by all tables in a folder, an empty one while it is being done.
+
+    Tables of other versions of covidseg count as well.
+    """
+    known: dict[str, set[str]] = {}
+    for path in (*(folder / "parts").glob("part-*-of-*.csv"), folder / TABLE):
+        columns, rows = _read(path) or ((), [])
+        for row in rows if KNOWING.issubset(columns) else ():
+            hashes = known.setdefault(row["name"], set())
+            if row["mask_sha256"] or (row["status"], row["mask_sha256"]) == ("open", ""):
+                hashes.add(row["mask_sha256"])
+    return known
+
+
+def _foreign(table: Path) -> bool:
+    """Whether a table is there and is one of something else."""
+    return os.path.exists(table) and not KNOWING.issubset((_read(table) or ((), []))[0])
+
+
+def refuse_to_replace(files: list[Path]) -> None:
+    """Nothing that was there before is lost, unless the user wants it.
+
+    Raises:
+        OutputError: there are such files.
+    """
+    if files:
+        raise OutputError(f"is there already{f', as are {len(files) - 1} more,' * (len(files) > 1)} and would be "
+                          "replaced", path=files[0],
+                          remedy="Name another folder after -o, move what is there, or replace it with --overwrite")
+
+
+# --- all parts together ---------------------------------------------------------------------------------------------
 
 def merge(out: Path) -> list[Row]:
     """Puts the tables of all parts together: one row a scan in ``predictions.csv``, in order of their names.
@@ -253,7 +342,8 @@ def merge(out: Path) -> list[Row]:
         mask = _mask(out, row["name"])
         if row["status"] == "done" and not _unchanged(mask, row["mask_sha256"]):
             raise DatasetError("is missing, or is not what was predicted", path=mask,
-                               remedy="Run `covidseg predict` again with the same scans and options")
+                               remedy="Move it away if it was changed on purpose, then run `covidseg predict` again "
+                                      "with the same scans and options")
     write_table(out, rows)
     return rows
 
@@ -264,7 +354,7 @@ def write_table(out: Path, rows: list[Row]) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    write_text(out / "predictions.csv", _csv(COLUMNS, rows))
+    write_text(out / TABLE, _csv(COLUMNS, rows))
 
 
 def _csv(columns: tuple[str, ...], rows: Iterable[Row]) -> str:

@@ -121,7 +121,8 @@ def test_commands(scans: Path, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert command("lungs", scans, "-o", out) == 3, "one of the two is broken"
     assert [path.name for path in out.rglob("*") if path.is_file()] == ["scan.nii.gz"]
-    assert command("predict", "--run", run, scans, "-o", out, "--probability", "--preview", "--device", "cpu") == 3
+    assert command("predict", "--run", run, scans, "-o", out, "--probability", "--preview", "--device", "cpu",
+                   "--overwrite") == 3
     assert sorted(path.name for path in out.rglob("*") if path.is_file()) == [
         "part-1-of-1.csv", "predictions.csv", "scan.nii.gz", "scan_preview.html", "scan_probability.nii.gz"]
     page = (out / "scan_preview.html").read_text(encoding="utf-8")

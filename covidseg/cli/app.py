@@ -11,11 +11,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from covidseg import DISCLAIMER, __version__
 from covidseg.cli import measure, predict
-from covidseg.cli.common import Deterministic, Device, Method, Profile, Seed, Unchecked, console, errors, state
+from covidseg.cli.common import (
+    Deterministic,
+    Device,
+    Method,
+    Profile,
+    Seed,
+    Unchecked,
+    complain,
+    console,
+    say,
+    state,
+)
 from covidseg.cli.data import app as data_app
 from covidseg.errors import CovidsegError, SettingsError
 
@@ -32,7 +42,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an
 
 def _version(wanted: bool) -> None:
     if wanted:
-        console.print(f"covidseg {__version__}")
+        say(f"covidseg {__version__}")
         raise typer.Exit
 
 
@@ -63,14 +73,19 @@ def train(data: Annotated[str, typer.Option(help="A data folder, or a name from 
         console.quiet = not is_first()
         start = time.monotonic()
         run = open_run(data, profile, seed, out, None if part == "all" else part, device, method=method,
-                       check=not unchecked, log=console.print)
-        volumes = sum(bool(case.labels) for case in run.data.cases)
-        console.print(f"{DISCLAIMER}\ntraining on {run.data.labels()} labelled slices of {volumes} volumes, "
-                      f"profile {profile}, {method}, seed {seed}, {run.device}")
+                       check=not unchecked, log=say)
+        say(DISCLAIMER)
+        taken = run.threshold().names  # also the first thing that training needs
+        volumes = len({name.rsplit(":", 1)[0] for name in taken})
+        say(f"training on {len(taken)} labelled slices of {volumes} volumes, profile {profile}, {method}, seed {seed}, "
+            f"{run.device}")
+        if left_out := run.data.labels() - len(taken):
+            say(f"{left_out} more labelled slices are left out: they show no lung, or less than "
+                f"{run.profile.prepare.least_lung:.0%} of the slice is lung")
         run.segmenter()
         write_run(run, f"covidseg train --data {Path(data).name} --profile {profile} --method {method} --seed {seed}"
                        f"{' --unchecked' * unchecked}")
-        console.print(f"run finished in {time.monotonic() - start:.0f} s, in {out}")
+        say(f"run finished in {time.monotonic() - start:.0f} s, in {out}")
 
 
 @app.command("export")
@@ -81,11 +96,11 @@ def export_command(run: Annotated[Path, typer.Argument(help="Folder written by `
 
     files = export_run(run, out)
     size = sum(path.stat().st_size for path in files)
-    console.print(f"{len(files)} files, {size / 1e6:.1f} MB, in {out}")
+    say(f"{len(files)} files, {size / 1e6:.1f} MB, in {out}")
 
 
 def main() -> None:
-    """Entry point: turns covidseg's own errors into one line and their exit code."""
+    """Entry point: turns covidseg's own errors, and those of files, into one line and their exit code."""
     # Threads that wait for each other sleep; spinning, they take the cores from whatever else runs, and everything gets
     # several times as slow. OpenMP reads this when torch is imported, which no module above does.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -97,8 +112,11 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app()
-    except CovidsegError as error:
+    except (CovidsegError, OSError) as error:
         if state["debug"]:
             raise
-        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-        sys.exit(error.exit_code)
+        fault = error if isinstance(error, CovidsegError) else CovidsegError(
+            f"cannot be used ({error.strerror or error})", path=error.filename,
+            remedy="Check its name, its permissions and the disk")
+        complain("error", str(fault))
+        sys.exit(fault.exit_code)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from covidseg import DISCLAIMER
-from covidseg.cli.common import Unchecked, console
+from covidseg.cli.common import Unchecked, show
 from covidseg.data.check import FolderReport, check_folder, check_mosmed
 from covidseg.data.fetch import first_checksum
 from covidseg.data.layout import get_dataset, lay_out_mosmed
@@ -31,7 +32,7 @@ def list_sets() -> None:
     for item in load_registry().values():
         size = f"{item.megabytes} MB" if item.megabytes else "none, generated"
         table.add_row(item.name, item.title, item.licence, size, state(item))
-    console.print(table)
+    show(table)
     print(f"Data folder: {cache_root()}")
 
 
@@ -75,7 +76,7 @@ def get(
 ) -> None:
     """Fetch a data set: show its licence, download, check, unpack and arrange it."""
     item = entry(name)
-    folder = to.expanduser() if to is not None else home(name)
+    folder = Path(os.path.expanduser(to)) if to is not None else home(name)  # which, unlike Path's own, never fails
     if is_present(folder) and not everything:
         print(f"{name} is present in {folder}")
         return
@@ -133,10 +134,13 @@ def check(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A data fol
           unit: Annotated[str | None, typer.Option(
               help="HU or display, where every scan has to hold that.")] = None,
           unchecked: Unchecked = False) -> None:
-    """Check every scan, mask and label of a data folder; ends with exit code 4 if anything is wrong."""
+    """Check every scan, mask and label of a data folder; ends with exit code 4 if anything is wrong.
+
+    Warnings are of scans that can be used, but should be looked at before; they leave the exit code as it is.
+    """
     report = check_folder(folder, unit, anatomy=not unchecked)
     if as_json:
-        print(json.dumps({"root": str(report.root), "faults": report.all_faults(),
+        print(json.dumps({"root": str(report.root), "faults": report.all_faults(), "warnings": report.all_warnings(),
                           "volumes": [vars(v) for v in report.volumes]}, indent=1))
     else:
         _show(report)
@@ -158,16 +162,18 @@ def series(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder 
 
 
 def _show(report: FolderReport) -> None:
-    table = Table("volume", "patient", "slices, rows, columns", "spacing in mm", "values",
-                  "lesion / free / unlabelled", "outlines", "faults")
+    table = Table(Column("volume", overflow="fold"), Column("patient", overflow="fold"), "slices, rows, columns",
+                  "spacing in mm", "values", "lesion / free / unlabelled", "outlines", "faults")
     for v in report.volumes:
         values = f"{v.unit} {v.value_range[0]:g} to {v.value_range[1]:g}" if v.value_range else "unreadable"
         outlines = " ".join(kind for kind, there in (("lung", v.lung), ("mask", v.mask)) if there) or "none"
         table.add_row(v.id, v.patient, " ".join(map(str, v.shape)), " ".join(f"{s:.2f}" for s in v.spacing),
                       values, f"{v.lesion}/{v.free}/{v.unlabelled}", outlines, str(len(v.faults)))
-    console.print(table)
+    show(table)
     lesion, free = sum(v.lesion for v in report.volumes), sum(v.free for v in report.volumes)
     print(f"{len(report.volumes)} volumes of {len({v.patient for v in report.volumes})} patients, "
           f"{lesion} slices with a lesion, {free} without")
+    for warning in report.all_warnings():
+        print(f"warning: {warning}")
     for fault in report.all_faults():
         print(f"fault: {fault}")

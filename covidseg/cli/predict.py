@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from covidseg import DISCLAIMER
-from covidseg.cli.common import Device, Unchecked, console, errors, state
+from covidseg.cli.common import Device, Unchecked, as_fault, complain, say, state
 from covidseg.data.nifti import SUFFIXES
 from covidseg.data.scan import read_scan, scan_id, shown, write_like
 from covidseg.errors import CovidsegError, SettingsError
@@ -23,6 +23,8 @@ Series = Annotated[str | None, typer.Option(
          "Default: most slices.")]
 Volume = Annotated[bool | None, typer.Option(
     "--volume/--stack", help="Slices of one body in order, or unrelated slices. Default: measured.")]
+Overwrite = Annotated[bool, typer.Option(
+    "--overwrite", help="Also replace files that are there already, true masks or corrected ones among them.")]
 
 
 def is_file(out: Path) -> bool:
@@ -44,13 +46,13 @@ def targets_of(out: Path, sources: list[Path], beside: Sequence[str] = ()) -> di
     if is_file(out) and len(sources) > 1:
         raise SettingsError("several inputs cannot be written to one file", path=out, remedy="Name a folder after -o")
     targets = {source: out if is_file(out) else out / f"{scan_id(source)}.nii.gz" for source in sources}
-    scans, written = {source.resolve() for source in sources}, dict[Path, Path]()
+    scans, written = set(map(_real, sources)), dict[Path, Path]()
     for source, target in targets.items():
-        if source.is_dir() and source.resolve() in target.resolve().parents:
+        if os.path.isdir(source) and _real(source) in _real(target).parents:
             raise SettingsError("the result would lie among the slices", path=target,
                                 remedy="Name a folder outside of the scan's after -o")
         for file in (target, *(target.with_name(f"{scan_id(target)}{ending}") for ending in beside)):
-            if file.resolve() in scans:
+            if _real(file) in scans:
                 raise SettingsError("the result would replace a scan", path=file, remedy="Name another folder after -o")
             if (other := written.setdefault(file, source)) is not source:
                 names = " and ".join(dict.fromkeys(map(scan_id, (other, source))))
@@ -59,39 +61,48 @@ def targets_of(out: Path, sources: list[Path], beside: Sequence[str] = ()) -> di
     return targets
 
 
+def _real(path: Path) -> Path:
+    """Where a path leads. What cannot be followed stays as it is: that is said when the file is opened."""
+    return Path(os.path.realpath(path))
+
+
 def files_of(sources: list[Path]) -> list[Path]:
     """Files as given; folders stand for the NIfTI files in them, or for the DICOM series."""
     files: list[Path] = []
     for source in sources:
-        if source.is_dir():
+        if os.path.isdir(source):  # Path.is_dir fails where a name is too long or a folder may not be searched
             from covidseg.data.dicom import inputs_in  # with SimpleITK, which files alone can do without
 
-            files += inputs_in(source if source.name not in ("", "..") else source.resolve())
+            files += inputs_in(source if source.name not in ("", "..") else _real(source))
         else:
             files.append(source)
     return files
 
 
 def each(files: list[Path], work: Callable[[Path], str]) -> CovidsegError | None:
-    """Does ``work`` on each file; a bad file is reported and the rest go on. Returns the last error."""
+    """Does ``work`` on each file; a bad file is reported and the rest go on. Returns the last error.
+
+    A file is bad whatever the error is that it ends with: those that nobody expects are faults of one scan, too.
+    """
     failed: CovidsegError | None = None
     for number, path in enumerate(files, start=1):
         try:
-            console.print(f"[{number}/{len(files)}] {path.name}: {work(path)}", markup=False,
-                          soft_wrap=True)
-        except CovidsegError as error:
+            done = work(path)
+        except Exception as error:
             if state["debug"]:
                 raise
+            failed = as_fault(error, path)
             if len(files) > 1:  # a single one is reported when the program ends
-                errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-            failed = error
+                complain("error", str(failed))
+        else:
+            say(f"[{number}/{len(files)}] {path.name}: {done}")
     return failed
 
 
 def warn(path: Path, warnings: Iterable[str]) -> None:
     """Prints what is odd about a scan."""
     for text in filter(None, warnings):
-        errors.print(f"[yellow]warning:[/yellow] {escape(shown(path.name))}: {escape(text)}", soft_wrap=True)
+        complain("warning", f"{shown(path.name)}: {text}")
 
 
 def end(failed: CovidsegError | None, files: list[Path]) -> None:
@@ -103,12 +114,15 @@ def end(failed: CovidsegError | None, files: list[Path]) -> None:
 def lungs(inputs: Inputs, out: Out, series: Series = None, volume: Volume = None,
           threshold_only: Annotated[bool, typer.Option(
               "--threshold-only", help="Without the lung net, which adds what disease hides.")] = False,
-          unchecked: Unchecked = False) -> None:
+          unchecked: Unchecked = False, overwrite: Overwrite = False) -> None:
     """Writes lung masks: by threshold, completed by the lung net that comes with covidseg."""
+    from covidseg.batch import refuse_to_replace
     from covidseg.predict import lungs_of_scan, shipped_predictor
 
     files = files_of(inputs)
     targets = targets_of(out, files)
+    if not overwrite:
+        refuse_to_replace([target for target in targets.values() if os.path.exists(target)])
     find = lungs_of_scan if threshold_only else shipped_predictor().lungs
 
     def work(path: Path) -> str:
@@ -133,13 +147,14 @@ def predict(inputs: Inputs, out: Out,
                 "--preview", help="Also write NAME_preview.html, a page to look at in a browser.")] = False,
             part: Annotated[str | None, typer.Option(
                 help="i/n: of all scans, only part i of n, for several machines; see `covidseg merge`.")] = None,
-            unchecked: Unchecked = False, device: Device = "auto") -> None:
+            unchecked: Unchecked = False, overwrite: Overwrite = False, device: Device = "auto") -> None:
     """Writes lesion masks that lie on their scans voxel by voxel, and a table of what was found.
 
     A folder of DICOM slices is one scan: the CT series with most slices, or that of --series; its mask is NIfTI and has
     the folder's name. `covidseg data series` lists what a folder holds.
 
-    Scans that are done, by the same nets and with the same settings, are left as they are.
+    Scans that are done, by the same nets and with the same settings, are left as they are. Masks that predict wrote
+    itself are replaced if they are out of date; other files are not.
     """
     from covidseg.batch import PREVIEW, PROBABILITY, Part, PartRun, parse_part, write_table
     from covidseg.devices import pick_device
@@ -153,7 +168,7 @@ def predict(inputs: Inputs, out: Out,
     predictor = load_predictor(SHIPPED if run is None else run, pick_device(device))
     level = predictor.profile.segmenter.threshold if threshold is None else threshold
     work = PartRun(predictor, which, targets, None if is_file(out) else out, level, volume, probability,
-                   not unchecked, series, preview)
+                   not unchecked, series, preview, overwrite)
 
     def predicted(path: Path) -> str:
         row, before = work.predict(path, progress=True)
@@ -161,7 +176,7 @@ def predict(inputs: Inputs, out: Out,
         found = f"lung in {row['lung_slices']} and lesion in {row['lesion_slices']} of {row['slices']} slices"
         return f"{found}, {'as predicted before in' if before else 'wrote'} {targets[path]}"
 
-    console.print(DISCLAIMER)
+    say(DISCLAIMER)
     failed = each(work.files, predicted)
     if part is None and not is_file(out):
         write_table(out, work.table())
@@ -174,4 +189,4 @@ def merge(out: Annotated[Path, typer.Argument(help="Folder that all parts of `co
 
     rows = merge_parts(out)
     failed = sum(row["status"] == "failed" for row in rows)
-    console.print(f"{len(rows)} scans{f', {failed} of them failed' if failed else ''}, in {out / 'predictions.csv'}")
+    say(f"{len(rows)} scans{f', {failed} of them failed' if failed else ''}, in {out / 'predictions.csv'}")

@@ -7,6 +7,7 @@ would be too good. So a patient stands on one side only, and that is checked whe
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,17 +45,22 @@ def split_names() -> list[str]:
 
 
 def read_split(name_or_path: str | Path) -> Split:
-    """Reads a split, by a name such as ``medseg2`` or from a CSV file of your own, and checks it.
+    """Reads a split and checks it.
+
+    Args:
+        name_or_path: the name of one that comes with covidseg, such as ``medseg2``, or a CSV file of your own. The
+            folder of a data set is neither, whatever lies beside it.
 
     Raises:
-        DatasetError: no such file, missing columns, an unknown part, a line twice, or a patient on two sides.
+        DatasetError: no such split, missing columns, an unknown part, a line twice, or a patient on two sides.
     """
-    path = Path(name_or_path)
-    if path.suffix.lower() != ".csv":
+    path, names = Path(name_or_path), split_names()
+    if str(name_or_path) in names:
         path = data_root() / "splits" / f"{name_or_path}.csv"
-    if not path.is_file():
+    elif path.suffix.lower() != ".csv" or not os.path.isfile(path):
         raise DatasetError(f"there is no split '{name_or_path}'",
-                           remedy=f"Known are {', '.join(split_names())}; or name a .csv file")
+                           remedy=f"Those of {', '.join(names)} are known; of other data, train on all volumes, and "
+                                  "name what to measure on after --test")
     columns, rows = read_table(path)
     by_volume = {"volume", "patient", "split"} <= columns
     if not by_volume and not {"slice", "split"} <= columns:

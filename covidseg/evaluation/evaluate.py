@@ -22,10 +22,12 @@ from covidseg.data.grey import clean
 from covidseg.data.scan import Scan, read_classes, read_mask, read_scan
 from covidseg.errors import DatasetError
 from covidseg.evaluation.metrics import (
+    CLASSES,
     Distance,
     Scores,
     auc,
     class_counts,
+    class_names,
     class_sensitivity,
     confusion,
     distance,
@@ -116,6 +118,7 @@ class StageResult:
         classes: ``(N, 3, 2)`` :func:`covidseg.evaluation.metrics.class_counts`.
         distances: ``(N,)`` HD95 of each slice in pixels, :func:`covidseg.evaluation.metrics.hd95`.
         pixel_mm: ``(N,)`` width of a pixel in mm; NaN where nobody knows.
+        kinds: What the classes are called, :func:`covidseg.evaluation.metrics.class_names`.
     """
 
     name: str
@@ -127,6 +130,7 @@ class StageResult:
     classes: np.ndarray
     distances: np.ndarray
     pixel_mm: np.ndarray
+    kinds: tuple[str, str, str] = CLASSES
 
     def macro(self) -> Scores:
         """Mean over slices with a lesion."""
@@ -138,7 +142,7 @@ class StageResult:
 
     def class_sensitivity(self) -> dict[str, float]:
         """Sensitivity of each class of lesions by its name; empty where the masks tell no classes apart."""
-        return class_sensitivity(self.classes)
+        return class_sensitivity(self.classes, self.kinds)
 
     def distance(self) -> Distance:
         """Mean HD95, in mm where the size of all pixels is known."""
@@ -320,7 +324,8 @@ def _counted(row: tuple[str, str, float], maps: np.ndarray, truth: Truth, lungs:
     return StageResult(*row, confusion(outline, mask), reliability_sums(maps[lungs], mask[lungs]),
                        level_counts(maps, mask), class_counts(outline, truth.classes[truth.slices]),
                        hd95(outline, mask, (height / width, 1.0)),
-                       np.full(len(mask), width if truth.pixel_mm() else np.nan))
+                       np.full(len(mask), width if truth.pixel_mm() else np.nan),
+                       class_names(truth.case.mask or truth.case.image))
 
 
 def _joined(scans: Sequence[StageResult]) -> StageResult:

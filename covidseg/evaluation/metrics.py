@@ -7,14 +7,18 @@ lungs the same prediction has another specificity.
 
 from __future__ import annotations
 
+import json
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.stats import rankdata
 
 NAMES = ("dice", "iou", "ppv", "sensitivity", "specificity")
 CLASSES = ("ground glass", "consolidation", "effusion")  # 1, 2 and 3 in the masks that MedSeg publishes
+UNNAMED = ("class 1", "class 2", "class 3")  # in masks of others, where these numbers may be two lungs and a lesion
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,20 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 # --- classes of lesions, and distance of outlines -------------------------------------------------------------------
 
+def class_names(mask: Path) -> tuple[str, str, str]:
+    """What 1, 2 and 3 stand for in a true mask: :data:`CLASSES` if it lies in a set of MedSeg's, else nobody knows.
+
+    Sets that ``covidseg data get`` laid out say in their ``source.json`` which they are.
+    """
+    for folder in mask.absolute().parents[:2]:  # stacks lie in the folder of their set, volumes in mask/ below
+        with suppress(OSError, ValueError, AttributeError):  # of none, or one that something else wrote
+            if str(json.loads((folder / "source.json").read_bytes()).get("name")).startswith("medseg"):
+                return CLASSES
+    return UNNAMED
+
+
 def class_counts(prediction: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Pixels of each of :data:`CLASSES` that were marked, and all that there are, for every slice.
+    """Pixels of the classes 1, 2 and 3 that were marked, and all that there are, for every slice.
 
     Args:
         prediction: ``(N, H, W)`` bool.
@@ -113,12 +129,12 @@ def class_counts(prediction: np.ndarray, classes: np.ndarray) -> np.ndarray:
                      for one in each], axis=1).astype(np.int64)
 
 
-def class_sensitivity(counts: np.ndarray) -> dict[str, float]:
+def class_sensitivity(counts: np.ndarray, names: tuple[str, str, str] = CLASSES) -> dict[str, float]:
     """Sensitivity over the pooled pixels of each class that is there, from ``(N, 3, 2)`` :func:`class_counts`.
 
-    Empty for masks of one number: they tell no classes apart.
+    ``names`` are those of :func:`class_names`. Empty for masks of one number: they tell no classes apart.
     """
-    there = {name: (hit, size) for name, (hit, size) in zip(CLASSES, counts.sum(axis=0).tolist(), strict=True) if size}
+    there = {name: (hit, size) for name, (hit, size) in zip(names, counts.sum(axis=0).tolist(), strict=True) if size}
     return {name: hit / size for name, (hit, size) in there.items()} if len(there) > 1 else {}
 
 

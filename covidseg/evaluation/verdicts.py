@@ -21,6 +21,7 @@ from tqdm import tqdm
 from covidseg.data.folder import Case, Dataset
 from covidseg.data.layout import LESION_PIXELS, REFERENCE_AREA
 from covidseg.data.scan import Scan, read_scan
+from covidseg.errors import DatasetError
 from covidseg.evaluation.evaluate import Method, cut_level
 from covidseg.evaluation.methods import SYSTEMS
 from covidseg.evaluation.statistics import bootstrap, drawn_auc, drawn_share
@@ -77,6 +78,17 @@ class Verdicts:
         return healthy, diseased
 
 
+def demand_labels(test: Dataset) -> None:
+    """Checks that there is something to judge.
+
+    Raises:
+        DatasetError: no slice of the set has a label.
+    """
+    if not test.labels():
+        raise DatasetError("labels no slice, so that there is nothing to judge", path=test.root,
+                           remedy="Write a line for each slice that is known into its label table, or name another set")
+
+
 def judge(find: Find, test: Dataset, methods: Sequence[Method], *, progress: bool = False) -> list[Verdicts]:
     """What each method says of the labelled slices of a set; masks are not opened.
 
@@ -87,8 +99,9 @@ def judge(find: Find, test: Dataset, methods: Sequence[Method], *, progress: boo
         progress: show a bar over the test volumes.
 
     Raises:
-        DatasetError: a label names a slice that the volume does not have.
+        DatasetError: no slice has a label, or a label names a slice that the volume does not have.
     """
+    demand_labels(test)
     names, patients, labels, lung = list[str](), list[str](), list[int](), list[bool]()
     said: list[list[tuple[float, float]]] = [[] for _ in methods]  # verdict and marked area of each slice
     for case in tqdm(test.cases, desc="judging", unit="volume", disable=not progress):

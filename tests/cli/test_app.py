@@ -111,6 +111,20 @@ class Place:
             (folder / spoiled).write_bytes(b"{")
         return "copy"
 
+    def mask(self) -> Path:
+        return self.phantom / "mask" / SCAN
+
+    def unlabelled(self) -> Path:
+        """A data folder whose table has no line, and which has no masks."""
+        folder = self.root / "unlabelled"
+        shutil.copytree(self.phantom / "im", folder / "im")
+        write_table(folder / "slice_labels.csv", VOLUME_COLUMNS, [])
+        return folder
+
+    def loop(self) -> str:
+        (self.root / "loop.nii").symlink_to("loop.nii")
+        return "loop.nii"
+
     def segmenter(self) -> str:
         return f"stages/{stage_name(self.run, 'segmenter')}"
 
@@ -167,7 +181,26 @@ FAULTS: dict[str, tuple[int, str, Callable[[Place], list[object]]]] = {
     "no such system": (9, "'decov-net'", lambda p: p.reproduce("--systems", "otsu,decov-net")),
     **{f"seeds {seeds!r}": (9, f"'{seeds}' is no list of different seeds",
                             lambda p, seeds=seeds: p.reproduce(f"--seeds={seeds}"))  # type: ignore[misc]
-       for seeds in ("", "one", "0,", "0,,1", "-1", "0,0", "1.5", "0;1")},
+       for seeds in ("", "one", "0,", "0,,1", "-1", "0,0", "1.5", "0;1", "4294967296")},
+    "measured on what was trained on": (4, "are trained on, too", lambda p: p.reproduce()),
+    "ablated on what was trained on": (4, "are trained on, too", lambda p: [
+        "ablate", "--data", p.phantom, "--test", p.phantom, "--out", "out"]),
+    "measured where nothing is known": (4, "labels no slice", lambda p: [
+        "reproduce", "--data", p.phantom, "--test", p.unlabelled(), "--out", "out"]),
+    "ablated where nothing is known": (4, "labels no slice", lambda p: [
+        "ablate", "--data", p.phantom, "--test", p.unlabelled(), "--out", "out"]),
+    "verdicts where nothing is known": (4, "labels no slice", lambda p: ["verdicts", p.unlabelled()]),
+    "no lung to measure in": (7, "l.nii: holds no lung", lambda p: [
+        "evaluate", p.mask(), p.mask(), "--lungs", write_like(
+            np.zeros(read_scan(p.mask()).pixels.shape, bool), read_scan(p.mask()).grid, p.root / "l.nii")]),
+    "verdicts over labels": (9, "slice_labels.csv", lambda p: [
+        "verdicts", p.phantom, "--json", p.write("slice_labels.csv", b"volume,slice,has_lesion\n")]),
+    "figures over notes": (9, "source.json", lambda p: [
+        "evaluate", p.mask(), p.mask(), "--json", p.write("source.json", b'{"name": "medseg1"}')]),
+    "name too long": (3, "nnnnn", lambda p: ["predict", "n" * 300, "-o", "out"]),
+    "name too long for lungs": (3, "nnnnn", lambda p: ["lungs", "n" * 300, "-o", "out"]),
+    "folder too long": (1, "nnnnn", lambda p: ["verdicts", p.phantom, "--json", "n" * 300]),
+    "link to itself": (3, "loop.nii", lambda p: p.predict(p.loop())),
 }
 
 
@@ -189,6 +222,11 @@ def test_every_fault_ends_with_one_line_and_its_code(fault: str, tmp_path: Path,
 
 def test_wrong_usage_has_code_2_and_success_0(command: Command) -> None:
     assert command("lungs")[0] == command("predict", "--threshold", "1.5")[0] == 2
+    for seed in (-1, 2 ** 32):
+        for name in ("train", "ablate"):
+            code, _, errors = command(name, "--data", "phantom", "--out", "run", "--seed", seed)
+            assert code == 2
+            assert "--seed" in errors
     assert command("--version") == (0, f"covidseg {__version__}\n", "")
 
 
@@ -196,6 +234,31 @@ def test_debug_shows_the_trace_and_is_off_again_in_the_next_call(command: Comman
     with pytest.raises(InputFileError):
         command("--debug", "lungs", "x.nii.gz", "-o", "out")
     assert command("lungs", "x.nii.gz", "-o", "out")[0] == 3
+
+
+def test_a_file_that_nobody_can_open_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody thought of it: a folder that may not be searched, a disk that is gone."""
+    def refused() -> None:
+        raise PermissionError(13, "Permission denied", "secret/im")
+    monkeypatch.setitem(main.__globals__, "app", refused)
+    code, _, errors = command("train")
+    assert code == 1
+    assert errors == ("error: secret/im: cannot be used (Permission denied). Check its name, its permissions and the "
+                      "disk.\n")
+
+
+def test_train_says_how_many_slices_it_takes(tiny_phantom: Path, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    data = copied(tiny_phantom, tmp_path / "data", {0: 0, 1: 1})
+    scan = read_scan(data / "im" / SCAN)
+    pixels = scan.pixels.copy()
+    pixels[:2] = 40  # no lung
+    write_like(pixels, scan.grid, scan.path)
+    monkeypatch.setattr(Run, "segmenter", lambda run: None)
+    monkeypatch.setattr("covidseg.pipeline.write_run", lambda run, command: None)
+    said = invoke("train", "--data", data, "--out", "run", "--device", "cpu").output.splitlines()
+    assert said[1].startswith("training on 18 labelled slices of 2 volumes, profile quick, extended, seed 0")
+    assert said[2] == "2 more labelled slices are left out: they show no lung, or less than 1% of the slice is lung"
 
 
 def test_threads_that_wait_sleep_unless_the_user_wants_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,11 +313,16 @@ def test_a_bad_file_is_reported_and_the_others_go_on(scan: Path, tmp_path: Path,
     assert sorted(p.name for p in (tmp_path / "out").glob("*.nii.gz")) == ["a.nii.gz", "c.nii.gz"]
 
 
-def test_names_with_brackets_are_printed_as_they_are(scan: Path, tmp_path: Path, command: Command) -> None:
-    """Square brackets are markup to the console; in file names they are just letters."""
+def test_names_are_printed_as_they_are(scan: Path, tiny_run: Run, tmp_path: Path, command: Command) -> None:
+    """Brackets are markup to the console, and colons pictures; in file names they are just letters."""
     shutil.copy(scan, tmp_path / "x[bold].nii.gz")
     assert "x[bold].nii.gz" in command("lungs", "x[bold].nii.gz", "-o", "out")[1]
-    assert "y[red].nii.gz" in command("lungs", "y[red].nii.gz", "-o", "out")[2]
+    assert "y[/red]:x:.nii.gz" in command("lungs", "y[/red]:x:.nii.gz", "-o", "out")[2]
+    long = Path("a" * 60, "nets [v2] [/final]:lungs:")
+    assert f"in {long}\n" in command("export", tiny_run.folder, "-o", long)[1], "whole, however long"
+    folder = Path("b" * 60, "out [1]")
+    assert command("predict", "--run", tiny_run.folder, scan, "-o", folder)[0] == 0
+    assert f"in {folder / 'predictions.csv'}\n" in command("merge", folder)[1]
 
 
 def test_train_predict_evaluate_in_a_row(tiny_phantom: Path, tiny_run: Run, tmp_path: Path) -> None:
@@ -390,14 +458,18 @@ def check_table(folder: Path, systems: list[str], seeds: list[int], slices: int)
     return content
 
 
-def copied(phantom: Path, folder: Path, volumes: dict[int, int]) -> Path:
-    """A data folder of volumes of the phantom: for each its number there and its number here."""
+def copied(phantom: Path, folder: Path, volumes: dict[int, int], brighter: int = 0) -> Path:
+    """A data folder of volumes of the phantom: for each its number here and its number there; other scans if brighter.
+    """
     lines = (phantom / "slice_labels.csv").read_text(encoding="utf-8").splitlines()
     table = lines[:1]
     for new, old in ((f"phantom_{new:02d}", f"phantom_{old:02d}") for new, old in volumes.items()):
         for part in ("im", "mask"):
             (folder / part).mkdir(parents=True, exist_ok=True)
             shutil.copy(phantom / part / f"{old}.nii.gz", folder / part / f"{new}.nii.gz")
+        if brighter:
+            scan = read_scan(folder / "im" / f"{new}.nii.gz")
+            write_like(scan.pixels + np.int16(brighter), scan.grid, scan.path)
         table += [line.replace(old, new) for line in lines if line.startswith(old)]
     (folder / "slice_labels.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
     return folder
@@ -407,7 +479,7 @@ def test_reproduce_on_a_folder_of_its_own(tiny_phantom: Path, tiny_run: Run, tmp
     folder = tmp_path / "out"
     shutil.copytree(tiny_run.folder, folder / "seed0")
     (folder / "seed0" / "run.json").unlink()
-    test = copied(tiny_phantom, tmp_path / "measured", {1: 1})
+    test = copied(tiny_phantom, tmp_path / "measured", {1: 1}, brighter=1)
     command = ["reproduce", "--data", tiny_phantom, "--test", test, "--out", folder, "--device", "cpu"]
     result = invoke(*command)
     assert result.exit_code == 0
@@ -447,7 +519,7 @@ def test_reproduce_on_a_folder_of_its_own(tiny_phantom: Path, tiny_run: Run, tmp
 def test_reproduce_where_only_labels_are_known(tiny_phantom: Path, tiny_run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     shutil.copytree(tiny_run.folder, folder / "seed0")
-    test = copied(tiny_phantom, tmp_path / "labelled", {1: 1, 2: 2})
+    test = copied(tiny_phantom, tmp_path / "labelled", {1: 1, 2: 2}, brighter=1)
     shutil.rmtree(test / "mask")
     result = invoke("reproduce", "--data", tiny_phantom, "--test", test, "--out", folder, "--device", "cpu",
                     "--systems", "otsu,extended")
@@ -524,7 +596,11 @@ def test_reproduce_on_the_split_of_a_registered_set(tiny_phantom: Path, tmp_path
     assert content["command"] == ("covidseg reproduce --data phantom --profile quick --seeds 3,1 "
                                   "--systems decovnet,otsu")
     assert "±" in result.output
-    assert sorted(path.name for path in folder.iterdir()) == ["seed1", "seed3", "table1.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["seed1", "seed3", "table1-1.json", "table1.json"]
+    assert strict((folder / "table1-1.json").read_text(encoding="utf-8")) == before, "the other question's stays"
+    assert flat("kept as table1-1.json") in flat(result.output)
+    assert invoke(*command, "--seeds", "3,1").exit_code == 0
+    assert not (folder / "table1-2.json").exists(), "the same once more says nothing else"
     assert not list(folder.glob("seed*/run.json")), "without the extended method there is no run to predict with"
     assert not list(folder.glob("seed*/stages/segmenter-*"))
     split = read_split("phantom")
@@ -532,77 +608,6 @@ def test_reproduce_on_the_split_of_a_registered_set(tiny_phantom: Path, tmp_path
     measured = {name.split(":")[0] for result in content["results"] for name in result["counts"]}
     assert measured == set(split.part("test"))
     assert set(content["test_data"]) == {f"{name}.nii.gz" for name in measured}
-
-
-@pytest.fixture
-def drawn(tmp_path: Path) -> tuple[Path, Path, Path]:
-    """Prediction, truth and lung of three slices of 10 x 10, made so that every figure is a simple fraction.
-
-    Slice 0: 20 predicted, 20 true, 10 shared. Slice 1: nothing predicted, nothing true. Slice 2: 10 true, all missed.
-    The lung holds the left half of slices 0 and 2.
-    """
-    prediction, truth, lung = (np.zeros((10, 10, 3), np.uint8) for _ in range(3))
-    prediction[0:2, :, 0] = 1
-    truth[1:3, :, 0] = 1
-    truth[9, :, 2] = 1
-    truth[0:5, 0, 2] = 1
-    truth[9, 5:, 2] = 0            # 5 + 5 pixels
-    lung[:5, :, [0, 2]] = 1
-    return (save(prediction, tmp_path / "p.nii.gz"), save(truth, tmp_path / "t.nii.gz"),
-            save(lung, tmp_path / "l.nii.gz"))
-
-
-def test_evaluate_against_figures_by_hand(drawn: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    prediction, truth, lung = drawn
-    table = invoke("evaluate", prediction, truth)
-    assert table.exit_code == 0
-    assert "0.400" in table.output
-    assert "not a medical device" in " ".join(table.output.split())
-    # 10 hits, 10 false alarms, 10 + 10 missed, 70 + 100 + 90 rest.
-    assert strict(invoke("evaluate", prediction, truth, "--json", "-").output) == {
-        "slices": 3,
-        "micro": {"dice": 0.4, "iou": 0.25, "ppv": 0.5, "sensitivity": 0.3333, "specificity": round(260 / 270, 4)},
-        "macro": {"dice": 0.25, "iou": 0.1667, "ppv": 0.25, "sensitivity": 0.25,
-                  "specificity": round((70 / 80 + 1 + 1) / 3, 4)},
-        "hd95": {"mean": 1.0, "unit": "px", "slices": 1, "empty": 1}}
-    assert "HD95 1.0 px, mean of 1 slices; left out: 1" in table.output
-    assert "by class" not in table.output
-    # In the lung: slices 0 and 2, 50 pixels each: 10 hits, 10 false alarms, 10 + 5 missed, 20 + 45 rest.
-    assert invoke("evaluate", prediction, truth, "--lungs", lung, "--json", tmp_path / "deep/s.json").exit_code == 0
-    assert strict((tmp_path / "deep/s.json").read_text()) == {
-        "slices": 2,
-        "micro": {"dice": round(20 / 45, 4), "iou": round(10 / 35, 4), "ppv": 0.5, "sensitivity": 0.4,
-                  "specificity": round(65 / 75, 4)},
-        "macro": {"dice": 0.25, "iou": 0.1667, "ppv": 0.25, "sensitivity": 0.25,
-                  "specificity": round((2 / 3 + 1) / 2, 4)},
-        "hd95": {"mean": 1.0, "unit": "px", "slices": 1, "empty": 1}}
-
-
-def test_evaluate_tells_classes_apart_and_measures_in_mm(tmp_path: Path) -> None:
-    truth, lung = np.zeros((10, 10, 1), np.uint8), np.zeros((10, 10, 1), np.uint8)
-    truth[4, :5], truth[4, 5:] = 1, 3
-    lung[:, 4:] = 1
-    prediction = save((truth == 1).astype(np.uint8), tmp_path / "p.nii.gz", 0.5, 2.0, 5.0)
-    masks = prediction, save(truth, tmp_path / "t.nii.gz", 0.5, 2.0, 5.0)
-    whole = strict(invoke("evaluate", *masks, "--json", "-").output)
-    assert whole["sensitivity_by_class"] == {"ground glass": 1, "effusion": 0}
-    # Seen from the truth: five pixels of ten are 1 to 5 pixels of 2 mm away; rank 0.95 * 9 is 8.55.
-    assert whole["hd95"] == {"mean": pytest.approx(2 * 4.55), "unit": "mm", "slices": 1, "empty": 0}
-    assert "sensitivity by class: ground glass 1.000, effusion 0.000" in invoke("evaluate", *masks).output
-    inside = strict(invoke("evaluate", *masks, "--lungs", save(lung, tmp_path / "l.nii.gz", 0.5, 2.0, 5.0), "--json",
-                           "-").output)
-    assert inside["sensitivity_by_class"] == whole["sensitivity_by_class"]
-    assert inside["hd95"]["mean"] == pytest.approx(2 * 4.75)
-
-
-def test_undefined_figures_are_null_not_nan(tmp_path: Path) -> None:
-    nothing = save(np.zeros((6, 6, 2), np.uint8), tmp_path / "nothing.nii.gz")
-    content = strict(invoke("evaluate", nothing, nothing, "--json", "-").output)
-    assert content["micro"]["dice"] is None
-    assert content["macro"]["ppv"] is None
-    assert content["micro"]["specificity"] == 1
-    inside = strict(invoke("evaluate", nothing, nothing, "--lungs", nothing, "--json", "-").output)
-    assert set(inside["micro"].values()) == {None}
 
 
 @pytest.mark.slow

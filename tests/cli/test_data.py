@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from data_server import fill_registry, nifti, volume
@@ -196,6 +197,34 @@ def test_check_prints_a_table_or_json_and_names_every_fault(tiny_phantom: Path, 
     assert isinstance(result.exception, DatasetError)
     assert "1 fault found" in str(result.exception)
     assert "fault: mask/b.nii.gz belongs to no image" in result.stdout
+
+
+def test_check_prints_names_whole_and_as_they_are(tiny_phantom: Path, tmp_path: Path) -> None:
+    """Brackets are markup to the console, colons pictures, and a long name is cut where there is no room for it."""
+    names = {"phantom_00": "sub-0001_ses-baseline_acquisition-chest [axial]_part-1", "phantom_01": "chest :lungs:"}
+    folder = Path(shutil.copytree(tiny_phantom, tmp_path / "set"))
+    table = (folder / "slice_labels.csv").read_text().replace(",phantom_02\n", ",[/b]\n")
+    for old, new in names.items():
+        for part in ("im", "lung", "mask"):
+            (folder / part / f"{old}.nii.gz").rename(folder / part / f"{new}.nii.gz")
+        table = table.replace(old, new)
+    (folder / "slice_labels.csv").write_text(table)
+    shown = run("check", folder)
+    assert shown.exception is None
+    for name in (*names.values(), "[/b]"):
+        assert name in shown.stdout
+
+
+def test_check_tells_of_scans_to_be_looked_at(tiny_phantom: Path, tmp_path: Path) -> None:
+    """They are no faults: the exit code is that of a folder without any."""
+    folder = Path(shutil.copytree(tiny_phantom, tmp_path / "set"))
+    image = nib.load(folder / "im" / "phantom_01.nii.gz")
+    image.header["pixdim"][3] *= 0.75
+    nib.save(image, folder / "im" / "phantom_01.nii.gz")
+    result = run("check", folder)
+    assert result.exception is None
+    assert "warning: phantom_01: its sform says voxels of" in result.stdout
+    assert any("its sform says" in text for text in json.loads(run("check", folder, "--json").stdout)["warnings"])
 
 
 def test_check_can_let_the_anatomy_pass_but_not_the_unit(tmp_path: Path) -> None:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 from dicoms import write_series
-from tiny import finished_run
+from tiny import content, finished_run
 from typer.testing import CliRunner, Result
 
+from covidseg import predict as predicting
 from covidseg.atomic import MARK
 from covidseg.batch import Part, tables
 from covidseg.cli import app
+from covidseg.cli.common import state
 from covidseg.cli.predict import targets_of
 from covidseg.data.scan import read_scan, write_like
-from covidseg.errors import InputFileError, ScanWarning, SettingsError
+from covidseg.errors import CovidsegError, InputFileError, OutputError, ScanWarning, SettingsError
 from covidseg.predict import lung_masks
 
 
@@ -95,9 +99,63 @@ def test_a_bad_scan_has_a_row_and_an_exit_code(tiny_phantom: Path, run: Path, tm
 
 
 def test_a_named_file_comes_without_a_report(tiny_phantom: Path, run: Path, tmp_path: Path) -> None:
-    scan = tiny_phantom / "im" / "phantom_01.nii.gz"
-    assert invoke("predict", "--run", run, scan, "-o", tmp_path / "out" / "mask.nii.gz").exit_code == 0
+    scan, mask = tiny_phantom / "im" / "phantom_01.nii.gz", tmp_path / "out" / "mask.nii.gz"
+    assert invoke("predict", "--run", run, scan, "-o", mask).exit_code == 0
     assert names(tmp_path / "out") == ["mask.nii.gz"]
+    before = mask.read_bytes()
+    assert isinstance(invoke("predict", "--run", run, scan, "-o", mask, "--stack").exception, OutputError)
+    assert mask.read_bytes() == before
+    assert invoke("predict", "--run", run, scan, "-o", mask, "--threshold", 1, "--overwrite").exit_code == 0
+    assert mask.read_bytes() != before
+
+
+@pytest.mark.parametrize("command", ["lungs", "predict"])
+def test_true_masks_are_not_replaced(command: str, tiny_phantom: Path, run: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(tiny_phantom, tmp_path / "data"))
+    nets = ["--run", run] if command == "predict" else ["--threshold-only"]
+    options, before = [command, *nets, data / "im", "-o", data / "mask"], content(data)
+    refused = invoke(*options)
+    assert isinstance(refused.exception, OutputError)
+    assert "mask/phantom_00.nii.gz: is there already, as are 3 more, and would be replaced" in str(refused.exception)
+    assert content(data) == before
+    assert invoke(*options, "--overwrite").exit_code == 0
+    after = content(data)
+    assert all(after[name] != raw for name, raw in before.items() if name.startswith("mask/"))
+
+
+def test_a_lesion_mask_is_not_replaced_by_a_lung(tiny_phantom: Path, run: Path, tmp_path: Path) -> None:
+    scan = tiny_phantom / "im" / "phantom_01.nii.gz"
+    assert invoke("predict", "--run", run, scan, "-o", tmp_path / "out").exit_code == 0
+    assert isinstance(invoke("lungs", "--threshold-only", scan, "-o", tmp_path / "out").exception, OutputError)
+
+
+@pytest.mark.parametrize(("command", "made"), [("lungs", "lungs_of_scan"), ("predict", "Predictor._lesions")])
+def test_an_error_that_nobody_expects_is_that_of_one_scan(command: str, made: str, tiny_phantom: Path, run: Path,
+                                                          tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = operator.attrgetter(made)(predicting)
+
+    def fails_on_one(*given: Any, **named: Any) -> Any:
+        if any(getattr(one, "path", tmp_path).name == "phantom_01.nii.gz" for one in given):
+            raise ValueError("operands could not\nbe broadcast")
+        return whole(*given, **named)
+    monkeypatch.setattr(f"covidseg.predict.{made}", fails_on_one)
+    out, nets = tmp_path / "out", ["--run", run] if command == "predict" else ["--threshold-only"]
+    result = invoke(command, *nets, tiny_phantom / "im", "-o", out)
+    assert result.exit_code == 1
+    assert sorted(path.name for path in out.glob("*.nii.gz")) == [f"phantom_0{k}.nii.gz" for k in (0, 2, 3)]
+    assert result.stderr == (
+        f"error: {tiny_phantom / 'im' / 'phantom_01.nii.gz'}: stopped at an error that covidseg does not expect "
+        "(ValueError: operands could not be broadcast). Please report it with the trace that `covidseg --debug` "
+        "shows.\n")
+    if command == "predict":
+        assert "\nphantom_01,failed,ValueError,,,," in (out / "predictions.csv").read_text()
+    alone = invoke(command, *nets, tiny_phantom / "im" / "phantom_01.nii.gz", "-o", out)
+    assert isinstance(alone.exception, CovidsegError)
+    try:
+        debugged = invoke("--debug", command, *nets, tiny_phantom / "im", "-o", tmp_path / "debug")
+    finally:
+        state["debug"] = False
+    assert isinstance(debugged.exception, ValueError), "with its trace"
 
 
 def test_thousands_of_scans_have_their_targets_at_once(tmp_path: Path) -> None:

@@ -187,7 +187,11 @@ def test_command_line(tiny_phantom: Path, tmp_path: Path, faked: list[str], monk
     monkeypatch.setitem(PROFILES, "quick", TINY)
     folder = Path(shutil.copytree(tiny_phantom, tmp_path / "data"))
     (folder / "lung" / "phantom_00.nii.gz").unlink()
-    result = CliRunner().invoke(app, ["ablate", "--data", str(folder), "--test", str(tiny_phantom), "--out",
+    test = Path(shutil.copytree(tiny_phantom, tmp_path / "test"))
+    for case in load_dataset(test).cases:  # what is trained on is no test
+        scan = read_scan(case.image)
+        write_like(scan.pixels + np.int16(1), scan.grid, scan.path)
+    result = CliRunner().invoke(app, ["ablate", "--data", str(folder), "--test", str(test), "--out",
                                       str(tmp_path / "run"), "--device", "cpu"])
     assert result.exit_code == 0, result.output
     assert "true-lungs left out" in " ".join(result.output.split())
@@ -198,7 +202,7 @@ def test_command_line(tiny_phantom: Path, tmp_path: Path, faked: list[str], monk
     assert (content["seeds"], content["variants"][0]["seed"]) == ([0], 0)
     assert len(content["test_data"]) == len(content["data"]) == 4
     assert content["environment"]["device"] == "cpu"
-    result = CliRunner().invoke(app, ["ablate", "--data", str(tiny_phantom), "--test", str(tiny_phantom), "--out",
+    result = CliRunner().invoke(app, ["ablate", "--data", str(tiny_phantom), "--test", str(test), "--out",
                                       str(tmp_path / "run"), "--device", "cpu", "--seeds", "0,1", "--only", "whole"])
     assert result.exit_code == 0, result.output
     content = json.loads((tmp_path / "run/ablation.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +19,13 @@ from covidseg.data.scan import Grid, write_like
 from covidseg.errors import DatasetError
 from covidseg.evaluation.evaluate import read_truth
 from covidseg.evaluation.metrics import (
+    CLASSES,
     NAMES,
     Distance,
     Scores,
     auc,
     class_counts,
+    class_names,
     class_sensitivity,
     confusion,
     distance,
@@ -268,6 +271,23 @@ def test_sensitivity_by_class_by_hand() -> None:
     counts = class_counts(masks("##..#", "###.."), classes)
     assert counts.tolist() == [[[2, 4], [0, 0], [1, 1]], [[0, 0], [0, 0], [1, 3]]]
     assert class_sensitivity(counts) == {"ground glass": 0.5, "effusion": 0.5}
+
+
+@pytest.mark.parametrize(("source", "place", "known"), [
+    ('{"name": "medseg1"}', "tr_mask.nii.gz", True), ('{"name": "medseg2"}', "mask/1.nii.gz", True),
+    ('{"name": "medseg2"}', "some/where/1.nii.gz", False), ('{"name": "zenodo20"}', "mask/1.nii.gz", False),
+    ("{}", "mask/1.nii.gz", False), ("[]", "mask/1.nii.gz", False), ("{", "mask/1.nii.gz", False),
+    (None, "mask/1.nii.gz", False)])
+def test_classes_have_names_in_sets_of_medseg(source: str | None, place: str, known: bool, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    if source is not None:
+        (tmp_path / "source.json").write_text(source)
+    names = class_names(tmp_path / place)
+    assert names == (CLASSES if known else ("class 1", "class 2", "class 3"))
+    monkeypatch.chdir(tmp_path)
+    assert class_names(Path(place)) == names
+    assert list(class_sensitivity(np.array([[[1, 2], [1, 1], [0, 4]]]), names).items()) == [
+        (names[0], 0.5), (names[1], 1.0), (names[2], 0.0)]
 
 
 @pytest.mark.parametrize("value", [1, 3, 255])

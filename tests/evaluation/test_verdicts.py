@@ -184,6 +184,12 @@ def test_slices_without_lung_have_the_lowest_verdict_and_no_mark(run: Run) -> No
         judge(partial(found_crops, run), replace(test, cases=(replace(one, labels={10: 1}),)), [everything])
 
 
+def test_without_a_label_there_is_nothing_to_judge(run: Run) -> None:
+    test = replace(run.data, cases=tuple(replace(case, labels={}) for case in run.data.cases))
+    with pytest.raises(DatasetError, match="labels no slice"):
+        judge(partial(found_crops, run), test, [otsu_method()])
+
+
 def test_trained_nets_are_asked_from_a_command(run: Run, tmp_path: Path) -> None:
     """They mark what the segmenter of their run marks; a record of it tells when it was changed."""
     write_run(run, "covidseg train")
