@@ -28,7 +28,7 @@ from covidseg.data.nifti import scans_in
 from covidseg.data.scan import scan_id, shown
 from covidseg.errors import CovidsegError, DatasetError, OutputError, SettingsError
 from covidseg.predict import Predictor
-from covidseg.store import file_hash, write_text
+from covidseg.store import code_hash, file_hash, write_text
 
 Row = dict[str, str]  # one scan
 FOUND = ("slices", "lung_slices", "lesion_slices", "lesion_ml", "warnings")
@@ -111,8 +111,8 @@ class PartRun:
         self.threshold, self.volume, self.check, self.series = threshold, volume, check, series
         self.probability, self.preview = probability, preview
         self.files = part.of(list(targets))
-        made = {"covidseg": __version__, "nets": predictor.fingerprint(), "threshold": str(threshold),
-                "volume": str(volume), "series": series or ""}
+        made = {"covidseg": f"{__version__}+{code_hash()[:8]}", "nets": predictor.fingerprint(),
+                "threshold": str(threshold), "volume": str(volume), "series": series or ""}
         found = tables(out) if out is not None else {}
         names = set(map(_name, targets))
         others = sorted({row["name"] for other, rows in found.items() if other.count == part.count > 1 for row in rows}

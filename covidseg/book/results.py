@@ -80,7 +80,7 @@ def gain_in_words(gained: np.ndarray) -> str:
         return "makes no clear difference"
     does, clear, against = ("helps", up, down) if gained.mean() > 0 else ("harms", down, up)
     return f"{does} on average: clearly with {clear} of {seeds} seeds" + (
-        f", but not with {against}" if against else ", hardly with the others")
+        f", but not with {against}" if against else ", hardly with the rest")
 
 
 def bench_markdown(record: Record, kind: str = "comparisons") -> str:

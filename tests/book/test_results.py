@@ -128,8 +128,8 @@ def test_what_gains_say() -> None:
     for whole, other, said in (
             ([0.7, 0.8, 0.9], [0.6, 0.7, 0.8], "helps with every seed"),
             ([0.6, 0.7, 0.8], [0.7, 0.8, 0.9], "harms with every seed"),
-            ([0.7, 0.8, 0.9], [0.7, 0.7, 0.8], "helps on average: clearly with 2 of 3 seeds, hardly with the others"),
-            ([0.7, 0.7, 0.8], [0.7, 0.8, 0.9], "harms on average: clearly with 2 of 3 seeds, hardly with the others"),
+            ([0.7, 0.8, 0.9], [0.7, 0.7, 0.8], "helps on average: clearly with 2 of 3 seeds, hardly with the rest"),
+            ([0.7, 0.7, 0.8], [0.7, 0.8, 0.9], "harms on average: clearly with 2 of 3 seeds, hardly with the rest"),
             ([0.7, 0.8, 0.9], [0.75, 0.7, 0.8], "helps on average: clearly with 2 of 3 seeds, but not with 1"),
             ([0.7, 0.8, 0.9], [0.71, 0.79, 0.9], "makes no clear difference")):
         gained = results.gains(record(whole, other), "without")

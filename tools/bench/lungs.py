@@ -37,7 +37,8 @@ def run(setup: Setup) -> dict[str, Any]:
                               setup.device)
     slices = setup.size(600, 12)
     path = write_volume(setup.folder / "lungs.nii.gz", slices, setup.size(512, 128))
-    seconds, peak = covidseg(setup.folder, "lungs", path, "-o", setup.folder / "lungs-out.nii.gz")
+    seconds, peak = covidseg(setup.folder, "lungs", path, "-o", setup.folder / "lungs-out.nii.gz",
+                            "--overwrite")
     whole = f"`covidseg lungs` on a volume of 512 x 512 x {slices}, start to end"
     return {
         "comparisons": [comparison(

@@ -40,7 +40,7 @@ def run(setup: Setup) -> dict[str, Any]:
     for slices in lengths:
         path = write_volume(setup.folder / f"predict-{slices}.nii.gz", slices, side)
         seconds, peak = covidseg(setup.folder, "predict", path, "-o", setup.folder / f"mask-{slices}.nii.gz",
-                                 "--device", setup.device.type)
+                                 "--overwrite", "--device", setup.device.type)
         rows.append({"slices": slices, "seconds": round(seconds, 2), "peak_mb": round(peak, 1)})
     first, last = rows[0], rows[-1]
     more = last["slices"] - first["slices"]

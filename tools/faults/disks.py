@@ -89,7 +89,8 @@ def _fault(title: str, command: str, *names: str, make: Make = good, during: Dur
 
 
 FAULTS = [
-    _fault("the disk is full; an older mask stays", "lungs scan.nii.gz -o out", "out/scan.nii.gz", "No space left",
+    _fault("the disk is full; an older mask stays", "lungs scan.nii.gz -o out --overwrite",
+           "out/scan.nii.gz", "No space left",
            make=with_old_result, during=full_disk),
     _fault("the disk is full", "predict scan.nii.gz -o mask.nii.gz", "mask.nii.gz", during=full_disk),
     _fault("the disk is full in the middle of training", "train --data data --out run", "run/stages",
@@ -102,7 +103,8 @@ FAULTS = [
            during=lambda: small_files(500)),
     _fault("writing breaks off in the middle of a stage of training", "train --data data --out run", "run/stages",
            make=Supplies.data, during=small_files),
-    _fault("a read-only disk; an older mask stays", "lungs scan.nii.gz -o out", "out/scan.nii.gz", "Read-only",
+    _fault("a read-only disk; an older mask stays", "lungs scan.nii.gz -o out --overwrite",
+           "out/scan.nii.gz", "Read-only",
            make=with_old_result, during=read_only),
     _fault("a read-only disk", "predict scan.nii.gz -o out", "out", "Read-only", during=read_only),
     _fault("a read-only disk to train on", "train --data data --out run", "run/stages", make=Supplies.data,

@@ -14,7 +14,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from covidseg.errors import CovidsegError, DatasetError, InputFileError, SettingsError
+from covidseg.errors import CovidsegError, DatasetError, InputFileError, OutputError, SettingsError
 from faults.batches import predicted
 from faults.files import bytes_of
 from faults.supplies import AFFINE, Supplies, nothing, with_header
@@ -74,6 +74,13 @@ def turned_mask(supplies: Supplies) -> None:
     nib.save(mask.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]])), "mask.nii.gz")
 
 
+def beside_a_mask(supplies: Supplies) -> None:
+    """A scan, and its true mask in a folder, where it has the name of the scan."""
+    supplies.copies("scan.nii.gz")
+    Path("out").mkdir()
+    shutil.copy(supplies.truth(), "out/scan.nii.gz")
+
+
 def dangling(supplies: Supplies) -> None:
     Path("scan.nii").symlink_to(".git/annex/objects/scan.nii")
 
@@ -122,6 +129,13 @@ FAULTS = [
            command="covidseg evaluate mask.nii.gz truth.nii.gz"),
     _fault("a name of recorded results, not of a data set", nothing, DatasetError, "medseg9",
            "medseg2", command="covidseg data info medseg9"),
+    _fault("a spacing of 0, and nothing else to know it by",
+           header(pixdim=[1, 3.506, 3.506, 0, 1, 1, 1, 1], sform_code=0, qform_code=1),
+           InputFileError, "scan.nii", "3.51 x 3.51 x 0 mm"),
+    _fault("a true mask where the prediction would go", beside_a_mask, OutputError, "out/scan.nii.gz", "--overwrite",
+           command="covidseg predict scan.nii.gz -o out"),
+    _fault("test scans that are training scans", Supplies.data, DatasetError, "are trained on",
+           command="covidseg reproduce --data data --test data --out run"),
     _fault("figures that would replace a mask", turned_mask, SettingsError, "truth.nii.gz",
            command="covidseg evaluate mask.nii.gz truth.nii.gz --json truth.nii.gz"),
 ]
