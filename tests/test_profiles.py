@@ -59,8 +59,9 @@ def test_the_faithful_method_paints_no_lesions_and_is_the_same_otherwise(name: s
     assert faithful.mil.paint.share == faithful.segmenter.paint.share == 0
     assert faithful.segmenter.paste > 0 == extended.segmenter.paste, "which keeps lesion-free slices from standing out"
     assert faithful.segmenter.steps <= extended.segmenter.steps
-    segmenter = replace(faithful.segmenter, **{key: getattr(extended.segmenter, key)
-                                               for key in ("paint", "paste", "fine_weight", "steps", "threshold")})
+    assert faithful.segmenter.refresh == (() if name == "full" else extended.segmenter.refresh)
+    differs = ("paint", "paste", "fine_weight", "steps", "refresh", "threshold")
+    segmenter = replace(faithful.segmenter, **{key: getattr(extended.segmenter, key) for key in differs})
     assert extended.mutual.painted > 0 == faithful.mutual.painted
     back = replace(faithful, method="extended", mil=replace(faithful.mil, paint=extended.mil.paint),
                    mutual=replace(faithful.mutual, painted=extended.mutual.painted), segmenter=segmenter)
