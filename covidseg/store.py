@@ -2,9 +2,8 @@
 
 A stage's key holds its settings, its seed and the key of what it was computed from, the first one the code of the
 package (:func:`code_hash`), so that a changed setting, scan or line of code leads to another file and nothing stale is
-ever read. Files are written under a temporary name in the same
-folder and renamed, so that a run that is stopped leaves whole files only and goes on where it stopped. Programs that
-share a folder wait for each other's stages.
+ever read. Files are written under a temporary name in the same folder and renamed, so that a run that is stopped leaves
+whole files only and goes on where it stopped. Programs that share a folder wait for each other's stages.
 
 With each result is noted what making it took: seconds, the most memory, and the warnings that were given.
 """

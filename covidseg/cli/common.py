@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from covidseg.errors import CovidsegError, InputFileError
+from covidseg.data.nifti import unopened
+from covidseg.errors import CovidsegError
 
 _plain = partial(Console, highlight=False, markup=False, emoji=False)
 console, errors = _plain(), _plain(stderr=True)
@@ -58,8 +59,7 @@ def as_fault(error: Exception, path: str | Path | None) -> CovidsegError:
     if isinstance(error, CovidsegError):
         return error
     if isinstance(error, OSError):  # of reading: what cannot be written is an OutputError already
-        return InputFileError(f"cannot be opened ({error.strerror or error})", path=path,
-                              remedy="Check its name, its permissions and the disk")
+        return unopened(error, path)
     reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...").rstrip(": ")
     return CovidsegError(f"stopped at an error that covidseg does not expect ({reason})", path=path,
                          remedy="Please report it with the trace that `covidseg --debug` shows")

@@ -108,9 +108,14 @@ def opening(path: Path, error_type: type[CovidsegError] = InputFileError) -> Ite
     try:
         yield
     except OSError as error:
-        where = Path(error.filename) if isinstance(error.filename, str) else path
-        raise error_type(f"cannot be opened ({error.strerror or error})", path=where,
-                         remedy="Check its name, its permissions and the disk") from error
+        raise unopened(error, Path(error.filename) if isinstance(error.filename, str) else path, error_type) from error
+
+
+def unopened(error: OSError, path: str | Path | None,
+             error_type: type[CovidsegError] = InputFileError) -> CovidsegError:
+    """What the file system says, as a typed error."""
+    return error_type(f"cannot be opened ({error.strerror or error})", path=path,
+                      remedy="Check its name, its permissions and the disk")
 
 
 def kind_of(path: Path) -> str:
@@ -121,15 +126,11 @@ def kind_of(path: Path) -> str:
     Raises:
         InputFileError: that cannot be told, as behind a folder without permission, or of a name that is too long.
     """
-    try:
-        with opening(path):
+    with opening(path):
+        try:
             mode = path.stat().st_mode
-    except InputFileError as error:
-        if isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a zero byte, which no name has
             return ""
-        raise
-    except ValueError:  # a name with a zero byte, which no file has
-        return ""
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
 
 

@@ -67,6 +67,11 @@ class Truth:
         """``(S, H, W)`` bool, lesions of any class."""
         return self.classes > 0
 
+    @cached_property
+    def kinds(self) -> tuple[str, str, str]:
+        """What the classes are called, :func:`covidseg.evaluation.metrics.class_names`."""
+        return class_names(self.case.mask or self.case.image)
+
     def pixel_mm(self) -> tuple[float, float] | None:
         """Height and width of a pixel in mm; None where nobody knows, as of pictures in grey levels of a display."""
         return self.scan.grid.pixel_mm() if self.scan.unit == "HU" else None
@@ -324,8 +329,7 @@ def _counted(row: tuple[str, str, float], maps: np.ndarray, truth: Truth, lungs:
     return StageResult(*row, confusion(outline, mask), reliability_sums(maps[lungs], mask[lungs]),
                        level_counts(maps, mask), class_counts(outline, truth.classes[truth.slices]),
                        hd95(outline, mask, (height / width, 1.0)),
-                       np.full(len(mask), width if truth.pixel_mm() else np.nan),
-                       class_names(truth.case.mask or truth.case.image))
+                       np.full(len(mask), width if truth.pixel_mm() else np.nan), truth.kinds)
 
 
 def _joined(scans: Sequence[StageResult]) -> StageResult:

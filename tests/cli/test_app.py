@@ -14,6 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from files import save, strict
 from tiny import STAGES, TINY, TINY_BASELINES, stage_name
 from typer.testing import CliRunner, Result
 
@@ -68,18 +69,6 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
             main()
         return int(stopped.value.code or 0), *capsys.readouterr()
     return run
-
-
-def strict(text: str) -> dict:
-    """JSON as the standard has it: NaN and Infinity are faults."""
-    def refuse(name: str) -> None:
-        raise ValueError(name)
-    return json.loads(text, parse_constant=refuse)
-
-
-def save(array: np.ndarray, path: Path, *turn: float) -> Path:
-    nib.save(nib.Nifti1Image(array, np.diag([*(turn or (1, 1, 1)), 1])), path)
-    return path
 
 
 def stored(path: Path) -> np.ndarray:

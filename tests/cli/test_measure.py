@@ -6,9 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
+from files import save, strict
 from typer.testing import CliRunner, Result
 
 from covidseg.cli import app
@@ -22,18 +22,6 @@ from covidseg.pipeline import Run
 
 def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-
-
-def strict(text: str) -> dict:
-    """JSON as the standard has it: NaN and Infinity are faults."""
-    def refuse(name: str) -> None:
-        raise ValueError(name)
-    return json.loads(text, parse_constant=refuse)
-
-
-def save(array: np.ndarray, path: Path, *turn: float) -> Path:
-    nib.save(nib.Nifti1Image(array, np.diag([*(turn or (1, 1, 1)), 1])), path)
-    return path
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
