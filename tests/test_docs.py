@@ -103,3 +103,29 @@ def test_parts_of_chapters_that_a_page_names_are_there(page: str) -> None:
     text = text_of(page)
     assert len(re.findall(r"chapter \d+, [^.]*\*", text)) > 0
     assert missing_headings(text) == []
+
+
+def slides_against_plan(slides: str, guide: str) -> list[str]:
+    """What the slides of a workshop and the steps of its plan say differently."""
+    pages = slides.split("\n---\n")[1:]  # after the settings at the top
+    plan = guide[guide.index("## Plan A"):guide.index("## Plan B")]
+    said, number = [], 0
+    for step in re.findall(r"^\| \d+ \|.*\|$", plan, re.MULTILINE):
+        ends = [int(n) for n in re.findall(r"\d+", step.rsplit("slide", 1)[1])] if "slide" in step else []
+        named = set(re.findall(r"\d+", re.sub(r"slide.*", "", step.split("|")[3])))
+        for k in range(ends[0], ends[-1] + 1) if ends else ():
+            number += 1
+            if k != number:
+                said.append(f"slide {k} comes where {number} should")
+            elif shown := {*re.findall(r"chapter (\d+)", pages[k - 1].split("*Show:*", 1)[-1])} - named - {"1"}:
+                said.append(f"slide {k} shows chapter {', '.join(sorted(shown))}, its step does not")
+    if [name for name in pages[number:] if "If there is time" not in name]:
+        said.append("slides after the last step are not marked as spare")
+    return said
+
+
+def test_slides_follow_the_plan_of_the_workshop() -> None:
+    slides, guide = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/slides.md", "chapters/instructor.md"))
+    assert slides_against_plan(slides, guide) == []
+    other = slides.replace("## Table 1", "## Table 1\n\n*Show:* chapter 4").replace("## If there is time", "## Last")
+    assert len(slides_against_plan(other, guide.replace("slide 6", "slide 7"))) == 3

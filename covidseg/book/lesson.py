@@ -70,7 +70,7 @@ class Lesson:
 
     @cached_property
     def training_masks(self) -> np.ndarray | None:
-        """True outlines of the training slices, ``(N, S, S)`` bool; None where nobody drew any, as of real scans."""
+        """True outlines of the training slices, ``(N, S, S)`` bool; None where a scan has none beside it."""
         known = all(case.mask is not None for case in self.run.data.cases)
         return training_truth(self.run) if known else None
 
