@@ -137,6 +137,7 @@ $(READY): requirements-bootstrap.txt requirements.lock pyproject.toml
 
 nets: $(READY)  ## Ship the nets that the last `make book` trained, from which a chapter starts
 	$(BIN)/python tools/lesson_nets.py _build/runs
+	$(BIN)/python tools/readme_picture.py
 
 strip: $(READY)  ## Remove outputs and run-time metadata from the chapters, and put their pictures into them
 	$(BIN)/python -m nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" chapters/*.ipynb
