@@ -76,7 +76,10 @@ def profile_named(name: str, method: str = "extended") -> Profile:
 
 
 def faithful(profile: Profile) -> Profile:
-    """The same profile with what the abstract describes and no painted lesion.
+    """The same profile with the stages that the abstract describes, and no lesion painted for them.
+
+    Ours in both methods: the lung net, which learns from painted consolidation, painted vessels, an ensemble of
+    classifiers, and a share of LayerCAM in the map.
 
     The segmenter then learns from fine labels alone: they count in full, lesion-free slices get lesions of other slices
     (:func:`covidseg.augment.paste_lesions`), and training is short, before the errors of the labels are learned too.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from covidseg.book.results import gain_in_words, gains
+from covidseg.data.layout import LESION_PIXELS
 from covidseg.evaluation.experiments import (
     EARLIER,
     OURS,
@@ -236,6 +237,10 @@ def test_the_readme_quotes_what_was_marked_in_volumes_left_out_in_turn() -> None
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert (f"in {100 * line.figures[0, 2]:.0f} % of {(labels == 0).sum()} ({100 * low:.0f} to {100 * high:.0f} %), "
             f"and {100 * line.figures[0, 3]:.0f} % of {(labels == 1).sum()} slices with a lesion") in text
+    judged = verdicts_from(own[0])
+    apart = (labels == 0) & np.array([name.split(":")[0] not in ("2", "3") for name in judged.names])
+    share = (judged.marked[apart] >= LESION_PIXELS).mean()
+    assert f"without these two it is {100 * share:.0f} % of {apart.sum()}" in text
 
 
 CLAIM = "claim-medseg9-full"

@@ -84,6 +84,7 @@ def train(data: Annotated[str, typer.Option(help="A data folder, or a name from 
                 f"{run.profile.prepare.least_lung:.0%} of the slice is lung")
         run.segmenter()
         write_run(run, f"covidseg train --data {Path(data).name} --profile {profile} --method {method} --seed {seed}"
+                       f"{f' --part {part}' * (part != 'all')}{' --deterministic' * deterministic}"
                        f"{' --unchecked' * unchecked}")
         say(f"run finished in {time.monotonic() - start:.0f} s, in {out}")
 

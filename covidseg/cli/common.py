@@ -27,7 +27,8 @@ COLOURS = {"error": "red", "warning": "yellow"}
 LAST_SEED = 2 ** 32 - 1  # what NumPy and torch both take
 Profile = Annotated[str, typer.Option(help="quick (minutes on a CPU) or full (for a GPU, or patience).")]
 Method = Annotated[str, typer.Option(help="extended (lesions painted on lesion-free slices as well) or faithful "
-                                          "(no painted lesion, as in the abstract).")]
+                                          "(no lesion painted for classifier, patches and "
+                                          "segmenter: the abstract has none).")]
 Seed = Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of all stages.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="On a GPU, the same weights each time, if slower; "

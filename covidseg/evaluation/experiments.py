@@ -332,7 +332,7 @@ VARIANTS = {
     "no-vessels": Variant("no painted vessels", _set(
         {"classifier.paint.vessels": 0.0, "mil.paint.vessels": 0.0, "segmenter.paint.vessels": 0.0})),
     "faithful": Variant("no painted lesions, vessels only (faithful)", faithful),
-    "no-paint": Variant("nothing painted", _set(
+    "no-paint": Variant("nothing painted, but for the lung net", _set(
         {"classifier.paint.vessels": 0.0, "mil.paint.vessels": 0.0, "segmenter.paint.vessels": 0.0,
          "mutual.painted": 0.0, "mil.paint.share": 0.0, "segmenter.paint.share": 0.0})),
     "pixel-masks": Variant("full supervision on the test set, 5-fold cross-validation", _set({})),
