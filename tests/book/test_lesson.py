@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from covidseg.book import lesson as page
 from covidseg.data.registry import cache_root
@@ -30,8 +31,9 @@ def test_shipped_nets_spare_a_chapter_the_ones_before(tiny_run: Run, small: Run,
     assert brought == ("lung_net", "classifier1")
     assert page.bring(small, page.NETS[:2], shipped) == (), "they are there now"
     assert not small.store.path("mil1", small.key("mil1")).exists(), "a later stage is the chapter's own"
-    # Half precision: the maps of the two nets are the same to the eye.
-    assert float(np.abs(small.cam() - tiny_run.cam()).max()) < 0.05
+    # Weights, not maps, are compared: where a net of this size sees next to nothing, the map is rounding made visible.
+    found, trained = small.ensemble(1).state_dict(), tiny_run.ensemble(1).state_dict()
+    torch.testing.assert_close(found, trained, rtol=2 ** -11, atol=1e-7)  # half precision
     assert small.history("classifier1") == tiny_run.history("classifier1")
 
 
