@@ -109,13 +109,14 @@ class Lungs:
 
 
 def threshold_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
-                    check: Scan | None = None, progress: bool = False) -> np.ndarray:
+                    aspect: float = 1.0, check: Scan | None = None, progress: bool = False) -> np.ndarray:
     """Threshold lung masks of all slices.
 
     Args:
         pixels: ``(S, H, W)`` upright slices, HU or display values of any window.
         settings: see :class:`LungSettings`.
         volume: whether the slices are one body in order. Default: measured by :func:`is_volume`.
+        aspect: height of a pixel over its width, :meth:`covidseg.data.scan.Scan.aspect`.
         check: the scan that the slices come from, if they have to look like chest CT.
         progress: whether a bar is shown, if it takes long and there is a terminal.
 
@@ -126,15 +127,15 @@ def threshold_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(),
         InputFileError: the slices do not look like chest CT (:func:`covidseg.data.chest.check_chest`).
         NoLungError: nothing in them can be lung.
     """
-    return survey_lungs(pixels, settings, volume, check=check, progress=progress).masks
+    return survey_lungs(pixels, settings, volume, aspect=aspect, check=check, progress=progress).masks
 
 
 def survey_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
-                 check: Scan | None = None, progress: bool = False) -> Lungs:
+                 aspect: float = 1.0, check: Scan | None = None, progress: bool = False) -> Lungs:
     """:func:`threshold_lungs`, with what is odd about them."""
     found, doubts, thumbnails = list[Regions](), list[str | None](), list[np.ndarray]()
     for image in with_bar(pixels, "lungs", progress):
-        picture = on_grid(clean(image), settings.grid)
+        picture = on_grid(clean(image), settings.grid, aspect)
         found.append(regions(picture.values, settings, picture.beyond))
         if check is not None and len(thumbnails) % (1 + len(pixels) // TELL) == 0:
             doubts.append(doubt(picture.values, found[-1], picture.split))
@@ -188,24 +189,28 @@ def with_bar(items: Iterable[T], what: str, progress: bool, unit: str = "slice")
 
 # --- one slice ------------------------------------------------------------------------------------------------------
 
-def to_grid(image: np.ndarray, side: int) -> np.ndarray:
-    """Averages a slice down so that its longer side has ``side`` pixels; smaller slices stay as they are."""
+def to_grid(image: np.ndarray, side: int, aspect: float = 1.0) -> np.ndarray:
+    """Averages a slice down so that its longer side has ``side`` pixels; smaller slices stay as they are.
+
+    Pixels become square: ``aspect`` is their height over their width, and the longer of the two is interpolated.
+    """
     image = image.astype(np.float32)
-    scale = min(1.0, side / max(image.shape))
-    shape = tuple(max(1, round(n * scale)) for n in image.shape)
+    rows, columns = image.shape[0] * max(aspect, 1), image.shape[1] * max(1 / aspect, 1)
+    scale = min(1.0, side / max(rows, columns))
+    shape = max(1, round(rows * scale)), max(1, round(columns * scale))
     if shape == image.shape:
         return image
     factor = image.shape[0] // side
-    if image.shape == (factor * side, factor * side):  # the usual 512 -> 256: a plain block mean is fastest
+    if shape == (side, side) and image.shape == (factor * side, factor * side):  # 512 -> 256: a block mean is fastest
         rows = reduce(np.add, [image[:, k::factor] for k in range(factor)])
         return reduce(np.add, [rows[k::factor] for k in range(factor)]) / np.float32(factor ** 2)
     return resize(image, shape, order=1, anti_aliasing=True, preserve_range=True).astype(np.float32)
 
 
-def on_grid(picture: Picture, side: int) -> Picture:
+def on_grid(picture: Picture, side: int, aspect: float = 1.0) -> Picture:
     """A cleaned slice, averaged down: cleaned first, for padding averaged into tissue could not be told from it."""
-    beyond = None if picture.beyond is None else to_grid(picture.beyond, side) > TOUCHED
-    return replace(picture, values=to_grid(picture.values, side), beyond=beyond)
+    beyond = None if picture.beyond is None else to_grid(picture.beyond, side, aspect) > TOUCHED
+    return replace(picture, values=to_grid(picture.values, side, aspect), beyond=beyond)
 
 
 def enlarge(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -85,11 +85,11 @@ _FINE = Form(lambda fine: ({"labels": fine.labels, "probabilities": fine.probabi
 
 
 def find_lungs(pixels: np.ndarray, net: nn.Module | None, profile: Profile,
-               volume: bool | None = None) -> tuple[np.ndarray, Crops]:
+               volume: bool | None = None, aspect: float = 1.0) -> tuple[np.ndarray, Crops]:
     """Finds and crops the lungs of slices; ``net`` is the lung net, or None. See :meth:`Run.crops`."""
-    lungs = threshold_lungs(pixels, profile.lungs, volume)
+    lungs = threshold_lungs(pixels, profile.lungs, volume, aspect=aspect)
     found = np.flatnonzero(lungs.any(axis=(1, 2)))
-    crops = make_crops(pixels[found], lungs[found], profile.prepare)
+    crops = make_crops(pixels[found], lungs[found], profile.prepare, aspect)
     return found, robust_lungs(net, crops, profile.lung_net)
 
 
@@ -256,24 +256,26 @@ class Run:
 
     # --- what is asked of a run besides its stages ------------------------------------------------------------------
 
-    def crops(self, pixels: np.ndarray, volume: bool | None = None) -> tuple[np.ndarray, Crops]:
+    def crops(self, pixels: np.ndarray, volume: bool | None = None,
+              aspect: float = 1.0) -> tuple[np.ndarray, Crops]:
         """Finds and crops the lungs of new slices just as those of the training slices; stored, like the stages.
 
         Args:
             pixels: ``(S, H, W)`` HU or display values.
             volume: whether the slices are one body in order; by default that is measured.
+            aspect: height of a pixel over its width, :meth:`covidseg.data.scan.Scan.aspect`.
 
         Returns:
             Numbers of the slices that have lung, and their crops.
         """
         values = hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
-        key = fingerprint(self.key("lung_net"), pixels.shape, pixels.dtype.str, values, volume)
+        key = fingerprint(self.key("lung_net"), pixels.shape, pixels.dtype.str, values, volume, aspect)
         return _CROPS.unpack(*self.store.get(
-            "crops", key, lambda: _CROPS.pack(find_lungs(pixels, self.lung_net(), self.profile, volume))))
+            "crops", key, lambda: _CROPS.pack(find_lungs(pixels, self.lung_net(), self.profile, volume, aspect))))
 
-    def lungs(self, pixels: np.ndarray, volume: bool | None = None) -> np.ndarray:
+    def lungs(self, pixels: np.ndarray, volume: bool | None = None, aspect: float = 1.0) -> np.ndarray:
         """Completed lung masks of whole slices, ``(S, H, W)`` bool; the arguments are those of :meth:`crops`."""
-        found, crops = self.crops(pixels, volume)
+        found, crops = self.crops(pixels, volume, aspect)
         return uncrop_all(crops.lungs, crops.boxes, found, pixels.shape) > 0.5
 
     def supervised(self, masks: np.ndarray) -> nn.Module:

@@ -182,7 +182,7 @@ class Predictor:
         numbers = np.flatnonzero(found.masks.any(axis=(1, 2)))
         for part in with_bar(np.split(numbers, range(BATCH, len(numbers), BATCH)), what, progress, "batch"):
             with torch.inference_mode():
-                crops = make_crops(scan.pixels[part], found.masks[part], self.profile.prepare)
+                crops = make_crops(scan.pixels[part], found.masks[part], self.profile.prepare, scan.aspect())
                 yield part, robust_lungs(self._nets[0], crops, self.profile.lung_net)
 
 
@@ -194,7 +194,8 @@ def lungs_of_scan(scan: Scan, settings: LungSettings = LungSettings(), volume: b
         InputFileError: the scan does not look like chest CT.
         NoLungError: there is no lung in any slice.
     """
-    found = survey_lungs(scan.pixels, settings, volume, check=scan if check else None, progress=progress)
+    found = survey_lungs(scan.pixels, settings, volume, aspect=scan.aspect(), check=scan if check else None,
+                         progress=progress)
     if not found.slices():
         raise no_lung(scan.path)
     return found

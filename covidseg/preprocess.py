@@ -139,12 +139,16 @@ def air_and_tissue(image: np.ndarray, lung: np.ndarray) -> tuple[float, float]:
     return air, max(float(np.median(bright)), float(air) + 1e-3)
 
 
-def lung_box(lung: np.ndarray, margin: float) -> tuple[int, int, int, int]:
-    """Square around a lung mask with a margin: top, left, height, width. May reach beyond the slice."""
+def lung_box(lung: np.ndarray, margin: float, aspect: float = 1.0) -> tuple[int, int, int, int]:
+    """Square around a lung mask with a margin: top, left, height, width. May reach beyond the slice.
+
+    It is a square in millimetres: with pixels of another ``aspect``, height over width, it has fewer rows or columns.
+    """
     rows, columns = np.flatnonzero(lung.any(axis=1)), np.flatnonzero(lung.any(axis=0))
     height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
-    side = int(np.ceil(max(height, width) * (1 + 2 * margin)))
-    return int(rows[0] + height // 2 - side // 2), int(columns[0] + width // 2 - side // 2), side, side
+    side = max(height * aspect, width) * (1 + 2 * margin)  # in widths of a pixel
+    tall, wide = int(np.ceil(side / aspect)), int(np.ceil(side))
+    return int(rows[0] + height // 2 - tall // 2), int(columns[0] + width // 2 - wide // 2), tall, wide
 
 
 def crop(image: np.ndarray, box: np.ndarray, size: int, fill: float) -> np.ndarray:
@@ -154,7 +158,8 @@ def crop(image: np.ndarray, box: np.ndarray, size: int, fill: float) -> np.ndarr
     y0, x0 = max(0, top), max(0, left)
     y1, x1 = min(image.shape[0], top + height), min(image.shape[1], left + width)
     canvas[y0 - top:y1 - top, x0 - left:x1 - left] = image[y0:y1, x0:x1]
-    return resize(canvas, (size, size), order=1, anti_aliasing=height > size, preserve_range=True).astype(np.float32)
+    return resize(canvas, (size, size), order=1, anti_aliasing=max(height, width) > size,
+                  preserve_range=True).astype(np.float32)
 
 
 def uncrop(small: np.ndarray, box: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -192,15 +197,16 @@ def crop_masks(masks: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
     return np.array(small, bool).reshape(len(boxes), size, size)
 
 
-def make_crops(pixels: np.ndarray, lungs: np.ndarray, settings: PrepareSettings) -> Crops:
+def make_crops(pixels: np.ndarray, lungs: np.ndarray, settings: PrepareSettings, aspect: float = 1.0) -> Crops:
     """Normalises and crops slices that have a lung.
 
     Args:
         pixels: ``(N, H, W)`` HU or display values.
         lungs: ``(N, H, W)`` bool, none of them empty.
         settings: crop size and margin.
+        aspect: height of a pixel over its width; those of the crops are square.
     """
-    boxes = np.array([lung_box(lung, settings.margin) for lung in lungs]).reshape(-1, 4)
+    boxes = np.array([lung_box(lung, settings.margin, aspect) for lung in lungs]).reshape(-1, 4)
     images = [crop(normalise(clean(image).values, lung), box, settings.size, 0.0)
               for image, lung, box in zip(pixels, lungs, boxes, strict=True)]
     shape = (len(boxes), settings.size, settings.size)
@@ -235,10 +241,11 @@ def weak_set(dataset: Dataset, settings: PrepareSettings = PrepareSettings(),
     for case in tqdm(dataset.cases, desc="lung masks", unit="volume", disable=not progress):
         scan = read_scan(case.image)
         labelled = dataset.labelled(case, len(scan.pixels))
-        lungs = threshold_lungs(scan.pixels, lung_settings, check=scan if dataset.check else None)
+        aspect = scan.aspect()
+        lungs = threshold_lungs(scan.pixels, lung_settings, aspect=aspect, check=scan if dataset.check else None)
         keep = [k for k in labelled if lungs[k].mean() >= settings.least_lung]
         if keep:
-            crops.append(make_crops(scan.pixels[keep], lungs[keep], settings))
+            crops.append(make_crops(scan.pixels[keep], lungs[keep], settings, aspect))
             labels += [case.labels[k] for k in keep]
             patients += [case.patient] * len(keep)
             names += [f"{case.id}:{k}" for k in keep]

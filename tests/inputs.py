@@ -74,6 +74,14 @@ def display(hu: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.rint(np.clip((hu - low) / (high - low), 0, 1) * 255).astype(np.uint8)
 
 
+def squeezed(volume: np.ndarray, factor: int, axis: int) -> np.ndarray:
+    """A volume ``(S, H, W)`` with each ``factor`` pixels along an axis made one, as in slices cut across others."""
+    parts = np.moveaxis(volume, axis, -1)
+    parts = parts[..., :parts.shape[-1] // factor * factor].reshape(*parts.shape[:-1], -1, factor)
+    means = parts.mean(axis=-1)
+    return np.moveaxis(means > 0.5 if volume.dtype == bool else means.astype(volume.dtype), -1, axis)
+
+
 def stout(patient: PhantomPatient) -> np.ndarray:
     """Three centimetres of fat all around."""
     body = ndi.binary_fill_holes(patient.hu > -400, structure=np.ones((1, 3, 3)))

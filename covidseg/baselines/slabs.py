@@ -109,11 +109,10 @@ def make_slabs(data: WeakSet, settings: SlabSettings = SlabSettings()) -> Slabs:
 
 
 def frame(boxes: np.ndarray) -> np.ndarray:
-    """The square around boxes ``(N, 4)``: top, left, height, width, ``(4,)`` int."""
+    """The box around boxes ``(N, 4)``, as wide for its height as they are: top, left, height, width, ``(4,)``."""
     low, high = boxes[:, :2].min(axis=0), (boxes[:, :2] + boxes[:, 2:]).max(axis=0)
-    side = int((high - low).max())
-    top, left = (low + high - side) // 2
-    return np.array([top, left, side, side])
+    sides = np.rint(((high - low) / boxes[0, 2:]).max() * boxes[0, 2:]).astype(int)
+    return np.concatenate([(low + high - sides) // 2, sides])
 
 
 def move(maps: Tensor, source: np.ndarray, target: np.ndarray, size: int, *, beyond: str = "border") -> Tensor:

@@ -107,7 +107,7 @@ def _check_case(case: Case, unit: str | None, anatomy: bool) -> VolumeReport:
         faults.append(f"every voxel has the value {scan.value_range[0]:g}")
     elif anatomy:
         try:
-            warnings += survey_lungs(scan.pixels, check=scan).warnings
+            warnings += survey_lungs(scan.pixels, aspect=scan.aspect(), check=scan).warnings
         except (InputFileError, NoLungError) as error:
             faults.append(str(error))
     if outside := [index for index in case.labels if index >= count]:

@@ -233,6 +233,6 @@ def _put(source: Path, target: Path, *, like: Path | None = None, note: Note = l
 def _lies_on(path: Path, grid: Grid) -> bool:
     """Whether an outline says of itself that it lies on an image; some say nothing."""
     try:
-        return np.allclose(read_header(path).grid.affine, grid.affine, atol=1e-2)
+        return grid.is_like(read_header(path).grid.affine)
     except InputFileError:
         return False

@@ -73,6 +73,19 @@ class Grid:
         spacing = self.spacing()
         return None if np.allclose(spacing, 1, atol=1e-6) else spacing[1:]
 
+    def corners(self) -> np.ndarray:
+        """Indices of the eight voxels in the corners, ``(8, 3)`` int."""
+        return np.array([(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (np.array(self.shape) - 1)
+
+    def apart(self, affine: np.ndarray) -> float:
+        """Millimetres by which another affine moves a voxel, at most; affine maps err most in a corner."""
+        corners = self.corners()
+        return float(np.linalg.norm(apply_affine(affine, corners) - apply_affine(self.affine, corners), axis=1).max())
+
+    def is_like(self, affine: np.ndarray) -> bool:
+        """Whether another affine means the same voxels: none is moved by more than half of its shortest side."""
+        return self.apart(affine) <= 0.5 * min(self.spacing())
+
     def voxel_ml(self) -> float:
         """Volume of a voxel in millilitres; of a sheared grid, as a tilted gantry makes it, less than its sides say."""
         return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
@@ -330,7 +343,7 @@ def _contradictions(fields: Any, grid: Grid) -> tuple[str, ...]:
                 "too, and other programs may follow pixdim",)
     if not fields["qform_code"]:
         return ()
-    corners = np.array([(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (np.array(grid.shape) - 1)
+    corners = grid.corners()
     with np.errstate(all="ignore"):
         try:
             places = [apply_affine(affine, corners) for affine in (grid.affine, fields.get_qform())]

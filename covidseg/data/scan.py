@@ -26,6 +26,7 @@ from covidseg.errors import InputFileError, OutputError, SettingsError, one_of
 # Types of whole numbers that all programs read, smallest first; those of 64 bits many refuse, as nibabel does.
 WHOLE = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32)
 LONGEST = 32767  # voxels along an axis, which NIfTI-1 counts in 16 bits
+SQUARE = 0.05    # pixels whose height and width differ by a smaller share of it are taken for square
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,14 @@ class Scan:
     path: Path  # where it was read from
     grid: Grid  # layout of the file, for writing results with write_like
     warnings: tuple[str, ...] = ()  # what a person should know of the file, one sentence each
+
+    def aspect(self) -> float:
+        """Height of a pixel over its width; 1 if they are about the same.
+
+        Axial slices have square pixels, but those that coronal or sagittal slices are turned into seldom do.
+        """
+        _, down, across = self.spacing
+        return down / across if abs(down - across) > SQUARE * across else 1.0
 
 
 def shown(name: str) -> str:
@@ -145,8 +154,8 @@ def read_mask(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
 
     Args:
         path: a NIfTI file.
-        like: the scan the mask belongs to; shape and affine have to agree with it, but for the order and direction of
-            the stored axes.
+        like: the scan the mask belongs to; its voxels have to be the scan's, at most half of one away by the affines,
+            but in any order.
 
     Raises:
         InputFileError: the file cannot be read, does not fit ``like``, or is no mask: it holds numbers below 0, or such
@@ -181,8 +190,10 @@ def _mask_values(path: Path, like: Scan | None) -> np.ndarray:
         if shape != like.grid.shape:
             raise InputFileError(f"has shape {grid.shape}, its image {like.path.name} has {like.grid.shape}",
                                  path=path, remedy="Give the mask that was drawn on this very file")
-        if not np.allclose(grid.affine @ inv_ornt_aff(turn, grid.shape), like.grid.affine, atol=1e-2):
-            raise InputFileError(f"has another affine than its image {like.path.name}", path=path,
+        turned_affine = grid.affine @ inv_ornt_aff(turn, grid.shape)
+        if not like.grid.is_like(turned_affine):
+            raise InputFileError(f"has another affine than its image {like.path.name}, with voxels up to "
+                                 f"{like.grid.apart(turned_affine):.1f} mm away", path=path,
                                  remedy="Resample the mask onto the image, or correct its header")
     voxels = read_voxels(header)
     whole = voxels.dtype.kind != "f" or bool((np.abs(voxels - np.rint(voxels)) < 1e-3).all())

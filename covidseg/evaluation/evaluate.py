@@ -279,7 +279,7 @@ class _Opened:
 def found_crops(run: Run, case: Case, scan: Scan) -> tuple[np.ndarray, Crops, bool]:
     """Numbers of the slices of a scan that have lung ``(N,)``, their crops, and whether it is one body in order."""
     volume = is_volume([to_grid(clean(image).values, 32) for image in scan.pixels])
-    found, crops = run.crops(scan.pixels, volume)
+    found, crops = run.crops(scan.pixels, volume, scan.aspect())
     if run.profile.true_lungs and case.lung is not None:
         true_lungs = read_mask(case.lung, like=scan)[found]
         crops = replace(crops, lungs=crop_masks(true_lungs, crops.boxes, run.profile.prepare.size))

@@ -87,6 +87,8 @@ def test_the_frame_is_the_square_around_all_boxes() -> None:
     assert top + height >= 52
     assert left + width >= 50
     assert frame(boxes[:1]).tolist() == [10, 20, 30, 30]
+    high = np.array([[10, 20, 15, 30], [5, 25, 20, 40]])  # pixels twice as high as wide
+    assert frame(high).tolist() == [4, 20, 22, 45]
 
 
 def test_moving_cuts_out_what_lies_in_the_new_box() -> None:

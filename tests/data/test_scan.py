@@ -552,9 +552,19 @@ def test_a_mask_has_to_fit_its_image(tmp_path):
         assert read_mask(save(tmp_path / "m.nii.gz", fitting, affine), like=scan).all()
     with pytest.raises(InputFileError, match=r"shape \(6, 5, 3\).*im\.nii\.gz"):
         read_mask(save(tmp_path / "m.nii.gz", fitting[..., :3]), like=scan)
-    for affine in (np.diag((0.7, -0.8, 5.0, 1.0)), moved):
+    for affine in (np.diag((0.7, -0.8, 5.0, 1.0)), moved, np.diag((-0.7, -0.8, 5.2, 1.0))):
         with pytest.raises(InputFileError, match="another affine"):
             read_mask(save(tmp_path / "m.nii.gz", fitting, affine), like=scan)
+
+
+def test_a_small_difference_in_spacing_adds_up_over_a_slice(tmp_path):
+    """A hundredth of a millimetre in each step is five millimetres at the end of 512."""
+    scan = read_scan(save(tmp_path / "im.nii.gz", np.zeros((512, 8, 2), np.uint8)))
+    rounded, other = (save(tmp_path / name, np.ones((512, 8, 2), np.uint8), np.diag((-step, -0.8, 5.0, 1.0)))
+                      for name, step in (("rounded.nii.gz", 0.7005), ("other.nii.gz", 0.709)))
+    assert read_mask(rounded, like=scan).all()
+    with pytest.raises(InputFileError, match=r"4\.6 mm away"):
+        read_mask(other, like=scan)
 
 
 @pytest.mark.parametrize("codes", ["LPS", "SAR", "ALI"])
