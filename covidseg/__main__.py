@@ -1,6 +1,18 @@
 """``python -m covidseg`` is the command ``covidseg``; ``torchrun`` starts it by this name."""
 
-from covidseg.cli import main
+import signal
+
+
+def main() -> None:
+    """Runs the command. Ctrl-C leaves no trace even while modules are loaded, when there is nothing yet to tidy up."""
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from covidseg.cli import main as command
+
+    signal.signal(signal.SIGINT, usual)
+    command()
+
 
 if __name__ == "__main__":
     main()

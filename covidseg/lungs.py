@@ -44,6 +44,7 @@ from tqdm import tqdm
 from covidseg.data.chest import Regions, check_chest, doubt, lung_warnings
 from covidseg.data.grey import Picture, clean
 from covidseg.data.scan import Scan
+from covidseg.errors import SettingsError
 
 CUT_LUNG, LEAST_CUT = 0.6, 0.01         # of a dark region inside the hull of flesh, and of flesh, if it is cut lung
 TOUCHED = 0.25                          # share of a pixel of the grid that padding has, from which on it is padding
@@ -126,6 +127,7 @@ def threshold_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(),
     Raises:
         InputFileError: the slices do not look like chest CT (:func:`covidseg.data.chest.check_chest`).
         NoLungError: nothing in them can be lung.
+        SettingsError: ``pixels`` or ``volume`` is something else.
     """
     return survey_lungs(pixels, settings, volume, aspect=aspect, check=check, progress=progress).masks
 
@@ -133,6 +135,9 @@ def threshold_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(),
 def survey_lungs(pixels: np.ndarray, settings: LungSettings = LungSettings(), volume: bool | None = None, *,
                  aspect: float = 1.0, check: Scan | None = None, progress: bool = False) -> Lungs:
     """:func:`threshold_lungs`, with what is odd about them."""
+    if np.ndim(pixels) != 3 or volume not in (True, False, None):
+        raise SettingsError(f"slices of shape {np.shape(pixels)} with volume={volume!r} cannot be surveyed",
+                            remedy="Give an array (slices, rows, columns), and True, False or None for volume")
     found, doubts, thumbnails = list[Regions](), list[str | None](), list[np.ndarray]()
     for image in with_bar(pixels, "lungs", progress):
         picture = on_grid(clean(image), settings.grid, aspect)
@@ -182,9 +187,11 @@ def is_volume(thumbnails: Sequence[np.ndarray]) -> bool:
     return bool(likeness) and bool(np.median(likeness) > 0.9)
 
 
-def with_bar(items: Iterable[T], what: str, progress: bool, unit: str = "slice") -> Iterator[T]:
+def with_bar(items: Iterable[T], what: str, progress: bool, unit: str = "slice",
+             total: int | None = None) -> Iterator[T]:
     """The items, with a bar that shows how far they are, if it takes long and there is a terminal."""
-    return iter(tqdm(items, desc=what, unit=unit, delay=PATIENCE, leave=False, disable=None if progress else True))
+    return iter(tqdm(items, desc=what, unit=unit, total=total, delay=PATIENCE, leave=False,
+                     disable=None if progress else True))
 
 
 # --- one slice ------------------------------------------------------------------------------------------------------

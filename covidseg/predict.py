@@ -201,13 +201,13 @@ def lungs_of_scan(scan: Scan, settings: LungSettings = LungSettings(), volume: b
     return found
 
 
-def lung_masks(scan: Scan | Path | str, predictor: Predictor | None = None, *, threshold_only: bool = False,
-               volume: bool | None = None, check: bool = True) -> np.ndarray:
+def lung_masks(scan: Scan | Path | str, predictor: Predictor | Path | str | None = None, *,
+               threshold_only: bool = False, volume: bool | None = None, check: bool = True) -> np.ndarray:
     """Lung masks of a scan: by threshold, completed by the lung net where disease hides the lung.
 
     Args:
         scan: a scan, or the path of its file.
-        predictor: the nets; by default those that come with the package, read once.
+        predictor: the nets, or the folder of their run; by default those that come with the package, read once.
         threshold_only: whether the net is left out.
         volume: whether the slices are one body in order; by default that is measured.
         check: whether the scan has to look like chest CT.
@@ -220,7 +220,7 @@ def lung_masks(scan: Scan | Path | str, predictor: Predictor | None = None, *, t
         NoLungError: there is no lung in any slice.
     """
     scan = scan if isinstance(scan, Scan) else read_scan(scan)
-    nets = None if threshold_only else predictor or shipped_predictor()
+    nets = None if threshold_only else _nets_of(predictor)
     found = lungs_of_scan(scan, volume=volume, check=check) if nets is None else nets.lungs(scan, volume, check=check)
     _warn(scan, found)
     return found.masks
@@ -231,13 +231,13 @@ def _warn(scan: Scan, found: Lungs) -> None:
         warnings.warn(f"{scan.path.name}: {text}", ScanWarning, stacklevel=3)
 
 
-def segment(scan: Scan | Path | str, predictor: Predictor | None = None, *, volume: bool | None = None,
+def segment(scan: Scan | Path | str, predictor: Predictor | Path | str | None = None, *, volume: bool | None = None,
             check: bool = True) -> np.ndarray:
     """Lesion mask of a scan: the whole method in one call.
 
     Args:
         scan: a scan, or the path of its NIfTI file or of a folder of DICOM slices.
-        predictor: the nets; by default those that come with the package, read once.
+        predictor: the nets, or the folder of their run; by default those that come with the package, read once.
         volume: whether the slices are one body in order; by default that is measured.
         check: whether the scan has to look like chest CT.
 
@@ -250,7 +250,7 @@ def segment(scan: Scan | Path | str, predictor: Predictor | None = None, *, volu
         NoLungError: there is no lung in any slice.
     """
     scan = scan if isinstance(scan, Scan) else read_scan(scan)
-    nets = predictor or shipped_predictor()
+    nets = _nets_of(predictor)
     found = lungs_of_scan(scan, nets.profile.lungs, volume, check)
     _warn(scan, found)
     mask = np.zeros(scan.pixels.shape, bool)
@@ -259,19 +259,26 @@ def segment(scan: Scan | Path | str, predictor: Predictor | None = None, *, volu
     return mask
 
 
+def _nets_of(predictor: Predictor | Path | str | None) -> Predictor:
+    if predictor is None:
+        return shipped_predictor()
+    return predictor if isinstance(predictor, Predictor) else load_predictor(predictor)
+
+
 @functools.cache
 def shipped_predictor() -> Predictor:
     """The nets that come with the package, on the CPU, read once."""
     return load_predictor()
 
 
-def load_predictor(run: Path = SHIPPED, device: torch.device = torch.device("cpu")) -> Predictor:
+def load_predictor(run: Path | str = SHIPPED, device: torch.device | str = "cpu") -> Predictor:
     """Reads the nets of a run folder written by ``covidseg train`` or ``covidseg export``.
 
     Raises:
         InputFileError: the folder is no run.
         ArtifactError: its report or weights are damaged.
     """
+    run = Path(run)
     _, profile, files = read_report(run)
 
     def read(name: str, empty: nn.Module) -> nn.Module:

@@ -17,13 +17,12 @@ from scipy import ndimage as ndi
 from skimage.filters import threshold_otsu
 from skimage.transform import resize
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from covidseg.data.folder import Dataset
 from covidseg.data.grey import clean
 from covidseg.data.scan import read_mask, read_scan
 from covidseg.errors import DatasetError, SettingsError
-from covidseg.lungs import LungSettings, threshold_lungs
+from covidseg.lungs import LungSettings, threshold_lungs, with_bar
 
 CLIP = (-0.3, 1.5)
 SMOOTHED = 1 / 256  # standard deviation of the smoothing, as a share of the slice's longer side
@@ -238,7 +237,7 @@ def weak_set(dataset: Dataset, settings: PrepareSettings = PrepareSettings(),
         NoLungError: a scan shows nothing that could be lung.
     """
     crops, labels, patients, names = [], [], [], []
-    for case in tqdm(dataset.cases, desc="lung masks", unit="volume", disable=not progress):
+    for case in with_bar(dataset.cases, "lung masks", progress, "volume"):
         scan = read_scan(case.image)
         labelled = dataset.labelled(case, len(scan.pixels))
         aspect = scan.aspect()

@@ -24,6 +24,7 @@ from covidseg.data.chest import Regions
 from covidseg.data.folder import load_dataset
 from covidseg.data.phantom import PhantomPatient, PhantomSettings, make_patient
 from covidseg.data.scan import read_scan
+from covidseg.errors import SettingsError
 from covidseg.evaluation.evaluate import read_truth
 from covidseg.evaluation.lungs import evaluate_lungs
 from covidseg.lungs import (
@@ -230,6 +231,10 @@ def test_constant_slices_have_no_lung_and_no_slices_no_masks(ill, volume):
         assert mask.dtype == bool
         assert not mask.any()
     assert threshold_lungs(np.zeros((0, 64, 64)), volume=volume).shape == (0, 64, 64)
+    with pytest.raises(SettingsError, match=r"shape \(64, 64\).*slices, rows, columns"):
+        threshold_lungs(np.zeros((64, 64)), volume=volume)
+    with pytest.raises(SettingsError, match="volume='stack'"):
+        threshold_lungs(np.zeros((1, 64, 64)), volume="stack")
     pixels = ill.hu[3:7].copy()
     pixels[1] = -1024
     assert threshold_lungs(pixels, volume=volume).any(axis=(1, 2)).tolist() == [True, False, True, True]

@@ -176,12 +176,16 @@ def test_nothing_is_written_of_a_scan_without_lungs_or_with_damage(predictor: Pr
             refused(empty)
 
 
-def test_one_call_from_a_scan_to_its_mask(predictor: Predictor, scan_file: Path, tmp_path: Path) -> None:
+def test_one_call_from_a_scan_to_its_mask(tiny_run: Run, predictor: Predictor, scan_file: Path, tmp_path: Path) -> None:
     predictor.predict_file(scan_file, tmp_path / "mask.nii.gz")
     scan, mask = read_scan(scan_file), read_mask(tmp_path / "mask.nii.gz")
     assert mask.any()
-    for given in (scan_file, str(scan_file), scan):
-        found = segment(given, predictor)
+    assert np.array_equal(read_mask(tmp_path / "mask.nii.gz", like=scan_file), mask)
+    written = write_like(mask, scan, tmp_path / "again.nii.gz")
+    assert written.read_bytes() == (tmp_path / "mask.nii.gz").read_bytes()
+    folder = tiny_run.folder
+    for given, nets in ((scan_file, predictor), (str(scan_file), folder), (scan, str(folder))):
+        found = segment(given, nets)
         assert found.dtype == bool
         assert np.array_equal(found, mask)
     assert np.array_equal(mask, predictor.probabilities(scan) >= TINY.segmenter.threshold)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 import time
@@ -112,6 +113,10 @@ def main() -> None:
     if os.environ.get("WORLD_SIZE", "1") == "1" and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
+        if empty := [text for text in sys.argv[1:] if not text or re.fullmatch("--[a-z-]+=", text)]:
+            # Path("") is the current folder, which nobody means who writes "$SCAN" and has not set it.
+            raise SettingsError(f"an argument is empty: {empty[0] or repr('')}",
+                                remedy="If it stands for a variable of the shell, set that first")
         app()
     except (CovidsegError, OSError) as error:
         if state["debug"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from covidseg.cli.common import Unchecked, show
 from covidseg.data.check import FolderReport, check_folder, check_mosmed
 from covidseg.data.fetch import first_checksum
 from covidseg.data.layout import get_dataset, lay_out_mosmed
-from covidseg.data.registry import Entry, cache_root, entry, home, is_present, load_registry
+from covidseg.data.registry import Entry, cache_root, entry, expanded, home, is_present, load_registry
 from covidseg.errors import DownloadError, InputFileError
 
 app = typer.Typer(no_args_is_help=True, help="List, describe, fetch and check data sets.")
@@ -76,7 +75,7 @@ def get(
 ) -> None:
     """Fetch a data set: show its licence, download, check, unpack and arrange it."""
     item = entry(name)
-    folder = Path(os.path.expanduser(to)) if to is not None else home(name)  # which, unlike Path's own, never fails
+    folder = expanded(to) if to is not None else home(name)
     if is_present(folder) and not everything:
         print(f"{name} is present in {folder}")
         return

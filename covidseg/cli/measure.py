@@ -100,7 +100,10 @@ def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NI
     height, width = side or (1.0, 1.0)
     apart = distance(hd95(predicted, classes > 0, (height / width, 1.0)),
                      np.full(len(classes), width if side else np.nan))
-    found = class_sensitivity(class_counts(predicted, classes), class_names(truth))
+    names = dict(enumerate(class_names(truth), start=1))
+    numbers = [k for k in range(1, 256) if k in names or (classes == k).any()]  # other masks know other classes
+    found = class_sensitivity(class_counts(predicted, classes, numbers),
+                              [names.get(k, f"class {k}") for k in numbers])
     write_json(out, {"slices": len(counts), "micro": scores_json(pooled), "macro": scores_json(each),
                      "hd95": distance_json(apart), **classes_json(found)}, indent=2)
     if str(out) == "-":

@@ -13,7 +13,7 @@ from covidseg import DISCLAIMER
 from covidseg.cli.common import Device, Unchecked, as_fault, complain, say, state
 from covidseg.data.nifti import SUFFIXES
 from covidseg.data.scan import read_scan, scan_id, shown, write_like
-from covidseg.errors import CovidsegError, SettingsError
+from covidseg.errors import CovidsegError, InputFileError, SettingsError
 
 Inputs = Annotated[list[Path], typer.Argument(
     help="CT scans: NIfTI files, folders of them, or folders of DICOM slices, each of which is one scan.")]
@@ -48,7 +48,8 @@ def targets_of(out: Path, sources: list[Path], beside: Sequence[str] = ()) -> di
     targets = {source: out if is_file(out) else out / f"{scan_id(source)}.nii.gz" for source in sources}
     scans, written = set(map(_real, sources)), dict[Path, Path]()
     for source, target in targets.items():
-        if os.path.isdir(source) and _real(source) in _real(target).parents:
+        slices = source if os.path.isdir(source) else source.parent  # of a NIfTI file there are none
+        if os.path.exists(source) and not is_file(source) and _real(slices) in _real(target).parents:
             raise SettingsError("the result would lie among the slices", path=target,
                                 remedy="Name a folder outside of the scan's after -o")
         for file in (target, *(target.with_name(f"{scan_id(target)}{ending}") for ending in beside)):
@@ -67,13 +68,17 @@ def _real(path: Path) -> Path:
 
 
 def files_of(sources: list[Path]) -> list[Path]:
-    """Files as given; folders stand for the NIfTI files in them, or for the DICOM series."""
+    """Files as given; folders stand for the NIfTI files in them, or for the DICOM series, if there is one."""
     files: list[Path] = []
     for source in sources:
         if os.path.isdir(source):  # Path.is_dir fails where a name is too long or a folder may not be searched
             from covidseg.data.dicom import inputs_in  # with SimpleITK, which files alone can do without
 
-            files += inputs_in(source if source.name not in ("", "..") else _real(source))
+            folder = source if source.name not in ("", "..") else _real(source)
+            try:
+                files += inputs_in(folder)
+            except InputFileError:  # said when it is read, like all that is wrong with one scan of many
+                files.append(folder)
         else:
             files.append(source)
     return files

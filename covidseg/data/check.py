@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from covidseg.data.folder import Case, composed, load_dataset
 from covidseg.data.layout import has_lesion
-from covidseg.data.nifti import entries, kind_of, scans_in
+from covidseg.data.nifti import entries, is_scan, kind_of, scans_in
 from covidseg.data.scan import Scan, read_mask, read_scan, scan_id
 from covidseg.errors import DatasetError, InputFileError, NoLungError, one_of
 from covidseg.lungs import survey_lungs
@@ -19,6 +20,7 @@ from covidseg.lungs import survey_lungs
 # Studies in each folder of MosMedData COVID19_1110, and the studies that have outlines.
 MOSMED_STUDIES = {"CT-0": 254, "CT-1": 684, "CT-2": 125, "CT-3": 45, "CT-4": 2}
 MOSMED_OUTLINED = range(255, 305)
+PARTS, NEAR = ("im", "lung", "mask", "slice_labels.csv"), 0.8  # of a data folder, and what counts as a name near to it
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,22 @@ def check_folder(root: str | Path, unit: str | None = None, *, anatomy: bool = T
     else:
         faults += [f"{case.id}: no slice has a line in the label table, so training leaves the volume out"
                    for case in cases if not case.labels]
+    faults += _unread(root)
     known = {case.id for case in cases}
     for kind in ("lung", "mask"):
         faults += [f"{kind}/{path.name} belongs to no image of the same name in im/" for path in entries(root / kind)
                    if composed(scan_id(path)) not in known and not path.name.startswith(".")]
     return FolderReport(root, tuple(_check_case(case, unit, anatomy) for case in cases), tuple(faults))
+
+
+def _unread(root: Path) -> list[str]:
+    """Files and folders that look as if they were meant to be read, and are not."""
+    faults = []
+    for name in (path.name for path in entries(root)):
+        meant = get_close_matches(name.lower(), PARTS, 1, NEAR) if name not in PARTS else []
+        faults += [f"{name} is not read: its name has to be {part}" for part in meant if not (root / part).exists()]
+    return faults + [f"im/{path.name} is not read: it is no .nii or .nii.gz file" for path in entries(root / "im")
+                     if not is_scan(path) and not path.name.startswith(".")]
 
 
 def _check_case(case: Case, unit: str | None, anatomy: bool) -> VolumeReport:

@@ -184,7 +184,7 @@ def read_table(table: Path) -> tuple[set[str], list[tuple[int, dict[str, str]]]]
     tabs. White space around a cell is left out, and so are rows without any text, which spreadsheets append.
 
     Raises:
-        DatasetError: the table cannot be opened, or is none.
+        DatasetError: the table cannot be opened, is none, or names a column twice.
     """
     if kind_of(table) == "folder":
         raise DatasetError("is not a CSV table but a folder", path=table, remedy="Put the table in its place")
@@ -198,6 +198,8 @@ def read_table(table: Path) -> tuple[set[str], list[tuple[int, dict[str, str]]]]
             # make one cell of all that follows, but for "strict".
             reader = csv.reader(stream, delimiter=separator, skipinitialspace=True, strict=True)
             columns = [name.strip() for name in next(reader, [])]
+            if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
+                raise DatasetError(f"names the column {', '.join(twice)} twice", path=table, remedy="Keep one of them")
             for row in reader:
                 cells = [composed(cell.strip()) for cell in row]
                 if any(cells):

@@ -84,7 +84,12 @@ def data_root() -> Path:
 def cache_root() -> Path:
     """Where data sets go unless told otherwise: ``$COVIDSEG_DATA``, or the user's cache folder."""
     chosen = os.environ.get("COVIDSEG_DATA")
-    return Path(chosen).expanduser() if chosen else Path(pooch.os_cache("covidseg"))
+    return expanded(chosen) if chosen else Path(pooch.os_cache("covidseg"))
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with ``~`` replaced; unlike that of :class:`~pathlib.Path` it never fails, and leaves who is not known."""
+    return Path(os.path.expanduser(path))
 
 
 def home(name: str) -> Path:
@@ -195,7 +200,7 @@ def resolve(name_or_dir: str | Path) -> Path:
     register = load_registry()
     name = str(name_or_dir)
     if isinstance(name_or_dir, Path) or name not in register:
-        folder = Path(name_or_dir).expanduser()
+        folder = expanded(name_or_dir)
         if folder.is_dir():
             return folder
         raise DatasetError("is neither a data folder nor the name of a data set", path=name_or_dir,

@@ -67,7 +67,7 @@ def scan_id(path: str | Path) -> str:
     return name
 
 
-def read_scan(path: str | Path, *, unit: str | None = None, series: str | None = None) -> Scan:
+def read_scan(path: str | Path, *, unit: str | None = None, series: str | int | None = None) -> Scan:
     """Reads a CT volume or a stack of slices from NIfTI, or a series of DICOM slices, upright and in its stored type.
 
     Args:
@@ -91,7 +91,7 @@ def read_scan(path: str | Path, *, unit: str | None = None, series: str | None =
     if _holds_dicom(path):
         from covidseg.data.dicom import read_series  # which needs this module
 
-        voxels, grid, warnings = read_series(path, series)
+        voxels, grid, warnings = read_series(path, None if series is None else str(series))
     elif series is not None:
         raise SettingsError("is not DICOM and has no series", path=path, remedy="Leave --series out")
     else:
@@ -149,13 +149,13 @@ def files_below(folder: Path, seen: set[Path] | None = None) -> Iterator[Path]:
             yield path
 
 
-def read_mask(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
+def read_mask(path: str | Path, *, like: Scan | Path | str | None = None) -> np.ndarray:
     """Reads a mask as ``(slices, rows, columns)`` bool, upright; every value above 0 counts as inside.
 
     Args:
         path: a NIfTI file.
-        like: the scan the mask belongs to; its voxels have to be the scan's, at most half of one away by the affines,
-            but in any order.
+        like: the scan that the mask belongs to, or the path of its file; the voxels have to be the same, at most half
+            of one away by the affines, but in any order.
 
     Raises:
         InputFileError: the file cannot be read, does not fit ``like``, or is no mask: it holds numbers below 0, or such
@@ -166,7 +166,7 @@ def read_mask(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
         return _mask_values(path, like) > 0
 
 
-def read_classes(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
+def read_classes(path: str | Path, *, like: Scan | Path | str | None = None) -> np.ndarray:
     """Reads a mask whose numbers are classes, as ``(slices, rows, columns)`` uint8, upright; 255 is 255 or more.
 
     Arguments and errors are those of :func:`read_mask`.
@@ -179,11 +179,12 @@ def read_classes(path: str | Path, *, like: Scan | None = None) -> np.ndarray:
         return np.minimum(values, 255).astype(np.uint8)
 
 
-def _mask_values(path: Path, like: Scan | None) -> np.ndarray:
+def _mask_values(path: Path, like: Scan | Path | str | None) -> np.ndarray:
     """The whole numbers of a mask, upright and in their stored type."""
     header = read_header(path)
     grid = header.grid
     if like is not None:
+        like = like if isinstance(like, Scan) else read_scan(like)
         # The mask's axes in the image's order; as they are, if that is the same.
         turn = ornt_transform(io_orientation(grid.affine), io_orientation(like.grid.affine))
         shape = tuple(grid.shape[axis] for axis in np.argsort(turn[:, 0]))
@@ -204,7 +205,7 @@ def _mask_values(path: Path, like: Scan | None) -> np.ndarray:
     return turned
 
 
-def write_like(array: np.ndarray, grid: Grid, path: str | Path) -> Path:
+def write_like(array: np.ndarray, grid: Grid | Scan, path: str | Path) -> Path:
     """Writes an upright array as NIfTI in the voxel order, shape and affine of ``grid``.
 
     Nothing but shape and place goes into the header: names, dates and remarks of the input stay out. Equal arrays
@@ -213,14 +214,14 @@ def write_like(array: np.ndarray, grid: Grid, path: str | Path) -> Path:
     Args:
         array: ``(slices, rows, columns)``; stored as it is where all programs read its type, else bool as ``uint8``,
             whole numbers in the smallest type that holds them, and others as ``float32``.
-        grid: the layout of the input, ``scan.grid``.
+        grid: the layout of the input, ``scan.grid``, or the scan itself.
         path: target, ``.nii`` or ``.nii.gz``; a crash leaves no half file.
 
     Raises:
         OutputError: the name is not that of a NIfTI file, the array does not fit the grid or holds what NIfTI cannot
             store, or the file cannot be written.
     """
-    array, path = np.asarray(array), Path(path)
+    array, path, grid = np.asarray(array), Path(path), grid.grid if isinstance(grid, Scan) else grid
     if not path.name.lower().endswith(SUFFIXES):
         raise OutputError("is not named as a NIfTI file", path=path, remedy="End its name in .nii or .nii.gz")
     stored = apply_orientation(array, grid.from_upright()) if array.ndim == 3 else array

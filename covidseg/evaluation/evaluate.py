@@ -14,7 +14,6 @@ from functools import cached_property
 import numpy as np
 from skimage.filters import threshold_otsu
 from torch import nn
-from tqdm import tqdm
 
 from covidseg.classifier import Classifier, Ensemble, slice_probabilities
 from covidseg.data.folder import Case, Dataset
@@ -37,7 +36,7 @@ from covidseg.evaluation.metrics import (
 )
 from covidseg.evaluation.statistics import level_counts, reliability_sums
 from covidseg.gradcam import CamSettings, activation_maps
-from covidseg.lungs import is_volume, to_grid
+from covidseg.lungs import is_volume, to_grid, with_bar
 from covidseg.patches import patch_probabilities
 from covidseg.pipeline import Run
 from covidseg.preprocess import Crops, crop_masks, join_crops, uncrop_all
@@ -304,7 +303,7 @@ def measure(run: Run, test: Dataset, methods: Sequence[Method], *, progress: boo
     counted: list[list[list[StageResult]]] = [[] for _ in methods]  # of each method, scan by scan, its rows
     verdicts: list[list[np.ndarray]] = [[] for _ in methods]
     lung_counts, labels, names = list[np.ndarray](), list[np.ndarray](), list[str]()
-    for scan in tqdm(_open(run, test), desc="measuring", unit="volume", total=len(test.cases), disable=not progress):
+    for scan in with_bar(_open(run, test), "measuring", progress, "volume", len(test.cases)):
         truth, lungs = scan.truth, scan.full(scan.crops.lungs) > 0.5
         mask = truth.mask[truth.slices]
         labels.append(truth.mask[scan.found[scan.seen]].any(axis=(1, 2)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,25 +113,26 @@ def class_names(mask: Path) -> tuple[str, str, str]:
     return UNNAMED
 
 
-def class_counts(prediction: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Pixels of the classes 1, 2 and 3 that were marked, and all that there are, for every slice.
+def class_counts(prediction: np.ndarray, classes: np.ndarray, numbers: Sequence[int] = (1, 2, 3)) -> np.ndarray:
+    """Pixels of some classes that were marked, and all that there are, for every slice.
 
     Args:
         prediction: ``(N, H, W)`` bool.
-        classes: ``(N, H, W)`` uint8, 0 outside, else the number of a class. A mask that holds other numbers knows
+        classes: ``(N, H, W)`` uint8, 0 outside, else the number of a class. A mask that holds other ``numbers`` knows
             other classes, and nothing of it is counted.
+        numbers: ``C`` of them, those of the classes.
 
     Returns:
-        ``(N, 3, 2)`` int64.
+        ``(N, C, 2)`` int64.
     """
-    known = classes.max(initial=0) <= len(CLASSES)
-    each = [(classes == k) & known for k in range(1, len(CLASSES) + 1)]
+    known = bool(np.isin(classes, (0, *numbers)).all())
+    each = [(classes == k) & known for k in numbers]
     return np.stack([np.stack([(one & prediction).sum(axis=(1, 2)), one.sum(axis=(1, 2))], axis=1)
                      for one in each], axis=1).astype(np.int64)
 
 
-def class_sensitivity(counts: np.ndarray, names: tuple[str, str, str] = CLASSES) -> dict[str, float]:
-    """Sensitivity over the pooled pixels of each class that is there, from ``(N, 3, 2)`` :func:`class_counts`.
+def class_sensitivity(counts: np.ndarray, names: Sequence[str] = CLASSES) -> dict[str, float]:
+    """Sensitivity over the pooled pixels of each class that is there, from ``(N, C, 2)`` :func:`class_counts`.
 
     ``names`` are those of :func:`class_names`. Empty for masks of one number: they tell no classes apart.
     """

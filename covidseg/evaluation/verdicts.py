@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from covidseg.data.folder import Case, Dataset
 from covidseg.data.layout import LESION_PIXELS, REFERENCE_AREA
@@ -26,6 +25,7 @@ from covidseg.evaluation.evaluate import Method, cut_level
 from covidseg.evaluation.methods import SYSTEMS
 from covidseg.evaluation.statistics import bootstrap, drawn_auc, drawn_share
 from covidseg.evaluation.tables import Record, Table, digits, figure, rounds_used, spread
+from covidseg.lungs import with_bar
 from covidseg.pipeline import find_lungs
 from covidseg.predict import Predictor
 from covidseg.preprocess import Crops, uncrop
@@ -104,7 +104,7 @@ def judge(find: Find, test: Dataset, methods: Sequence[Method], *, progress: boo
     demand_labels(test)
     names, patients, labels, lung = list[str](), list[str](), list[int](), list[bool]()
     said: list[list[tuple[float, float]]] = [[] for _ in methods]  # verdict and marked area of each slice
-    for case in tqdm(test.cases, desc="judging", unit="volume", disable=not progress):
+    for case in with_bar(test.cases, "judging", progress, "volume"):
         if not case.labels:
             continue
         scan = read_scan(case.image)
@@ -126,7 +126,7 @@ def judge(find: Find, test: Dataset, methods: Sequence[Method], *, progress: boo
 def judge_nets(nets: Predictor, test: Dataset, *, progress: bool = False) -> Verdicts:
     """What trained nets say of the labelled slices of a set, at their own level; no classifier is among them."""
     def find(case: Case, scan: Scan) -> tuple[np.ndarray, Crops, bool]:
-        return *find_lungs(scan.pixels, nets.lung_net, nets.profile), False
+        return *find_lungs(scan.pixels, nets.lung_net, nets.profile, aspect=scan.aspect()), False
     method = Method([("Segmenter", "slice labels", nets.profile.segmenter.threshold)],
                     lambda crops, volume: (None, [lesion_probabilities(nets.segmenter, crops)]))
     return judge(find, test, [method], progress=progress)[0]

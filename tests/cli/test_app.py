@@ -136,6 +136,8 @@ BLANK = np.zeros((9, 9, 3), np.uint8)
 FAULTS: dict[str, tuple[int, str, Callable[[Place], list[object]]]] = {
     "missing scan": (3, "nothing.nii.gz", lambda p: ["lungs", "nothing.nii.gz", "-o", "out"]),
     "broken scan": (3, "broken.nii", lambda p: p.predict(p.write("broken.nii.gz", p.scan.read_bytes()[:5000]))),
+    "an argument that is empty": (9, "an argument is empty", lambda p: ["lungs", "", "-o", "out"]),
+    "an option that is empty": (9, "--out=", lambda p: ["lungs", p.scan, "--out="]),
     "no run": (3, "run.json", lambda p: ["predict", "--run", ".", p.scan, "-o", "out"]),
     "no run to export": (3, "run.json", lambda p: ["export", ".", "-o", "out"]),
     "other shape": (3, "has shape", lambda p: [
@@ -170,7 +172,7 @@ FAULTS: dict[str, tuple[int, str, Callable[[Place], list[object]]]] = {
     "no such system": (9, "'decov-net'", lambda p: p.reproduce("--systems", "otsu,decov-net")),
     **{f"seeds {seeds!r}": (9, f"'{seeds}' is no list of different seeds",
                             lambda p, seeds=seeds: p.reproduce(f"--seeds={seeds}"))  # type: ignore[misc]
-       for seeds in ("", "one", "0,", "0,,1", "-1", "0,0", "1.5", "0;1", "4294967296")},
+       for seeds in ("one", "0,", "0,,1", "-1", "0,0", "1.5", "0;1", "4294967296")},
     "measured on what was trained on": (4, "are trained on, too", lambda p: p.reproduce()),
     "ablated on what was trained on": (4, "are trained on, too", lambda p: [
         "ablate", "--data", p.phantom, "--test", p.phantom, "--out", "out"]),

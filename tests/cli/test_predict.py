@@ -24,7 +24,7 @@ from covidseg.batch import Part, tables
 from covidseg.cli import app
 from covidseg.cli.common import state
 from covidseg.cli.predict import targets_of
-from covidseg.data.scan import read_scan, write_like
+from covidseg.data.scan import Grid, read_scan, write_like
 from covidseg.errors import CovidsegError, InputFileError, OutputError, ScanWarning, SettingsError
 from covidseg.predict import lung_masks
 
@@ -195,6 +195,16 @@ def test_a_folder_of_dicom_slices_is_one_scan(series: Path, run: Path, tmp_path:
     assert not (series / "out").exists()
 
 
+def test_a_mask_is_not_written_among_the_slices(series: Path, run: Path, tmp_path: Path) -> None:
+    """The folder would then hold both kinds of files, and no longer be a scan."""
+    one = sorted((series / "deep").iterdir())[5]
+    for out in (series / "deep", series / "deep" / "masks", series / "deep" / "mask.nii.gz"):
+        refused = invoke("predict", "--run", run, one, "-o", out)
+        assert isinstance(refused.exception, SettingsError)
+        assert "among the slices" in str(refused.exception)
+    assert invoke("predict", "--run", run, one, "-o", tmp_path / "out").exit_code == 0
+
+
 def test_the_series_can_be_named_and_is_remembered(series: Path, run: Path, tmp_path: Path) -> None:
     files = sorted((series / "deep").iterdir())
     write_series(series / "other", read_scan(series).pixels[:8], (0, 0, 5), SeriesInstanceUID="1.2.777777")
@@ -227,6 +237,11 @@ def test_folders_that_hold_no_series_of_ct(command: str, tmp_path: Path) -> None
         result = invoke(command, tmp_path / "scans", "-o", tmp_path / "out")
         assert isinstance(result.exception, InputFileError)
         assert words in str(result.exception)
+    scan = write_like(np.zeros((2, 6, 5), np.int16), Grid((5, 6, 2), np.eye(4)), tmp_path / "flat.nii.gz")
+    several = invoke(command, tmp_path / "scans", scan, "-o", tmp_path / "out")
+    assert several.exit_code == (7 if command == "lungs" else 3), "of the last bad one; predict sorts them"
+    assert "is a localizer" in several.output
+    assert "flat.nii.gz: no lung was found" in several.output
     (tmp_path / "scans" / "one.nii.gz").touch()
     assert "holds both" in str(invoke(command, tmp_path / "scans", "-o", tmp_path / "out").exception)
 # --- names, outputs and ends ------------------------------------------------------------------------------------------

@@ -56,6 +56,9 @@ def test_check_of_a_sound_folder(folder: Path) -> None:
     (lambda d: (d / "slice_labels.csv").write_text("volume,slice,has_lesion\na,4,0\n"), "slices 4 are labelled, but"),
     (lambda d: (d / "slice_labels.csv").write_text("volume,slice,has_lesion\na,0,2\n"), "line 2"),
     (lambda d: (d / "slice_labels.csv").unlink(), "no such label table"),
+    (lambda d: (d / "mask").rename(d / "Masks"), "Masks is not read: its name has to be mask"),
+    (lambda d: (d / "lung").rename(d / "lungs"), "lungs is not read: its name has to be lung"),
+    (lambda d: (d / "im/b.nrrd").touch(), r"im/b.nrrd is not read: it is no .nii or .nii.gz file"),
 ])
 def test_check_lists_every_fault(spoil: Callable[[Path], object], complaint: str, folder: Path) -> None:
     spoil(folder)

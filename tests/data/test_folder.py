@@ -190,6 +190,7 @@ def test_a_fault_is_named_by_its_line_in_the_file(tmp_path, table, line):
     ("", ["lacks the column volume, slice, has_lesion"]),
     ("volume,slice\na,0\n", ["lacks the column has_lesion"]),
     ("volume|slice|has_lesion\na|0|0\n", ["lacks the column volume", "with commas", "names volume|slice|has_lesion"]),
+    ("volume,slice,has_lesion,slice\na,0,0,1\n", ["names the column slice twice", "Keep one"]),
     ("volume,slice,has_lesion\na,0,0\na,1,2\n", ["line 3", "has_lesion 0 or 1"]),
     ("volume,slice,has_lesion\na,0,\n", ["line 2", "has_lesion 0 or 1"]),
     ("volume,slice,has_lesion\na,0,yes\n", ["line 2"]),

@@ -118,12 +118,14 @@ def test_cache_folder_can_be_chosen(cache: Path, monkeypatch: pytest.MonkeyPatch
     assert cache_root() == cache
     monkeypatch.delenv("COVIDSEG_DATA")
     assert cache_root().name == "covidseg"
+    monkeypatch.setenv("COVIDSEG_DATA", "~nobody-of-that-name/data")
+    assert cache_root() == Path("~nobody-of-that-name/data"), "no trace, also where nobody knows the home"
 
 
 def test_resolve_a_folder(cache: Path, tmp_path: Path) -> None:
     write_volume(tmp_path / "mine")
     assert resolve(tmp_path / "mine") == resolve(str(tmp_path / "mine")) == tmp_path / "mine"
-    for unknown in (tmp_path / "other", "medseg3"):
+    for unknown in (tmp_path / "other", "medseg3", "~nobody-of-that-name/data"):
         with pytest.raises(DatasetError, match="neither a data folder nor the name"):
             resolve(unknown)
 

@@ -297,7 +297,10 @@ def test_a_mask_of_one_number_tells_no_classes_apart(value: int) -> None:
 
 
 def test_numbers_of_other_classes_are_not_counted() -> None:
-    assert not class_counts(masks("#####"), np.array([[[0, 1, 2, 3, 4]]], np.uint8)).any()
+    classes = np.array([[[0, 1, 2, 4, 4]]], np.uint8)
+    assert not class_counts(masks("#####"), classes).any()
+    counts = class_counts(masks("###.#"), classes, (1, 2, 4))
+    assert class_sensitivity(counts, ("a", "b", "c")) == {"a": 1, "b": 1, "c": 0.5}
 
 
 def test_hd95_by_hand() -> None:

@@ -166,8 +166,8 @@ def test_slices_without_lung_have_the_lowest_verdict_and_no_mark(run: Run) -> No
                         lambda crops, volume: (np.zeros(len(crops)), [np.ones_like(crops.images)]))
     found = run.crops
 
-    def last_lost(pixels: np.ndarray, volume: bool | None = None) -> tuple:
-        numbers, crops = found(pixels, volume)
+    def last_lost(pixels: np.ndarray, volume: bool | None = None, aspect: float = 1.0) -> tuple:
+        numbers, crops = found(pixels, volume, aspect)
         return numbers[numbers != 5], crops.take(np.flatnonzero(numbers != 5))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "crops", last_lost)
