@@ -25,11 +25,11 @@ from torch import nn
 from covidseg import DISCLAIMER
 from covidseg.classifier import Classifier, Ensemble, train_ensemble
 from covidseg.curriculum import Phase, agreement, make_guidance
-from covidseg.data.folder import Dataset, load_dataset
+from covidseg.data.folder import Dataset, load_dataset, named
 from covidseg.data.registry import resolve
-from covidseg.data.splits import apply_split, read_split
+from covidseg.data.splits import apply_split, read_split, split_names
 from covidseg.devices import is_first, pick_device
-from covidseg.errors import ArtifactError
+from covidseg.errors import ArtifactError, SettingsError
 from covidseg.gradcam import activation_maps, coarse_labels
 from covidseg.lungnet import make_lung_net, robust_lungs, train_lung_net
 from covidseg.lungs import threshold_lungs
@@ -321,7 +321,7 @@ def open_data(name: str, part: str | None = None) -> Dataset:
 
 
 def open_run(data: str = "phantom", profile: str = "quick", seed: int = 0, folder: Path | str | None = None,
-             part: str | None = "train", device: str = "auto", log: Log = print, method: str = "extended",
+             part: str | None = "default", device: str = "auto", log: Log = print, method: str = "extended",
              check: bool = True) -> Run:
     """The run of a data set, profile and seed; made if it does not exist.
 
@@ -329,18 +329,29 @@ def open_run(data: str = "phantom", profile: str = "quick", seed: int = 0, folde
         data: a folder, or a name from ``covidseg data list``.
         profile: ``quick`` or ``full``.
         folder: where to store it; default ``$COVIDSEG_RUNS`` (or ``runs``) ``/DATA-PROFILE-METHOD-seedN``.
-        part: the side of the set's split to train on; None takes all volumes.
+        seed: of all stages, a whole number from 0 to 2 ** 32 - 1.
+        part: ``train`` or ``test``, the side of the set's split to train on; None takes all volumes. By default the
+            former, and all volumes of a folder, which has no split.
         device: ``auto``, ``cpu`` or ``cuda``.
         method: ``extended`` or ``faithful``.
         check: whether the scans have to look like chest CT.
+
+    Raises:
+        DatasetError: the set is not there, or has no split although one side was asked for.
+        SettingsError: there is no such profile, method, device or seed.
     """
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2 ** 32:
+        raise SettingsError(f"{seed!r} is no seed", remedy="Give a whole number from 0 to 2 ** 32 - 1")
     if folder is None:
-        folder = Path(os.environ.get("COVIDSEG_RUNS", "runs")) / f"{Path(data).name}-{profile}-{method}-seed{seed}"
+        name = f"{Path(named(data)).name}-{profile}-{method}-seed{seed}"
+        folder = Path(os.environ.get("COVIDSEG_RUNS", "runs")) / name
     torch.set_float32_matmul_precision("high")
+    if part == "default":
+        part = "train" if data in split_names() else None
     found = replace(open_data(data, part), check=check)
     if silent := [case.id for case in found.cases if not case.labels]:
         log(f"without a label, and so without a part in training: {', '.join(silent)}")
-    return Run(found, profile_named(profile, method), seed, Path(folder), device, log)
+    return Run(found, profile_named(profile, method), int(seed), Path(folder), device, log)
 
 
 def write_run(run: Run, command: str) -> Path:

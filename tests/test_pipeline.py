@@ -19,7 +19,7 @@ from covidseg.classifier import Ensemble
 from covidseg.curriculum import MutualSettings, agreement, make_guidance
 from covidseg.data.folder import load_dataset
 from covidseg.data.scan import read_scan, write_like
-from covidseg.errors import DatasetError
+from covidseg.errors import DatasetError, SettingsError
 from covidseg.evaluation.evaluate import training_truth
 from covidseg.lungs import threshold_lungs
 from covidseg.patches import PatchNet
@@ -371,7 +371,18 @@ def test_a_run_lies_where_the_environment_says(tiny_phantom: Path, tmp_path: Pat
     run = open_run(str(tiny_phantom), "quick", 7, part=None, device="cpu", log=quiet)
     assert run.folder == tmp_path / "runs" / f"{tiny_phantom.name}-quick-extended-seed7"
     assert run.profile is TINY
-    assert open_run(str(tiny_phantom), seed=7, folder=tmp_path / "own", part=None).folder == tmp_path / "own"
+    own = open_run(str(tiny_phantom), seed=7, folder=tmp_path / "own")
+    assert own.folder == tmp_path / "own"
+    assert len(own.data.cases) == 4, "a folder has no split, so all of it"
+    monkeypatch.chdir(tiny_phantom)
+    assert open_run(".", seed=7).folder.name == f"{tiny_phantom.name}-quick-extended-seed7"
+
+
+@pytest.mark.parametrize("seed", ["0", 1.5, -1, None, 2 ** 32])
+def test_a_seed_is_a_whole_number(seed: object, tiny_phantom: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="is no seed"):
+        open_run(str(tiny_phantom), seed=seed, folder=tmp_path / "run")  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_volume_without_labels_is_left_out_aloud(tiny_run: Run, tmp_path: Path) -> None:

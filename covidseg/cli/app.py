@@ -65,11 +65,13 @@ def train(data: Annotated[str, typer.Option(help="A data folder, or a name from 
           part: Annotated[str, typer.Option(help="all volumes, or one side of the set's split: train, test.")] = "all",
           deterministic: Deterministic = False, unchecked: Unchecked = False) -> None:
     """Trains all stages on slice labels. With several GPUs: torchrun --nproc-per-node 2 -m covidseg train ..."""
+    from covidseg.data.folder import named
     from covidseg.devices import is_first, joined, pick_device, use_deterministic_kernels
     from covidseg.pipeline import open_run, write_run
 
     if deterministic:
         use_deterministic_kernels()
+    data = named(data)
     with joined(pick_device(device)):
         console.quiet = not is_first()
         start = time.monotonic()

@@ -33,6 +33,7 @@ from covidseg.cli.report import (
     write_json,
     write_report,
 )
+from covidseg.data.folder import named
 from covidseg.errors import DatasetError, NoLungError, SettingsError
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def verdicts(data: Annotated[str, typer.Argument(help="A data folder with slice 
     from covidseg.profiles import read_report
 
     check_json_file(out, "nets", "results")
+    data, run = named(data), None if run is None else Path(named(run))
     testing, nets = open_data(data).without_masks(), load_predictor(run or SHIPPED)
     title = "the nets that come with covidseg" if run is None else run.name
     if seen := trained_on(read_report(run or SHIPPED)[0].get("data", {}), testing):
@@ -269,6 +271,7 @@ def ablate_command(
 
 def sides(data: str, test: str | None) -> tuple[str, str | None]:
     """Training set and measured set; a name of :data:`PAIRS` stands for both, unless it is a folder."""
+    data, test = named(data), None if test is None else named(test)
     if data in PAIRS and not Path(data).is_dir():
         first, second = PAIRS[data]
         return first, test or second

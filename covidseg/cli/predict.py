@@ -11,6 +11,7 @@ import typer
 
 from covidseg import DISCLAIMER
 from covidseg.cli.common import Device, Unchecked, as_fault, complain, say, state
+from covidseg.data.folder import named
 from covidseg.data.nifti import SUFFIXES
 from covidseg.data.scan import read_scan, scan_id, shown, write_like
 from covidseg.errors import CovidsegError, InputFileError, SettingsError
@@ -74,7 +75,7 @@ def files_of(sources: list[Path]) -> list[Path]:
         if os.path.isdir(source):  # Path.is_dir fails where a name is too long or a folder may not be searched
             from covidseg.data.dicom import inputs_in  # with SimpleITK, which files alone can do without
 
-            folder = source if source.name not in ("", "..") else _real(source)
+            folder = Path(named(source))
             try:
                 files += inputs_in(folder)
             except InputFileError:  # said when it is read, like all that is wrong with one scan of many

@@ -16,6 +16,7 @@ volume; volumes of one patient never end up on two sides of a split. Weak traini
 from __future__ import annotations
 
 import csv
+import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -105,6 +106,11 @@ def load_dataset(root: str | Path, *, labels: bool = True) -> Dataset:
         return Dataset(root, tuple(_stack_case(image, files, labels) for image in stacks))
     raise DatasetError("holds no scans", path=root,
                        remedy="Expected im/*.nii.gz and slice_labels.csv, or NAME_im.nii.gz and NAME_slices.csv")
+
+
+def named(path: str | Path) -> str:
+    """A path that ends in a name, which results can say: that of the folder itself for one that ends in dots."""
+    return str(path) if Path(path).name not in ("", "..") else os.path.realpath(path)
 
 
 def composed(text: str) -> str:

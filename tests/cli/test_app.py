@@ -403,6 +403,15 @@ def test_volume_or_stack_reaches_the_lungs(name: str, tiny_phantom: Path, tiny_r
     assert slices["--stack"] == [0, *range(2, 10)]
 
 
+def test_a_folder_named_by_dots_has_its_own_name_in_results(tiny_phantom: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_phantom / "im")
+    found = tuple(map(str, (tiny_phantom.resolve(), (tiny_phantom / "im").resolve())))
+    assert sides("..", ".") == found
+    assert sides("medseg", None) == PAIRS["medseg"]
+    assert sides("mine", "left-out") == ("mine", "left-out")
+
+
 @pytest.mark.parametrize("command", ["train", "reproduce", "ablate"])
 def test_unchecked_reaches_the_run(command: str, tiny_phantom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """See test_faults.py for scans that are refused without it."""
