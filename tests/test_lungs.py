@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 import pytest
 from inputs import squeezed
+from lung_quality import evaluate_lungs
 from scipy import ndimage as ndi
 from skimage import morphology as plain
 from skimage.transform import resize
@@ -26,7 +27,6 @@ from covidseg.data.phantom import PhantomPatient, PhantomSettings, make_patient
 from covidseg.data.scan import read_scan
 from covidseg.errors import SettingsError
 from covidseg.evaluation.evaluate import read_truth
-from covidseg.evaluation.lungs import evaluate_lungs
 from covidseg.lungs import (
     LungSettings,
     _sides,

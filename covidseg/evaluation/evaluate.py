@@ -172,7 +172,7 @@ class Evaluation:
     names: tuple[str, ...] = ()
 
     def lung_shares(self) -> tuple[float, float]:
-        """As :func:`covidseg.evaluation.lungs.lesion_coverage`, of the lungs found; NaN where not measured."""
+        """Shares of all lesions and of the slices that lie in the lungs found; NaN where not measured."""
         return shares(np.zeros((1, 4)) if self.lungs is None else self.lungs)
 
 

@@ -22,7 +22,7 @@ from covidseg.evaluation.evaluate import Evaluation, evaluate_run, found_crops, 
 from covidseg.evaluation.methods import PUBLISHED, SYSTEMS, BaselineProfile, Trained, system_names
 from covidseg.evaluation.metrics import NAMES, figures, macro, micro
 from covidseg.evaluation.statistics import Difference, bootstrap_difference, bootstrap_interval, paired_test
-from covidseg.evaluation.tables import Record, Table, evaluation_json, figure, scores_json, spread
+from covidseg.evaluation.tables import Record, Table, evaluation_json, figure, spread
 from covidseg.evaluation.verdicts import Verdicts, judge, verdict_json
 from covidseg.pipeline import Run
 from covidseg.profiles import Profile, faithful
@@ -118,23 +118,6 @@ def levels_of(results: Sequence[Record]) -> np.ndarray | None:
         return None
     marked = np.array([[row.split() for row in result["levels"]] for result in results], np.int64)
     return np.concatenate([marked, marked[:, :1] - marked], axis=2)  # at level 0 everything is marked
-
-
-def subset(results: Sequence[Record], slices: slice) -> list[Record]:
-    """Results restricted to a run of their slices, in the order of the record.
-
-    A record keeps the counts of each slice for the answer alone. So other rows are left out, and levels, reliability
-    and AUC, which belong to all slices together, are None.
-    """
-    kept = []
-    for result in results:
-        part = {**result, "counts": dict(list(result["counts"].items())[slices]), "levels": None, "reliability": None,
-                "classifier_auc": None}
-        counts = counts_of([part])[0]
-        answer = {key: result["rows"][-1][key] for key in ("name", "supervision", "threshold")}
-        kept.append({**part, "slices": len(counts), "rows": [
-            {**answer, "micro": scores_json(micro(counts)), "macro": scores_json(macro(counts))}]})
-    return kept
 
 
 def split_table(results: Sequence[Record], parts: Mapping[str, slice]) -> Table:
@@ -278,12 +261,6 @@ def volume_table(results: Sequence[Record]) -> Table | None:
     return Table(("volume", *(name.replace("-", "\n") for name in systems)), "l" + "r" * len(systems), [
         [name, *(figure(value, ".2f") for value in row)]
         for name, row in zip([*names, "mean"], [*dice, np.nanmean(dice, axis=0)], strict=True)])
-
-
-def cost_markdown(lines: Sequence[Line]) -> str:
-    """What each system needs: parameters of the nets that answer, and seconds of training a seed, lungs included."""
-    return Table(("", "parameters", "seconds of training"), "lrr", [
-        [line.title, figure(line.parameters, ","), figure(line.seconds, ".0f")] for line in lines]).markdown()
 
 
 # --- ablation -------------------------------------------------------------------------------------------------------

@@ -107,44 +107,11 @@ def evaluation_json(evaluation: Evaluation) -> Record:
 
 # --- tables of stages, seeds and variants ---------------------------------------------------------------------------
 
-STAGE_HEADS = ("Dice", "IoU", "PPV", "sens.", "spec.", "macro Dice")  # short, for eleven columns in a page
-
-
-def evaluation_markdown(evaluation: Evaluation) -> str:
-    """The stages of a run for a page of the book: pooled figures, macro Dice, distance of outlines.
-
-    HD95 stands on the slices in which both masks hold something, *of* those in which either does. Where the masks tell
-    classes of lesions apart, the sensitivity of each follows.
-    """
-    first = evaluation.stages[0]
-    classes = list(first.class_sensitivity())
-    rows = []
-    for stage in evaluation.stages:
-        apart = stage.distance()
-        rows.append([
-            stage.name, stage.supervision, *map(figure, (*stage.micro().as_dict().values(), stage.macro().dice)),
-            figure(apart.mean, ".1f"), f"{apart.slices} of {apart.slices + apart.empty}",
-            *(figure(stage.class_sensitivity()[name]) for name in classes)])
-    heads = "HD95, " + first.distance().unit, "on slices", *(f"sens. of {name}" for name in classes)
-    return Table(("", "taught with", *STAGE_HEADS, *heads), "ll" + "r" * (6 + len(heads)), rows).markdown()
-
-
 def scores_table(rows: Iterable[tuple[str, Mapping[str, float | None], Mapping[str, float | None]]]) -> Table:
     """Rows of name, micro and macro figures by their names: five pooled over pixels, Dice and IoU also over slices."""
     return Table(("", "Dice", "IoU", "PPV", "sens.", "spec.", "macro\nDice", "macro\nIoU"), "l" + "r" * 7, [
         [name, *(figure(micro[each]) for each in NAMES), figure(macro["dice"]), figure(macro["iou"])]
         for name, micro, macro in rows])
-
-
-def seeds_markdown(results: Sequence[Record]) -> str:
-    """Table of all stages of one system: mean and deviation over the seeds, micro figures and macro Dice."""
-    rows: dict[str, list[list[float | None]]] = {}
-    for result in results:
-        for row in result["rows"]:
-            rows.setdefault(row["name"], []).append([*(row["micro"][name] for name in NAMES), row["macro"]["dice"]])
-    return Table(("", *STAGE_HEADS), "l" + "r" * 6, [
-        [name, *(spread(column) for column in np.array(seeds, float).T)]  # of None it makes NaN
-        for name, seeds in rows.items()]).markdown()
 
 
 def rounds_used(records: Iterable[Record]) -> str:
@@ -179,8 +146,3 @@ def ablation_table(variants: Iterable[Record], *, narrow: bool = False) -> Table
     heads = ["variant: stage", "Dice", "PPV", "sens." if narrow else "sensitivity", "macro\nDice", "round\nused"]
     width = len(heads) - (not any(row[-1] for row in rows))  # older records do not say which round
     return Table(heads[:width], "l" + "r" * (width - 1), [row[:width] for row in rows])
-
-
-def ablation_markdown(records: Iterable[Record]) -> str:
-    """Table of an ablation, and of more variants measured on the same slices with the same profile."""
-    return ablation_table(variant for record in records for variant in record["variants"]).markdown()

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import lung_quality as lung_figures
 import numpy as np
 import pytest
 import torch
+from lung_quality import Finder, evaluate_lungs, lesion_coverage
 from skimage.filters import threshold_otsu
 from tiny import TINY, quiet, toy
 
@@ -19,7 +21,6 @@ from covidseg.data.scan import Grid, read_mask, read_scan, write_like
 from covidseg.data.splits import Split, apply_split
 from covidseg.errors import DatasetError
 from covidseg.evaluation import evaluate
-from covidseg.evaluation import lungs as lung_figures
 from covidseg.evaluation.evaluate import (
     Evaluation,
     Method,
@@ -31,7 +32,6 @@ from covidseg.evaluation.evaluate import (
     training_truth,
     unseen_slices,
 )
-from covidseg.evaluation.lungs import Finder, evaluate_lungs, lesion_coverage
 from covidseg.evaluation.metrics import hd95
 from covidseg.evaluation.statistics import reliability_sums
 from covidseg.gradcam import CamSettings, activation_maps
@@ -146,7 +146,7 @@ def all_but(number: int) -> Finder:
 
 def in_lungs(find: Finder) -> Callable[..., tuple[np.ndarray, Crops]]:
     """The crops that a run would make whose lungs are found by ``find``."""
-    def crops(pixels: np.ndarray, volume: bool | None = None) -> tuple[np.ndarray, Crops]:
+    def crops(pixels: np.ndarray, volume: bool | None = None, aspect: float = 1.0) -> tuple[np.ndarray, Crops]:
         lungs = find(pixels)
         found = np.flatnonzero(lungs.any(axis=(1, 2)))
         return found, make_crops(pixels[found], lungs[found], PrepareSettings(size=80, margin=0.0))

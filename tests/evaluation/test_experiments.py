@@ -34,7 +34,6 @@ from covidseg.evaluation.experiments import (
     Line,
     by_system,
     compare,
-    cost_markdown,
     counts_of,
     differences,
     levels_of,
@@ -42,7 +41,6 @@ from covidseg.evaluation.experiments import (
     patients_of,
     split_table,
     strongest_earlier,
-    subset,
     table1,
     table_lines,
     volume_table,
@@ -434,19 +432,6 @@ def test_the_outline_of_a_systems_own_authors_stands_below_it() -> None:
     assert sum("own rule" in title for title in rows) == 1, "AD3D-MIL's authors draw none"
 
 
-def test_a_subset_has_the_figures_of_its_slices_and_nothing_of_the_others() -> None:
-    whole = [{**drawn_by_rule(name, 0.25), "levels": ["1 2"] * 101, "hd95": 3} for name in ("decovnet", "extended")]
-    for name, result in zip(("decovnet", "extended"), subset(whole, slice(4, None)), strict=True):
-        table = counts(0.5, 90)[4:]
-        assert counts_of([result]).tolist() == [table.tolist()]
-        assert (result["system"], result["slices"], list(result["counts"])) == (name, len(table), NAMES[4:])
-        assert result["rows"][-1]["micro"]["dice"] == round(micro(table).dice, 4)
-        assert result["rows"][-1]["macro"]["dice"] == round(macro(table).dice, 4)
-        assert [result[key] for key in ("levels", "reliability", "classifier_auc")] == [None] * 3
-        assert len(result["rows"]) == 1
-    assert "own rule" not in table1(table_lines(subset(whole, slice(4, None)))).markdown()
-
-
 def test_the_split_table_by_hand() -> None:
     table = split_table(comparison(2), {"first": slice(0, 4), "all": slice(None)})
     assert table.heads == ("micro / macro Dice", "first", "all")
@@ -481,12 +466,3 @@ def test_both_tables_show_the_figures_of_their_lines() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text, "nothing is cut off in a terminal of 80 columns"
     assert "±" not in table1(table_lines(comparison(1))).markdown(), "a single seed has no deviation"
-
-
-def test_costs() -> None:
-    rows = cost_markdown(table_lines(comparison(2))).splitlines()
-    assert len(rows) == 2 + 7
-    assert "| ours, extended | 1,234 | 60 |" in rows  # 60.5 s is rounded to even
-    assert "| U-Net, true masks | 1,234 | – |" in rows
-    unknown = cost_markdown(table_lines([record("masks", 0, counts(0.9, 9), parameters=None, seconds=None)]))
-    assert unknown.splitlines()[-1] == "| U-Net, true masks | – | – |"
