@@ -16,12 +16,12 @@ from covidseg.evaluation.experiments import (
     by_system,
     counts_of,
     split_table,
-    subset,
     table1,
     table_lines,
 )
 from covidseg.evaluation.methods import PUBLISHED, SYSTEMS
 from covidseg.evaluation.metrics import NAMES, macro, micro
+from covidseg.evaluation.tables import scores_json
 from covidseg.evaluation.verdicts import verdict_json, verdict_lines, verdicts_from
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +34,18 @@ PARTS = {"52 tuned on": slice(0, 52), "48 not tuned on": slice(52, 100), "all 10
 
 def read(name: str) -> dict:
     return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def subset(results: list[dict], slices: slice) -> list[dict]:
+    """Results restricted to a run of their slices, of which a record keeps the counts for the answer alone."""
+    kept = []
+    for result in results:
+        part = {**result, "counts": dict(list(result["counts"].items())[slices]), "levels": None, "reliability": None,
+                "classifier_auc": None}
+        counts, answer = counts_of([part])[0], result["rows"][-1]
+        kept.append({**part, "slices": len(counts), "rows": [
+            {**answer, "micro": scores_json(micro(counts)), "macro": scores_json(macro(counts))}]})
+    return kept
 
 
 def shared_faults(content: dict, *keys: str) -> list[str]:

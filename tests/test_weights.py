@@ -14,6 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage as ndi
+from test_results import subset
 from typer.testing import CliRunner
 
 from covidseg.book.results import read_records
@@ -21,7 +22,7 @@ from covidseg.cli import app
 from covidseg.data.folder import load_dataset
 from covidseg.data.scan import Scan, read_mask, read_scan
 from covidseg.evaluation.evaluate import read_truth
-from covidseg.evaluation.experiments import subset, table_lines
+from covidseg.evaluation.experiments import table_lines
 from covidseg.evaluation.metrics import confusion, micro
 from covidseg.evaluation.verdicts import verdict_lines, verdicts_from
 from covidseg.patches import PatchNet
