@@ -5,10 +5,11 @@ has a row for each of its scans and is up to date after each of them. A scan is 
 made of it, with the same nets and settings, and the files are unchanged; so a part that was stopped is simply started
 once more. :func:`merge` puts the tables together.
 
-What is out of date is replaced, but only where a table says that it was made here: true masks, or predicted ones that
-somebody corrected, stay (:func:`strangers`).
+What is out of date is replaced, but only where a table says that it was made here, and from this very scan: true masks,
+predicted ones that somebody corrected (:func:`strangers`), and those of another patient's scan of the same name stay.
 
-A run that is not divided adds to the table of earlier ones in the same folder; parts belong to one list of scans.
+A run that is not divided, and :func:`merge`, add to the table of earlier ones in the same folder; parts belong to one
+list of scans.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import csv
 import io
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from covidseg import __version__
 from covidseg.atomic import alone
-from covidseg.data.nifti import scans_in
+from covidseg.data.nifti import entries, kind_of, opening, scans_in
 from covidseg.data.scan import scan_id, shown
 from covidseg.errors import CovidsegError, DatasetError, OutputError, SettingsError
 from covidseg.predict import Predictor
@@ -39,6 +42,8 @@ HASHES = tuple(key for key in PART_COLUMNS if key.endswith("_sha256"))
 MADE = ("covidseg", "nets", "threshold", "volume", "series")
 TABLE = "predictions.csv"  # of all scans together
 KNOWING = {"name", "status", "mask_sha256"}  # columns of every table that accounts for masks
+EMPTY: Row = dict.fromkeys(PART_COLUMNS, "")
+ELSEWHERE = "Name another folder after -o, move what is there, or replace it with --overwrite"
 # Endings of the files of probabilities and of the page to look at, beside the mask.
 PROBABILITY, PREVIEW = "_probability.nii.gz", "_preview.html"
 
@@ -109,10 +114,11 @@ class PartRun:
                  series: str | None = None, preview: bool = False, overwrite: bool = False) -> None:
         self.predictor, self.part, self.targets, self.out = predictor, part, targets, out
         self.threshold, self.volume, self.check, self.series = threshold, volume, check, series
+        self.overwrite = overwrite
         self.probability, self.preview = probability, preview
         self.files = part.of(list(targets))
-        made = {"covidseg": f"{__version__}+{code_hash()[:8]}", "nets": predictor.fingerprint(),
-                "threshold": str(threshold), "volume": str(volume), "series": series or ""}
+        self.made = {"covidseg": f"{__version__}+{code_hash()[:8]}", "nets": predictor.fingerprint(),
+                     "threshold": str(threshold), "volume": str(volume), "series": series or ""}
         found = tables(out) if out is not None else {}
         names = set(map(_name, targets))
         others = sorted({row["name"] for other, rows in found.items() if other.count == part.count > 1 for row in rows}
@@ -127,12 +133,16 @@ class PartRun:
                                *([out / TABLE] if out is not None and _foreign(out / TABLE) else [])])
         known = [row for rows in found.values() for row in rows if row["mask_sha256"]]
         # What passed the check also counts where nobody asks for it, but not the other way round.
-        before = {row["name"]: row for row in known if row["scan_sha256"] and (row["checked"] == "True" or not check)
-                  and all(row[key] == made[key] for key in MADE)}
-        # What was done before stays in the table, but counts only after a look at the files.
-        empty = dict.fromkeys(PART_COLUMNS, "") | made
-        masks = {row["name"]: {"mask_sha256": row["mask_sha256"]} for row in known}
-        self.rows = {name: {**empty, "name": name, **(before.get(name) or masks.get(name, {})), "status": "open"}
+        before = {row["name"]: row for row in known if row["scan_sha256"] and row["status"] != "failed"
+                  and (row["checked"] == "True" or not check) and all(row[key] == self.made[key] for key in MADE)}
+        listed = _table(out) if out is not None else {}
+        self.before, self.earlier = set(before), defaultdict[str, list[Row]](list)
+        for row in [*known, *listed.values()]:
+            self.earlier[row["name"]].append(row)
+        self.ended = {row["name"] for rows in found.values() for row in rows if _was_being_done(row)}
+        # What a table says of a mask that is there stays, but counts only after a look at the files.
+        last = listed | {row["name"]: row for row in known} | before
+        self.rows = {name: {**EMPTY, **self.made, "name": name, **last.get(name, {}), "status": "open"}
                      for name in map(_name, self.files)}
         self.write()
 
@@ -143,23 +153,27 @@ class PartRun:
             Its row in the table, and whether it was done before.
 
         Raises:
+            OutputError: the mask that is there was made from another scan of that name; its row stays.
             CovidsegError: the scan cannot be read, shows no lung, or its mask cannot be written; the row says so, as of
                 any other error.
         """
-        row, target = self.rows[_name(scan)], self.targets[scan]
+        name, target = _name(scan), self.targets[scan]
+        row = self.rows[name]
         files = {"scan_sha256": scan, "mask_sha256": target}
         if self.probability:
             files["probability_sha256"] = target.with_name(scan_id(target) + PROBABILITY)
         if self.preview:
             files["preview_sha256"] = target.with_name(scan_id(target) + PREVIEW)
-        there = row["mask_sha256"]
+        there = {key: row[key] for key in ("scan_sha256", "mask_sha256")}
         try:
-            done = {key: _unchanged(path, row[key]) for key, path in files.items()}
+            now = {key: file_hash(path) if os.path.exists(path) else "" for key, path in files.items()}
+            self._refuse_another(name, now, target)
+            done = {key: name in self.before and now[key] == row[key] != "" for key in files}
             before = all(done.values())
             if not before:
                 same = done["scan_sha256"] and done["mask_sha256"]  # else all that was made from them is out of date
-                row |= dict.fromkeys(files if same else HASHES, "")
-                if there:  # should the program end between the new mask and its row, no table knows that mask
+                row |= self.made | dict.fromkeys(files if same else HASHES, "")
+                if there["mask_sha256"]:  # should the program end now, no table knows the hash of the new mask
                     self.write()
                 found = self.predictor.predict_file(scan, target, self.threshold, files.get("probability_sha256"),
                                                     self.volume, series=self.series,
@@ -171,12 +185,26 @@ class PartRun:
                         **{key: file_hash(path) for key, path in files.items()}}
             row |= {"status": "done", "error": "", "fault": ""}
         except Exception as error:  # no scan ends the batch, whatever is wrong with it
-            row |= {"status": "failed", "error": type(error).__name__, "fault": _fault(error),
-                    **dict.fromkeys(FOUND, ""), "mask_sha256": there}
+            row |= {**self.made, "status": "failed", "error": type(error).__name__, "fault": _fault(error),
+                    **dict.fromkeys(FOUND, ""), **there}
             raise
         finally:
             self.write()
         return row, before
+
+    def _refuse_another(self, name: str, now: Row, target: Path) -> None:
+        """Refuses to replace the mask of another scan, which hashes of now and of earlier tables tell.
+
+        Of a part, the scan then counts as failed, so that :func:`merge` knows. Otherwise the other scan keeps its row.
+        """
+        makers = {row["scan_sha256"]: row for row in self.earlier[name] if row["mask_sha256"] == now["mask_sha256"]}
+        if self.overwrite or name in self.ended or not now["scan_sha256"]:
+            return
+        if makers and not {"", now["scan_sha256"]} & makers.keys():
+            if self.part.count == 1:
+                self.rows[name] = next(iter(makers.values()))
+            raise OutputError("was made from another scan of that name, or from this one before it changed, and would "
+                              "be replaced", path=target, remedy=ELSEWHERE)
 
     def write(self) -> None:
         """Writes the table of this part; one without scans has a table as well."""
@@ -186,18 +214,27 @@ class PartRun:
 
     def table(self) -> list[Row]:
         """The rows of this part; of a run that is not divided also those of earlier ones, but for lost masks."""
-        own = list(self.rows.values())
         if self.out is None or self.part.count > 1:
-            return own
-        others = [row for row in _rows_of(self.part.table(self.out)) or () if row["name"] not in self.rows
-                  and (row["status"] != "done" or os.path.exists(_mask(self.out, row["name"])))]
-        return sorted([*own, *others], key=lambda row: row["name"])
+            return list(self.rows.values())
+        own = {row["name"]: row for row in _rows_of(self.part.table(self.out)) or ()}
+        return _added(self.out, _table(self.out) | own, self.rows)
+
+
+def _added(out: Path, earlier: dict[str, Row], rows: dict[str, Row]) -> list[Row]:
+    """Rows in order of their names, and those of earlier runs for other scans, but for lost masks."""
+    others = [row for name, row in earlier.items()
+              if name not in rows and (row["status"] != "done" or os.path.exists(_mask(out, name)))]
+    return sorted([*rows.values(), *others], key=lambda row: row["name"])
 
 
 def tables(out: Path) -> dict[Part, list[Row]]:
-    """The tables of all parts in an output folder; a damaged one counts as missing."""
+    """The tables of all parts in an output folder; a damaged one counts as missing.
+
+    Raises:
+        InputFileError: the folder of the tables, or one of them, cannot be opened.
+    """
     found = {}
-    for path in sorted((out / "parts").glob("part-*-of-*.csv")):
+    for path in _part_tables(out):
         with suppress(SettingsError):
             part = parse_part(path.stem.removeprefix("part-").replace("-of-", "/"))
             if (rows := _rows_of(path)) is not None:
@@ -205,12 +242,19 @@ def tables(out: Path) -> dict[Part, list[Row]]:
     return found
 
 
+def _part_tables(out: Path) -> list[Path]:
+    return [path for path in entries(out / "parts") if fnmatch(path.name, "part-*-of-*.csv")]
+
+
 def _read(path: Path) -> tuple[tuple[str, ...], list[Row]] | None:
     """Columns and rows of a table; None if it is missing or damaged."""
+    if kind_of(path) != "file":
+        return None
     try:
-        table = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8"), newline=""), strict=True)
+        with opening(path):
+            table = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8"), newline=""), strict=True)
         return tuple(table.fieldnames or ()), list(table)
-    except (OSError, UnicodeError, csv.Error):
+    except (UnicodeError, csv.Error):
         return None
 
 
@@ -218,6 +262,13 @@ def _rows_of(path: Path) -> list[Row] | None:
     """The rows of a part's table; None if it is missing or damaged."""
     columns, rows = _read(path) or ((), [])
     return rows if columns == PART_COLUMNS and all(map(_is_row, rows)) else None
+
+
+def _table(out: Path) -> dict[str, Row]:
+    """The rows of the table of all scans by their names, if there is one that was written here."""
+    columns, rows = _read(out / TABLE) or ((), [])
+    return {row["name"]: row for row in (EMPTY | {key: row[key] for key in COLUMNS} for row in rows)
+            if _is_row(row)} if columns == COLUMNS else {}
 
 
 def _name(scan: Path) -> str:
@@ -275,13 +326,18 @@ def _known(folder: Path) -> dict[str, set[str]]:
     Tables of other versions of covidseg count as well.
     """
     known: dict[str, set[str]] = {}
-    for path in (*(folder / "parts").glob("part-*-of-*.csv"), folder / TABLE):
+    for path in (*_part_tables(folder), folder / TABLE):
         columns, rows = _read(path) or ((), [])
         for row in rows if KNOWING.issubset(columns) else ():
             hashes = known.setdefault(row["name"], set())
-            if row["mask_sha256"] or (row["status"], row["mask_sha256"]) == ("open", ""):
+            if row["mask_sha256"] or _was_being_done(row):
                 hashes.add(row["mask_sha256"])
     return known
+
+
+def _was_being_done(row: Row) -> bool:
+    """Whether a row is that of a scan that was being done when the program ended."""
+    return (row["status"], row["mask_sha256"]) == ("open", "")
 
 
 def _foreign(table: Path) -> bool:
@@ -297,24 +353,30 @@ def refuse_to_replace(files: list[Path]) -> None:
     """
     if files:
         raise OutputError(f"is there already{f', as are {len(files) - 1} more,' * (len(files) > 1)} and would be "
-                          "replaced", path=files[0],
-                          remedy="Name another folder after -o, move what is there, or replace it with --overwrite")
+                          "replaced", path=files[0], remedy=ELSEWHERE)
 
 
 # --- all parts together ---------------------------------------------------------------------------------------------
 
-def merge(out: Path) -> list[Row]:
+def merge(out: Path, overwrite: bool = False) -> list[Row]:
     """Puts the tables of all parts together: one row a scan in ``predictions.csv``, in order of their names.
 
-    The table is the same however many parts there were.
+    The table is the same however many parts there were. Rows of earlier runs stay in it.
+
+    Args:
+        out: folder that all parts wrote into.
+        overwrite: whether a table of something else is replaced.
 
     Returns:
-        The rows of all scans.
+        The rows of all scans of the parts.
 
     Raises:
         DatasetError: parts or masks are missing or changed, or parts do not belong together.
-        OutputError: the table cannot be written.
+        InputFileError: a table cannot be opened.
+        OutputError: the table cannot be written, or would replace one of something else.
     """
+    if not overwrite:
+        refuse_to_replace([out / TABLE] if _foreign(out / TABLE) else [])
     found = tables(out)
     counts = sorted({part.count for part in found})
     if not counts:
@@ -344,7 +406,7 @@ def merge(out: Path) -> list[Row]:
             raise DatasetError("is missing, or is not what was predicted", path=mask,
                                remedy="Move it away if it was changed on purpose, then run `covidseg predict` again "
                                       "with the same scans and options")
-    write_table(out, rows)
+    write_table(out, _added(out, _table(out), {row["name"]: row for row in rows}))
     return rows
 
 

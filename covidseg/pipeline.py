@@ -35,7 +35,7 @@ from covidseg.lungnet import make_lung_net, robust_lungs, train_lung_net
 from covidseg.lungs import threshold_lungs
 from covidseg.patches import PatchNet, patch_probabilities, train_mil
 from covidseg.preprocess import Crops, WeakSet, make_crops, uncrop_all, weak_set, with_true_lungs
-from covidseg.profiles import REPORT, Profile, profile_json, profile_named
+from covidseg.profiles import REPORT, Profile, profile_json, profile_named, same_run
 from covidseg.segmenter import FineLabels, fine_labels, make_segmenter, supervised_settings, train_segmenter
 from covidseg.store import (
     Arrays,
@@ -48,6 +48,7 @@ from covidseg.store import (
     file_hash,
     fingerprint,
     net_form,
+    set_aside,
     write_with_hash,
 )
 from covidseg.training import History, Log
@@ -338,7 +339,7 @@ def open_run(data: str = "phantom", profile: str = "quick", seed: int = 0, folde
 
     Raises:
         DatasetError: the set is not there, or has no split although one side was asked for.
-        SettingsError: there is no such profile, method, device or seed.
+        SettingsError: there is no such profile, method, device or seed, or ``folder`` is that of the data.
     """
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2 ** 32:
         raise SettingsError(f"{seed!r} is no seed", remedy="Give a whole number from 0 to 2 ** 32 - 1")
@@ -349,6 +350,8 @@ def open_run(data: str = "phantom", profile: str = "quick", seed: int = 0, folde
     if part == "default":
         part = "train" if data in split_names() else None
     found = replace(open_data(data, part), check=check)
+    if Path(folder).resolve() == found.root.resolve():
+        raise SettingsError("the run would lie among its data", path=folder, remedy="Name another folder for the run")
     if silent := [case.id for case in found.cases if not case.labels]:
         log(f"without a label, and so without a part in training: {', '.join(silent)}")
     return Run(found, profile_named(profile, method), int(seed), Path(folder), device, log)
@@ -358,6 +361,8 @@ def write_run(run: Run, command: str) -> Path:
     """Writes ``run.json``, which makes a folder of stages a run that ``covidseg predict`` can use.
 
     Of several processes all have to call it, since the first asks the others about stages that it has to read.
+
+    The report of another run in that folder, with another seed, set, profile or version, is kept under a number.
 
     ``seconds`` holds what each stage took when it was made, also if that was in an earlier run in the same folder; null
     for a stage whose file was deleted or damaged since, which the stages after it, once stored, can do without. So do
@@ -380,6 +385,8 @@ def write_run(run: Run, command: str) -> Path:
     }
     if is_first():
         with run.store.alone(path):  # report and checksum have to be of the same program
+            if path.exists() and not same_run(path, content):
+                run.log(f"the run that was there is another, and its report is kept as {set_aside(path).name}")
             write_with_hash(path, json.dumps(content, indent=2) + "\n")
     return path
 

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from covidseg.errors import OutputError, ScanWarning
 from covidseg.lungnet import make_lung_net, robust_lungs
 from covidseg.lungs import Lungs, LungSettings, survey_lungs, with_bar
 from covidseg.preprocess import Crops, make_crops, uncrop
-from covidseg.profiles import REPORT, Profile, read_report
+from covidseg.profiles import REPORT, Profile, read_report, same_run
 from covidseg.segmenter import lesion_probabilities, make_segmenter
 from covidseg.store import fingerprint, load_arrays, load_net, net_arrays, save_arrays, write_text, write_with_hash
 from covidseg.unet import for_prediction
@@ -309,7 +308,7 @@ def export_run(run: Path, out: Path) -> list[Path]:
     content["stages"] = {f"mil{profile.mutual.last}" if name == "patches" else name: f"{name}.safetensors"
                          for name in files}
     report = out / REPORT
-    if report.exists() and not _same_export(report, content):
+    if report.exists() and not same_run(report, content):
         raise OutputError("holds another run", path=out, remedy="Name another folder, or remove this one")
     written = []
     for name, file in files.items():
@@ -320,13 +319,3 @@ def export_run(run: Path, out: Path) -> list[Path]:
         save_arrays(written[-1], arrays)
     write_with_hash(report, json.dumps(content, indent=2) + "\n")
     return [*written, report]
-
-
-def _same_export(report: Path, content: dict[str, Any]) -> bool:
-    """Whether a report is that of the same nets, trained in the same way; when and by which command does not matter."""
-    try:
-        there = json.loads(report.read_text(encoding="utf-8"))
-        return all(there.get(part) == content.get(part)
-                   for part in ("data", "labelled_slices", "settings", "seed", "stages"))
-    except (OSError, ValueError, AttributeError):  # no report of a run
-        return False

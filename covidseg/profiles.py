@@ -152,6 +152,16 @@ def profile_json(profile: Profile) -> dict:
 REPORT = "run.json"
 
 
+def same_run(report: Path, content: dict[str, Any]) -> bool:
+    """Whether a report is that of the same nets, trained in the same way; when and by which command does not matter."""
+    try:
+        there = json.loads(report.read_text(encoding="utf-8"))
+        return all(there.get(part) == content.get(part)
+                   for part in ("data", "labelled_slices", "settings", "seed", "stages"))
+    except (OSError, ValueError, AttributeError):  # no report of a run
+        return False
+
+
 def read_report(run: Path) -> tuple[dict[str, Any], Profile, dict[str, str]]:
     """The report of a run folder, its settings, and the file names of the stages that are exported.
 

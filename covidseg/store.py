@@ -11,6 +11,7 @@ With each result is noted what making it took: seconds, the most memory, and the
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import platform
@@ -36,7 +37,7 @@ from torch import nn
 from covidseg import __version__
 from covidseg.atomic import write_whole
 from covidseg.devices import from_first, is_first
-from covidseg.errors import ArtifactError
+from covidseg.errors import ArtifactError, OutputError
 
 Arrays = dict[str, np.ndarray]
 Notes = dict[str, Any]
@@ -99,6 +100,27 @@ def save_arrays(path: Path, arrays: Arrays, notes: dict[str, Any] | None = None)
     content = serialize(plain, metadata)
     write_whole(path, lambda temporary: temporary.write_bytes(content))
     write_hash(path)
+
+
+def set_aside(path: Path) -> Path:
+    """Gives a file the next free number, as ``NAME-1.json``, and its checksum too, so that another can have its name.
+
+    Returns:
+        Where it is now.
+
+    Raises:
+        OutputError: it cannot be renamed.
+    """
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+    free = next(name for name in numbered if not name.exists())
+    try:
+        path.rename(free)
+    except OSError as error:
+        raise OutputError(f"cannot be renamed ({error.strerror or error})", path=path,
+                          remedy="Check permissions, or choose another folder") from error
+    if path.with_name(path.name + ".sha256").exists():
+        write_hash(free)
+    return free
 
 
 def write_hash(path: Path) -> None:

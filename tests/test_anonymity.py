@@ -164,7 +164,7 @@ def test_dicom(series: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFix
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])
         assert getattr(result.exception, "exit_code", result.exit_code) == code, result.output
         said += result.output + str(result.exception)
-    predict = ("predict", "--run", run, series, "-o", out, "--device", "cpu")
+    predict = ("predict", "--run", run, series, "-o", out, "--device", "cpu", "--overwrite")
     spoken(0, "lungs", series, "-o", tmp_path / "lungs")
     spoken(0, *predict)
     spoken(0, "data", "series", series)

@@ -40,17 +40,17 @@ def scans(tiny_phantom: Path, tmp_path: Path) -> list[Path]:
 
 
 def run(predictor: Predictor, scans: list[Path], out: Path, part: str = "1/1", level: float = LEVEL,
-        probability: bool = False, preview: bool = False) -> list[str]:
+        probability: bool = False, preview: bool = False, overwrite: bool = False) -> list[str]:
     """One part; the names of the scans that were predicted, and not done before."""
     work = PartRun(predictor, parse_part(part), {scan: out / scan.name for scan in scans}, out, level,
-                   probability=probability, preview=preview)
+                   probability=probability, preview=preview, overwrite=overwrite)
     fresh = []
     for scan in work.files:
         with suppress(InputFileError):
             row, before = work.predict(scan)
             fresh += [] if before else [row["name"]]
     if part == "1/1":
-        write_table(out, list(work.rows.values()))
+        write_table(out, work.table())
     return fresh
 
 
@@ -174,7 +174,7 @@ def test_what_goes_with_a_mask_is_made_where_it_is_missing_or_out_of_date(
     assert page.read_bytes() == first
     changed = read_scan(next(scan for scan in good if "phantom_01" in scan.name))
     write_like(changed.pixels[::-1].copy(), changed.grid, changed.path)
-    assert run(predictor, good, out) == ["phantom_01"]
+    assert run(predictor, good, out, overwrite=True) == ["phantom_01"]
     assert run(predictor, good, out, probability=True) == run(predictor, good, out, preview=True) == ["phantom_01"]
     assert page.read_bytes() != first
 
@@ -186,7 +186,8 @@ def brighter(scan: Path) -> None:
 
 @pytest.mark.parametrize(("change", "expected"), [
     (lambda mask, table, scan: mask.unlink(), GOOD[1:2]),
-    (lambda mask, table, scan: brighter(scan), GOOD[1:2]), ({"level": 0.4}, GOOD), ("no lung net", GOOD),
+    (lambda mask, table, scan: (brighter(scan), mask.unlink()), GOOD[1:2]),
+    ({"level": 0.4}, GOOD), ("no lung net", GOOD),
     (lambda mask, table, scan: table.unlink(), GOOD), (lambda mask, table, scan: cut(table, 20), GOOD),
     (lambda mask, table, scan: edit(table, covidseg="0.0.1"), GOOD[:1])],
     ids=["mask gone", "scan changed", "threshold", "nets", "table gone", "table damaged",
@@ -214,9 +215,9 @@ def test_a_result_that_was_let_pass_unchecked_is_no_checked_one(predictor: Predi
     scan, out = scans[0], tmp_path / "out"
     inverted(scan)
 
-    def result(check: bool) -> str:
+    def result(check: bool, overwrite: bool = False) -> str:
         """The status, and whether that was so before; or the error."""
-        work = PartRun(predictor, Part(), {scan: out / scan.name}, out, LEVEL, check=check)
+        work = PartRun(predictor, Part(), {scan: out / scan.name}, out, LEVEL, check=check, overwrite=overwrite)
         with suppress(InputFileError):
             row, before = work.predict(scan)
             return f"{row['status']}{', as before' if before else ''}"
@@ -226,7 +227,7 @@ def test_a_result_that_was_let_pass_unchecked_is_no_checked_one(predictor: Predi
     assert out.joinpath(scan.name).exists(), "what was made is still there"
     assert result(False) == "done", "and may be replaced, since a table still knows it"
     shutil.copy(scans[1], scan)
-    assert [result(True), result(False)] == ["done", "done, as before"], "what passed counts in both"
+    assert [result(True, True), result(False)] == ["done", "done, as before"], "what passed counts in both"
 
 
 @pytest.mark.parametrize(("error", "fault"), [
@@ -287,13 +288,34 @@ def test_a_mask_that_was_corrected_stays(predictor: Predictor, scans: list[Path]
     assert run(predictor, good(scans), out) == [], "made here again"
 
 
+@pytest.mark.parametrize("part", ["1/1", "1/2"])
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_mask_of_another_scan_of_that_name_stays(part: str, forgotten: bool, predictor: Predictor, scans: list[Path],
+                                                   done: Path, tmp_path: Path) -> None:
+    """Two patients' scans, both called ct; or one that was exported once more, which nobody can tell from that."""
+    out, scan = Path(shutil.copytree(done, tmp_path / "out")), scans[0].parent / "phantom_01.nii.gz"
+    if forgotten:
+        shutil.rmtree(out / "parts")  # but the table of all scans is there
+    before = content(out)
+    brighter(scan)
+    for _ in range(2):
+        work = PartRun(predictor, parse_part(part), {scan: out / scan.name}, out, LEVEL + 0.1)
+        with pytest.raises(OutputError, match=r"phantom_01\.nii\.gz: was made from another scan.*--overwrite"):
+            work.predict(scan)
+        assert content(out)[scan.name] == before[scan.name]
+    row, = (row for row in tables(out)[parse_part(part)] if row["name"] == "phantom_01")
+    assert row["status"] == ("done" if part == "1/1" else "failed"), "merge has to know"
+    assert bool(row["slices"]) == (part == "1/1")
+    assert PartRun(predictor, parse_part(part), {scan: out / scan.name}, out, LEVEL, overwrite=True).predict(scan)
+
+
 def test_what_was_being_done_when_the_program_ended_may_be_replaced(
         predictor: Predictor, scans: list[Path], done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between a new mask and its row: of a scan that is new to the table, and of one whose mask was out of date."""
     made = Predictor.predict_file
     for out in (tmp_path / "new", Path(shutil.copytree(done, tmp_path / "old"))):
         brighter(scans[0])
-        work = start(predictor, scans[:1], out)
+        work = start(predictor, scans[:1], out, overwrite=True)
         with monkeypatch.context() as patch:
             def killed(*given: Any, work: PartRun = work, **named: Any) -> None:
                 made(*given, **named)
@@ -322,6 +344,23 @@ def test_a_part_that_was_stopped_goes_on_and_forgets_nothing(predictor: Predicto
             merge(out)
     assert run(predictor, scans, out) == GOOD[2:]
     assert len(merge(out)) == 5
+
+
+@pytest.mark.parametrize("forget", [lambda out: shutil.rmtree(out / "parts"),
+                                    lambda out: (out / "predictions.csv").unlink()])
+def test_rows_of_earlier_runs_stay_in_the_table(forget: Callable[[Path], object], predictor: Predictor,
+                                                scans: list[Path], done: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(done, tmp_path / "out"))
+    forget(out)
+    new = Path(shutil.copy(scans[0], scans[0].with_name("another.nii.gz")))
+    assert run(predictor, [new], out) == ["another"]
+    with (out / "predictions.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["name"] for row in rows] == ["another", *GOOD]
+    assert all(row["status"] == "done" and row["lesion_ml"] for row in rows)
+    (out / "phantom_02.nii.gz").unlink()
+    run(predictor, [new], out)
+    assert "phantom_02" not in (out / "predictions.csv").read_text(), "but for lost masks"
 
 
 # --- merging ----------------------------------------------------------------------------------------------------
@@ -376,6 +415,21 @@ def test_parts_that_do_not_belong_together_or_to_their_masks(three: Path, change
     with pytest.raises(DatasetError, match=message):
         merge(three)
     assert not (three / "predictions.csv").exists()
+
+
+def test_merging_keeps_earlier_rows_and_tables_of_others(three: Path, predictor: Predictor, scans: list[Path]) -> None:
+    (three / "predictions.csv").write_text("name,score\na,1\n")
+    with pytest.raises(OutputError, match=r"predictions\.csv: is there already and would be replaced.*--overwrite"):
+        merge(three)
+    assert (three / "predictions.csv").read_text() == "name,score\na,1\n"
+    assert len(merge(three, overwrite=True)) == 4
+    shutil.rmtree(three / "parts")
+    new = Path(shutil.copy(scans[0], scans[0].with_name("another.nii.gz")))
+    for part in ("1/2", "2/2"):
+        run(predictor, [new], three, part)
+    assert [row["name"] for row in merge(three)] == ["another"]
+    lines = (three / "predictions.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[0] for line in lines] == ["another", *GOOD]
 
 
 @pytest.mark.parametrize("harm", [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -23,11 +24,11 @@ from covidseg.errors import DatasetError, SettingsError
 from covidseg.evaluation.evaluate import training_truth
 from covidseg.lungs import threshold_lungs
 from covidseg.patches import PatchNet
-from covidseg.pipeline import Run, open_data, open_run
+from covidseg.pipeline import Run, open_data, open_run, write_run
 from covidseg.preprocess import crop, make_crops, with_true_lungs
 from covidseg.profiles import PROFILES
 from covidseg.segmenter import fine_labels, make_segmenter
-from covidseg.store import load_arrays
+from covidseg.store import check_hash, load_arrays
 
 # How the log calls the nets that are trained.
 LOGGED = {"lung_net": "lungs", "classifier1": "classifier", "mil1": "patches", "classifier2": "classifier-2",
@@ -376,6 +377,24 @@ def test_a_run_lies_where_the_environment_says(tiny_phantom: Path, tmp_path: Pat
     assert len(own.data.cases) == 4, "a folder has no split, so all of it"
     monkeypatch.chdir(tiny_phantom)
     assert open_run(".", seed=7).folder.name == f"{tiny_phantom.name}-quick-extended-seed7"
+
+
+def test_the_report_of_another_run_is_kept_under_a_number(tiny_run: Run, tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
+    before = (folder / "run.json").read_bytes()
+    for seed, reports in ((tiny_run.seed, ["run.json"]), (tiny_run.seed + 1, ["run-1.json", "run.json"])):
+        write_run(Run(tiny_run.data, tiny_run.profile, seed, folder, "cpu", said.append), "a test")
+        assert sorted(path.name for path in folder.glob("run*.json")) == reports
+    assert json.loads((folder / "run-1.json").read_text())["seed"] == json.loads(before)["seed"]
+    check_hash(folder / "run-1.json")
+    assert said[-1:] == ["the run that was there is another, and its report is kept as run-1.json"]
+
+
+def test_a_run_does_not_lie_among_its_data(tiny_phantom: Path) -> None:
+    with pytest.raises(SettingsError, match="among its data"):
+        open_run(str(tiny_phantom), folder=tiny_phantom)
+    assert not (tiny_phantom / "stages").exists()
 
 
 @pytest.mark.parametrize("seed", ["0", 1.5, -1, None, 2 ** 32])

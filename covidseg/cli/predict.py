@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from covidseg import DISCLAIMER
+from covidseg import DISCLAIMER, errors
 from covidseg.cli.common import Device, Unchecked, as_fault, complain, say, state
 from covidseg.data.folder import named
 from covidseg.data.nifti import SUFFIXES
@@ -159,8 +159,8 @@ def predict(inputs: Inputs, out: Out,
     A folder of DICOM slices is one scan: the CT series with most slices, or that of --series; its mask is NIfTI and has
     the folder's name. `covidseg data series` lists what a folder holds.
 
-    Scans that are done, by the same nets and with the same settings, are left as they are. Masks that predict wrote
-    itself are replaced if they are out of date; other files are not.
+    Scans that are done, by the same nets and with the same settings, are left as they are. Masks that predict itself
+    made from the same scans are replaced if they are out of date; other files are not.
     """
     from covidseg.batch import PREVIEW, PROBABILITY, Part, PartRun, parse_part, write_table
     from covidseg.devices import pick_device
@@ -189,10 +189,14 @@ def predict(inputs: Inputs, out: Out,
     end(failed, work.files)
 
 
-def merge(out: Annotated[Path, typer.Argument(help="Folder that all parts of `covidseg predict` wrote into.")]) -> None:
-    """Puts the tables of all parts together in one, predictions.csv."""
+def merge(out: Annotated[Path, typer.Argument(help="Folder that all parts of `covidseg predict` wrote into.")],
+          overwrite: Annotated[bool, typer.Option(
+              "--overwrite", help="Also replace a predictions.csv of something else.")] = False) -> None:
+    """Puts the tables of all parts together in one, predictions.csv; ends as predict does if scans have failed."""
     from covidseg.batch import merge as merge_parts
 
-    rows = merge_parts(out)
-    failed = sum(row["status"] == "failed" for row in rows)
-    say(f"{len(rows)} scans{f', {failed} of them failed' if failed else ''}, in {out / 'predictions.csv'}")
+    rows = merge_parts(out, overwrite)
+    failed = [row["error"] for row in rows if row["status"] == "failed"]
+    say(f"{len(rows)} scans{f', {len(failed)} of them failed' if failed else ''}, in {out / 'predictions.csv'}")
+    if failed:
+        raise typer.Exit(getattr(errors, failed[-1], CovidsegError).exit_code)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,12 +41,13 @@ def recorded(command: str, testing: Dataset, tested: str, run: Run, start: float
 
 def made_with(command: str, testing: Dataset, tested: str, profile: Profile, device: torch.device) -> Record:
     """What every recorded result says about how it was made; nothing that names the machine or a folder on it."""
+    from covidseg.data.scan import shown
     from covidseg.profiles import profile_json
     from covidseg.store import environment, file_hash
 
     return {"note": DISCLAIMER, "command": command, "test": tested, "environment": environment(device),
             "settings": profile_json(profile),
-            "test_data": {path.name: file_hash(path) for case in testing.cases
+            "test_data": {shown(path.relative_to(testing.root).as_posix()): file_hash(path) for case in testing.cases
                           for path in (case.image, case.mask) if path is not None}}
 
 
@@ -61,14 +62,12 @@ def write_report(path: Path, content: Record, indent: int) -> None:
         OutputError: it cannot be written.
     """
     from covidseg.atomic import alone
-    from covidseg.store import write_text
+    from covidseg.store import set_aside, write_text
 
     text = json.dumps(content, indent=indent) + "\n"
     with alone(path.parent):
         if path.exists() and _but_for_time(path.read_bytes()) != _but_for_time(text.encode()):
-            numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
-            older = path.rename(next(name for name in numbered if not name.exists()))
-            say(f"the report that was there says something else and is kept as {older.name}")
+            say(f"the report that was there says something else and is kept as {set_aside(path).name}")
         write_text(path, text)
 
 
@@ -93,7 +92,7 @@ def check_json_file(path: Path | None, *entries: str) -> None:
     Raises:
         SettingsError: it is a mask, a table of labels or whatever else.
     """
-    if path is not None and str(path) != "-" and path.exists() and \
+    if path is not None and str(path) != "-" and os.path.exists(path) and \
             not (path.is_file() and set(entries) <= set(_read(path.read_bytes()) or ())):
         raise SettingsError("the figures would replace this file, which is no earlier report of them", path=path,
                             remedy="Name another file after --json")

@@ -190,7 +190,7 @@ FAULTS: dict[str, tuple[int, str, Callable[[Place], list[object]]]] = {
         "evaluate", p.mask(), p.mask(), "--json", p.write("source.json", b'{"name": "medseg1"}')]),
     "name too long": (3, "nnnnn", lambda p: ["predict", "n" * 300, "-o", "out"]),
     "name too long for lungs": (3, "nnnnn", lambda p: ["lungs", "n" * 300, "-o", "out"]),
-    "folder too long": (1, "nnnnn", lambda p: ["verdicts", p.phantom, "--json", "n" * 300]),
+    "folder too long": (8, "nnnnn", lambda p: ["verdicts", p.phantom, "--json", "n" * 300]),
     "link to itself": (3, "loop.nii", lambda p: p.predict(p.loop())),
 }
 
@@ -490,7 +490,7 @@ def test_reproduce_on_a_folder_of_its_own(tiny_phantom: Path, tiny_run: Run, tmp
     assert content["command"] == (f"covidseg reproduce --data {tiny_phantom.name} --test measured --profile quick "
                                   "--seeds 0")
     assert set(content["data"]) == {f"phantom_0{k}" for k in range(4)}
-    assert set(content["test_data"]) == {SCAN}
+    assert set(content["test_data"]) == {f"{kind}/{SCAN}" for kind in ("im", "mask")}
     for path in (tmp_path, tiny_phantom.parent, Path.home()):
         assert str(path) not in json.dumps(content), "reports name no folder of this machine"
     table = table_lines(content["results"])
@@ -528,7 +528,7 @@ def test_reproduce_where_only_labels_are_known(tiny_phantom: Path, tiny_run: Run
     content = strict((folder / "verdicts.json").read_text(encoding="utf-8"))
     assert not (folder / "table1.json").exists()
     assert [(r["system"], r["slices"]) for r in content["results"]] == [("otsu", 20), ("extended", 20)]
-    assert set(content["test_data"]) == {"phantom_01.nii.gz", "phantom_02.nii.gz"}
+    assert set(content["test_data"]) == {"im/phantom_01.nii.gz", "im/phantom_02.nii.gz"}
     assert flat(verdict_count(content["results"])) in flat(result.output)
     assert f"{content['results'][1]['verdict_auc']:.3f}" in result.output
 
@@ -541,7 +541,7 @@ def test_reproduce_leaves_patients_out(tiny_phantom: Path, tmp_path: Path) -> No
     content = strict((folder / "left-out.json").read_text(encoding="utf-8"))
     assert content["test"] == "patients left out in turn"
     assert content["command"].startswith(f"covidseg reproduce --data {tiny_phantom.name} --test left-out --profile")
-    assert set(content["test_data"]) == {f"{name}.nii.gz" for name in content["data"]}, "masks are not opened"
+    assert set(content["test_data"]) == {f"im/{name}.nii.gz" for name in content["data"]}, "masks are not opened"
     assert len(list((folder / "seed0").glob("without-*"))) == len(content["data"])
     assert not (folder / "seed0" / "run.json").exists(), "no run was trained on all of them"
     assert flat(verdict_count(content["results"])) in flat(result.output)
@@ -607,7 +607,7 @@ def test_reproduce_on_the_split_of_a_registered_set(tiny_phantom: Path, tmp_path
     assert set(content["data"]) == set(split.part("train"))
     measured = {name.split(":")[0] for result in content["results"] for name in result["counts"]}
     assert measured == set(split.part("test"))
-    assert set(content["test_data"]) == {f"{name}.nii.gz" for name in measured}
+    assert set(content["test_data"]) == {f"{kind}/{name}.nii.gz" for name in measured for kind in ("im", "mask")}
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def test_a_bad_scan_has_a_row_and_an_exit_code(tiny_phantom: Path, run: Path, tm
         result = invoke("predict", "--run", run, scans, "-o", tmp_path / "out", "--part", part)
         assert result.exit_code == (3 if part == "1/2" else 0)
     merged = invoke("merge", tmp_path / "out")
-    assert merged.exit_code == 0
+    assert merged.exit_code == 3, "as predict said itself"
     assert "5 scans, 1 of them failed" in merged.output
     row = (tmp_path / "out" / "predictions.csv").read_text().splitlines()[1]
     assert row.startswith("bad,failed,InputFileError,,,,")
@@ -219,7 +219,9 @@ def test_the_series_can_be_named_and_is_remembered(series: Path, run: Path, tmp_
     assert "of 8 slices, wrote" in second.output
     assert "warning" not in second.output
     files[0].unlink()
-    assert "wrote" in invoke(*options, "--series", "2").output, "the folder is another"
+    other = invoke(*options, "--series", "2")
+    assert isinstance(other.exception, OutputError), "the folder is another"
+    assert "wrote" in invoke(*options, "--series", "2", "--overwrite").output
     assert isinstance(invoke(*options, "--series", "5").exception, InputFileError)
     listed = invoke("data", "series", series)
     assert listed.exit_code == 0

@@ -200,7 +200,7 @@ def test_command_line(tiny_phantom: Path, tmp_path: Path, faked: list[str], monk
     assert [variant["name"] for variant in content["variants"]] == ["whole"]
     assert content["settings"]["mil"]["steps"] == TINY.mil.steps
     assert (content["seeds"], content["variants"][0]["seed"]) == ([0], 0)
-    assert len(content["test_data"]) == len(content["data"]) == 4
+    assert len(content["test_data"]) == 2 * len(content["data"]) == 8, "scans and masks"
     assert content["environment"]["device"] == "cpu"
     result = CliRunner().invoke(app, ["ablate", "--data", str(tiny_phantom), "--test", str(test), "--out",
                                       str(tmp_path / "run"), "--device", "cpu", "--seeds", "0,1", "--only", "whole"])
