@@ -339,7 +339,7 @@ def open_run(data: str = "phantom", profile: str = "quick", seed: int = 0, folde
 
     Raises:
         DatasetError: the set is not there, or has no split although one side was asked for.
-        SettingsError: there is no such profile, method, device or seed, or ``folder`` is that of the data.
+        SettingsError: there is no such profile, method, device or seed, or ``folder`` lies in that of the data.
     """
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2 ** 32:
         raise SettingsError(f"{seed!r} is no seed", remedy="Give a whole number from 0 to 2 ** 32 - 1")
@@ -350,8 +350,9 @@ def open_run(data: str = "phantom", profile: str = "quick", seed: int = 0, folde
     if part == "default":
         part = "train" if data in split_names() else None
     found = replace(open_data(data, part), check=check)
-    if Path(folder).resolve() == found.root.resolve():
-        raise SettingsError("the run would lie among its data", path=folder, remedy="Name another folder for the run")
+    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(found.root)):
+        raise SettingsError("the run would lie among its data", path=folder,
+                            remedy="Name a folder outside of the data's for the run")
     if silent := [case.id for case in found.cases if not case.labels]:
         log(f"without a label, and so without a part in training: {', '.join(silent)}")
     return Run(found, profile_named(profile, method), int(seed), Path(folder), device, log)

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny import content
+from typer.testing import CliRunner
 
 from covidseg.batch import MADE, Part, PartRun, merge, parse_part, tables, write_table
+from covidseg.cli import app
 from covidseg.data.scan import read_scan, write_like
-from covidseg.errors import DatasetError, InputFileError, OutputError, SettingsError
+from covidseg.errors import DatasetError, InputFileError, NoLungError, OutputError, SettingsError
 from covidseg.pipeline import Run
 from covidseg.predict import Predictor, load_predictor
 from covidseg.store import file_hash
@@ -309,6 +311,51 @@ def test_a_mask_of_another_scan_of_that_name_stays(part: str, forgotten: bool, p
     assert PartRun(predictor, parse_part(part), {scan: out / scan.name}, out, LEVEL, overwrite=True).predict(scan)
 
 
+def test_one_mask_to_a_folder_with_tables_obeys_them(predictor: Predictor, scans: list[Path], done: Path,
+                                                      tmp_path: Path) -> None:
+    out, scan = Path(shutil.copytree(done, tmp_path / "out")), scans[0]
+    brighter(scan)
+    before = content(out)
+    for overwrite in (False, True):
+        work = PartRun(predictor, Part(), {scan: out / scan.name}, None, LEVEL + 0.1, overwrite=overwrite)
+        if overwrite:
+            assert work.predict(scan)[0]["status"] == "done"
+        else:
+            with pytest.raises(OutputError, match="was made from another scan"):
+                work.predict(scan)
+            assert content(out) == before
+
+
+def test_what_lies_beside_a_mask_stays_when_that_is_moved_away(predictor: Predictor, scans: list[Path], done: Path,
+                                                               tmp_path: Path) -> None:
+    """As the remedy has it."""
+    out, scan = Path(shutil.copytree(done, tmp_path / "out")), scans[0]
+    (out / scan.name).rename(tmp_path / scan.name)
+    before = content(out)
+    start(predictor, [scan], out, probability=True).predict(scan)
+    assert content(out)["phantom_03_probability.nii.gz"] == before["phantom_03_probability.nii.gz"], "the same again"
+    (out / scan.name).unlink()
+    brighter(scan)
+    with pytest.raises(OutputError, match=r"phantom_03_probability\.nii\.gz: was made from another scan"):
+        start(predictor, [scan], out, probability=True).predict(scan)
+    assert content(out)["phantom_03_probability.nii.gz"] == before["phantom_03_probability.nii.gz"]
+    assert start(predictor, [scan], out).predict(scan)[0]["status"] == "done", "which writes the mask alone"
+
+
+@pytest.mark.parametrize("part", ["1/1", "1/2"])
+def test_a_scan_that_was_never_begun_accounts_for_no_mask(part: str, predictor: Predictor, scans: list[Path],
+                                                          tmp_path: Path) -> None:
+    """Its row is open since the program ended; the mask came later, from another division or by hand."""
+    out, targets = tmp_path / "out", {scan: tmp_path / "out" / scan.name for scan in good(scans)}
+    PartRun(predictor, parse_part(part), targets, out, LEVEL)
+    if part == "1/2":
+        assert run(predictor, good(scans), out) == GOOD
+    for scan in scans[:2]:
+        (out / scan.name).write_bytes(b"by hand")
+    with pytest.raises(OutputError, match=r"phantom_02\.nii\.gz: is there already, as are 1 more"):
+        start(predictor, good(scans), out)
+
+
 def test_what_was_being_done_when_the_program_ended_may_be_replaced(
         predictor: Predictor, scans: list[Path], done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between a new mask and its row: of a scan that is new to the table, and of one whose mask was out of date."""
@@ -324,6 +371,7 @@ def test_what_was_being_done_when_the_program_ended_may_be_replaced(
             patch.setattr(Predictor, "predict_file", killed)
             with pytest.raises(KeyboardInterrupt):
                 work.predict(scans[0])
+        start(predictor, scans[:1], out)  # and ended again before it did anything
         row, = (row for row in tables(out)[Part()] if row["name"] == GOOD[-1])
         assert (row["status"], row["mask_sha256"]) == ("open", "")
         assert run(predictor, scans[:1], out) == GOOD[-1:]
@@ -358,9 +406,36 @@ def test_rows_of_earlier_runs_stay_in_the_table(forget: Callable[[Path], object]
         rows = list(csv.DictReader(stream))
     assert [row["name"] for row in rows] == ["another", *GOOD]
     assert all(row["status"] == "done" and row["lesion_ml"] for row in rows)
+    (out / "another.nii.gz").unlink()
+    assert run(predictor, [new], out) == ["another"]
+    assert all(row["covidseg"] for row in merge(out)), "rows of which nobody knows all stay out of tables of parts"
     (out / "phantom_02.nii.gz").unlink()
     run(predictor, [new], out)
     assert "phantom_02" not in (out / "predictions.csv").read_text(), "but for lost masks"
+
+
+@pytest.mark.parametrize(("change", "kept"), [
+    (lambda row: {**row, "note": "mine"}, None), (lambda row: {**row, "status": "seen"}, None),
+    (lambda row: {key: cell for key, cell in row.items() if key != "scan_sha256"}, GOOD)],
+    ids=["a column of the user's", "a word of the user's", "an older version"])
+def test_a_table_that_was_changed_by_hand_is_not_replaced(change: Callable[[dict], dict], kept: list[str] | None,
+                                                          predictor: Predictor, scans: list[Path], done: Path,
+                                                          tmp_path: Path) -> None:
+    out = Path(shutil.copytree(done, tmp_path / "out"))
+    shutil.rmtree(out / "parts")
+    rows = [change(row) for row in csv.DictReader((out / "predictions.csv").read_text().splitlines())]
+    with (out / "predictions.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    new = Path(shutil.copy(scans[0], scans[0].with_name("another.nii.gz")))
+    if kept is None:
+        with pytest.raises(OutputError, match=r"predictions\.csv: is there already"):
+            start(predictor, [new], out)
+        return
+    assert run(predictor, [new], out) == ["another"]
+    lines = (out / "predictions.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == ["another", *kept]
 
 
 # --- merging ----------------------------------------------------------------------------------------------------
@@ -441,6 +516,30 @@ def test_a_damaged_table_counts_as_missing(three: Path, harm: Callable[[bytes], 
     table.write_bytes(harm(table.read_bytes()))
     with pytest.raises(DatasetError, match="part 1/3 is missing"):
         merge(three)
+
+
+@pytest.mark.parametrize("name", ["parts", "parts/part-1-of-3.csv", "predictions.csv"])
+def test_what_cannot_be_opened_is_named(name: str, three: Path, predictor: Predictor, scans: list[Path]) -> None:
+    """A loop of links is what nobody may open, also who may do everything."""
+    path = three / name
+    if path.exists():
+        path.rename(three / "kept")
+    path.symlink_to(path.name)
+    for work in (lambda: merge(three), lambda: start(predictor, good(scans), three)):
+        with pytest.raises(InputFileError, match=f"{name}: cannot be opened"):
+            work()
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (NoLungError("none"), 7), (PermissionError(13, "Permission denied", "x"), 3), (ValueError("x"), 1)])
+def test_merging_ends_as_predicting_did(error: Exception, code: int, predictor: Predictor, scans: list[Path],
+                                        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: object, **named: object) -> None:
+        raise error
+    monkeypatch.setattr(Predictor, "predict_file", fails)
+    monkeypatch.setattr("covidseg.predict.load_predictor", lambda *given: predictor)
+    for command in (["predict", *scans[:2], "-o", tmp_path, "--part", "1/1"], ["merge", tmp_path]):
+        assert CliRunner().invoke(app, list(map(str, command))).exit_code == code
 
 
 def test_tables_of_another_division_and_none(predictor: Predictor, three: Path, tmp_path: Path) -> None:

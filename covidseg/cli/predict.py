@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from covidseg import DISCLAIMER, errors
+from covidseg import DISCLAIMER
 from covidseg.cli.common import Device, Unchecked, as_fault, complain, say, state
 from covidseg.data.folder import named
 from covidseg.data.nifti import SUFFIXES
@@ -21,7 +21,7 @@ Inputs = Annotated[list[Path], typer.Argument(
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder, or a .nii.gz file for one scan.")]
 Series = Annotated[str | None, typer.Option(
     help="Of a DICOM folder with several series: number in `covidseg data series`, UID or its last digits. "
-         "Default: most slices.")]
+         "Default: axial before others, original before derived, then most slices.")]
 Volume = Annotated[bool | None, typer.Option(
     "--volume/--stack", help="Slices of one body in order, or unrelated slices. Default: measured.")]
 Overwrite = Annotated[bool, typer.Option(
@@ -156,8 +156,8 @@ def predict(inputs: Inputs, out: Out,
             unchecked: Unchecked = False, overwrite: Overwrite = False, device: Device = "auto") -> None:
     """Writes lesion masks that lie on their scans voxel by voxel, and a table of what was found.
 
-    A folder of DICOM slices is one scan: the CT series with most slices, or that of --series; its mask is NIfTI and has
-    the folder's name. `covidseg data series` lists what a folder holds.
+    A folder of DICOM slices is one scan, the first CT series of those that `covidseg data series` lists, or that of
+    --series; its mask is NIfTI and has the folder's name.
 
     Scans that are done, by the same nets and with the same settings, are left as they are. Masks that predict itself
     made from the same scans are replaced if they are out of date; other files are not.
@@ -193,10 +193,11 @@ def merge(out: Annotated[Path, typer.Argument(help="Folder that all parts of `co
           overwrite: Annotated[bool, typer.Option(
               "--overwrite", help="Also replace a predictions.csv of something else.")] = False) -> None:
     """Puts the tables of all parts together in one, predictions.csv; ends as predict does if scans have failed."""
+    from covidseg.batch import exit_code_of
     from covidseg.batch import merge as merge_parts
 
     rows = merge_parts(out, overwrite)
-    failed = [row["error"] for row in rows if row["status"] == "failed"]
+    failed = [row for row in rows if row["status"] == "failed"]
     say(f"{len(rows)} scans{f', {len(failed)} of them failed' if failed else ''}, in {out / 'predictions.csv'}")
     if failed:
-        raise typer.Exit(getattr(errors, failed[-1], CovidsegError).exit_code)
+        raise typer.Exit(exit_code_of(failed[-1]))

@@ -75,7 +75,8 @@ def read_scan(path: str | Path, *, unit: str | None = None, series: str | int | 
             DICOM file.
         unit: ``"HU"`` or ``"display"`` where only that will do; by default either.
         series: of several DICOM series in the folder, the one to take: number in the list of ``covidseg data series``,
-            UID, or at least the last six digits of it. By default the one with most slices.
+            UID, or at least the last six digits of it. By default the first in the list: axial before others, original
+            before derived, then most slices.
 
     Raises:
         InputFileError: the file is missing, damaged, not NIfTI or DICOM, not one grey-value volume, holds NaN, has

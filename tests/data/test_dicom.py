@@ -49,7 +49,11 @@ def test_each_voxel_lies_where_its_slice_says(tmp_path: Path) -> None:
                 place = to_voxel @ [-point[0], -point[1], point[2], 1]
                 np.testing.assert_allclose(place, np.rint(place), atol=1e-3, err_msg=name)
                 assert voxels[tuple(np.rint(place[:3]).astype(int))] == pixels[row, column], name
-        assert (scan.pixels.dtype, scan.unit, scan.warnings) == (np.int16, "HU", ())
+        assert (scan.pixels.dtype, scan.unit) == (np.int16, "HU")
+        across = {plane: (f"the slices are {plane}: axial ones are cut across them, with pixels of {pixels} mm, and "
+                          "nets learn from axial slices",)
+                  for plane, pixels in (("coronal", "2.00 x 0.70"), ("sagittal", "0.70 x 2.00"))}
+        assert scan.warnings == across.get(name, ())
         assert scan.grid.voxel_ml() == pytest.approx(
             0.7 * 0.8 * abs(np.cross(x, y) @ np.array(step)) / 1000), "less than its sides where it is sheared"
         upright = {"axial": HU, "from the head": HU[::-1], "prone": HU[:, ::-1, ::-1]}
@@ -174,20 +178,6 @@ def test_compressed_and_odd_files_as_pydicom_ships_them(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_scan(path).pixels[0], expected)
 
 
-@pytest.mark.parametrize("places", [[0, 5, 10, 15], [15, 10, 5, 0]])
-def test_multiframe(places: list[float], tmp_path: Path) -> None:
-    save(multiframe(HU, places), tmp_path / "file.dcm")
-    scan = read_scan(tmp_path)
-    np.testing.assert_array_equal(scan.pixels, HU if places[0] == 0 else HU[::-1])
-    assert scan.spacing == pytest.approx((5, 0.8, 0.7))
-    np.testing.assert_allclose(scan.grid.affine[:3, 3], [80, 90, places[0]])
-
-
-def test_multiframe_out_of_order_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputFileError, match="frames are not in even distances or in order"):
-        read_scan(save(multiframe(HU, [0, 10, 5, 15]), tmp_path / "file.dcm"))
-
-
 # --- which series ---------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -203,15 +193,16 @@ def cd(tmp_path: Path) -> Path:
 
 def test_most_slices_are_taken_and_others_can_be_named(cd: Path) -> None:
     found, skipped = find_series(cd)
-    assert [str(one) for one in found] == ["4 slices of 5 x 6, 0.70 x 0.80 x 5.00 mm, UID ...222222",
-                                           "3 slices of 5 x 6, 0.70 x 0.80 x 5.00 mm, UID ...111111"]
+    assert [str(one) for one in found] == ["4 slices of 5 x 6, 0.70 x 0.80 x 5.00 mm, axial, UID ...222222",
+                                           "3 slices of 5 x 6, 0.70 x 0.80 x 5.00 mm, axial, UID ...111111"]
     assert {reason: len(files) for reason, files in skipped.items()} == {
         "MR, not CT": 4, "a localizer": 1, "a secondary capture (a screenshot or a report)": 1}
     assert describe(skipped) == \
         "MR, not CT (4 files); a localizer (1 file); a secondary capture (a screenshot or a report) (1 file)"
     scan = read_scan(cd)
     np.testing.assert_array_equal(scan.pixels, HU)
-    assert scan.warnings == ("took the series with most slices of 2 (`covidseg data series` lists them)",)
+    assert scan.warnings == ("took the series with most slices of 2 (`covidseg data series` lists them): "
+                             "4 slices of 5 x 6, 0.70 x 0.80 x 5.00 mm, axial, UID ...222222",)
     for name in ("2", "111111", "1.2.111111"):
         named = read_scan(cd, series=name)
         assert (len(named.pixels), named.warnings) == (3, ())
@@ -224,7 +215,7 @@ def test_several_that_might_be_meant_are_refused_with_a_list(cd: Path) -> None:
     write_series(cd / "F", HU, SeriesInstanceUID="1.5.333333")
     with pytest.raises(InputFileError, match=r"equally many slices.* 2: 4 slices of 5 x 6.*333333; 3: 3 slices"):
         read_scan(cd)
-    assert len(read_scan(cd, series="2").pixels) == 4
+    assert len(read_scan(cd, series=2).pixels) == 4
     write_series(cd / "G", HU[:2], SeriesInstanceUID="1.6", StudyInstanceUID="9")
     with pytest.raises(InputFileError, match=r"several examinations.*4: 2 slices"):
         read_scan(cd)
@@ -234,10 +225,85 @@ def test_several_that_might_be_meant_are_refused_with_a_list(cd: Path) -> None:
         read_scan(cd)
 
 
+CORONAL = {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}
+DERIVED = {"ImageType": ["DERIVED", "SECONDARY", "REFORMATTED"]}
+
+
+@pytest.mark.parametrize(("others", "rule"), [
+    ([CORONAL | DERIVED], "took the axial series of 2"),
+    ([CORONAL], "took the axial series of 2"),
+    ([DERIVED], "took the original series of 2"),
+    ([DERIVED, CORONAL], "took the axial, original series of 3"),
+    ([{}, DERIVED, CORONAL], "took the axial, original series with most slices of 4"),
+    ([{}, CORONAL], "took the axial series with most slices of 3")])
+def test_axial_series_come_first_then_original_ones_then_those_with_most_slices(
+        others: list[dict], rule: str, tmp_path: Path) -> None:
+    """A reformation of a scan has more slices than the scan; the gantry of the scan may be tilted."""
+    write_series(tmp_path / "scan", HU, SeriesInstanceUID="1.2.777777",
+                 ImageOrientationPatient=list(PLANES["gantry tilt"][0]))
+    for number, tags in enumerate(others):
+        hu = np.concatenate([HU, HU + 9]) if tags else HU[:3]
+        write_series(tmp_path / f"{number}", hu, (0, 0.8, 0) if "ImageOrientationPatient" in tags else (0, 0, 2.5),
+                     SeriesInstanceUID=f"1.2.88888{number}", **tags)
+    scan = read_scan(tmp_path)
+    assert scan.pixels.shape == HU.shape
+    assert scan.warnings == (
+        f"{rule} (`covidseg data series` lists them): 4 slices of 5 x 6, 0.70 x 0.80 x 4.70 mm, axial, UID ...777777",)
+
+
+def test_a_listed_series_says_its_plane(tmp_path: Path) -> None:
+    c, s = np.cos(0.7), np.sin(0.7)  # 40 degrees
+    for number, directions in enumerate(((1, 0, 0, 0, 1, 0), (1, 0, 0, 0, 0, -1), (0, 1, 0, 0, 0, -1),
+                                         (1, 0, 0, 0, c, -s))):
+        normal = np.cross(directions[:3], directions[3:])
+        write_series(tmp_path / f"{number}", HU[:number + 1], tuple(5 * normal), SeriesInstanceUID=f"1.2.{number}",
+                     ImageOrientationPatient=[f"{x:.6g}" for x in directions], ImageType=["DERIVED", "SECONDARY"])
+    assert [str(one).split(", ")[2:4] for one in find_series(tmp_path)[0]] == [
+        ["axial", "derived"], ["oblique", "derived"], ["sagittal", "derived"], ["coronal", "derived"]]
+    assert read_scan(tmp_path, series="2").warnings == (
+        "the slices are oblique: those taken for axial lie askew in the body, and nets learn from axial slices",)
+
+
+def test_series_of_the_same_rank_are_refused(tmp_path: Path) -> None:
+    write_series(tmp_path / "a", HU, (0, 2, 0), SeriesInstanceUID="1.5", **CORONAL)
+    write_series(tmp_path / "b", HU, (2, 0, 0), SeriesInstanceUID="1.6", ImageOrientationPatient=[0, 1, 0, 0, 0, -1])
+    with pytest.raises(InputFileError, match=r"equally many slices.* coronal, UID .* sagittal, UID"):
+        read_scan(tmp_path)
+
+
+NAMELESS = {"SeriesInstanceUID": "", "StudyInstanceUID": ""}
+
+
+@pytest.mark.parametrize(("folders", "tags"), [(("a", "b"), {}), (("a", "a"), {"PatientID": "LINDGREN"}),
+                                               (("a", "a"), {"FrameOfReferenceUID": "1.9"}),
+                                               (("a", "a"), {"SeriesNumber": 9})])
+def test_two_patients_without_uids_are_not_merged(folders: tuple[str, str], tags: dict, tmp_path: Path) -> None:
+    """The second lies half a step farther up, so that no place is taken twice."""
+    write_series(tmp_path / folders[0], HU, **NAMELESS)
+    for k, pixels in enumerate(HU[:3]):
+        save(slice_of(pixels, np.array([-80, -90, -1197.5 + 5 * k]), **NAMELESS, **tags),
+             tmp_path / folders[1] / f"{k}")
+    with pytest.raises(InputFileError, match="without the UID of one, perhaps of several examinations") as caught:
+        read_scan(tmp_path)
+    assert "Name the folder of each" in caught.value.remedy
+    assert "LINDGREN" not in f"{caught.value} {find_series(tmp_path)[0]}", "what tells people apart is not shown"
+    assert "4 slices of 5 x 6, 0.70 x 0.80 x 5.00 mm, axial, no UID" in caught.value.remedy
+    np.testing.assert_array_equal(read_scan(tmp_path, series="1").pixels, HU)
+
+
+def test_one_series_without_uids_is_read_and_said(tmp_path: Path) -> None:
+    file = write_series(tmp_path, HU, **NAMELESS)[0]
+    scan = read_scan(tmp_path)
+    np.testing.assert_array_equal(scan.pixels, HU)
+    assert scan.warnings == ("the files do not say which series they belong to: took those of one folder for one",)
+    assert read_scan(file).warnings == ()
+
+
 @pytest.mark.parametrize(("tags", "words"), [
     ({"Modality": "MR"}, "is MR, not CT"), ({"Modality": "LINDGREN"}, "is of another kind, not CT"),
     ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "is a localizer"),
     ({"SOPClassUID": SecondaryCaptureImageStorage}, "is a secondary capture"),
+    ({"PhotometricInterpretation": "MONOCHROME1"}, "is CT stored as a negative"),
     ({"PixelData": None}, "is DICOM without a picture, or damaged"),
     *(({"PixelSpacing": spacing}, "without position, direction or spacing")
       for spacing in (None, [0, 0.7], [0.8, 0], [-0.8, 0.7])),
@@ -379,3 +445,11 @@ def test_folders_without_a_scan_or_with_two_kinds(tmp_path: Path) -> None:
         read_scan(tmp_path)
     with pytest.raises(SettingsError, match="no series"):
         read_scan(nifti, series="1")
+
+
+def test_scans_in_folders_of_a_folder_are_named(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ct.nii.gz").touch()
+    with pytest.raises(InputFileError, match=r"holds NIfTI files in its folders only: a, b\. Name these folders"):
+        read_scan(tmp_path)
