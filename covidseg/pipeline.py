@@ -350,7 +350,8 @@ def open_run(data: str = "phantom", profile: str = "quick", seed: int = 0, folde
     if part == "default":
         part = "train" if data in split_names() else None
     found = replace(open_data(data, part), check=check)
-    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(found.root)):
+    place, root = (Path(os.path.realpath(path)) for path in (folder, found.root))
+    if place == root or any(place.is_relative_to(root / part) for part in ("im", "lung", "mask")):
         raise SettingsError("the run would lie among its data", path=folder,
                             remedy="Name a folder outside of the data's for the run")
     if silent := [case.id for case in found.cases if not case.labels]:

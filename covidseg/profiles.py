@@ -158,7 +158,7 @@ def same_run(report: Path, content: dict[str, Any]) -> bool:
         there = json.loads(report.read_text(encoding="utf-8"))
         return all(there.get(part) == content.get(part)
                    for part in ("data", "labelled_slices", "settings", "seed", "stages"))
-    except (OSError, ValueError, AttributeError):  # no report of a run
+    except (OSError, ValueError, AttributeError, RecursionError):  # no report of a run
         return False
 
 

@@ -118,8 +118,10 @@ def set_aside(path: Path) -> Path:
     except OSError as error:
         raise OutputError(f"cannot be renamed ({error.strerror or error})", path=path,
                           remedy="Check permissions, or choose another folder") from error
-    if path.with_name(path.name + ".sha256").exists():
-        write_hash(free)
+    beside = path.with_name(path.name + ".sha256")
+    if beside.exists():  # as it is, but for the name: it may be the checksum of something else
+        write_text(free.with_name(free.name + ".sha256"),
+                   beside.read_text(encoding="utf-8", errors="replace").replace(path.name, free.name))
     return free
 
 

@@ -391,14 +391,15 @@ def test_the_report_of_another_run_is_kept_under_a_number(tiny_run: Run, tmp_pat
     assert said[-1:] == ["the run that was there is another, and its report is kept as run-1.json"]
 
 
-@pytest.mark.parametrize("inside", [".", "im", "runs/new", "../link"])
+@pytest.mark.parametrize("inside", [".", "im", "mask/new", "../link", "../link/im"])
 def test_a_run_does_not_lie_among_its_data(inside: str, tiny_phantom: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(tiny_phantom, tmp_path / "data"))
     (tmp_path / "link").symlink_to(data)
     with pytest.raises(SettingsError, match="among its data"):
         open_run(str(data), folder=data / inside)
     assert content(data) == content(tiny_phantom)
-    assert open_run(str(data), folder=tmp_path / "data-run").folder.name == "data-run"
+    for folder in (tmp_path / "data-run", data / "runs" / "new"):
+        assert open_run(str(data), folder=folder).folder == folder
 
 
 @pytest.mark.parametrize("seed", ["0", 1.5, -1, None, 2 ** 32])

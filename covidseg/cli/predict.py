@@ -12,8 +12,8 @@ import typer
 from covidseg import DISCLAIMER
 from covidseg.cli.common import Device, Unchecked, as_fault, complain, say, state
 from covidseg.data.folder import named
-from covidseg.data.nifti import SUFFIXES
-from covidseg.data.scan import read_scan, scan_id, shown, write_like
+from covidseg.data.nifti import SUFFIXES, entries
+from covidseg.data.scan import is_dicom, read_scan, scan_id, shown, write_like
 from covidseg.errors import CovidsegError, InputFileError, SettingsError
 
 Inputs = Annotated[list[Path], typer.Argument(
@@ -49,8 +49,7 @@ def targets_of(out: Path, sources: list[Path], beside: Sequence[str] = ()) -> di
     targets = {source: out if is_file(out) else out / f"{scan_id(source)}.nii.gz" for source in sources}
     scans, written = set(map(_real, sources)), dict[Path, Path]()
     for source, target in targets.items():
-        slices = source if os.path.isdir(source) else source.parent  # of a NIfTI file there are none
-        if os.path.exists(source) and not is_file(source) and _real(slices) in _real(target).parents:
+        if _among_slices(source, target):
             raise SettingsError("the result would lie among the slices", path=target,
                                 remedy="Name a folder outside of the scan's after -o")
         for file in (target, *(target.with_name(f"{scan_id(target)}{ending}") for ending in beside)):
@@ -61,6 +60,14 @@ def targets_of(out: Path, sources: list[Path], beside: Sequence[str] = ()) -> di
                 raise SettingsError(f"several inputs are called {names}, their results would replace each other",
                                     path=file, remedy="Do them one by one, each with its own -o")
     return targets
+
+
+def _among_slices(source: Path, target: Path) -> bool:
+    """Whether a result would lie in a folder of DICOM slices, which then would hold two kinds of scans and be none."""
+    if os.path.isdir(source):
+        return _real(source) in _real(target).parents
+    return os.path.exists(source) and not is_file(source) and _real(source.parent) == _real(target).parent \
+        and any(is_dicom(path) for path in entries(source.parent) if path != source)
 
 
 def _real(path: Path) -> Path:

@@ -198,11 +198,13 @@ def test_a_folder_of_dicom_slices_is_one_scan(series: Path, run: Path, tmp_path:
 def test_a_mask_is_not_written_among_the_slices(series: Path, run: Path, tmp_path: Path) -> None:
     """The folder would then hold both kinds of files, and no longer be a scan."""
     one = sorted((series / "deep").iterdir())[5]
-    for out in (series / "deep", series / "deep" / "masks", series / "deep" / "mask.nii.gz"):
+    for out in (series / "deep", series / "deep" / "mask.nii.gz"):
         refused = invoke("predict", "--run", run, one, "-o", out)
         assert isinstance(refused.exception, SettingsError)
         assert "among the slices" in str(refused.exception)
-    assert invoke("predict", "--run", run, one, "-o", tmp_path / "out").exit_code == 0
+    alone = Path(shutil.copy(one, tmp_path / "alone.dcm"))
+    for source, out in ((one, tmp_path / "out"), (one, series / "deep" / "masks"), (alone, tmp_path / "mask.nii.gz")):
+        assert invoke("predict", "--run", run, source, "-o", out).exit_code == 0
 
 
 def test_the_series_can_be_named_and_is_remembered(series: Path, run: Path, tmp_path: Path) -> None:
