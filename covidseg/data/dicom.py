@@ -171,7 +171,7 @@ def choose(path: Path, wanted: str | None = None) -> tuple[Series, tuple[str, ..
     if not chosen:
         raise InputFileError(f"holds no series {wanted}", path=path, remedy=f"Choose one with --series: {listed}")
     if len({one.slices[0].study for one in chosen}) > 1:
-        nameless = "" if all(one.uid for one in chosen) else " or without the UID of one, perhaps"
+        nameless = "" if all(one.uid for one in chosen) else " that have no UID, perhaps"
         raise InputFileError(f"holds series{nameless} of several examinations", path=path,
                              remedy=f"Name the folder of each, or choose one with --series: {listed}")
     best, *others = chosen

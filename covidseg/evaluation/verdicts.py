@@ -64,7 +64,8 @@ class Verdicts:
         AUC of the slice verdict and of the marked area, share of the healthy and of the diseased slices that are
         marked; all in [0, 1], NaN where undefined.
         """
-        weights = np.ones((1, len(self.labels))) if weights is None else weights
+        # As numbers: of bools, which may say which slices are there, sums and products are no counts.
+        weights = np.ones((1, len(self.labels))) if weights is None else np.asarray(weights, float)
         marked = self.marked >= LESION_PIXELS
         verdict = np.full(len(weights), np.nan) if self.probability is None else \
             drawn_auc(self.probability, self.labels, weights)

@@ -283,7 +283,7 @@ def test_two_patients_without_uids_are_not_merged(folders: tuple[str, str], tags
     for k, pixels in enumerate(HU[:3]):
         save(slice_of(pixels, np.array([-80, -90, -1197.5 + 5 * k]), **NAMELESS, **tags),
              tmp_path / folders[1] / f"{k}")
-    with pytest.raises(InputFileError, match="without the UID of one, perhaps of several examinations") as caught:
+    with pytest.raises(InputFileError, match="that have no UID, perhaps of several examinations") as caught:
         read_scan(tmp_path)
     assert "Name the folder of each" in caught.value.remedy
     assert "LINDGREN" not in f"{caught.value} {find_series(tmp_path)[0]}", "what tells people apart is not shown"

@@ -67,6 +67,12 @@ def test_figures_are_those_of_their_definitions() -> None:
     assert np.isnan(one_class.areas()[0])
 
 
+def test_slices_may_be_picked_by_a_mask() -> None:
+    verdicts, some = made(), np.arange(40) % 4 > 0
+    np.testing.assert_array_equal(verdicts.figures(some[None]), verdicts.figures(some[None].astype(int)))
+    assert 0 < verdicts.figures(some[None])[2, 0] < 1
+
+
 def test_drawing_a_slice_twice_is_having_it_twice() -> None:
     verdicts, times = made(), RNG.integers(0, 3, (5, 40))
     for row, figures in zip(times, verdicts.figures(times.astype(float)).T, strict=True):

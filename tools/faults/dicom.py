@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from dicoms import write_series
 from pydicom.uid import SecondaryCaptureImageStorage
 
 from covidseg.errors import InputFileError, SettingsError
 from faults.supplies import Supplies
-from faults.trial import Fault, Make
+from faults.trial import REPORTS, Fault, Make
 
 PREDICT = "covidseg predict cd -o out"
 
@@ -41,6 +42,12 @@ def with_nifti(supplies: Supplies) -> None:
     shutil.copy(supplies.volume(), "cd/scan.nii.gz")
 
 
+def coronal(supplies: Supplies) -> None:
+    write_series(Path("cd/b"), np.concatenate([supplies.scan().pixels] * 2), (0, 5, 0),
+                 SeriesInstanceUID="1.2.3.654321", ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
+
+
+NO_UIDS = {"SeriesInstanceUID": "", "StudyInstanceUID": ""}
 FAULTS = [
     Fault("MR, not CT", PREDICT, InputFileError, ("cd", "is MR"), series(Modality="MR")),
     Fault("a localizer and nothing else", PREDICT, InputFileError, ("cd", "localizer"),
@@ -59,5 +66,11 @@ FAULTS = [
           both(series("cd/a"), lambda supplies: write_series(Path("cd/b"), supplies.scan(2).pixels, (0, 0, 10)))),
     Fault("NIfTI among the slices", PREDICT, InputFileError, ("cd", "both NIfTI and DICOM"), with_nifti),
     Fault("results among the slices", "covidseg predict cd -o cd/out", SettingsError, ("cd/out",), series()),
+    Fault("two people whose UIDs were removed", PREDICT, InputFileError, ("cd", "several examinations"),
+          both(series("cd/a", **NO_UIDS), series("cd/b", **NO_UIDS, PatientID="two"))),
+    Fault("stored as a negative", PREDICT, InputFileError, ("cd", "MONOCHROME1"),
+          series(PhotometricInterpretation="MONOCHROME1")),
+    Fault("a coronal reformat that has more slices", PREDICT, None, ("took the axial series of 2",),
+          both(series("cd/a"), coronal), results=("out/cd.nii.gz", *REPORTS)),
 ]
 GROUPS = {"DICOM": FAULTS}

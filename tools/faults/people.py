@@ -17,7 +17,7 @@ import numpy as np
 from covidseg.errors import CovidsegError, DatasetError, InputFileError, OutputError, SettingsError
 from faults.batches import predicted
 from faults.files import bytes_of
-from faults.supplies import AFFINE, Supplies, nothing, with_header
+from faults.supplies import AFFINE, Supplies, nothing, stored, with_header
 from faults.trial import REPORTS, Fault, Make
 
 LUNGS = "covidseg lungs scan.nii -o out"
@@ -57,6 +57,18 @@ def with_side_file(supplies: Supplies) -> None:
 def in_another_part(supplies: Supplies) -> None:
     shutil.copytree(predicted(supplies), "masks")
     copies("other.nii.gz")(supplies)
+
+
+def of_another(supplies: Supplies) -> None:
+    """A scan that is called as that of another patient whose mask is there."""
+    shutil.copytree(predicted(supplies), "masks")
+    shutil.copy(supplies.volume(2), "phantom_01.nii.gz")
+
+
+def oblong(supplies: Supplies) -> None:
+    """Pixels three times as high as wide, as of coronal slices."""
+    pixels = supplies.scan().pixels
+    stored(pixels[:, 1::3].transpose(2, 1, 0), "scan.nii", AFFINE @ np.diag((1, 3, 1, 1)))
 
 
 def separated(mark: str) -> Make:
@@ -136,6 +148,10 @@ FAULTS = [
            command="covidseg predict scan.nii.gz -o out"),
     _fault("test scans that are training scans", Supplies.data, DatasetError, "are trained on",
            command="covidseg reproduce --data data --test data --out run"),
+    Fault("a mask of another scan of that name", "covidseg predict phantom_01.nii.gz -o masks", OutputError,
+          ("masks/phantom_01.nii.gz", "another scan"), of_another,
+          leaves=("masks/parts/*.csv", "masks/predictions.csv")),
+    _fault("pixels three times as high as wide", oblong),
     _fault("figures that would replace a mask", turned_mask, SettingsError, "truth.nii.gz",
            command="covidseg evaluate mask.nii.gz truth.nii.gz --json truth.nii.gz"),
 ]
