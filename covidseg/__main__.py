@@ -5,12 +5,13 @@ import signal
 
 def main() -> None:
     """Runs the command. Ctrl-C leaves no trace even while modules are loaded, when there is nothing yet to tidy up."""
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # and not ignored, as in the background
+    if usual:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from covidseg.cli import main as command
 
-    signal.signal(signal.SIGINT, usual)
+    if usual:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     command()
 
 

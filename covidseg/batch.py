@@ -35,6 +35,7 @@ from covidseg.batch_tables import (
     mask_of,
     name_of,
     parse_part,
+    rows_of,
     table_of_all,
     tables,
     told_of_scans,
@@ -196,7 +197,8 @@ class PartRun:
         """The rows of this part; of a run that is not divided also those of earlier ones."""
         if self.out is None:
             return list(self.rows.values())
-        return added(self.out, tables(self.out).get(self.part, ()) if self.part.count == 1 else (), self.rows.values())
+        earlier = rows_of(self.part.table(self.out)) if self.part.count == 1 else None
+        return added(self.out, earlier or (), self.rows.values())
 
     def table(self) -> list[Row]:
         """The rows of this run and of earlier ones in the same folder, but for lost masks: for ``predictions.csv``."""

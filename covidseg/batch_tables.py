@@ -82,10 +82,19 @@ def tables(out: Path) -> dict[Part, list[Row]]:
     for path in _part_tables(out):
         with suppress(SettingsError):
             part = parse_part(path.stem.removeprefix("part-").replace("-of-", "/"))
-            columns, rows = _read(path)
-            if columns == PART_COLUMNS and all(map(_is_row, rows)):
+            if (rows := rows_of(path)) is not None:
                 found[part] = rows
     return found
+
+
+def rows_of(table: Path) -> list[Row] | None:
+    """The rows of the table of one part; None if it is missing or damaged.
+
+    Raises:
+        InputFileError: it cannot be opened.
+    """
+    columns, rows = _read(table)
+    return rows if columns == PART_COLUMNS and all(map(_is_row, rows)) else None
 
 
 def table_of_all(out: Path) -> dict[str, Row] | None:

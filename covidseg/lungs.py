@@ -202,9 +202,9 @@ def to_grid(image: np.ndarray, side: int, aspect: float = 1.0) -> np.ndarray:
     Pixels become square: ``aspect`` is their height over their width, and the longer of the two is interpolated.
     """
     image = image.astype(np.float32)
-    rows, columns = image.shape[0] * max(aspect, 1), image.shape[1] * max(1 / aspect, 1)
-    scale = min(1.0, side / max(rows, columns))
-    shape = max(1, round(rows * scale)), max(1, round(columns * scale))
+    height, width = image.shape[0] * max(aspect, 1), image.shape[1] * max(1 / aspect, 1)
+    scale = min(1.0, side / max(height, width))
+    shape = max(1, round(height * scale)), max(1, round(width * scale))
     if shape == image.shape:
         return image
     factor = image.shape[0] // side

@@ -102,7 +102,7 @@ def evaluate(prediction: Annotated[Path, typer.Argument(help="Predicted mask (NI
     apart = distance(hd95(predicted, classes > 0, (height / width, 1.0)),
                      np.full(len(classes), width if side else np.nan))
     names = dict(enumerate(class_names(truth), start=1))
-    numbers = [k for k in range(1, 256) if k in names or (classes == k).any()]  # other masks know other classes
+    numbers = sorted({*names, *np.unique(classes).tolist()} - {0})  # other masks know other classes
     found = class_sensitivity(class_counts(predicted, classes, numbers),
                               [names.get(k, f"class {k}") for k in numbers])
     write_json(out, {"slices": len(counts), "micro": scores_json(pooled), "macro": scores_json(each),
